@@ -1,0 +1,1 @@
+"""Between Hugging Face folders and megatron-core checkpoints."""

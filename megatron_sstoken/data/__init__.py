@@ -1,0 +1,1 @@
+"""Data: conversations → tokens and roles → stores → rows and batches."""

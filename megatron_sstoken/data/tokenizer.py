@@ -1,0 +1,282 @@
+"""Hugging Face and sentencepiece tokenizers behind one interface: render chats, encode text."""
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import sentencepiece
+import tokenizers
+from jinja2 import nodes
+from jinja2.ext import Extension
+from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+END_OF_TURN = (
+    "<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>", "</s>", "<|endoftext|>",
+    "<|eom_id|>", "<eos>",
+)  # fmt: skip
+
+
+class BadRow(ValueError):
+    """One row cannot be prepared; the message is the reason. Other rows may be fine."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Token ids of one text.
+
+    `tokens_before(c)` is the number of tokens that start before character `c` of the text; it raises `BadRow`
+    where the tokenizer cannot tell.
+    """
+
+    ids: list[int]
+    tokens_before: Callable[[int], int]
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """Text of a conversation and the character spans [start, stop) inside its `{% generation %}` marks."""
+
+    text: str
+    spans: list[Span]
+
+
+class TextTokenizer(ABC):
+    """What data preparation needs from a tokenizer. It adds no special tokens: templates contain them."""
+
+    path: str
+    template: str | None
+    marked: bool  # the template has generation marks
+    bos_id: int | None
+    eos_id: int | None
+    vocabulary_size: int  # largest token id + 1
+    special_ids: frozenset[int]
+    end_of_turn_ids: frozenset[int]
+    special_tokens: dict[str, Any]  # what templates see: bos_token, eos_token, ...
+    fingerprint: str  # hex sha256 over what determines tokenisation
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        """Token ids of each text, without added special tokens."""
+
+    def set_template(self, template: str | None) -> None:
+        """Use this Jinja chat template (None: none). Raises as `has_generation_marks`."""
+        self.template = template
+        self.marked = template is not None and has_generation_marks(template)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> RenderedChat:
+        """Apply the chat template to a conversation; `BadRow` if the template refuses it."""
+        assert self.template is not None, "render needs a chat template"
+        rendered: Any  # upstream annotates a str and returns a pair of lists
+        try:
+            rendered = render_jinja_template(
+                conversations=[list(messages)],
+                chat_template=self.template,
+                return_assistant_tokens_mask=self.marked,
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
+            )
+        except Exception as error:  # a template is a program: it can raise anything
+            raise BadRow(f"the chat template refuses the conversation: {error}") from error
+        texts, spans = rendered
+        return RenderedChat(texts[0], spans[0] if self.marked else [])
+
+
+class HuggingFaceTokenizer(TextTokenizer):
+    """A tokenizer folder in Hugging Face's format, fast or slow. Never runs code from the folder."""
+
+    def __init__(self, path: str | Path, template: str | None = None):
+        self.path = str(path)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"tokenizer: {path} cannot be loaded as a Hugging Face tokenizer folder: {error}"
+            ) from error
+        self._tokenizer = tokenizer
+        self._backend: tokenizers.Tokenizer | None = (
+            tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        )
+        if self._backend is not None:
+            # tokenizer.json may carry both; a sample must be neither cut nor filled up
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        added = tokenizer.added_tokens_decoder
+        known_ends = {token_id for token_id, token in added.items() if token.content in END_OF_TURN}
+        self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.vocabulary_size = max(tokenizer.get_vocab().values()) + 1
+        self.end_of_turn_ids = frozenset(known_ends if self.eos_id is None else known_ends | {self.eos_id})
+        self.special_ids = frozenset(tokenizer.all_special_ids) | {
+            i for i, token in added.items() if token.special
+        }
+        self.special_tokens = dict(tokenizer.special_tokens_map)
+        self.fingerprint = self._fingerprint()
+        self.set_template(template or (tokenizer.get_chat_template() if tokenizer.chat_template else None))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        if self._backend is None:
+            return [_split_encoding(text, self._encode_slowly) for text in texts]
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [Encoding(encoding.ids, partial(_tokens_before, encoding)) for encoding in encodings]
+
+    def _encode_slowly(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _fingerprint(self) -> str:
+        if self._backend is not None:
+            identity: dict[str, Any] = {"backend": self._backend.to_str()}
+        else:
+            files = (Path(self.path) / name for name in self._tokenizer.vocab_files_names.values())
+            identity = {
+                "class": type(self._tokenizer).__name__,
+                "vocabulary": self._tokenizer.get_vocab(),
+                "files": [sha256(file.read_bytes()) for file in files if file.is_file()],
+            }
+        identity["special_tokens"] = {name: str(token) for name, token in self.special_tokens.items()}
+        return sha256(json.dumps(identity, sort_keys=True).encode())
+
+
+class SentencePieceTokenizer(TextTokenizer):
+    """A sentencepiece `.model` file. The text of a control piece (such as `</s>`) is encoded as that piece.
+
+    Text between control pieces is encoded on its own, as Llama 2's own code does with its turns.
+    """
+
+    def __init__(self, path: str | Path, template: str | None = None):
+        self.path = str(path)
+        try:
+            model = sentencepiece.SentencePieceProcessor(model_file=self.path)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"tokenizer: {path} cannot be loaded as a sentencepiece model: {error}"
+            ) from error
+        self._model = model
+        self.vocabulary_size = model.get_piece_size()
+        pieces = {model.id_to_piece(token_id): token_id for token_id in range(self.vocabulary_size)}
+        self._controls = {piece: token_id for piece, token_id in pieces.items() if model.is_control(token_id)}
+        longest_first = sorted(self._controls, key=len, reverse=True)
+        self._split = (
+            re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+        )
+        self.bos_id, self.eos_id = (
+            token_id if token_id >= 0 else None for token_id in (model.bos_id(), model.eos_id())
+        )
+        known_ends = {pieces[piece] for piece in END_OF_TURN if piece in pieces}
+        self.end_of_turn_ids = frozenset(known_ends if self.eos_id is None else known_ends | {self.eos_id})
+        self.special_ids = frozenset(self._controls.values()) | self.end_of_turn_ids
+        named = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        self.special_tokens = {name: model.id_to_piece(i) for name, i in named.items() if i is not None}
+        self.fingerprint = sha256(Path(path).read_bytes())
+        self.set_template(template)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> Encoding:
+        ids: list[int] = []
+        starts: list[int] = []
+        position = 0
+        for part in self._split.split(text) if self._split else [text]:
+            if part in self._controls:
+                ids.append(self._controls[part])
+                starts.append(position)
+            elif part:
+                mapping = self._model.encode_as_offset_mapping(part)
+                ids.extend(mapping["ids"])
+                starts.extend(position + start for start, _ in mapping["offsets"])
+            position += len(part)
+        return Encoding(ids, partial(bisect_left, starts))
+
+
+def load_tokenizer(path: str | Path, chat_template: str | None = None) -> TextTokenizer:
+    """Load a Hugging Face folder or a sentencepiece `.model` file; `chat_template` (Jinja) replaces its own.
+
+    Raises `ValueError` for a path that is neither.
+    """
+    if Path(path).is_dir():
+        return HuggingFaceTokenizer(path, chat_template)
+    if Path(path).is_file() and Path(path).suffix == ".model":
+        return SentencePieceTokenizer(path, chat_template)
+    raise ValueError(
+        f"tokenizer: {path} is neither a Hugging Face folder nor a sentencepiece .model file; give either"
+    )
+
+
+def sha256(data: bytes) -> str:
+    """Hex sha256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def has_generation_marks(template: str) -> bool:
+    """Whether a Jinja chat template marks what the assistant says with `{% generation %}`.
+
+    Raises `ValueError` if it does not parse, or if a mark is where transformers reports wrong positions: it
+    counts the characters yielded so far, and a macro, call, filter, set block or recursive loop yields
+    nothing until its end.
+    """
+    environment = jinja2.Environment(extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])
+    try:
+        tree = environment.parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"chat template: line {error.lineno}: {error}; correct the template") from error
+    blocks = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock, nodes.Scope)
+    buffered = [*tree.find_all(blocks), *(loop for loop in tree.find_all(nodes.For) if loop.recursive)]
+    for block in buffered:
+        for mark in block.find_all(nodes.Scope):
+            raise ValueError(
+                f"chat template: line {mark.lineno}: a generation mark inside a macro, call, filter, set "
+                "block, recursive loop or another mark cannot be located; move the mark out of it"
+            )
+    return tree.find(nodes.Scope) is not None
+
+
+class _GenerationTag(Extension):
+    """Parses `{% generation %} … {% endgeneration %}` into a `Scope` node, which nothing else produces."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(
+            line
+        )
+
+
+def _tokens_before(encoding: tokenizers.Encoding, char: int) -> int:
+    """As `Encoding.tokens_before`; asks for a few offsets, where `encoding.offsets` lists them all."""
+
+    def start(token: int) -> int:
+        chars = encoding.token_to_chars(token)
+        assert chars is not None, "every token is of the text: no special token was added"
+        return chars[0]
+
+    return bisect_left(range(len(encoding)), char, key=start)
+
+
+def _split_encoding(text: str, encode: Callable[[str], list[int]]) -> Encoding:
+    """Encoding without offsets: positions are known where splitting the text changes no token."""
+    ids = encode(text)
+
+    def tokens_before(char: int) -> int:
+        head = encode(text[:char])
+        if head + encode(text[char:]) != ids:
+            raise BadRow(
+                f"the tokenizer has no offsets, and its tokens run across the role border at character "
+                f"{char}; use a fast tokenizer (tokenizer.json) or a template with a special token there"
+            )
+        return len(head)
+
+    return Encoding(ids, tokens_before)

@@ -1,0 +1,97 @@
+"""CUDA or CPU: the only place that adapts megatron-core to a machine without CUDA.
+
+With CUDA present nothing here changes anything. Without it, megatron-core 0.16 still asks for "cuda" in about thirty
+places; `adapt_megatron_to_cpu` answers those with the CPU. Each substitution stands with its reason.
+"""
+
+import functools
+import logging
+import os
+
+import torch
+
+
+def have_cuda() -> bool:
+    """Whether this process computes on a GPU. `SSTOKEN_DEVICE=cpu` hides GPUs."""
+    return os.environ.get("SSTOKEN_DEVICE") != "cpu" and torch.cuda.is_available()
+
+
+def compute_device() -> torch.device:
+    """The device of this process: the GPU that torchrun's LOCAL_RANK names, or the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if have_cuda() else torch.device("cpu")
+
+
+def communication_backend() -> str:
+    """torch.distributed backend of tensors on `compute_device`."""
+    return "nccl" if have_cuda() else "gloo"
+
+
+def synchronize() -> None:
+    """Wait for the device, where there is something to wait for."""
+    if have_cuda():
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory so far: allocated on the GPU, or resident of this process on a CPU."""
+    if have_cuda():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@functools.lru_cache(maxsize=1)
+def adapt_megatron_to_cpu() -> None:
+    """Make megatron-core 0.16 run on the CPU. Call it before megatron-core is first used; does nothing with CUDA."""
+    if have_cuda():
+        torch.cuda.set_device(compute_device())
+        return
+    cpu = torch.device("cpu")
+
+    # megatron asks for the current device to place buffers on, and waits for it before it times or saves.
+    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
+    torch.cuda.set_device = lambda device: None  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+
+    # The random state tracker (dropout, initialisation) forks the generator of "cuda": here the CPU's.
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()  # type: ignore[assignment]
+    torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)  # type: ignore[assignment]
+
+    # Counters and norms are made by torch.zeros(..., device="cuda") and tensor.cuda().
+    for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
+
+    # Optimizers sort parameters by comparing type strings with 'torch.cuda.FloatTensor'.
+    torch.Tensor.type = _type_as_on_cuda(torch.Tensor.type)  # type: ignore[assignment,method-assign]
+
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    # These two reach into torch._C instead of calling the functions replaced above.
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # It warns when the CPU's generator moves inside a fork of "cuda"'s; here the two are one.
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
+
+
+def _on_cpu(factory):
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        device = kwargs.get("device")
+        if device is not None and str(device).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _type_as_on_cuda(original):
+    @functools.wraps(original)
+    def type_(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    return type_

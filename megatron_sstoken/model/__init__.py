@@ -1,0 +1,1 @@
+"""From a Hugging Face configuration to a trainable megatron-core model, and its parts."""

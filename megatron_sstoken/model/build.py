@@ -1,0 +1,260 @@
+"""Architecture and settings → the model chunks of this rank, wrapped for training, and their optimizer."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from megatron_sstoken.config import OptimizerSettings, Settings
+from megatron_sstoken.device import compute_device, have_cuda
+from megatron_sstoken.model.attention import AttentionProbe, TorchCoreAttention, core_attention_builder
+from megatron_sstoken.model.families import Architecture, Split, rope_inverse_frequencies
+from megatron_sstoken.model.head import vocabulary_parallel_loss
+from megatron_sstoken.model.norm import RMSNorm
+from megatron_sstoken.model.weights import HuggingFaceWeights, load_hugging_face, rules_of_chunk
+from megatron_sstoken.parallel import Layout
+
+
+class TokenLossModel(GPTModel):
+    """GPTModel whose loss is per token, ignores the padded vocabulary and takes its group explicitly."""
+
+    num_real_words: int
+    """Vocabulary size without padding."""
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Labels int64 [batch, tokens] and logits [tokens, batch, words / tensor size] → fp32 [batch, tokens]."""
+        losses = vocabulary_parallel_loss(logits, labels.transpose(0, 1), self.num_real_words, self.pg_collection.tp)
+        return losses.transpose(0, 1)
+
+
+@dataclass
+class Model:
+    """What one rank holds of the model: a chunk for every virtual pipeline stage (one without interleaving)."""
+
+    architecture: Architecture
+    config: TransformerConfig
+    layout: Layout
+    bare: list[TokenLossModel]
+    """The chunks themselves."""
+
+    chunks: list[torch.nn.Module] = field(default_factory=list)
+    """The chunks as the schedules take them: with precision and data-parallel wrappers."""
+
+    probes: list[AttentionProbe] = field(default_factory=list)
+    """One attention probe for each chunk."""
+
+    tapped_layers: tuple[int, ...] = ()
+    """Layer numbers (from 1) whose attention is measured."""
+
+    def train(self, training: bool) -> None:
+        """Switch all chunks between training and evaluation."""
+        for chunk in self.chunks:
+            chunk.train(training)
+
+
+def transformer_config(architecture: Architecture, settings: Settings, layout: Layout) -> TransformerConfig:
+    """megatron's configuration for this architecture, layout and precision."""
+    a, parallel, training = architecture, settings.parallel, settings.training
+    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+    recompute = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[training.recompute]
+    return TransformerConfig(
+        num_layers=a.num_layers,
+        hidden_size=a.hidden_size,
+        num_attention_heads=a.num_attention_heads,
+        num_query_groups=a.num_query_groups,
+        kv_channels=a.head_dim,
+        ffn_hidden_size=a.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=a.norm_epsilon,
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=a.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor_size,
+        pipeline_model_parallel_size=layout.pipeline_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context_size,
+        sequence_parallel=parallel.sequence,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # The weights are read from a checkpoint: nothing is drawn at random.
+        perform_initialization=False,
+        use_cpu_initialization=not have_cuda(),
+        # Fusions need apex or Transformer Engine.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        # Σ over selected ÷ number selected in the global batch: megatron divides once, after the last micro-batch.
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=True,
+        batch_p2p_comm=have_cuda(),
+        **recompute,
+    )
+
+
+def build_model(
+    architecture: Architecture, settings: Settings, layout: Layout, *, tapped_layers: tuple[int, ...] = (), trainable: bool
+) -> Model:
+    """Build this rank's chunks, with uninitialised weights. With `trainable`, wrap them in megatron's DDP.
+
+    `tapped_layers`: numbers from 1 of the layers whose attention to the context is measured.
+    """
+    config = transformer_config(architecture, settings, layout)
+    model = Model(architecture, config, layout, bare=[], tapped_layers=tapped_layers)
+    virtual = layout.virtual_pipeline
+    for index in range(virtual):
+        vp_stage = index if virtual > 1 else None
+        probe = AttentionProbe()
+        first = layout.is_first_stage and index == 0
+        last = layout.is_last_stage and index == virtual - 1
+        chunk = TokenLossModel(
+            config=config,
+            transformer_layer_spec=_block_spec(config, tapped_layers, probe, vp_stage, layout),
+            vocab_size=architecture.padded_vocabulary(settings.model.vocabulary_multiple, layout.tensor_size),
+            max_sequence_length=architecture.max_positions,
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=architecture.rope_base,
+            pg_collection=layout.groups,
+            vp_stage=vp_stage,
+        )
+        chunk.num_real_words = architecture.vocabulary_size
+        chunk.rotary_pos_emb.inv_freq = rope_inverse_frequencies(architecture).to(compute_device())
+        chunk.to(compute_device())
+        _mark_tensor_parallel(chunk, architecture)
+        model.bare.append(chunk)
+        model.probes.append(probe)
+    model.chunks = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in model.bare]
+    if trainable:
+        model.chunks = _data_parallel(config, model.chunks, layout)
+        config.finalize_model_grads_func = finalize_model_grads
+    return model
+
+
+def _mark_tensor_parallel(chunk: TokenLossModel, architecture: Architecture) -> None:
+    """Mark the parameters that tensor parallel splits; megatron does so only while drawing random weights.
+
+    Without the marks the gradient norm would count the first tensor rank's slices alone.
+    """
+    rules = rules_of_chunk(chunk, architecture)
+    for name, parameter in chunk.named_parameters():
+        rule, _ = rules[name]
+        if rule.split is not Split.WHOLE and not hasattr(parameter, "tensor_model_parallel"):
+            dim = 1 if rule.split is Split.COLUMNS else 0
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+
+
+def _block_spec(config, tapped_layers, probe, vp_stage, layout: Layout) -> TransformerBlockSubmodules:
+    """megatron's local layer spec with our norm and core attention in place of those that need apex or refuse packs."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    layer.self_attention.submodules.core_attention = core_attention_builder(
+        TorchCoreAttention, frozenset(tapped_layers), probe
+    )
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=layout.pipeline_rank)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
+
+
+def _data_parallel(config, chunks, layout: Layout) -> list[torch.nn.Module]:
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=have_cuda(),
+        overlap_param_gather=have_cuda(),
+        check_for_nan_in_grad=False,  # the training step checks the global norm, once
+    )
+    wrapped = [
+        DistributedDataParallel(
+            config, replace(ddp_config), chunk, disable_bucketing=index > 0, pg_collection=layout.groups
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+    config.no_sync_func = [chunk.no_sync for chunk in wrapped]
+    config.grad_sync_func = None
+    if len(wrapped) == 1:
+        config.no_sync_func = config.no_sync_func[0]
+    return wrapped
+
+
+def load_weights(model: Model, hf_path: str) -> None:
+    """Fill the model from a Hugging Face folder; each rank reads only its slices."""
+    tensors = HuggingFaceWeights(hf_path)
+    for chunk in model.bare:
+        load_hugging_face(chunk, tensors, model.architecture, model.layout.tensor_rank, model.layout.tensor_size)
+
+
+def build_optimizer(
+    model: Model, settings: OptimizerSettings, num_steps: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """megatron's distributed AdamW and its learning-rate scheduler, which counts optimizer steps.
+
+    Matrices decay, vectors do not (megatron's convention). Made after the weights are in place: the fp32 copies that
+    the optimizer holds in bf16 runs are taken from them.
+    """
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.learning_rate,
+        min_lr=settings.min_learning_rate,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.epsilon,
+        clip_grad=settings.clip_grad,
+        bf16=model.config.bf16,
+        params_dtype=model.config.params_dtype,
+        use_distributed_optimizer=True,
+        overlap_param_gather=have_cuda(),
+    )
+    optimizer = get_megatron_optimizer(
+        config, model.chunks, use_gloo_process_groups=have_cuda(), pg_collection=None
+    )
+    warmup = round(settings.warmup_fraction * num_steps)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.learning_rate,
+        min_lr=settings.min_learning_rate,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(num_steps, warmup + 1),
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=num_steps,
+        wd_incr_style="constant",
+    )
+    model.config.grad_scale_func = optimizer.scale_loss
+    return optimizer, scheduler
+
+
+def count_parameters(model: Model) -> int:
+    """Parameters on this rank."""
+    return sum(parameter.numel() for chunk in model.bare for parameter in chunk.parameters())
+
+
+def broadcast_object(value, source: int, group: dist.ProcessGroup | None = None):
+    """`value` of global rank `source`, on every rank of `group`."""
+    box = [value]
+    dist.broadcast_object_list(box, src=source, group=group)
+    return box[0]

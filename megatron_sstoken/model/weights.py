@@ -1,0 +1,191 @@
+"""Hugging Face safetensors ↔ the slices of megatron's parameters that one rank holds.
+
+Every rank opens the files memory-mapped and reads its own slices only, whatever the size of the model.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+
+import torch
+from safetensors import safe_open
+
+from megatron_sstoken.model.families import Architecture, Split, WeightRule
+
+
+class HuggingFaceWeights:
+    """The tensors of a Hugging Face folder, by name, read lazily.
+
+    Raises ValueError where the folder has no safetensors, a file of the index is missing or a tensor is unknown.
+    """
+
+    def __init__(self, hf_path: str):
+        self.path = hf_path
+        index = os.path.join(hf_path, "model.safetensors.index.json")
+        single = os.path.join(hf_path, "model.safetensors")
+        self._open: dict[str, safe_open] = {}
+        if os.path.isfile(index):
+            with open(index, encoding="utf-8") as file:
+                self._file_of = dict(json.load(file)["weight_map"])
+        elif os.path.isfile(single):
+            self._file_of = dict.fromkeys(self._opened("model.safetensors").keys(), "model.safetensors")
+        else:
+            raise ValueError(
+                f"{hf_path} has neither model.safetensors nor model.safetensors.index.json: save the model with "
+                "save_pretrained (pickled .bin weights are not read)"
+            )
+        for name in sorted(set(self._file_of.values())):
+            if not os.path.isfile(os.path.join(hf_path, name)):
+                raise ValueError(f"{hf_path}: the file {name} named by the index is missing")
+
+    def _opened(self, file_name: str):
+        if file_name not in self._open:
+            path = os.path.join(self.path, file_name)
+            try:
+                self._open[file_name] = safe_open(path, framework="pt", device="cpu")
+            except Exception as error:
+                raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        return self._open[file_name]
+
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self._file_of)
+
+    def files(self) -> list[str]:
+        """Paths of the safetensors files, sorted."""
+        return [os.path.join(self.path, name) for name in sorted(set(self._file_of.values()))]
+
+    def slice(self, name: str):
+        """The safetensors slice object of a tensor: index it to read."""
+        if name not in self._file_of:
+            raise ValueError(f"{self.path}: the tensor {name} is missing")
+        return self._opened(self._file_of[name]).get_slice(name)
+
+
+def hugging_face_weight(tensors: HuggingFaceWeights, rule: WeightRule, layer: int, architecture: Architecture):
+    """Check the shapes of the tensors of one rule and return their slice objects, in the rule's order."""
+    slices = []
+    for pattern in rule.hugging_face:
+        name = pattern.format(layer=layer)
+        found = tensors.slice(name)
+        expected = expected_shape(name, architecture)
+        if list(found.get_shape()) != expected:
+            raise ValueError(f"{tensors.path}: {name} has shape {found.get_shape()}, config.json says {expected}")
+        slices.append(found)
+    return slices
+
+
+def expected_shape(name: str, architecture: Architecture) -> list[int]:
+    """Shape that config.json gives the Hugging Face tensor `name`."""
+    a = architecture
+    queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+    outputs = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": a.ffn_hidden_size}
+    outputs |= {"up_proj": a.ffn_hidden_size, "embed_tokens": a.vocabulary_size, "lm_head": a.vocabulary_size}
+    module, kind = name.split(".")[-2:]
+    if module in outputs:
+        return [outputs[module]] + ([a.hidden_size] if kind == "weight" else [])
+    inputs = {"o_proj": queries, "down_proj": a.ffn_hidden_size}
+    return [a.hidden_size, inputs[module]] if module in inputs else [a.hidden_size]
+
+
+def read_shard(
+    tensors: HuggingFaceWeights,
+    rule: WeightRule,
+    layer: int,
+    architecture: Architecture,
+    shape: torch.Size,
+    tensor_rank: int,
+    tensor_size: int,
+) -> torch.Tensor:
+    """The slice of one megatron parameter that tensor rank `tensor_rank` of `tensor_size` holds, of `shape`."""
+    sources = hugging_face_weight(tensors, rule, layer, architecture)
+    if rule.split is Split.WHOLE:
+        return sources[0][:]
+    if rule.split is Split.COLUMNS:
+        width = shape[1]
+        return sources[0][:, tensor_rank * width : (tensor_rank + 1) * width]
+    rows = shape[0]
+    first, last = tensor_rank * rows, (tensor_rank + 1) * rows
+    if rule.split is Split.ROWS:
+        return sources[0][first:last]
+    if rule.split is Split.GATED:
+        half = rows // 2
+        return torch.cat([source[tensor_rank * half : (tensor_rank + 1) * half] for source in sources])
+    if rule.split is Split.VOCABULARY:
+        real = sources[0][min(first, architecture.vocabulary_size) : min(last, architecture.vocabulary_size)]
+        return torch.cat([real, real.new_zeros(rows - real.shape[0], *real.shape[1:])])
+    return _read_qkv(sources, architecture, first, last)
+
+
+def _read_qkv(sources, architecture: Architecture, first: int, last: int) -> torch.Tensor:
+    """Rows [first, last) of the fused matrix, which holds for each query group its q heads, its k and its v.
+
+    Where tensor parallel outnumbers the query groups the cut goes through a group: megatron gathers before use.
+    """
+    group_rows, blocks = _qkv_group(architecture)
+    groups = range(first // group_rows, -(-last // group_rows))
+    fused = torch.cat(
+        [
+            source[group * rows : (group + 1) * rows]
+            for group in groups
+            for source, rows in zip(sources, blocks, strict=True)
+        ]
+    )
+    return fused[first - groups.start * group_rows :][: last - first]
+
+
+def _qkv_group(architecture: Architecture) -> tuple[int, tuple[int, int, int]]:
+    heads_per_group = architecture.num_attention_heads // architecture.num_query_groups
+    blocks = (heads_per_group * architecture.head_dim, architecture.head_dim, architecture.head_dim)
+    return sum(blocks), blocks
+
+
+def to_hugging_face(
+    rule: WeightRule, layer: int, parameter: torch.Tensor, architecture: Architecture
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The Hugging Face tensors of a whole (unsplit) megatron parameter, as (name, tensor)."""
+    names = [pattern.format(layer=layer) for pattern in rule.hugging_face]
+    if rule.split is Split.QKV:
+        group_rows, blocks = _qkv_group(architecture)
+        grouped = parameter.reshape(-1, group_rows, *parameter.shape[1:])
+        parts = [part.reshape(-1, *parameter.shape[1:]) for part in grouped.split(blocks, dim=1)]
+    elif rule.split is Split.GATED:
+        parts = list(parameter.chunk(2))
+    elif rule.split is Split.VOCABULARY:
+        parts = [parameter[: architecture.vocabulary_size]]
+    else:
+        parts = [parameter]
+    for name, part in zip(names, parts, strict=True):
+        yield name, part.contiguous()
+
+
+def rules_of_chunk(model: torch.nn.Module, architecture: Architecture) -> dict[str, tuple[WeightRule, int]]:
+    """For a model chunk (a bare GPTModel): its parameter names → (rule, number of the layer from 0)."""
+    layers = model.decoder.layers
+    first_layer = layers[0].layer_number - 1 if len(layers) else 0
+    table: dict[str, tuple[WeightRule, int]] = {}
+    for rule in architecture.weight_rules():
+        if "{layer}" in rule.megatron:
+            for local in range(len(layers)):
+                table[rule.megatron.format(layer=local)] = (rule, first_layer + local)
+        else:
+            table[rule.megatron] = (rule, 0)
+    if architecture.tied_embeddings:  # the last of several pipeline stages holds a copy of the embedding as its head
+        table["output_layer.weight"] = table["embedding.word_embeddings.weight"]
+    return table
+
+
+@torch.no_grad()
+def load_hugging_face(
+    model: torch.nn.Module, tensors: HuggingFaceWeights, architecture: Architecture, tensor_rank: int, tensor_size: int
+) -> None:
+    """Fill every parameter of a model chunk (a bare GPTModel) from a Hugging Face folder, converting to its dtype.
+
+    Raises ValueError where a tensor is missing or has another shape than config.json says.
+    """
+    table = rules_of_chunk(model, architecture)
+    for name, parameter in model.named_parameters():
+        rule, layer = table[name]
+        shard = read_shard(tensors, rule, layer, architecture, parameter.shape, tensor_rank, tensor_size)
+        assert shard.shape == parameter.shape, f"{name}: {tuple(shard.shape)} read, {tuple(parameter.shape)} held"
+        parameter.copy_(shard)

@@ -1,0 +1,191 @@
+"""Process groups, and this process's place in them; the only reader of megatron's parallel_state."""
+
+import datetime
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_sstoken.config import ParallelSettings, SettingsError
+from megatron_sstoken.device import adapt_megatron_to_cpu, communication_backend, compute_device, have_cuda
+
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The process groups of this process and its place in each.
+
+    `groups` is what megatron-core's modules and schedules take. `data` spans the data-parallel ranks (same slices of
+    the model, other rows), `control` all processes over gloo (objects and error messages, never tensors in bulk).
+    """
+
+    groups: ProcessGroupCollection
+    data: dist.ProcessGroup
+    control: dist.ProcessGroup
+    virtual_pipeline: int
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def data_rank(self) -> int:
+        return self.data.rank()
+
+    @property
+    def data_size(self) -> int:
+        return self.data.size()
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.groups.tp.rank()
+
+    @property
+    def tensor_size(self) -> int:
+        return self.groups.tp.size()
+
+    @property
+    def context_size(self) -> int:
+        return self.groups.cp.size()
+
+    @property
+    def context_rank(self) -> int:
+        return self.groups.cp.rank()
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.groups.pp.rank()
+
+    @property
+    def pipeline_size(self) -> int:
+        return self.groups.pp.size()
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether the embedding lies here."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the vocabulary head, the losses and the selection lie here."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last pipeline stage of this process's pipeline."""
+        return dist.get_global_rank(self.groups.pp, self.pipeline_size - 1)
+
+    @property
+    def speaks_for_replica(self) -> bool:
+        """True on one process of each data-parallel replica: the first of the last stage's tensor and context ranks."""
+        return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
+
+    @property
+    def writes_results(self) -> bool:
+        """True on exactly one process, which sees losses and writes files made from them."""
+        return self.speaks_for_replica and self.data_rank == 0
+
+
+def start_processes(timeout_minutes: float = 30) -> None:
+    """Join the other processes that torchrun started; alone, without torchrun, become a group of one."""
+    adapt_megatron_to_cpu()
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    device = compute_device()
+    if have_cuda():
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        communication_backend(),
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+        device_id=device if have_cuda() else None,
+    )
+
+
+def create_layout(settings: ParallelSettings, seed: int) -> Layout:
+    """Create megatron's process groups and seed its random states. All processes call it, after `start_processes`.
+
+    Raises SettingsError if the sizes do not divide the number of processes.
+    """
+    model_processes = settings.tensor * settings.pipeline * settings.context
+    if dist.get_world_size() % model_processes:
+        raise SettingsError([processes_problem(settings, dist.get_world_size())])
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=settings.tensor,
+        pipeline_model_parallel_size=settings.pipeline,
+        virtual_pipeline_model_parallel_size=settings.virtual_pipeline if settings.virtual_pipeline > 1 else None,
+        context_parallel_size=settings.context,
+        create_gloo_process_groups=have_cuda(),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return Layout(
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        data=parallel_state.get_data_parallel_group(),
+        control=dist.group.WORLD if not have_cuda() else dist.new_group(backend="gloo"),
+        virtual_pipeline=settings.virtual_pipeline,
+    )
+
+
+def processes_problem(settings: ParallelSettings, world_size: int) -> str:
+    """The message for a number of processes that the layout does not divide."""
+    product = settings.tensor * settings.pipeline * settings.context
+    return (
+        f"{world_size} processes cannot be split into parallel.tensor={settings.tensor} × "
+        f"parallel.pipeline={settings.pipeline} × parallel.context={settings.context} = {product}: "
+        f"start a multiple of {product} processes, or use smaller sizes"
+    )
+
+
+def reset_layout() -> None:
+    """Give up megatron's process groups, so that `create_layout` can be called again in this process."""
+    parallel_state.destroy_model_parallel()
+
+
+def stop_processes() -> None:
+    """Leave all process groups."""
+    if dist.is_initialized():
+        reset_layout()
+        dist.destroy_process_group()
+
+
+def agree_on_problems(problems: list[str]) -> None:
+    """Raise SettingsError on all processes if any of them found a problem (a file missing on one node, say).
+
+    Every process calls it; the union of the messages, in rank order, is raised everywhere.
+    """
+    gathered: list[list[str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, problems)
+    union = list(dict.fromkeys(message for messages in gathered for message in messages or []))
+    if union:
+        raise SettingsError(union)
+
+
+def run_to_exit_code(body) -> int:
+    """Run `body()` and turn its outcome into an exit code; mistakes of users are printed once, without a traceback.
+
+    SettingsError is raised alike on all processes and printed by rank 0; any other exception carries its traceback
+    and rank, since the others may be waiting in a collective and torchrun ends them.
+    """
+    try:
+        body()
+        return 0
+    except SettingsError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            for problem in error.problems:
+                print(f"error: {problem}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    finally:
+        if sys.exc_info()[0] is None:
+            stop_processes()

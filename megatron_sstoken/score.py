@@ -1,0 +1,40 @@
+"""Token records without training: `torchrun … -m megatron_sstoken.score --config FILE.yaml --output PATH.parquet`."""
+
+import os
+import sys
+
+from megatron_sstoken.config import Settings, SettingsError, parse_settings
+from megatron_sstoken.parallel import create_layout, run_to_exit_code, start_processes
+from megatron_sstoken.training.scoring import open_history, selector_of, write_records
+from megatron_sstoken.training.setup import current_model
+from megatron_sstoken.training.start import agreed_plan
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 2 for a mistake in the settings."""
+    settings, options = parse_settings(
+        arguments,
+        program="python -m megatron_sstoken.score",
+        description="Scores data.train with the starting weights, forward only, and writes one Parquet row a token.",
+        extra={"output": {"type": str, "required": True, "help": "Parquet file to write."}},
+    )
+    return run_to_exit_code(lambda: run(settings, options["output"]))
+
+
+def run(settings: Settings, output: str) -> None:
+    """History → model → records."""
+    start_processes()
+    if os.path.isdir(output):
+        raise SettingsError([f"output={output} is a folder: name a file, as {output.rstrip('/')}/records.parquet"])
+    plan = agreed_plan(settings)
+    layout = create_layout(settings.parallel, settings.training.seed)
+    history = open_history(plan, layout)
+    model = current_model(plan, layout, trainable=False)
+    selector = selector_of(settings, layout, gamma=settings.selection.gamma, draw=0)
+    write_records(model, plan, layout, selector, history, output)
+    if layout.rank == 0:
+        print(f"token records: {output}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Signals that tokens are scored by; tensors only, nothing of megatron."""

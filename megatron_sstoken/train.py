@@ -1,0 +1,58 @@
+"""Fine-tune on selected tokens: `torchrun --nproc-per-node N -m megatron_sstoken.train --config FILE.yaml`."""
+
+import os
+import sys
+
+from megatron_sstoken.config import Settings, parse_settings
+from megatron_sstoken.parallel import Layout, create_layout, run_to_exit_code, start_processes
+from megatron_sstoken.plan import RunPlan, describe, plan_run
+from megatron_sstoken.training.loop import create_trainer, resumable_checkpoint, train
+from megatron_sstoken.training.scoring import open_history
+from megatron_sstoken.training.setup import current_model
+from megatron_sstoken.training.start import agreed_plan
+
+DRY_RUN = {
+    "dry_run": {"action": "store_true", "help": "Check everything, print the plan and the batch arithmetic, train nothing."},
+    "world_size": {
+        "type": int,
+        "default": None,
+        "help": "With --dry_run: number of processes to plan for (default: those that torchrun started).",
+    },
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 2 for a mistake in the settings."""
+    settings, options = parse_settings(
+        arguments, program="python -m megatron_sstoken.train", description=Settings.__doc__ or "", extra=DRY_RUN
+    )
+    if options["dry_run"]:
+        return run_to_exit_code(lambda: dry_run(settings, options["world_size"]))
+    return run_to_exit_code(lambda: run(settings))
+
+
+def dry_run(settings: Settings, world_size: int | None) -> None:
+    """Print what a run would do, from rank 0, without starting process groups."""
+    plan = plan_run(settings, world_size or int(os.environ.get("WORLD_SIZE", "1")))
+    newest = resumable_checkpoint(plan)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(describe(plan))
+        if newest is not None:
+            print(f"would resume from {newest}")
+
+
+def run(settings: Settings) -> None:
+    """History → model → trainer → training."""
+    start_processes()
+    plan = agreed_plan(settings)
+    layout = create_layout(settings.parallel, settings.training.seed)
+    if layout.rank == 0:
+        print(describe(plan), flush=True)
+    history = open_history(plan, layout)
+    model = current_model(plan, layout, trainable=True)
+    trainer = create_trainer(plan, layout, model, history)
+    train(trainer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""Checkpoints: megatron's `dist_checkpointing`, complete or absent, resumable on any layout.
+
+A checkpoint is a folder `step_<number>` that appears by renaming, once everything in it is on disk.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_sstoken.config import SettingsError
+from megatron_sstoken.model.build import Model
+
+_STATE_FILE = "sstoken.json"
+_NAME = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What decides which rows a step holds; a run resumes only where all of it is equal."""
+
+    data_fingerprint: str
+    sequence_length: int
+    too_long: str
+    shuffle: bool
+    seed: int
+    global_batch_size: int
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands."""
+
+    step: int
+    """Optimizer steps done; the next global batch has this number."""
+    identity: RunIdentity | None
+    """None for a conversion, which no run made."""
+    hf_path: str
+    """Hugging Face folder that the architecture and the tokenizer came from."""
+
+
+def checkpoint_steps(directory: str) -> dict[int, Path]:
+    """Complete checkpoints under `directory`: step → folder, ascending."""
+    if not os.path.isdir(directory):
+        return {}
+    found = {
+        int(match[1]): path
+        for path in Path(directory).iterdir()
+        if (match := _NAME.fullmatch(path.name)) and (path / _STATE_FILE).is_file()
+    }
+    return dict(sorted(found.items()))
+
+
+def read_run_state(folder: Path) -> RunState:
+    """The state that a checkpoint folder describes."""
+    with open(folder / _STATE_FILE, encoding="utf-8") as file:
+        content = json.load(file)
+    identity = content["identity"]
+    return RunState(content["step"], RunIdentity(**identity) if identity else None, content["hf_path"])
+
+
+def resolve_checkpoint(path: str) -> Path:
+    """A checkpoint folder itself, or the newest complete one below it. Raises ValueError if there is none."""
+    if os.path.isfile(os.path.join(path, _STATE_FILE)):
+        return Path(path)
+    steps = checkpoint_steps(path)
+    if not steps:
+        raise ValueError(f"{path} holds no complete checkpoint (a folder step_<number> with {_STATE_FILE})")
+    return steps[max(steps)]
+
+
+def save_checkpoint(
+    directory: str,
+    state: RunState,
+    model: Model,
+    optimizer: MegatronOptimizer | None,
+    scheduler: OptimizerParamScheduler | None,
+    keep: int,
+) -> Path:
+    """Save everything that resuming needs, then drop all but the `keep` newest checkpoints (0 keeps all).
+
+    All ranks call it. Without an optimizer only the weights are saved (conversion).
+    """
+    final = Path(directory) / f"step_{state.step:07d}"
+    partial = Path(directory) / f"step_{state.step:07d}.partial"
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier(group=model.layout.control)
+    dist_checkpointing.save(
+        _sharded_state(model, optimizer, scheduler, is_loading=False), str(partial), validate_access_integrity=True
+    )
+    dist.barrier(group=model.layout.control)
+    if dist.get_rank() == 0:
+        with open(partial / _STATE_FILE, "w", encoding="utf-8") as file:
+            json.dump(asdict(state), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        steps = checkpoint_steps(directory)
+        for step in list(steps)[: -keep or None] if keep else []:
+            shutil.rmtree(steps[step])
+    dist.barrier(group=model.layout.control)
+    return final
+
+
+def load_checkpoint(
+    folder: Path, model: Model, optimizer: MegatronOptimizer | None = None, scheduler: OptimizerParamScheduler | None = None
+) -> RunState:
+    """Load weights and, where given, optimizer, scheduler and random states, on any layout. All ranks call it."""
+    if optimizer is not None:
+        _prepare_adam_state(optimizer)
+    wanted = _sharded_state(model, optimizer, scheduler, is_loading=True)
+    state: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
+    for name, chunk in zip(_chunk_names(model), model.bare, strict=True):
+        chunk.load_state_dict(state[name], strict=True)
+    if optimizer is not None:
+        _load_optimizer(optimizer, state["optimizer"])
+    if scheduler is not None:
+        scheduler.load_state_dict(state["scheduler"])
+    return read_run_state(folder)
+
+
+def check_identity(folder: Path, expected: RunIdentity) -> None:
+    """Raise SettingsError if the checkpoint was made on other data or in another order, naming what differs."""
+    identity = read_run_state(folder).identity
+    if identity is None:
+        raise SettingsError(
+            [f"cannot resume from {folder}: it is a conversion; name it as model.checkpoint to start from it"]
+        )
+    found = asdict(identity)
+    setting = {
+        "data_fingerprint": "data.train",
+        "sequence_length": "data.sequence_length",
+        "too_long": "data.too_long",
+        "shuffle": "data.shuffle",
+        "seed": "training.seed",
+        "global_batch_size": "training.global_batch_size",
+    }
+    differing = [
+        f"cannot resume from {folder}: it was made with {setting[name]}={found[name]}, now {value}: "
+        "use the same, another checkpoint.directory, or checkpoint.resume=false"
+        for name, value in asdict(expected).items()
+        if found[name] != value
+    ]
+    if differing:
+        raise SettingsError(differing)
+
+
+def _chunk_names(model: Model) -> list[str]:
+    return [f"model{index}" for index in range(len(model.bare))]
+
+
+def _sharded_state(model, optimizer, scheduler, *, is_loading: bool) -> dict[str, Any]:
+    metadata = {
+        # One tensor of optimizer state for each parameter: the only form that moves between all layouts.
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": model.layout.groups.dp_cp,
+    }
+    chunks = {
+        name: chunk.sharded_state_dict(metadata=metadata)
+        for name, chunk in zip(_chunk_names(model), model.bare, strict=True)
+    }
+    state: dict[str, Any] = dict(chunks)
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata)
+    if scheduler is not None:
+        state["scheduler"] = scheduler.state_dict()
+    return state
+
+
+def _torch_optimizers(optimizer: MegatronOptimizer) -> list[tuple[MegatronOptimizer, torch.optim.Optimizer]]:
+    """Those of megatron's optimizers that run on torch's own AdamW, as they do without apex and Transformer Engine."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [(part, part.optimizer) for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
+
+
+def _prepare_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Give torch's AdamW its (empty) state: megatron loads into it and asserts that it is there."""
+    for _, inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                inner.state.setdefault(
+                    parameter,
+                    {
+                        "step": torch.zeros(()),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    },
+                )
+
+
+def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """`optimizer.load_state_dict`, in two parts where torch's AdamW runs.
+
+    megatron-core 0.16 looks for AdamW's `step`, a number, among the stored tensors. It is in the parameter groups, from
+    which the first part takes it; so it is put aside while the second part loads the tensors.
+    """
+    on_torch = _torch_optimizers(optimizer)
+    if not on_torch:
+        optimizer.load_state_dict(state)
+        return
+    assert len(on_torch) == 1, "one optimizer a rank: expert parallel would make two"
+    part, inner = on_torch[0]
+    tensors = state.pop("param_state")
+    optimizer.load_state_dict(state)
+    steps = {parameter: entry.pop("step") for parameter, entry in inner.state.items()}
+    part.load_parameter_state_from_fully_reshardable(tensors)
+    for parameter, step in steps.items():
+        # A copy each: megatron hands one tensor to all, which AdamW would count up once for every parameter.
+        inner.state[parameter]["step"] = step.clone()

@@ -1,0 +1,175 @@
+"""The training loop: batch, step, report; checkpoints and validation in between."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
+
+from megatron_sstoken.config import Settings
+from megatron_sstoken.data.batches import BatchLoader
+from megatron_sstoken.data.store import TokenColumn
+from megatron_sstoken.model.build import Model, build_optimizer
+from megatron_sstoken.parallel import Layout
+from megatron_sstoken.plan import RunPlan
+from megatron_sstoken.report.records import RecordWriter, gather_columns
+from megatron_sstoken.training.checkpoint import (
+    RunIdentity,
+    RunState,
+    check_identity,
+    checkpoint_steps,
+    load_checkpoint,
+    save_checkpoint,
+)
+from megatron_sstoken.training.metrics import StepLogger, StepMetrics, summarize
+from megatron_sstoken.training.scoring import selector_of, validation_loss
+from megatron_sstoken.training.step import TokenReport, train_batch
+
+
+@dataclass
+class Trainer:
+    """Everything a training step needs, and the number of steps done."""
+
+    plan: RunPlan
+    layout: Layout
+    model: Model
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    loader: BatchLoader
+    logger: StepLogger
+    step: int = 0
+
+    @property
+    def settings(self) -> Settings:
+        return self.plan.settings
+
+
+def identity_of(plan: RunPlan) -> RunIdentity:
+    """What a checkpoint must agree on to be resumed in this run."""
+    data, training = plan.settings.data, plan.settings.training
+    return RunIdentity(
+        data_fingerprint=plan.train.store.manifest.data_fingerprint,
+        sequence_length=data.sequence_length,
+        too_long=data.too_long,
+        shuffle=data.shuffle,
+        seed=training.seed,
+        global_batch_size=training.global_batch_size,
+    )
+
+
+def resumable_checkpoint(plan: RunPlan) -> Path | None:
+    """The newest complete checkpoint of this run, or None. Raises SettingsError if it belongs to another run."""
+    checkpoint = plan.settings.checkpoint
+    steps = checkpoint_steps(checkpoint.directory) if checkpoint.directory and checkpoint.resume else {}
+    if not steps:
+        return None
+    newest = steps[max(steps)]
+    check_identity(newest, identity_of(plan))
+    return newest
+
+
+def create_trainer(plan: RunPlan, layout: Layout, model: Model, history: TokenColumn | None) -> Trainer:
+    """Optimizer, data and logger around a model that holds its starting weights; resumes where there is a checkpoint."""
+    optimizer, scheduler = build_optimizer(model, plan.settings.optimizer, plan.num_steps)
+    loader = BatchLoader(
+        plan.train.store,
+        plan.train.order,
+        plan.shape,
+        data_rank=layout.data_rank,
+        num_rows=plan.num_rows,
+        history=history,
+    )
+    logger = StepLogger(plan.settings.logging_directory, plan.settings.logging.every, plan.num_steps, layout)
+    trainer = Trainer(plan, layout, model, optimizer, scheduler, loader, logger)
+    newest = resumable_checkpoint(plan)
+    if newest is not None:
+        trainer.step = load_checkpoint(newest, model, optimizer, scheduler).step
+        logger.say(f"resumed from {newest}: {trainer.step} of {plan.num_steps} steps are done")
+    return trainer
+
+
+def train(trainer: Trainer) -> None:
+    """Run the remaining steps; validate, write records and save as the settings say. All ranks call it."""
+    settings, plan = trainer.settings, trainer.plan
+    trainer.model.train(True)
+    trainer.logger.pause()
+    saved = trainer.step
+    for number in range(trainer.step, plan.num_steps):
+        metrics, gradient_norm, reports = training_step(trainer, number)
+        trainer.step = done = number + 1
+        rate = get_canonical_lr_for_logging(trainer.optimizer.param_groups) or 0.0
+        trainer.logger.step(done, metrics, gradient_norm, rate)
+        last = done == plan.num_steps
+        if is_due(done, settings.logging.records_every):
+            _write_step_records(trainer, reports, done)
+        if plan.validation and (last or is_due(done, settings.training.validate_every)):
+            loss = validation_loss(trainer.model, plan.validation, plan, trainer.layout)
+            trainer.logger.say(f"validation after step {done}: loss {loss:.4f}")
+            trainer.logger.scalars(done, {"loss/validation": loss})
+        if settings.checkpoint.directory and (last or is_due(done, settings.checkpoint.save_every)):
+            saved = save(trainer)
+        trainer.logger.pause()
+    if settings.checkpoint.directory and saved != trainer.step:
+        save(trainer)
+    trainer.logger.close()
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something done every `every` steps (0: never) is done after `step`."""
+    return every > 0 and step % every == 0
+
+
+def training_step(trainer: Trainer, number: int) -> tuple[StepMetrics, float, list[TokenReport]]:
+    """One optimizer step on global batch `number`. Returns its metrics, the gradient norm and this rank's reports.
+
+    A batch of which no token is selected changes nothing but the learning rate. Raises FloatingPointError, on all
+    ranks, where the loss or the gradient norm is not finite.
+    """
+    settings, model = trainer.settings, trainer.model
+    warming_up = trainer.loader.num_samples_before(number) < settings.selection.warmup_samples
+    selector = selector_of(
+        settings, trainer.layout, gamma=0.0 if warming_up else settings.selection.gamma, draw=number
+    )
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    reports = train_batch(model, trainer.loader.load(number), selector)
+    metrics = summarize(reports, model.architecture, trainer.layout)
+    gradient_norm = 0.0
+    if metrics.num_selected:
+        _require_finite(metrics.loss_selected, "the loss", number, settings)
+        _, norm, _ = trainer.optimizer.step()
+        gradient_norm = float(norm)
+        _require_finite(gradient_norm, "the gradient norm", number, settings)
+    else:
+        trainer.logger.say(f"step {number + 1}: no token is selected, the weights stay as they are")
+    trainer.scheduler.step(1)
+    return metrics, gradient_norm, reports
+
+
+def _require_finite(value: float, name: str, number: int, settings: Settings) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"{name} of step {number + 1} is {value}: try a lower optimizer.learning_rate "
+            f"(now {settings.optimizer.learning_rate}) or training.precision=fp32; the checkpoints so far are untouched"
+        )
+
+
+def save(trainer: Trainer) -> int:
+    """Save a checkpoint of the steps done; returns their number."""
+    plan, settings = trainer.plan, trainer.settings
+    state = RunState(trainer.step, identity_of(plan), os.path.abspath(settings.model.hf_path or ""))
+    directory, keep = settings.checkpoint.directory or "", settings.checkpoint.keep
+    path = save_checkpoint(directory, state, trainer.model, trainer.optimizer, trainer.scheduler, keep)
+    trainer.logger.say(f"saved {path}")
+    return trainer.step
+
+
+def _write_step_records(trainer: Trainer, reports: list[TokenReport], done: int) -> None:
+    columns = gather_columns(reports, trainer.layout)
+    if columns is not None:
+        path = Path(trainer.settings.logging_directory or "") / "records" / f"step_{done:07d}.parquet"
+        with RecordWriter(path) as writer:
+            writer.write(columns)

@@ -1,0 +1,208 @@
+"""What a step is told by: global sums, quantiles, speed; printed, and written for TensorBoard."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_sstoken.data.batches import TokenBatch
+from megatron_sstoken.device import compute_device, peak_memory_bytes
+from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.parallel import Layout
+from megatron_sstoken.training.step import TokenReport
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_PERCENTILES = 101
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """A global batch in numbers, the same on every rank. Losses are means in nats; NaN where there is no token."""
+
+    loss_selected: float
+    loss_all: float
+    loss_dropped: float
+    num_selected: int
+    num_response: int
+    num_tokens: int
+    """Real tokens: no padding."""
+    num_positions: int
+    """Positions computed, padding included."""
+    model_flops: float
+    """Floating-point operations of one forward and backward pass over the real tokens."""
+    rel_quantiles: tuple[float, ...]
+    """Of the retrospective excess loss (nat) over the response tokens, at `QUANTILES`; NaN without history."""
+    attention_quantiles: tuple[float, ...]
+
+    @property
+    def share_selected(self) -> float:
+        return self.num_selected / self.num_response if self.num_response else math.nan
+
+
+def summarize(reports: list[TokenReport], architecture: Architecture, layout: Layout) -> StepMetrics:
+    """Reduce this step's reports over the data-parallel ranks and tell every rank. All ranks call it."""
+    device = compute_device()
+    sums = torch.zeros(7, dtype=torch.float64, device=device)
+    percentiles = torch.full((2, _PERCENTILES + 1), torch.nan, device=device)
+    if layout.is_last_stage:
+        for report in reports:
+            sums += _sums_of(report, architecture)
+        dist.all_reduce(sums, group=layout.data)
+        percentiles = _merge_percentiles(_percentiles_of(reports, device), layout)
+    packed = torch.cat([sums, percentiles[:, 1:].flatten().double()])
+    dist.broadcast(packed, src=layout.last_stage_rank, group=layout.groups.pp)
+    numbers = packed.tolist()
+    selected_loss, response_loss, selected, response, tokens, positions, flops = numbers[:7]
+    at = [round(quantile * (_PERCENTILES - 1)) for quantile in QUANTILES]
+    rel, attention = numbers[7 : 7 + _PERCENTILES], numbers[7 + _PERCENTILES :]
+    return StepMetrics(
+        loss_selected=selected_loss / selected if selected else math.nan,
+        loss_all=response_loss / response if response else math.nan,
+        loss_dropped=(response_loss - selected_loss) / (response - selected) if response > selected else math.nan,
+        num_selected=int(selected),
+        num_response=int(response),
+        num_tokens=int(tokens),
+        num_positions=int(positions),
+        model_flops=flops,
+        rel_quantiles=tuple(rel[index] for index in at),
+        attention_quantiles=tuple(attention[index] for index in at),
+    )
+
+
+def _sums_of(report: TokenReport, architecture: Architecture) -> torch.Tensor:
+    batch = report.batch
+    selected = batch.response if report.selection is None else report.selection.mask
+    loss = report.loss.double()
+    values = [
+        torch.where(selected, loss, 0.0).sum(),
+        torch.where(batch.response, loss, 0.0).sum(),
+        selected.sum(),
+        batch.response.sum(),
+        (batch.segment >= 0).sum(),
+    ]
+    fixed = [batch.segment.numel(), training_flops(batch, architecture)]
+    return torch.cat([torch.stack([value.double() for value in values]), values[0].new_tensor(fixed).double()])
+
+
+def training_flops(batch: TokenBatch, a: Architecture) -> float:
+    """Operations of forward and backward over the real tokens of a batch: 6 a token and weight, plus attention.
+
+    Attention: 2 products of 2·head_dim operations for each of n²/2 pairs and each head, three times over with the
+    backward pass. The embedding look-up costs nothing; recomputation and scoring are not counted (megatron's
+    convention of "model FLOPs").
+    """
+    weights = a.num_parameters() - a.vocabulary_size * a.hidden_size * (0 if a.tied_embeddings else 1)
+    lengths = torch.bincount(batch.segment[batch.segment >= 0]).double()
+    pairs = float((lengths * (lengths + 1) / 2).sum())
+    attention = 3 * 4 * a.num_attention_heads * a.head_dim * a.num_layers * pairs
+    return 6.0 * weights * float(lengths.sum()) + attention
+
+
+def _percentiles_of(reports: list[TokenReport], device: torch.device) -> torch.Tensor:
+    """[2, 102]: for REL and attention the number of response tokens on this rank, then their percentiles."""
+    result = torch.full((2, _PERCENTILES + 1), torch.nan, device=device)
+    result[:, 0] = 0
+    steps = torch.linspace(0, 1, _PERCENTILES, device=device)
+    signals = [
+        [r.history_loss - r.loss for r in reports if r.history_loss is not None],
+        [r.attention for r in reports if r.attention is not None],
+    ]
+    for row, values in enumerate(signals):
+        chosen = [value[report.batch.response] for value, report in zip(values, reports, strict=False)]
+        known = torch.cat(chosen) if chosen else result.new_empty(0)
+        if known.numel():
+            result[row, 0] = known.numel()
+            result[row, 1:] = torch.quantile(known[: 1 << 23].float(), steps)
+    return result
+
+
+def _merge_percentiles(mine: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Percentiles of all ranks together, each rank's standing for as many tokens as it has."""
+    gathered = mine.new_empty(layout.data_size, *mine.shape)
+    dist.all_gather(list(gathered.unbind()), mine, group=layout.data)
+    merged = mine.clone()
+    for row in range(mine.shape[0]):
+        present = gathered[gathered[:, row, 0] > 0, row]
+        if len(present):
+            values, order = present[:, 1:].flatten().sort()
+            weights = present[:, :1].expand(-1, _PERCENTILES).flatten()[order].cumsum(0)
+            wanted = torch.linspace(0, 1, _PERCENTILES, device=mine.device) * weights[-1]
+            merged[row, 1:] = values[torch.searchsorted(weights, wanted).clamp(max=len(values) - 1)]
+    return merged
+
+
+class StepLogger:
+    """Prints a line every `every` steps and writes TensorBoard points; rank 0 does, the others hold their peace."""
+
+    def __init__(self, directory: str | None, every: int, num_steps: int, layout: Layout):
+        self._active = layout.rank == 0
+        self._writer = SummaryWriter(directory) if directory is not None and self._active else None
+        self._every, self._num_steps, self._world_size = every, num_steps, layout.world_size
+        self._last = time.monotonic()
+        self._begun, self._done = self._last, 0
+
+    def step(self, number: int, metrics: StepMetrics, gradient_norm: float, learning_rate: float) -> None:
+        """Tell of the optimizer step `number` (from 1)."""
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        self._done += 1
+        if not self._active or (number % self._every and number != self._num_steps):
+            return
+        eta = (now - self._begun) / self._done * (self._num_steps - number)
+        speed = metrics.num_tokens / seconds
+        tflops = metrics.model_flops / seconds / 1e12
+        print(
+            f"step {number}/{self._num_steps} | loss {metrics.loss_selected:.4f} (all {metrics.loss_all:.4f}, dropped "
+            f"{metrics.loss_dropped:.4f}) | selected {100 * metrics.share_selected:.1f} % | grad norm "
+            f"{gradient_norm:.3f} | lr {learning_rate:.3e} | {speed:,.0f} tokens/s | {tflops:.3g} TFLOP/s | "
+            f"ETA {_clock(eta)}",
+            flush=True,
+        )
+        if self._writer is None:
+            return
+        points = {
+            "loss/selected": metrics.loss_selected,
+            "loss/all": metrics.loss_all,
+            "loss/dropped": metrics.loss_dropped,
+            "selection/share": metrics.share_selected,
+            "optimizer/gradient_norm": gradient_norm,
+            "optimizer/learning_rate": learning_rate,
+            "speed/tokens_per_second": speed,
+            "speed/model_tflops": tflops,
+            "speed/model_tflops_per_process": tflops / self._world_size,
+            "speed/step_seconds": seconds,
+            "data/real_share": metrics.num_tokens / metrics.num_positions,
+            "memory/peak_gib": peak_memory_bytes() / 2**30,
+        }
+        for name, values in (("rel", metrics.rel_quantiles), ("attention", metrics.attention_quantiles)):
+            points |= {f"{name}/q{round(100 * q):02d}": v for q, v in zip(QUANTILES, values, strict=True)}
+        self.scalars(number, points)
+
+    def scalars(self, number: int, points: dict[str, float]) -> None:
+        """Write TensorBoard points, leaving out what is undefined."""
+        if self._writer is not None:
+            for name, value in points.items():
+                if not math.isnan(value):
+                    self._writer.add_scalar(name, value, number)
+
+    def say(self, text: str) -> None:
+        """Print a line of its own."""
+        if self._active:
+            print(text, flush=True)
+
+    def pause(self) -> None:
+        """Leave out the time since the last step: what comes next is timed from here."""
+        self._last = time.monotonic()
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -1,0 +1,84 @@
+"""One helper: run a function on N processes joined by gloo, and get what each returned."""
+
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def run_distributed(function: Callable[..., Any], num_ranks: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """Call `function(rank, *args)` on `num_ranks` fresh processes with torch.distributed (gloo) initialised.
+
+    `function` must be importable (top level of a module). Returns the results in rank order. A rank that raises takes
+    the others down at once and its traceback is in the AssertionError; so is the time limit (`timeout` in seconds).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = mp.get_context("spawn")
+        processes = [
+            context.Process(target=_rank_main, args=(rank, num_ranks, port, folder, function, args), daemon=False)
+            for rank in range(num_ranks)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            _wait(processes, folder, timeout)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        return [_load(os.path.join(folder, f"result-{rank}")) for rank in range(num_ranks)]
+
+
+def _wait(processes: list, folder: str, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while any(process.is_alive() for process in processes):
+        failed = [rank for rank, process in enumerate(processes) if process.exitcode not in (None, 0)]
+        if failed or time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    for rank, process in enumerate(processes):
+        if process.exitcode not in (None, 0):
+            time.sleep(0.2)
+            path = os.path.join(folder, f"error-{rank}")
+            reason = open(path).read() if os.path.exists(path) else f"exit code {process.exitcode}"
+            raise AssertionError(f"rank {rank} of {len(processes)} failed:\n{reason}")
+    waiting = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    if waiting:
+        raise AssertionError(f"ranks {waiting} did not finish within {timeout} s")
+
+
+def _rank_main(rank: int, num_ranks: int, port: int, folder: str, function: Callable, args: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    try:
+        from megatron_sstoken.parallel import start_processes, stop_processes
+
+        start_processes(timeout_minutes=2)
+        result = function(rank, *args)
+        with open(os.path.join(folder, f"result-{rank}"), "wb") as file:
+            pickle.dump(result, file)
+        stop_processes()
+    except BaseException:
+        with open(os.path.join(folder, f"error-{rank}"), "w") as file:
+            file.write(traceback.format_exc())
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _load(path: str) -> Any:
+    with open(path, "rb") as file:
+        return pickle.load(file)

@@ -1,0 +1,239 @@
+"""Preparation from JSON lines to a folder: order, bad rows, interruption, overwriting."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_sstoken.data import prepare as prepare_module
+from megatron_sstoken.data.conversation import FieldNames, parse_row, tokenize_conversations
+from megatron_sstoken.data.prepare import prepare, summary
+from megatron_sstoken.data.store import SampleStore, StoreWriter
+from megatron_sstoken.data.tokenizer import load_tokenizer
+from tests.toy import (
+    CHAT_TEMPLATES,
+    exchange,
+    make_sentencepiece,
+    make_tokenizer,
+    random_conversations,
+    write_rows,
+)
+
+ROWS = [{"messages": messages} for messages in random_conversations(40, seed=1)]
+GOOD = json.dumps(ROWS[0]).encode()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    return folder
+
+
+def run(*arguments, workers=1, **options):
+    return prepare(*arguments, workers=workers, progress=False, **options)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def test_samples_are_those_of_the_rows(tokenizer, tmp_path, monkeypatch):
+    """Several files, chunks of a few rows, blank lines, no newline at the end, a byte order mark."""
+    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 1000)
+    write_rows(tmp_path / "a.jsonl", ROWS[:25])
+    text = "\n\n".join(json.dumps(row) for row in ROWS[25:])
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{text}\r\n \n{json.dumps(ROWS[0])}".encode())
+    inputs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    manifest = run(inputs, tokenizer, tmp_path / "out")
+    store = SampleStore(tmp_path / "out")
+    rows = [*ROWS, ROWS[0]]
+    samples = tokenize_conversations(load_tokenizer(tokenizer), [row["messages"] for row in rows])
+    assert len(store) == len(rows) and store.rows.tolist() == list(range(len(rows)))
+    for index, sample in enumerate(samples):
+        assert store.tokens(index).tolist() == sample.tokens.tolist()
+        assert store.roles(index).tolist() == sample.roles.tolist()
+    for source, path in zip(manifest.sources, inputs, strict=True):
+        data = path.read_bytes()
+        assert source == {"path": str(path), "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert manifest.tokenizer_fingerprint == load_tokenizer(tokenizer).fingerprint
+    assert manifest.template == CHAT_TEMPLATES["generation"]
+    assert manifest.num_response_tokens == sum(int(sample.roles[1:].sum()) for sample in samples)
+
+
+def test_workers_change_no_byte(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 300)
+    path = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"prompt": "bad"}, *ROWS])
+    for workers in (1, 3):
+        run([path], tokenizer, tmp_path / f"out{workers}", workers=workers, on_bad_row="skip")
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out3")
+    assert SampleStore(tmp_path / "out3").rows.tolist() == [*range(40), *range(41, 81)]
+
+
+BAD_LINES = [b'{"messages": []}', b"", GOOD, b"nonsense", b"   ", b'{"prompt": "\xff"}', GOOD, b"[]"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_rows_are_an_error_with_their_lines(tokenizer, tmp_path, workers):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(BAD_LINES))
+    with pytest.raises(ValueError) as caught:
+        run([path], tokenizer, tmp_path / "out", workers=workers)
+    first, *listed = str(caught.value).splitlines()
+    assert first.startswith("4 of 6 rows cannot be prepared") and "--on_bad_row skip" in first
+    reasons = [
+        "1: the conversation is empty",
+        "4: invalid JSON",
+        "6: byte 12 of the line is not UTF-8",
+        "8: a row must be",
+    ]
+    assert len(listed) == len(reasons)
+    assert all(shown.startswith(f"  {path}:{reason}") for shown, reason in zip(listed, reasons, strict=True))
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_ten_bad_rows_are_listed(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 20)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"nonsense\n" * 25)
+    with pytest.raises(ValueError, match="25 of 25 rows") as caught:
+        run([path], tokenizer, tmp_path / "out")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 12 and ":10: " in lines[10] and lines[11] == "  … and 15 more"
+
+
+def test_bad_rows_are_skipped_and_kept(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(BAD_LINES))
+    manifest = run([path], tokenizer, tmp_path / "out", on_bad_row="skip")
+    assert (manifest.num_samples, manifest.num_skipped) == (2, 4)
+    assert SampleStore(tmp_path / "out").rows.tolist() == [1, 4]
+    skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [(bad["file"], bad["line"]) for bad in skipped] == [(str(path), line) for line in (1, 4, 6, 8)]
+    assert skipped[1]["text"] == "nonsense" and skipped[2]["text"] == '{"prompt": "\\xff"}'
+    assert "invalid JSON" in skipped[1]["reason"]
+    assert "skipped          4 (see" in summary(tmp_path / "out")
+
+
+def test_rows_bad_for_the_template_are_in_line_order(tokenizer, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{{ raise_exception('no') if messages[0].content == 'x' }}" + CHAT_TEMPLATES["generation"]
+    )
+    rows = [{"messages": exchange("x", "a")}, {"wrong": 1}, {"messages": exchange("x", "b")}, ROWS[0]]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    run([path], tokenizer, tmp_path / "out", chat_template=template, on_bad_row="skip")
+    skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [bad["line"] for bad in skipped] == [1, 2, 3]
+    assert skipped[2]["reason"] == "the chat template refuses the conversation: no"
+    assert json.loads(skipped[2]["text"]) == rows[2]
+
+
+def test_nothing_usable(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for content in (b"", b"\n \n", b"nonsense"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="has no sample"):
+            run([path], tokenizer, tmp_path / "out", on_bad_row="skip")
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_interruption_leaves_nothing(tokenizer, tmp_path, monkeypatch, error, workers):
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    add = StoreWriter.add
+
+    def fail_in_the_middle(self, tokens, roles, row):
+        if row == 20:
+            raise error("stop")
+        add(self, tokens, roles, row)
+
+    monkeypatch.setattr(StoreWriter, "add", fail_in_the_middle)
+    with pytest.raises(error, match="stop"):
+        run([path], tokenizer, tmp_path / "out", workers=workers)
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_overwriting(tokenizer, tmp_path, monkeypatch):
+    path, out = write_rows(tmp_path / "rows.jsonl", ROWS), tmp_path / "out"
+    run([path], tokenizer, out)
+    before = contents(out)
+    write_rows(path, ROWS[:5])
+    with pytest.raises(ValueError, match="exists; choose another folder or pass --overwrite"):
+        run([path], tokenizer, out)
+    write_rows(path, [{"wrong": 1}])
+    with pytest.raises(ValueError, match="1 of 1 rows cannot be prepared"):
+        run([path], tokenizer, out, overwrite=True)
+    assert contents(out) == before
+    write_rows(path, ROWS[:5])
+    run([path], tokenizer, out, overwrite=True)
+    assert len(SampleStore(out)) == 5
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "rows.jsonl"]
+
+
+@pytest.mark.parametrize("manifest", [None, "{}", "[]", "nonsense"])
+def test_foreign_folders_are_not_overwritten(tokenizer, tmp_path, manifest):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    if manifest:
+        (out / "manifest.json").write_text(manifest)
+    with pytest.raises(ValueError, match="was not made by this tool"):
+        run([write_rows(tmp_path / "rows.jsonl", ROWS)], tokenizer, out, overwrite=True)
+    assert (out / "precious").read_text() == "x"
+
+
+def test_bad_arguments(tokenizer, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(ValueError, match="--input: .*absent is not a file"):
+        run([tmp_path / "absent"], tokenizer, tmp_path / "out")
+    with pytest.raises(ValueError, match="--workers: 0 must be at least 1"):
+        run([path], tokenizer, tmp_path / "out", workers=0)
+    with pytest.raises(ValueError, match="--chat_template: .*absent cannot be read"):
+        run([path], tokenizer, tmp_path / "out", chat_template=tmp_path / "absent")
+
+
+def test_plain_text_with_sentencepiece(tmp_path):
+    model = make_sentencepiece(tmp_path / "toy.model")
+    path = write_rows(tmp_path / "rows.jsonl", [{"q": "the fox", "a": "the dog"}])
+    manifest = run([path], model, tmp_path / "out", fields=FieldNames("q", "a"))
+    assert manifest.template == manifest.template_source == "none (plain text)"
+    store = SampleStore(tmp_path / "out")
+    assert store.tokens(0)[-1] == manifest.eos_token_id and store.roles(0)[-1] == 1
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl:1: the tokenizer has no chat template.*--chat_template"
+    ):
+        run(
+            [write_rows(path, ROWS[:1] if len(ROWS[0]["messages"]) > 2 else ROWS[1:2])],
+            model,
+            tmp_path / "multi",
+        )
+
+
+def test_command_line(tokenizer, tmp_path):
+    """From another folder, with the package not installed."""
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    tool = Path(__file__).parents[3] / "tools" / "prepare_data.py"
+    command = [
+        sys.executable,
+        str(tool),
+        "--input",
+        str(path),
+        "--tokenizer",
+        str(tokenizer),
+        "--workers",
+        "2",
+    ]
+    done = subprocess.run([*command, "--output", "out"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if "tokens " not in line[:16])
+    assert table["rows"] == table["samples"] == "40" and table["skipped"] == "0" and table["output"] == "out"
+    assert table["template"] == "of the tokenizer, roles by generation marks"
+    assert parse_row(path.read_bytes().splitlines()[0]) == ROWS[0]["messages"]
+    again = subprocess.run([*command, "--output", "out"], cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 1 and again.stdout == ""
+    assert again.stderr.splitlines()[-1].startswith("error: --output: out exists")

@@ -1,0 +1,157 @@
+"""Tiny models, prepared data and settings that integration tests share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from megatron_sstoken.config import Settings
+from megatron_sstoken.data.store import StoreWriter
+from tests.reference.hf_reference import Sample
+
+VOCABULARY = 99  # no tensor parallel size divides it
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def make_model(folder: str | Path, family: str = "llama", *, seed: int = 0, **changes: Any) -> str:
+    """Save a random Hugging Face model of 4 layers with grouped queries; returns its folder.
+
+    `llama` is untied with Llama 3's rope scaling, `qwen2` tied with biases that are not zero.
+    """
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.15,
+    } | changes
+    if family == "llama":
+        config = LlamaConfig(**({"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": False} | shape))
+    else:
+        config = Qwen2Config(**({"tie_word_embeddings": True} | shape))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(str(folder))
+    return str(folder)
+
+
+def load_model(folder: str | Path) -> Any:
+    """The model of a folder as the reference wants it: eager attention, fp32, evaluation mode."""
+    return AutoModelForCausalLM.from_pretrained(str(folder), attn_implementation="eager", dtype=torch.float32).eval()
+
+
+def make_samples(num: int, *, seed: int = 0, longest: int = 60, shortest: int = 8) -> list[Sample]:
+    """Random conversations, single- and multi-turn; every one begins with context and has a response."""
+    generator = np.random.default_rng(seed)
+    samples = []
+    for _ in range(num):
+        length = int(generator.integers(shortest, longest + 1))
+        turns = int(generator.integers(1, 4))
+        cuts = np.sort(generator.choice(np.arange(1, length), size=min(2 * turns - 1, length - 1), replace=False))
+        roles = np.zeros(length, dtype=int)
+        for number, part in enumerate(np.split(np.arange(length), cuts)):
+            roles[part] = number % 2
+        samples.append(Sample(generator.integers(0, VOCABULARY, length).tolist(), roles.tolist()))
+    return samples
+
+
+def make_store(folder: str | Path, samples: Sequence[Sample], rows: Sequence[int] | None = None) -> str:
+    """Write samples as a prepared folder; `rows` are their numbers in the input. Returns the folder."""
+    writer = StoreWriter(folder)
+    for number, sample in enumerate(samples):
+        row = number if rows is None else rows[number]
+        writer.add(np.array(sample.tokens, dtype=np.int32), np.array(sample.roles, dtype=np.uint8), row)
+    writer.finalize(
+        vocabulary_size=VOCABULARY, eos_token_id=1, tokenizer_fingerprint="toy", tokenizer_path="toy", template=None
+    )
+    return str(folder)
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "single": (1, {}),
+    "tp2": (2, {"parallel.tensor": 2}),
+    "tp2-sequence": (2, {"parallel.tensor": 2, "parallel.sequence": True}),
+    "pp2": (2, {"parallel.pipeline": 2}),
+    "pp2-vpp2": (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
+    "dp2": (2, {}),
+}
+"""Name → number of processes and the settings that make the layout."""
+
+
+def make_settings(model: str, data: str, **changes: Any) -> Settings:
+    """fp32 settings for tiny runs; `changes` are dotted settings with `__` for the dot, or a mapping as `**{...}`."""
+    settings = Settings()
+    settings.model.hf_path = model
+    settings.data.train = data
+    settings.data.sequence_length = 128
+    settings.training.precision = "fp32"
+    settings.training.global_batch_size = 8
+    settings.training.micro_batch_size = 1
+    settings.optimizer.learning_rate = 1e-3
+    settings.optimizer.schedule = "constant"
+    settings.optimizer.warmup_fraction = 0.0
+    for name, value in changes.items():
+        section, key = name.replace("__", ".").split(".")
+        assert hasattr(getattr(settings, section), key), name
+        setattr(getattr(settings, section), key, value)
+    return settings
+
+
+def run_score(rank: int, settings: list[Settings], outputs: list[str]) -> None:
+    """On each rank: write token records for several settings that share a layout."""
+    from megatron_sstoken import score
+    from megatron_sstoken.parallel import reset_layout
+
+    for one, output in zip(settings, outputs, strict=True):
+        score.run(one, output)
+        reset_layout()
+
+
+def run_training(rank: int, settings: list[Settings]) -> list[list[dict[str, float]]]:
+    """On each rank: train with several settings that share a layout; each step's loss, gradient norm and counts."""
+    from megatron_sstoken.parallel import create_layout, reset_layout
+    from megatron_sstoken.training.loop import create_trainer, training_step
+    from megatron_sstoken.training.scoring import open_history
+    from megatron_sstoken.training.setup import current_model
+    from megatron_sstoken.training.start import agreed_plan
+
+    results = []
+    for one in settings:
+        plan = agreed_plan(one)
+        layout = create_layout(one.parallel, one.training.seed)
+        history = open_history(plan, layout)
+        trainer = create_trainer(plan, layout, current_model(plan, layout, trainable=True), history)
+        trainer.model.train(True)
+        steps = []
+        for number in range(plan.num_steps):
+            metrics, norm, _ = training_step(trainer, number)
+            steps.append(
+                {
+                    "loss": metrics.loss_selected,
+                    "grad_norm": norm,
+                    "num_selected": metrics.num_selected,
+                    "num_response": metrics.num_response,
+                }
+            )
+        results.append(steps)
+        reset_layout()
+    return results

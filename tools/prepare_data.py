@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Tokenise conversations (JSON lines) into a folder that training reads."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+try:
+    import megatron_sstoken  # noqa: F401
+except ModuleNotFoundError:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_sstoken.data.conversation import FieldNames
+from megatron_sstoken.data.prepare import default_workers, prepare, summary
+
+ROWS = """rows: {"messages": [{"role", "content"}, …]}, {"prompt", "completion"} (texts, or lists of
+messages), {"instruction", "input", "output"}, or the columns that --fields names. Roles: system, user,
+assistant, tool."""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=ROWS,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE.jsonl", help="files, read in this order"
+    )
+    parser.add_argument(
+        "--tokenizer", required=True, help="Hugging Face folder, or sentencepiece .model file"
+    )
+    parser.add_argument("--output", required=True, help="folder to make")
+    parser.add_argument(
+        "--chat_template", metavar="FILE", help="Jinja template to use instead of the tokenizer's"
+    )
+    parser.add_argument("--fields", help="columns, such as prompt=question,response=answer[,system=rules]")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="processes that tokenise")
+    parser.add_argument(
+        "--on_bad_row",
+        choices=("error", "skip"),
+        default="error",
+        help="stop and list the bad rows, or leave them out and write them to OUTPUT/skipped.jsonl",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an OUTPUT that this tool made, with all that lies in it (history losses too)",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prepare the data and print a summary; the exit status."""
+    options = parse_arguments(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers decides how many cores work
+    try:
+        prepare(
+            options.input,
+            options.tokenizer,
+            options.output,
+            chat_template=options.chat_template,
+            fields=FieldNames.parse(options.fields) if options.fields else None,
+            workers=options.workers,
+            on_bad_row=options.on_bad_row,
+            overwrite=options.overwrite,
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(summary(options.output))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
