@@ -10,5 +10,10 @@ for _theirs in (
     "Transformer Engine and Apex are not installed",
     "full scope is deprecated",
     r"`torch\.distributed\..*` is deprecated",
+    "When using async grad allreduce",
+    r"The \.grad attribute of a Tensor that is not a leaf",
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
+    "TypedStorage is deprecated",
 ):
     warnings.filterwarnings("ignore", message=_theirs)

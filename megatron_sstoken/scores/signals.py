@@ -1,70 +1,89 @@
-"""From losses and attention to a score per token: pure functions over one-dimensional tensors.
+"""What is known of each token of a micro-batch, and ssToken's score of it: pure functions on tensors."""
 
-All tensors hold the T tokens of whole samples, one sample after another, in any number; entry t speaks of token t.
-"""
-
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class TokenSignals:
-    """What selection knows of T tokens. Values outside `response` are undefined, NaN included, and never used."""
+    """The T tokens of one micro-batch on one data-parallel rank; entry t of each tensor is about token t.
 
-    segment: torch.Tensor
-    """int64 [T]: index of the token's sample, in [0, num_segments); −1 is padding."""
-    num_segments: int
-    response: torch.Tensor
-    """bool [T]: response tokens at position ≥ 1, the set R of the paper."""
-    sample: torch.Tensor
-    """int64 [T]: row number in the input."""
-    position: torch.Tensor
-    """int64 [T]: position in the sample."""
-    loss: torch.Tensor
-    """fp32 [T], nats, under the weights of this step."""
-    history_loss: torch.Tensor
-    """fp32 [T], nats, under the history weights."""
-    attention: torch.Tensor
-    """fp32 [T] in [0, 1]: attention mass on the context."""
-
-
-def retrospective_excess_loss(loss: torch.Tensor, history_loss: torch.Tensor) -> torch.Tensor:
-    """REL = history loss − loss (ssToken, Eq. 3): large where the model has become better than its past self.
-
-    RHO-1's excess loss has the opposite sign.
+    `loss`, `history_loss` and `attention` are undefined outside `response`: they may hold anything there,
+    even NaN.
     """
-    return history_loss - loss
+
+    segment: Tensor
+    """int64 [T]: which sample of this micro-batch, from 0; −1 is padding."""
+    num_segments: int
+    """Samples in this micro-batch."""
+    response: Tensor
+    """bool [T]: response tokens at position 1 or later: R of the design page."""
+    sample: Tensor
+    """int64 [T]: row number in the input."""
+    position: Tensor
+    """int64 [T]: position in the sample."""
+    loss: Tensor
+    """fp32 [T], nats: −log p of the token under the weights of this step."""
+    history_loss: Tensor
+    """fp32 [T], nats: the same under the history weights."""
+    attention: Tensor
+    """fp32 [T], in [0, 1]: mean over heads of the attention that goes to earlier context tokens."""
+
+
+def concatenate_signals(parts: Sequence[TokenSignals]) -> TokenSignals:
+    """One or more micro-batches as one, for a selection over all of them; samples stay apart."""
+    segments, first = [], 0
+    for part in parts:
+        segments.append(torch.where(part.segment >= 0, part.segment + first, -1))
+        first += part.num_segments
+    names = ("response", "sample", "position", "loss", "history_loss", "attention")
+    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return TokenSignals(segment=torch.cat(segments), num_segments=first, **joined)
+
+
+def retrospective_excess_loss(loss: Tensor, history_loss: Tensor) -> Tensor:
+    """REL = history − current, fp32 in nats: large where the model has become better than its past self.
+
+    ssToken (arXiv 2510.18250) Eq. 3. RHO-1's excess loss has the opposite sign (current − reference).
+    """
+    return history_loss.float() - loss.float()
 
 
 def normalize_per_sample(
-    rel: torch.Tensor,
-    response: torch.Tensor,
-    segment: torch.Tensor,
-    num_segments: int,
-    rel_floor: float,
-    epsilon: float = 1e-8,
-) -> torch.Tensor:
-    """Min-max of `rel` over the response tokens of each sample, fp32 [T]; NaN outside `response`.
+    rel: Tensor, response: Tensor, segment: Tensor, num_segments: int, rel_floor: float, eps: float = 1e-8
+) -> Tensor:
+    """REL scaled to [0, 1] over the response tokens of each sample: (rel − min) / (max − min + eps), in fp32.
 
-    A sample whose values spread less than `rel_floor` gets 0 throughout: right after the start the model and its past
-    are the same, and min-max would blow up rounding. 0 reproduces the official code.
+    rel: fp32 [T]; response: bool [T]; segment: int64 [T]. A sample whose max − min is below `rel_floor`
+    (nats) gets 0 throughout: before the model has moved, min-max would blow numerical noise up to [0, 1]. 0
+    is the official code. Returns fp32 [T], NaN outside `response` and where `rel` is NaN (which does not
+    touch the sample's other tokens).
     """
-    owner = segment.clamp(min=0)
-    lowest = rel.new_full((max(num_segments, 1),), torch.inf)
-    lowest = lowest.scatter_reduce(0, owner, rel.masked_fill(~response, torch.inf), "amin")
-    highest = rel.new_full((max(num_segments, 1),), -torch.inf)
-    highest = highest.scatter_reduce(0, owner, rel.masked_fill(~response, -torch.inf), "amax")
-    spread = (highest - lowest)[owner]
-    normalized = (rel - lowest[owner]) / (spread + epsilon)
-    normalized = torch.where(spread < rel_floor, torch.zeros_like(rel), normalized)
-    return torch.where(response, normalized, torch.nan)
+    rel = rel.float()
+    known = response & ~rel.isnan()
+    slot = torch.where(known, segment, num_segments)
+    lowest, highest = (
+        rel.new_full((num_segments + 1,), start).scatter_reduce(0, slot, rel, reduce)[slot]
+        for start, reduce in ((torch.inf, "amin"), (-torch.inf, "amax"))
+    )
+    spread = highest - lowest
+    scaled = torch.where(spread < rel_floor, 0.0, (rel - lowest) / (spread + eps))
+    return torch.where(known, scaled, torch.nan)
 
 
-def combine(rel_norm: torch.Tensor, attention: torch.Tensor, gamma: float) -> torch.Tensor:
-    """score = γ·rel_norm + (1 − γ)·attention, fp32 [T]; at γ = 0 or 1 the other signal is not looked at."""
+def combine(rel_norm: Tensor, attention: Tensor, gamma: float) -> Tensor:
+    """The ssToken score γ·rel_norm + (1−γ)·attention, fp32 [T]. ssToken, arXiv 2510.18250.
+
+    At γ = 0 and γ = 1 the unused signal is not touched, so that NaN in it cannot reach the score. Raises
+    ValueError for γ outside [0, 1].
+    """
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma={gamma} is outside [0, 1]: it is the weight of the excess loss in the score")
     if gamma == 0:
-        return attention.clone()
+        return attention.float()
     if gamma == 1:
-        return rel_norm.clone()
-    return gamma * rel_norm + (1 - gamma) * attention
+        return rel_norm.float()
+    return gamma * rel_norm.float() + (1 - gamma) * attention.float()

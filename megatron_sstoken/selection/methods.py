@@ -1,7 +1,6 @@
-"""Selection methods, by name, and the one function that applies them.
+"""The methods of token selection: what each scores, in one registry, and the selection itself.
 
-A method maps signals to a score per token; the highest are trained on. To add one, write the function and enter it in
-`METHODS`.
+To add a method, write its score and enter it in `METHODS`.
 """
 
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_sstoken.scores.signals import (
     TokenSignals,
@@ -16,80 +16,78 @@ from megatron_sstoken.scores.signals import (
     normalize_per_sample,
     retrospective_excess_loss,
 )
-from megatron_sstoken.selection.topk import counts_selected, distributed_topk, segment_topk, token_id
+from megatron_sstoken.selection.topk import (
+    Rho,
+    count_selected,
+    distributed_topk,
+    histogram,
+    nan_error,
+    segment_topk,
+    token_id,
+)
+
+SCOPES = ("sample", "microbatch", "batch")
 
 
 @dataclass(frozen=True)
-class Context:
-    """What scoring may depend on besides the signals."""
+class Scorable:
+    """What a method may score by."""
 
+    signals: TokenSignals
+    rel_norm: Tensor
+    """fp32 [T]: normalised REL; NaN if the method needs no history."""
     gamma: float
     seed: int
     draw: int
-    """Number of the global batch."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to score tokens. `score` is None where every response token is taken."""
+    """One way to score tokens: higher is kept."""
 
-    score: Callable[[TokenSignals, torch.Tensor, Context], torch.Tensor] | None
-    """(signals, rel_norm fp32 [T], context) → fp32 [T], higher is better."""
-    needs_history: bool
-    needs_attention: bool
+    score: Callable[[Scorable], Tensor] | None
+    """→ fp32 [T], anything outside the response; None keeps every response token."""
+    needs_history: bool = False
+    needs_attention: bool = False
+
+
+def _rho1(x: Scorable) -> Tensor:
+    """RHO-1 (arXiv 2404.07965): loss − reference loss, not normalised; the sign is opposite to REL's."""
+    return -retrospective_excess_loss(x.signals.loss, x.signals.history_loss)
+
+
+METHODS: dict[str, Method] = {
+    "sstoken": Method(
+        lambda x: combine(x.rel_norm, x.signals.attention, x.gamma), needs_history=True, needs_attention=True
+    ),
+    "full": Method(None),
+    "random": Method(lambda x: random_scores(x.signals.sample, x.signals.position, x.seed, x.draw)),
+    "rho1": Method(_rho1, needs_history=True),
+    "attention": Method(lambda x: x.signals.attention.float(), needs_attention=True),
+    "rel": Method(lambda x: x.rel_norm, needs_history=True),
+}
+"""Name → method. `rel` and `attention` are ssToken at γ = 1 and γ = 0, sparing the work for the other."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The outcome for T tokens."""
+    """Which tokens of a micro-batch are trained on, and why."""
 
-    mask: torch.Tensor
-    """bool [T]: trained on."""
-    score: torch.Tensor
-    """fp32 [T]; NaN outside the response, and everywhere if the method has no score."""
-    rel_norm: torch.Tensor
-    """fp32 [T]; NaN outside the response, and everywhere without history."""
-
-
-def uniform_hash(seed: int, draw: int, sample: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Uniform in [0, 1), fp32, a function of (seed, draw, sample, position) alone: equal on every layout and device.
-
-    Counter-based, with the finaliser of splitmix64 (Steele et al., 2014) in wrapping int64 arithmetic.
-    """
-    start = ((seed & 0xFFFFFFFF) << 31) ^ draw
-    state = _mix(_mix(torch.full_like(sample, start)) ^ token_id(sample, position))
-    return (_shift_right(state, 40)).to(torch.float32) / 2**24
-
-
-def _mix(value: torch.Tensor) -> torch.Tensor:
-    value = value + (0x9E3779B97F4A7C15 - 2**64)
-    value = (value ^ _shift_right(value, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
-    value = (value ^ _shift_right(value, 27)) * (0x94D049BB133111EB - 2**64)
-    return value ^ _shift_right(value, 31)
-
-
-def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift: int64 tensors shift arithmetically."""
-    return (value >> bits) & (2 ** (64 - bits) - 1)
-
-
-METHODS: dict[str, Method] = {
-    "sstoken": Method(lambda s, rel_norm, c: combine(rel_norm, s.attention, c.gamma), True, True),
-    "full": Method(None, False, False),
-    "random": Method(lambda s, _, c: uniform_hash(c.seed, c.draw, s.sample, s.position), False, False),
-    # ssToken's two halves alone, for ablations
-    "rel": Method(lambda s, rel_norm, _: rel_norm, True, False),
-    "attention": Method(lambda s, _, __: s.attention, False, True),
-    # RHO-1: excess loss over a reference, of the opposite sign and not normalised
-    "rho1": Method(lambda s, _, __: -retrospective_excess_loss(s.loss, s.history_loss), True, False),
-}
+    mask: Tensor
+    """bool [T]: selected; false outside the response."""
+    score: Tensor
+    """fp32 [T]; NaN outside the response, and throughout if the method has no score."""
+    rel_norm: Tensor
+    """fp32 [T]: normalised REL; NaN outside the response, and throughout if the method needs no history."""
+    threshold: Tensor
+    """fp32 [num_segments]: the lowest selected score among the tokens that a sample's tokens competed with:
+    its own in scope sample, those of all ranks otherwise; NaN if there is none."""
 
 
 def select_tokens(
     signals: TokenSignals,
-    *,
     method: str,
-    rho: float,
+    rho: Rho,
     scope: str,
     gamma: float,
     rel_floor: float,
@@ -97,41 +95,101 @@ def select_tokens(
     draw: int,
     group: dist.ProcessGroup | None,
 ) -> Selection:
-    """Score the response tokens and take the ceil(ρ·n) best, exactly.
+    """Select the ceil(ρ·n) highest-scoring of the n response tokens that compete, exactly.
 
-    `scope` sample: n are the response tokens of one sample, and no rank needs another. Otherwise n are those that all
-    ranks of `group` pass in, and every rank of it calls this: one micro-batch each, or all micro-batches of a global
-    batch one after another. REL is normalised per sample in every scope. Raises ValueError for a score that is NaN,
-    naming sample and position.
+    method: a name in `METHODS`. scope: `sample`, a sample's own tokens compete, ties go to the lower position
+    and nothing is communicated; `microbatch`, those of all ranks of `group` compete, ties go to the lower
+    sample, then position, and all its ranks must call; `batch`, the same, for signals joined by
+    `concatenate_signals`. REL is normalised per sample in every scope. gamma, rel_floor: see
+    `scores.signals`. seed, draw: random scores depend on them and on a token's sample and position alone.
+    group: None is this process alone.
+
+    Raises ValueError for an unknown method or scope, a ρ or γ outside its range, and for a score that is NaN,
+    naming its sample and position (in scopes other than sample the same on every rank).
     """
-    entry = METHODS[method]
-    undefined = torch.full_like(signals.loss, torch.nan)
-    if entry.score is None:
-        return Selection(signals.response.clone(), undefined, undefined)
+    if scope not in SCOPES:
+        raise ValueError(f"scope={scope} is unknown: use one of {', '.join(SCOPES)}")
+    score, rel_norm = score_tokens(signals, method, gamma=gamma, rel_floor=rel_floor, seed=seed, draw=draw)
+    if METHODS[method].score is None:
+        threshold = score.new_full((signals.num_segments,), torch.nan)
+        return Selection(signals.response.clone(), score, rel_norm, threshold)
+    select = _select_per_sample if scope == "sample" else _select_across
+    mask, threshold = select(signals, score, rho, group)
+    return Selection(mask, score, rel_norm, threshold)
+
+
+def score_tokens(
+    signals: TokenSignals, method: str, *, gamma: float, rel_floor: float, seed: int, draw: int
+) -> tuple[Tensor, Tensor]:
+    """(score, rel_norm) as in `Selection`. Raises ValueError for an unknown method or a γ not in [0, 1]."""
+    if method not in METHODS:
+        raise ValueError(f"method={method} is unknown: use one of {', '.join(METHODS)}")
+    chosen = METHODS[method]
+    undefined = torch.full_like(signals.loss, torch.nan, dtype=torch.float32)
     rel_norm = undefined
-    if entry.needs_history:
+    if chosen.needs_history:
         rel = retrospective_excess_loss(signals.loss, signals.history_loss)
-        rel_norm = normalize_per_sample(rel, signals.response, signals.segment, signals.num_segments, rel_floor)
-    score = entry.score(signals, rel_norm, Context(gamma, seed, draw))
-    score = torch.where(signals.response, score, torch.nan)
-    if scope == "sample":
-        mask = _select_per_sample(signals, score, rho)
-    else:
-        ids = token_id(signals.sample, signals.position)[signals.response]
-        chosen, _ = distributed_topk(score[signals.response], ids, rho, group)
-        mask = torch.zeros_like(signals.response).masked_scatter_(signals.response, chosen)
-    return Selection(mask, score, rel_norm)
-
-
-def _select_per_sample(signals: TokenSignals, score: torch.Tensor, rho: float) -> torch.Tensor:
-    broken = signals.response & score.isnan()
-    if bool(broken.any()):
-        first = int(broken.nonzero()[0])
-        raise ValueError(
-            f"the score of sample {int(signals.sample[first])}, position {int(signals.position[first])} is NaN: "
-            f"loss {float(signals.loss[first])}, history loss {float(signals.history_loss[first])}, attention "
-            f"{float(signals.attention[first])}"
+        rel_norm = normalize_per_sample(
+            rel, signals.response, signals.segment, signals.num_segments, rel_floor
         )
-    num_segments = max(signals.num_segments, 1)
-    sizes = torch.bincount(signals.segment[signals.response], minlength=num_segments)
-    return segment_topk(score, signals.response, signals.segment, num_segments, counts_selected(rho, sizes))
+    if chosen.score is None:
+        return undefined, rel_norm
+    score = chosen.score(Scorable(signals, rel_norm, gamma, seed, draw))
+    return torch.where(signals.response, score, torch.nan), rel_norm
+
+
+def _select_per_sample(
+    signals: TokenSignals, score: Tensor, rho: Rho, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """(mask, threshold) with every sample for itself; `group` is not used."""
+    response, num_segments = signals.response, signals.num_segments
+    bad = response & score.isnan()
+    if bool(bad.any()):
+        raise nan_error(int(token_id(signals.sample[bad], signals.position[bad]).min()))
+    slot = torch.where(response, signals.segment, num_segments)
+    num_selected = count_selected(rho, histogram(slot, num_segments + 1)[:-1])
+    mask = segment_topk(score, response, signals.segment, num_segments, num_selected)
+    lowest = score.new_full((num_segments + 1,), torch.inf)
+    lowest.scatter_reduce_(
+        0, torch.where(mask, slot, num_segments), torch.where(mask, score, torch.inf), "amin"
+    )
+    return mask, torch.where(num_selected > 0, lowest[:-1], torch.nan)
+
+
+def _select_across(
+    signals: TokenSignals, score: Tensor, rho: Rho, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """(mask, threshold) with the tokens of all ranks together."""
+    competing = signals.response.nonzero().squeeze(1)
+    ids = token_id(signals.sample[competing], signals.position[competing])
+    best = distributed_topk(score[competing], ids, group, rho=rho)
+    mask = torch.zeros_like(signals.response).index_copy_(0, competing, best.mask)
+    return mask, score.new_full((signals.num_segments,), best.threshold)
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
+
+
+def random_scores(sample: Tensor, position: Tensor, seed: int, draw: int) -> Tensor:
+    """Uniform in [0, 1): a hash of (seed, draw, sample, position), equal in any layout, order and device.
+
+    sample, position: int64 [T]. Returns fp32 [T], multiples of 2^-24.
+    """
+    state = torch.zeros((), dtype=torch.int64)
+    for part in (seed, draw, sample, position):
+        state = _splitmix64(state ^ part)
+    return _shift_right(state, 40).float() * 2.0**-24
+
+
+def _splitmix64(state: Tensor) -> Tensor:
+    """One output of SplitMix64 (Steele et al., OOPSLA 2014) from a 64-bit state; int64 arithmetic wraps."""
+    z = state + _GOLDEN
+    z = (z ^ _shift_right(z, 30)) * _MIX[0]
+    z = (z ^ _shift_right(z, 27)) * _MIX[1]
+    return z ^ _shift_right(z, 31)
+
+
+def _shift_right(value: Tensor, bits: int) -> Tensor:
+    """Shift as if unsigned: int64 `>>` repeats the sign."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,207 +1,308 @@
-"""Exact top-k: within segments by sorting, over all ranks by radix select. Nothing gathers all scores.
+"""Exact top-k of scores: within each sample by one sort, across ranks by radix select over histograms.
 
-Radix select: scores become unsigned integers of the same order, and all ranks together narrow down the k-th largest
-digit by digit, each round one all-reduce of a histogram. 32 bits in digits of 11, 11 and 10 bits are three rounds of
-16 KiB: with 16-bit digits one round less would cost twenty times the bytes, and rounds of this size are bound by
-latency anyway. Ties that straddle k go to the lowest token ids, found in the same way; only then there are six more
-rounds. The traffic does not depend on the number of tokens.
+Nobody gathers scores. A distributed algorithm here is a generator run by every rank on its own shard: it
+yields integer counts, and is sent their sum over all ranks (`Rounds`). What it yields next depends on sums
+alone, never on the shard, so all ranks take part in the same collectives whatever they hold. `run_rounds`
+drives one generator over a process group, or thousands of them in one process: a simulation runs the very
+code that training does.
 """
 
-from collections.abc import Callable, Sequence
+import math
+import struct
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from fractions import Fraction
+from typing import TypeAlias, TypeVar, overload
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-_POSITION_BITS = 24
-_DIGIT = 11
-_KEY_BITS = 32
-_ID_BITS = 63
+Result = TypeVar("Result")
+Rho: TypeAlias = float | str | Decimal
+Rounds: TypeAlias = Generator[Tensor, Tensor, Result]
+"""Yields int64 counts of this rank, receives their sum over all ranks, returns a result."""
 
-Reduce = Callable[[torch.Tensor], torch.Tensor]
-"""Sums an int64 tensor over all ranks."""
+POSITION_BITS = 24
+SCORE_DIGITS = (11, 11, 10)
+"""Bits of a key that each round settles. A round is one all-reduce of 2^bits counts of 8 bytes: 11 + 11 + 10
+takes 3 rounds and 40 KiB, 8·4 takes 4 and 8 KiB, 16 + 16 takes 2 and 1 MiB. 16 KiB still costs what an empty
+all-reduce costs (latency, tens of µs), 512 KiB does not (50 µs at 10 GB/s): three rounds are the quickest."""
+ID_DIGITS = (11, 11, 11, 10, 10, 10)
+"""The same for the 63 bits of a token id; run only if some, not all, of the tokens that tie are taken."""
 
 
 @dataclass
 class Traffic:
-    """What the collectives of one selection moved."""
+    """What a rank handed to all-reduce."""
 
     collectives: int = 0
     num_bytes: int = 0
-    """Bytes that each rank contributes, over all collectives."""
+
+    def add(self, counts: Tensor) -> None:
+        self.collectives += 1
+        self.num_bytes += counts.nbytes
 
 
-def keep_fraction(rho: float | str | Decimal) -> Fraction:
-    """ρ as the decimal number that was written, exactly. Raises ValueError outside (0, 1] or beyond 9 decimals."""
-    try:
-        fraction = Fraction(str(rho))
-    except ValueError as error:
-        raise ValueError(f"rho={rho} is not a number") from error
-    if not 0 < fraction <= 1:
-        raise ValueError(f"rho={rho} is outside (0, 1]")
-    if 10**9 % fraction.denominator:
-        raise ValueError(f"rho={rho} has more than 9 decimals: round it")
-    return fraction
+@dataclass(frozen=True)
+class TopK:
+    """A rank's part of a selection over all ranks; all but `mask` is the same on every rank."""
+
+    mask: Tensor
+    """bool, as long as this rank's scores."""
+    threshold: float
+    """The lowest selected score (−0.0 counts as 0.0), NaN if nothing is selected."""
+    num_candidates: int
+    num_selected: int
 
 
-def count_selected(rho: float | str | Decimal, num: int) -> int:
-    """ceil(ρ·num), exactly, for ρ's decimal value: 0.07 of 100 are 7, which floating point makes 8."""
-    fraction = keep_fraction(rho)
-    return -(-fraction.numerator * num // fraction.denominator)
+def parse_rho(rho: Rho) -> Fraction:
+    """The share ρ as the decimal that was written: 0.1 is 1/10, not the nearest binary number.
 
-
-def counts_selected(rho: float | str | Decimal, counts: torch.Tensor) -> torch.Tensor:
-    """`count_selected` for every element of an int64 tensor, exact up to 9·10⁹ tokens each."""
-    fraction = keep_fraction(rho)
-    return -(-counts * fraction.numerator).div(fraction.denominator, rounding_mode="floor")
-
-
-def sortable_keys(scores: torch.Tensor) -> torch.Tensor:
-    """fp32 → int64 in [0, 2³²) of the same order; −0.0 and +0.0 become equal. NaN has no place in it."""
-    bits = (scores.float() + 0.0).view(torch.int32).to(torch.int64)  # −0.0 + 0.0 is +0.0
-    return torch.where(bits >= 0, bits + 2**31, -bits - 1)
-
-
-def token_id(sample: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """One int64 that orders tokens by sample, then position. Positions must be below 2²⁴, samples below 2³⁹."""
-    assert position.numel() == 0 or int(position.max()) < 2**_POSITION_BITS, "samples have fewer than 2²⁴ tokens"
-    return (sample << _POSITION_BITS) | position
-
-
-def split_token_id(identity: int) -> tuple[int, int]:
-    """Sample and position of a token id."""
-    return identity >> _POSITION_BITS, identity & (2**_POSITION_BITS - 1)
-
-
-def segment_topk(
-    scores: torch.Tensor, candidates: torch.Tensor, segment: torch.Tensor, num_segments: int, k: torch.Tensor
-) -> torch.Tensor:
-    """The k[s] highest-scored candidates of each segment s, bool [T]; among equals the lower index wins.
-
-    `scores` fp32 [T] without NaN at candidates, `candidates` bool [T], `segment` int64 [T] in [0, num_segments) at
-    candidates, `k` int64 [num_segments] of at most as many as there are candidates. Two stable sorts.
+    Raises ValueError if ρ is not a decimal in (0, 1] with at most 9 digits after the point.
     """
-    index = candidates.nonzero().squeeze(1)
-    best_first = torch.sort(sortable_keys(scores[index]), descending=True, stable=True).indices
-    owner = segment[index][best_first]
-    by_segment = torch.sort(owner, stable=True).indices
-    owner = owner[by_segment]
-    sizes = torch.bincount(owner, minlength=num_segments)
-    starts = sizes.cumsum(0) - sizes
-    rank = torch.arange(len(owner), device=scores.device) - starts[owner]
-    chosen = index[best_first[by_segment[rank < k[owner]]]]
-    return torch.zeros_like(candidates).index_fill_(0, chosen, True)
+    try:
+        decimal = Decimal(str(rho))
+    except InvalidOperation:
+        raise ValueError(f"rho={rho!r} is not a number: use the share to keep, as 0.6") from None
+    if not (decimal.is_finite() and 0 < decimal <= 1):
+        raise ValueError(f"rho={rho} is outside (0, 1]: use the share to keep, as 0.6")
+    share = Fraction(decimal)
+    if 10**9 % share.denominator:
+        raise ValueError(f"rho={rho} has more than 9 decimals: round it to 9 or fewer")
+    return share
+
+
+@overload
+def count_selected(rho: Rho, num: int) -> int: ...
+@overload
+def count_selected(rho: Rho, num: Tensor) -> Tensor: ...
+def count_selected(rho: Rho, num: int | Tensor) -> int | Tensor:
+    """k = ceil(ρ·num), exactly, from ρ's decimal value: 0.07 of 100 is 7, where floating point gives 8.
+
+    num: an int, or an int64 tensor of any shape with values up to 10^12; the result is like it. Raises
+    ValueError for a ρ that `parse_rho` refuses.
+    """
+    share = parse_rho(rho)
+    p, q = share.numerator, share.denominator
+    # num·p may pass 2^63. In num = whole·q + rest the rest is below q, and rest·p below 10^18.
+    whole, rest = num // q, num % q
+    return whole * p + (rest * p + q - 1) // q
+
+
+def sortable_keys(scores: Tensor) -> Tensor:
+    """Map fp32 to int64 in [0, 2^32) in the same order; −0.0 and 0.0 share a key. Shape is kept; no NaN.
+
+    A float is a sign and a magnitude whose bits, read as an integer, are in the order of its value. Integer
+    arithmetic only, so that denormals survive where the machine flushes them.
+    """
+    assert scores.dtype == torch.float32, scores.dtype
+    bits = scores.contiguous().view(torch.int32).long()
+    magnitude = bits & 0x7FFFFFFF
+    return (1 << 31) + torch.where(bits < 0, -magnitude, magnitude)
+
+
+def score_of_key(key: int) -> float:
+    """The inverse of `sortable_keys` for one key."""
+    magnitude = key - (1 << 31)
+    (value,) = struct.unpack("<f", struct.pack("<I", abs(magnitude)))
+    return math.copysign(value, magnitude)
+
+
+def token_id(sample: Tensor, position: Tensor) -> Tensor:
+    """One int64 that is unique to a token and orders by sample (below 2^39), then position (below 2^24)."""
+    assert bool(((position >= 0) & (position < 1 << POSITION_BITS)).all()), "a position is outside [0, 2^24)"
+    return sample << POSITION_BITS | position
+
+
+def split_token_id(token: int) -> tuple[int, int]:
+    """(sample, position) of a `token_id`."""
+    return token >> POSITION_BITS, token & ((1 << POSITION_BITS) - 1)
+
+
+def nan_error(token: int) -> ValueError:
+    """The error for a score that is NaN, naming the token with this id."""
+    sample, position = split_token_id(token)
+    return ValueError(
+        f"the score of sample {sample} (row number in the input), position {position}, is NaN: "
+        "it cannot be ranked; look for a loss, history loss or attention that is not finite in this sample"
+    )
+
+
+def segment_topk(scores: Tensor, candidates: Tensor, segment: Tensor, num_segments: int, k: Tensor) -> Tensor:
+    """The k[s] highest scores among the candidates of each segment s; of equal scores the lower index wins.
+
+    scores: fp32 [T], no NaN among candidates, anything elsewhere; candidates: bool [T]; segment: int64 [T],
+    used where candidates is true; k: int64 [num_segments], a k above the number of candidates takes them all.
+    Returns bool [T].
+    """
+    slot = torch.where(candidates, segment, num_segments)
+    descending = (1 << 32) - 1 - sortable_keys(scores)
+    order = torch.sort(slot << 32 | descending, stable=True).indices
+    count = histogram(slot, num_segments + 1)
+    start = count.cumsum(0) - count
+    rank = torch.arange(len(scores), device=scores.device) - start[slot[order]]
+    quota = torch.cat([k, k.new_zeros(1)])
+    return torch.zeros_like(candidates).scatter_(0, order, rank < quota[slot[order]])
 
 
 def distributed_topk(
-    scores: torch.Tensor,
-    token_ids: torch.Tensor,
-    rho: float | str | Decimal,
+    scores: Tensor,
+    token_ids: Tensor,
     group: dist.ProcessGroup | None,
+    *,
+    k: int | None = None,
+    rho: Rho | None = None,
     traffic: Traffic | None = None,
-) -> tuple[torch.Tensor, float]:
-    """The ceil(ρ·n) highest of all ranks' n scores: this rank's mask, and the lowest selected score.
+) -> TopK:
+    """The k highest scores of all ranks of `group`; of equal ones the lower token id wins. All ranks call it.
 
-    `scores` fp32 [m] and `token_ids` int64 [m] (unique over all ranks; among equal scores lower ids win) of this rank,
-    m ≥ 0. Every rank of `group` calls it and runs the same collectives; None is a group of one. The mask equals
-    `torch.topk` over the gathered scores. Raises ValueError on all ranks if any score is NaN, naming one of them. With
-    no scores at all the threshold is NaN.
+    scores: fp32 [n], the candidates of this rank, n may be 0 and differ; token_ids: int64 [n], not negative,
+    unique over all ranks; group: None is this process alone. Give either k (above the number of candidates
+    takes all), or rho, and k is ceil(ρ·candidates of all ranks). `traffic` is added to. 3 collectives and 40
+    KiB, 9 and 112 KiB where ties have to be broken, whatever the number of tokens; one wait for the device
+    (two with ties).
+
+    Raises the same ValueError on every rank if a score of any rank is NaN, naming the first such token's
+    sample and position; and ValueError for a k or rho that cannot be.
     """
-    traffic = Traffic() if traffic is None else traffic
+    (result,) = run_rounds([topk_rounds(scores, token_ids, _quota(k, rho))], sum_over(group), traffic)
+    return result
 
-    def reduce(counts: torch.Tensor) -> torch.Tensor:
-        traffic.collectives += 1
-        traffic.num_bytes += counts.numel() * counts.element_size()
+
+def simulate_topk(
+    shards: Sequence[tuple[Tensor, Tensor]],
+    *,
+    k: int | None = None,
+    rho: Rho | None = None,
+    traffic: Traffic | None = None,
+) -> list[TopK]:
+    """`distributed_topk` on as many ranks as there are shards (scores, token ids), in this process."""
+    quota = _quota(k, rho)
+    ranks = [topk_rounds(scores, token_ids, quota) for scores, token_ids in shards]
+    return run_rounds(ranks, sum_over(None), traffic)
+
+
+def sum_over(group: dist.ProcessGroup | None) -> Callable[[Tensor], None]:
+    """A function that sums a tensor in place over the ranks of `group`; None is this process alone."""
+
+    def all_reduce(counts: Tensor) -> None:
         if group is not None:
             dist.all_reduce(counts, group=group)
-        return counts
 
-    (mask,), threshold = select_over_shards([(scores, token_ids)], lambda total: count_selected(rho, total), reduce)
-    return mask, threshold
+    return all_reduce
 
 
-def select_over_shards(
-    shards: Sequence[tuple[torch.Tensor, torch.Tensor]], number_to_select: Callable[[int], int], reduce: Reduce
-) -> tuple[list[torch.Tensor], float]:
-    """The algorithm of `distributed_topk` over several shards (scores, token ids) in this process.
+def run_rounds(
+    ranks: Sequence[Rounds[Result]], all_reduce: Callable[[Tensor], None], traffic: Traffic | None = None
+) -> list[Result]:
+    """Run the ranks that live in this process in step to their ends; their results in order.
 
-    With one shard and an all-reduce it is one rank's part; with all shards and an identity it simulates any number of
-    ranks. `number_to_select` maps the global number of scores to k.
+    `all_reduce` sums a tensor in place over the processes.
     """
-    broken = [scores.isnan() for scores, _ in shards]
-    keys = [sortable_keys(scores.masked_fill(nan, 0.0)) for (scores, _), nan in zip(shards, broken, strict=True)]
-    active = [torch.ones_like(nan) for nan in broken]
-    bins = 2**_DIGIT
-    shift = _KEY_BITS - _DIGIT
-
-    # The first round also counts the scores, and those that are NaN.
-    first = torch.cat([_histogram(keys, active, shift, bins), torch.stack([nan.sum() for nan in broken]).sum()[None]])
-    first = reduce(first)
-    if int(first[-1]):
-        identities = [ids for _, ids in shards]
-        sample, position = split_token_id(_lowest_ids(identities, broken, 1, reduce))
-        raise ValueError(f"the score of sample {sample}, position {position} is NaN: {int(first[-1])} such scores")
-    histogram = first[:-1]
-    total = int(histogram.sum())
-    k = number_to_select(total)
-    if k == 0 or total == 0:
-        return [torch.zeros_like(nan) for nan in broken], float("nan")
-
-    remaining, prefix, width = k, 0, _DIGIT
+    received = None
     while True:
-        digit, remaining = _digit_of_kth_largest(histogram, remaining)
-        prefix = (prefix << width) | digit
-        active = [a & ((key >> shift) == prefix) for a, key in zip(active, keys, strict=True)]
-        if shift == 0:
-            break
-        width = min(_DIGIT, shift)
-        shift -= width
-        histogram = reduce(_histogram(keys, active, shift, 2**width))
-    masks = [key > prefix for key in keys]
-    num_tied = int(histogram[digit])
-    if remaining == num_tied:
-        masks = [mask | tied for mask, tied in zip(masks, active, strict=True)]
-    else:
-        highest_id = _lowest_ids([ids for _, ids in shards], active, remaining, reduce)
-        masks = [
-            mask | (tied & (ids <= highest_id)) for mask, tied, (_, ids) in zip(masks, active, shards, strict=True)
-        ]
-    return masks, _score_of_key(prefix)
+        total, results = None, []
+        for rank in ranks:
+            try:
+                counts = rank.send(received)  # type: ignore[arg-type]  # a generator starts by being sent None
+            except StopIteration as stop:
+                results.append(stop.value)
+            else:
+                total = counts if total is None else total + counts
+        if total is None:
+            return results
+        assert not results, f"{len(results)} of {len(ranks)} ranks left a collective"
+        all_reduce(total)
+        if traffic is not None:
+            traffic.add(total)
+        received = total
 
 
-def _histogram(keys: Sequence[torch.Tensor], active: Sequence[torch.Tensor], shift: int, bins: int) -> torch.Tensor:
-    """How often each digit occurs among the active keys of all shards, int64 [bins]."""
-    counts = [torch.bincount((key[a] >> shift) & (bins - 1), minlength=bins) for key, a in zip(keys, active, strict=True)]
-    return torch.stack(counts).sum(dim=0)
+def topk_rounds(scores: Tensor, token_ids: Tensor, quota: Callable[[Tensor], Tensor]) -> Rounds[TopK]:
+    """One rank of `distributed_topk`. `quota`: number of candidates of all ranks → k, both int64 []."""
+    lower_is_better = (1 << 32) - 1 - sortable_keys(scores)
+    keys = torch.where(scores.isnan(), -1, lower_is_better)
+    found = yield from kth_smallest(keys, quota, SCORE_DIGITS)
+    yield from refuse_nan(found.num_excluded, scores, token_ids)
+    mask, tied = keys < found.key, keys == found.key
+    if found.num_wanted_equal < found.num_equal:
+        cut = yield from kth_smallest(
+            torch.where(tied, token_ids, -1), lambda total: total.clamp(max=found.num_wanted_equal), ID_DIGITS
+        )
+        assert cut.num_equal == 1, f"token {split_token_id(cut.key)} is there {cut.num_equal} times"
+        tied &= token_ids <= cut.key
+    threshold = score_of_key((1 << 32) - 1 - found.key) if found.num_wanted else math.nan
+    return TopK(mask | tied, threshold, found.num_candidates, found.num_wanted)
 
 
-def _digit_of_kth_largest(histogram: torch.Tensor, k: int) -> tuple[int, int]:
-    """The digit of the k-th largest, and its rank (from 1) among those that share the digit."""
-    from_above = histogram.flip(0).cumsum(0)
-    place = int(torch.searchsorted(from_above, k))
-    above = int(from_above[place - 1]) if place else 0
-    return len(histogram) - 1 - place, k - above
+def refuse_nan(num_nan: int, scores: Tensor, token_ids: Tensor) -> Rounds[None]:
+    """Raise `nan_error` of the lowest token id whose score is NaN; `num_nan`: how many over all ranks."""
+    if num_nan:
+        nan_ids = torch.where(scores.isnan(), token_ids, -1)
+        lowest = yield from kth_smallest(nan_ids, lambda total: total.clamp(max=1), ID_DIGITS)
+        raise nan_error(lowest.key)
 
 
-def _lowest_ids(
-    identities: Sequence[torch.Tensor], active: Sequence[torch.Tensor], count: int, reduce: Reduce
-) -> int:
-    """The count-th lowest of the active ids of all shards."""
-    mirrored = [2**_ID_BITS - 1 - ids for ids in identities]
-    remaining, prefix, shift = count, 0, _ID_BITS
-    while shift:
-        width = min(_DIGIT, shift)
-        shift -= width
-        histogram = reduce(_histogram(mirrored, active, shift, 2**width))
-        digit, remaining = _digit_of_kth_largest(histogram, remaining)
-        prefix = (prefix << width) | digit
-        active = [a & ((key >> shift) == prefix) for a, key in zip(active, mirrored, strict=True)]
-    return 2**_ID_BITS - 1 - prefix
+@dataclass(frozen=True)
+class KthSmallest:
+    """What `kth_smallest` finds; the same on every rank."""
+
+    key: int
+    """The k-th smallest key; 0 if k is 0."""
+    num_wanted: int
+    """k."""
+    num_wanted_equal: int
+    """How many of the keys equal to `key` are among the k smallest."""
+    num_equal: int
+    """How many there are."""
+    num_candidates: int
+    num_excluded: int
 
 
-def _score_of_key(key: int) -> float:
-    """The fp32 score that `sortable_keys` maps to `key`."""
-    bits = key - 2**31 if key >= 2**31 else -key - 1
-    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+def kth_smallest(
+    keys: Tensor, quota: Callable[[Tensor], Tensor], digits: tuple[int, ...]
+) -> Rounds[KthSmallest]:
+    """Radix select, most significant digit first: each round counts the next digit of keys still in question.
+
+    keys: int64 [n] in [0, 2^sum(digits)), or −1: excluded. quota: number of candidates of all ranks → k
+    (int64 [] both), from 0 to that number. Nothing is read back from the device before the end.
+    """
+    prefix = keys.new_zeros(())
+    undecided = sum(digits)
+    wanted = remaining = num_candidates = num_excluded = num_equal = prefix
+    for number, width in enumerate(digits):
+        num_bins = 1 << width
+        in_question = keys >> undecided == prefix  # never so for −1
+        undecided -= width
+        digit = (keys >> undecided) & (num_bins - 1)
+        sums = yield histogram(torch.where(in_question, digit, num_bins), num_bins + 1)
+        counts = sums[:-1]
+        if number == 0:  # all keys but the excluded are in question
+            num_excluded, num_candidates = sums[-1], counts.sum()
+            wanted = remaining = quota(num_candidates)
+        passed = counts.cumsum(0) < remaining
+        chosen = passed.sum()
+        remaining = remaining - torch.where(passed, counts, 0).sum()
+        num_equal = counts.take(chosen)
+        prefix = prefix << width | chosen
+    results = torch.stack([prefix, wanted, remaining, num_equal, num_candidates, num_excluded])
+    return KthSmallest(*results.tolist())
+
+
+def histogram(slot: Tensor, num_slots: int) -> Tensor:
+    """int64 [num_slots]: how often each slot occurs (`bincount` would wait for a CUDA device)."""
+    return slot.new_zeros(num_slots).scatter_add_(0, slot, slot.new_ones(1).expand_as(slot))
+
+
+def _quota(k: int | None, rho: Rho | None) -> Callable[[Tensor], Tensor]:
+    """Number of candidates → number to select."""
+    if rho is not None and k is None:
+        parse_rho(rho)  # before any collective
+        return lambda total: count_selected(rho, total)
+    if k is None or rho is not None:
+        raise ValueError(f"k={k} and rho={rho}: give one of them")
+    if k < 0:
+        raise ValueError(f"k={k} is negative: use 0 or more")
+    return lambda total: total.clamp(max=k)

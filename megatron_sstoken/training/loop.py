@@ -97,9 +97,9 @@ def train(trainer: Trainer) -> None:
     trainer.logger.pause()
     saved = trainer.step
     for number in range(trainer.step, plan.num_steps):
+        rate = get_canonical_lr_for_logging(trainer.optimizer.param_groups) or 0.0
         metrics, gradient_norm, reports = training_step(trainer, number)
         trainer.step = done = number + 1
-        rate = get_canonical_lr_for_logging(trainer.optimizer.param_groups) or 0.0
         trainer.logger.step(done, metrics, gradient_norm, rate)
         last = done == plan.num_steps
         if is_due(done, settings.logging.records_every):

@@ -163,7 +163,7 @@ text = st.text(st.characters(codec="utf-8"), max_size=20)
 
 @given(st.lists(st.tuples(text, text), min_size=1, max_size=3))
 def test_roles_follow_the_characters(tokenizer, turns):
-    """Whatever the text, a token is response exactly if it starts inside a turn or is the end token after it."""
+    """Whatever the text, a token is response if it starts in a turn or is the end token after it."""
     messages = [message for user, assistant in turns for message in exchange(user, assistant)] + exchange(
         "", "7"
     )

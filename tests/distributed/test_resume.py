@@ -1,0 +1,112 @@
+"""A run stopped by SIGKILL goes on where it was: bit for bit on the same layout, closely on another."""
+
+import shutil
+import subprocess
+import time
+
+import psutil
+import pytest
+
+from megatron_sstoken.report.records import read_records
+from megatron_sstoken.training.checkpoint import checkpoint_steps
+from tests import cli
+from tests.workbench import make_model, make_samples, make_settings, make_store
+
+NUM_SAMPLES, GLOBAL_BATCH, NUM_STEPS, SAVE_EVERY = 42, 4, 23, 2
+LAYOUT = {"parallel__tensor": 2}
+OTHERS = {"single": (1, {}), "pp2": (2, {"parallel__pipeline": 2}), "dp2": (2, {})}
+
+
+def settings_in(folder, directory, **changes):
+    """The run under test: its last global batch is not full, and its epochs end inside a batch."""
+    values = {
+        "training__global_batch_size": GLOBAL_BATCH,
+        "training__steps": NUM_STEPS,
+        "training__micro_batch_size": 2,
+        "optimizer__schedule": "linear",
+        "checkpoint__directory": str(directory),
+        "checkpoint__save_every": SAVE_EVERY,
+        "logging__records_every": 1,
+    }
+    return make_settings(str(folder / "model"), str(folder / "data"), **(values | changes))
+
+
+def train_command(num_ranks, settings):
+    return cli.torchrun_command(num_ranks, "megatron_sstoken.train", *cli.settings_arguments(settings))
+
+
+def losses(directory):
+    return cli.scalars(directory / "logs", "loss/selected")
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """A whole run, and another one killed after its second checkpoint, both with tensor parallel 2."""
+    folder = tmp_path_factory.mktemp("resume")
+    make_model(folder / "model")
+    make_store(folder / "data", make_samples(NUM_SAMPLES, seed=7))
+    whole = cli.run(train_command(2, settings_in(folder, folder / "whole", **LAYOUT)))
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(
+        train_command(2, settings_in(folder, folder / "killed", **LAYOUT)),
+        env=cli.environment(),
+        cwd=cli.ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 100
+    while max(checkpoint_steps(folder / "killed"), default=0) < 2 * SAVE_EVERY:
+        assert time.monotonic() < deadline and process.poll() is None, "the run should be saving checkpoints"
+        time.sleep(0.005)
+    for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+        member.kill()  # SIGKILL to every worker, then to torchrun
+    process.wait()
+    assert not (folder / "killed" / f"step_{NUM_STEPS:07d}").exists(), "killed too late to show anything"
+    return folder
+
+
+def resume(folder, target, num_ranks, **layout):
+    """Copy the killed run's checkpoints and go on from them."""
+    shutil.copytree(folder / "killed", target, ignore=shutil.ignore_patterns("logs"))
+    result = cli.run(train_command(num_ranks, settings_in(folder, target, **layout)))
+    assert result.returncode == 0, result.stderr
+    assert "resumed from" in result.stdout
+    return losses(target)
+
+
+def test_same_layout_continues_bit_for_bit(case, tmp_path):
+    whole, rest = losses(case / "whole"), resume(case, tmp_path / "run", 2, **LAYOUT)
+    assert set(whole) == set(range(1, NUM_STEPS + 1))
+    assert 2 * SAVE_EVERY < min(rest) <= NUM_STEPS == max(rest)
+    assert rest == {step: loss for step, loss in whole.items() if step in rest}
+
+
+def test_every_sample_is_seen_as_often_as_in_the_whole_run(case, tmp_path):
+    resume(case, tmp_path / "run", 2, **LAYOUT)
+    seen = []
+    for step in range(1, NUM_STEPS + 1):
+        resumed = tmp_path / "run" / "logs" / "records" / f"step_{step:07d}.parquet"
+        before = case / "killed" / "logs" / "records" / f"step_{step:07d}.parquet"
+        records = read_records(resumed if resumed.exists() else before)
+        seen += records["sample"][records["position"] == 0].tolist()
+    assert len(seen) == NUM_STEPS * GLOBAL_BATCH
+    # Two epochs fill 21 batches exactly; the border between them lies inside a batch.
+    two_epochs = seen[: 2 * NUM_SAMPLES]
+    assert sorted(two_epochs) == sorted(2 * list(range(NUM_SAMPLES)))
+    assert len(set(seen[2 * NUM_SAMPLES :])) == NUM_STEPS * GLOBAL_BATCH - 2 * NUM_SAMPLES
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+def test_another_layout_continues_closely(case, tmp_path, layout):
+    num_ranks, parallel = OTHERS[layout]
+    whole, rest = losses(case / "whole"), resume(case, tmp_path / "run", num_ranks, **parallel)
+    assert max(rest) == NUM_STEPS
+    for step, loss in rest.items():
+        assert loss == pytest.approx(whole[step], abs=1e-5), (layout, step)
+
+
+def test_resuming_another_run_is_refused(case, tmp_path):
+    settings = settings_in(case, case / "whole", training__seed=4, training__global_batch_size=6)
+    result = cli.run(train_command(1, settings))
+    assert result.returncode != 0
+    assert "training.seed=1234, now 4" in result.stderr and "training.global_batch_size=4, now 6" in result.stderr
