@@ -3,6 +3,8 @@
 import datetime
 import os
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -169,23 +171,24 @@ def agree_on_problems(problems: list[str]) -> None:
         raise SettingsError(union)
 
 
-def run_to_exit_code(body) -> int:
+def run_to_exit_code(body: Callable[[], None]) -> int:
     """Run `body()` and turn its outcome into an exit code; mistakes of users are printed once, without a traceback.
 
-    SettingsError is raised alike on all processes and printed by rank 0; any other exception carries its traceback
-    and rank, since the others may be waiting in a collective and torchrun ends them.
+    SettingsError is raised alike on all processes and printed by rank 0; the others leave after that, for torchrun
+    ends all processes as soon as one fails. Any other exception keeps its traceback: the others may be waiting in a
+    collective, and torchrun ends them.
     """
     try:
         body()
-        return 0
     except SettingsError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
-    finally:
-        if sys.exc_info()[0] is None:
-            stop_processes()
+    stop_processes()
+    return 0

@@ -8,6 +8,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,8 +52,8 @@ def _wait(processes: list, folder: str, timeout: float) -> None:
     for rank, process in enumerate(processes):
         if process.exitcode not in (None, 0):
             time.sleep(0.2)
-            path = os.path.join(folder, f"error-{rank}")
-            reason = open(path).read() if os.path.exists(path) else f"exit code {process.exitcode}"
+            path = Path(folder, f"error-{rank}")
+            reason = path.read_text() if path.exists() else f"exit code {process.exitcode}"
             raise AssertionError(f"rank {rank} of {len(processes)} failed:\n{reason}")
     waiting = [rank for rank, process in enumerate(processes) if process.is_alive()]
     if waiting:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from megatron_sstoken.data.tokenizer import BadRow, Encoding, Message, Span, TextTokenizer
 
 CONTEXT, RESPONSE = 0, 1
+ENCODE_BATCH = 16  # conversations: more live encodings cost more memory traffic than fewer calls save
 ROLES = ("system", "user", "assistant", "tool")
 FORMS = {
     "messages": ("messages",),
@@ -75,7 +77,7 @@ def parse_row(line: bytes, fields: FieldNames | None = None) -> list[Message]:
 def tokenize_conversations(
     tokenizer: TextTokenizer, conversations: Sequence[list[Message]]
 ) -> list[TokenizedSample | BadRow]:
-    """Conversations → tokens and roles, in order, encoded as one batch; for a bad one, the reason.
+    """Conversations → tokens and roles, in order; for a bad one, the reason.
 
     Roles come from the chat template's generation marks, or (a template without) from comparing token
     prefixes turn by turn. The end-of-turn token is part of the response, template text after it is not.
@@ -87,15 +89,10 @@ def tokenize_conversations(
             f"tokenizer: {tokenizer.path} has no end-of-sequence token, which plain text needs; "
             "add one to the tokenizer or give --chat_template"
         )
-    plan = _plan_plain if tokenizer.template is None else _plan_marks if tokenizer.marked else _plan_prefixes
-    plans = [_or_bad_row(plan, tokenizer, messages) for messages in conversations]
-    encodings = iter(
-        tokenizer.encode_batch([text for p in plans if isinstance(p, _Plan) for text in p.texts])
-    )
-    return [
-        p if isinstance(p, BadRow) else _or_bad_row(_carry_out, p, [next(encodings) for _ in p.texts])
-        for p in plans
-    ]
+    results: list[TokenizedSample | BadRow] = []
+    for start in range(0, len(conversations), ENCODE_BATCH):
+        results += _tokenize_batch(tokenizer, conversations[start : start + ENCODE_BATCH])
+    return results
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -185,6 +182,21 @@ class _Plan:
             raise BadRow(
                 f"{error.object[error.start]!r} is half a surrogate pair, not a character"
             ) from error
+
+
+def _tokenize_batch(
+    tokenizer: TextTokenizer, conversations: Sequence[list[Message]]
+) -> list[TokenizedSample | BadRow]:
+    make = _plan_plain if tokenizer.template is None else _plan_marks if tokenizer.marked else _plan_prefixes
+    plans = [_or_bad_row(make, tokenizer, messages) for messages in conversations]
+    texts = [text for plan in plans if isinstance(plan, _Plan) for text in plan.texts]
+    encodings = iter(tokenizer.encode_batch(texts, positions=tokenizer.marked))
+    return [
+        plan
+        if isinstance(plan, BadRow)
+        else _or_bad_row(_carry_out, plan, list(islice(encodings, len(plan.texts))))
+        for plan in plans
+    ]
 
 
 def _or_bad_row(function: Callable, *arguments: Any) -> Any:

@@ -1,15 +1,17 @@
 """Data preparation: JSON lines → a prepared folder, by several processes; their number changes no byte."""
 
+import gc
 import hashlib
 import json
 import os
 import shutil
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Literal
 
@@ -335,6 +337,16 @@ def _start_worker(tokenizer_path: str, template: str | None, fields: FieldNames 
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker = load_tokenizer(tokenizer_path, template), fields
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    gc.freeze()  # what is loaded by now stays: collections need not walk through it
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot tell its workers to stop; they would wait for chunks forever."""
+    parent = parent_process()
+    assert parent is not None, "runs in a worker"
+    parent.join()
+    os._exit(1)
 
 
 def _work(chunk: LineChunk) -> TokenizedChunk:

@@ -32,16 +32,20 @@ class BadRow(ValueError):
     """One row cannot be prepared; the message is the reason. Other rows may be fine."""
 
 
+def _unlocated(char: int) -> int:
+    raise AssertionError("encoded without positions")
+
+
 @dataclass(frozen=True)
 class Encoding:
     """Token ids of one text.
 
     `tokens_before(c)` is the number of tokens that start before character `c` of the text; it raises `BadRow`
-    where the tokenizer cannot tell.
+    where the tokenizer cannot tell. Not to be called if the text was encoded without positions.
     """
 
     ids: list[int]
-    tokens_before: Callable[[int], int]
+    tokens_before: Callable[[int], int] = _unlocated
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,8 @@ class TextTokenizer(ABC):
     fingerprint: str  # hex sha256 over what determines tokenisation
 
     @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
-        """Token ids of each text, without added special tokens."""
+    def encode_batch(self, texts: Sequence[str], positions: bool = True) -> list[Encoding]:
+        """Token ids of each text, without added special tokens; faster without `positions`."""
 
     def set_template(self, template: str | None) -> None:
         """Use this Jinja chat template (None: none). Raises as `has_generation_marks`."""
@@ -126,9 +130,12 @@ class HuggingFaceTokenizer(TextTokenizer):
         self.fingerprint = self._fingerprint()
         self.set_template(template or (tokenizer.get_chat_template() if tokenizer.chat_template else None))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+    def encode_batch(self, texts: Sequence[str], positions: bool = True) -> list[Encoding]:
         if self._backend is None:
             return [_split_encoding(text, self._encode_slowly) for text in texts]
+        if not positions:
+            fast = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [Encoding(encoding.ids) for encoding in fast]
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [Encoding(encoding.ids, partial(_tokens_before, encoding)) for encoding in encodings]
 
@@ -182,7 +189,7 @@ class SentencePieceTokenizer(TextTokenizer):
         self.fingerprint = sha256(Path(path).read_bytes())
         self.set_template(template)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+    def encode_batch(self, texts: Sequence[str], positions: bool = True) -> list[Encoding]:
         return [self._encode(text) for text in texts]
 
     def _encode(self, text: str) -> Encoding:

@@ -1,0 +1,70 @@
+"""Settings that cannot work end the program at once, with one clear message and an exit code, on all ranks."""
+
+import numpy as np
+import pytest
+
+from megatron_sstoken.data.store import StoreWriter
+from tests import cli
+from tests.workbench import make_model, make_samples, make_settings, make_store
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mistakes")
+    make_model(path / "model")
+    make_model(path / "other", seed=5)
+    make_store(path / "data", make_samples(8))
+    return path
+
+
+def train(folder, num_ranks=2, data="data", **changes):
+    settings = make_settings(str(folder / "model"), str(folder / data), **changes)
+    arguments = cli.settings_arguments(settings)
+    return cli.run(cli.torchrun_command(num_ranks, "megatron_sstoken.train", *arguments), timeout=100)
+
+
+def assert_refused(result, *messages):
+    assert result.returncode != 0
+    for message in messages:
+        assert result.stderr.count(f"error: {message}") == 1, result.stderr
+    assert "megatron_sstoken/" not in result.stderr, f"a traceback of ours:\n{result.stderr}"
+
+
+def test_several_mistakes_are_told_together_by_all_ranks(folder):
+    result = train(folder, parallel__tensor=2, data__sequence_length=4096, training__global_batch_size=9, training__micro_batch_size=2)
+    assert_refused(
+        result,
+        "data.sequence_length=4096 is longer than the model's max_position_embeddings=512: use 512 or less",
+        "training.global_batch_size=9 is not a multiple of training.micro_batch_size=2 × data parallel size 1 = 2: use 8 or 10",
+    )
+    assert "exitcode  : 2" in result.stderr, "torchrun tells the workers' exit code"
+
+
+def test_a_history_store_of_other_weights_is_refused(folder):
+    store = str(folder / "history")
+    assert train(folder, 1, history__store=store).returncode == 0
+    result = train(folder, 1, history__store=store, history__hf_path=str(folder / "other"))
+    assert_refused(result, f"history.store={store}: ")
+    assert "weights: expected" in result.stderr
+
+
+def test_a_history_store_of_other_data_and_tokenizer_is_refused(folder):
+    store = str(folder / "history-of-data")
+    assert train(folder, 1, history__store=store).returncode == 0
+    samples = make_samples(8, seed=4)
+    writer = StoreWriter(folder / "other-data")
+    for number, sample in enumerate(samples):
+        writer.add(np.array(sample.tokens, dtype=np.int32), np.array(sample.roles, dtype=np.uint8), number)
+    writer.finalize(
+        vocabulary_size=99, eos_token_id=1, tokenizer_fingerprint="another", tokenizer_path="toy", template=None
+    )
+    result = train(folder, 1, data="other-data", history__store=store)
+    assert_refused(result, f"history.store={store}: ")
+    assert "data: expected" in result.stderr and "tokenizer: expected" in result.stderr
+
+
+def test_nothing_is_half_written(folder):
+    before = sorted(path for path in folder.rglob("*"))
+    result = train(folder, 2, parallel__tensor=3, checkpoint__directory=str(folder / "never"))
+    assert_refused(result, "2 processes cannot be split into parallel.tensor=3 × parallel.pipeline=1 × parallel.context=1 = 3")
+    assert sorted(path for path in folder.rglob("*")) == before
