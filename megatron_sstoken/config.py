@@ -12,6 +12,12 @@ from typing import Literal
 
 import jsonargparse
 
+from megatron_sstoken.selection.methods import METHODS
+from megatron_sstoken.selection.topk import parse_rho
+
+BOUNDED_METHODS = ("sstoken", "rel", "attention")
+"""Methods whose scores lie in [0, 1]."""
+
 
 class SettingsError(ValueError):
     """One or more settings cannot work; the message lists all of them, one a line."""
@@ -71,6 +77,9 @@ class DataSettings:
     too_long: Literal["truncate", "drop"] = "truncate"
     """Samples longer than `sequence_length` are cut to it, or left out. Either is counted and shown."""
 
+    packing: bool = True
+    """Put several samples into a row of `sequence_length` tokens; they do not see each other. Otherwise rows are padded."""
+
     shuffle: bool = True
     """A new order every epoch, from `training.seed`."""
 
@@ -82,17 +91,35 @@ class SelectionSettings:
     method: str = "sstoken"
     """sstoken, full (every response token), random, or another name of `selection/methods.py`."""
 
-    rho: float = 0.6
-    """Share of the response tokens to train on, in (0, 1]; of n tokens the ceil(rho·n) best are taken, exactly."""
+    rho: float | Literal["auto"] = 0.6
+    """Share of the response tokens to train on, in (0, 1]; of n tokens the ceil(rho·n) best are taken, exactly.
+
+    auto: chosen for every global batch at the cut that separates its low from its high scores best (Otsu), between
+    `rho_min` and `rho_max`; costs a forward pass, as `scope: batch` does.
+    """
+
+    rho_min: float = 0.3
+    """Smallest share that `rho: auto` may choose."""
+
+    rho_max: float = 0.9
+    """Largest share that `rho: auto` may choose."""
 
     gamma: float = 0.5
     """Weight of the retrospective excess loss in the score; 1 − gamma is the weight of the attention."""
 
-    layer: int = -1
-    """Layer whose attention is scored; negative numbers count from the last."""
+    layer: int | list[int] = -1
+    """Layer whose attention is scored, from 0; negative numbers count from the last. Of a list the mean is taken."""
 
     scope: Literal["sample", "microbatch", "batch"] = "sample"
-    """Which tokens compete: those of one sample (the paper), of one micro-step over all ranks, or of the global batch."""
+    """Which tokens compete: those of one sample (the paper), of one micro-step over all ranks, or of the global batch.
+
+    batch is exact over the whole global batch, and costs a forward pass more: every score is needed before the first
+    gradient.
+    """
+
+    loss_average: Literal["token", "sample", "microbatch"] = "token"
+    """The loss of a global batch: over its selected tokens, each alike; a mean per sample, then over samples (paper,
+    Eq. 11); or a mean per micro-batch of one data-parallel rank, then over those (official code)."""
 
     rel_floor: float = 1e-3
     """If the excess losses of a sample spread less than this (nat), they count as equal. 0 is the official code."""
@@ -240,11 +267,6 @@ class Settings:
         for name in ("tensor", "pipeline", "virtual_pipeline", "context"):
             at_least(f"parallel.{name}", getattr(self.parallel, name), 1)
         require(
-            self.parallel.context == 1,
-            f"parallel.context={self.parallel.context} is not supported yet: use 1 "
-            "(and parallel.tensor or parallel.pipeline to split the model)",
-        )
-        require(
             self.parallel.virtual_pipeline == 1 or self.parallel.pipeline > 1,
             f"parallel.virtual_pipeline={self.parallel.virtual_pipeline} needs parallel.pipeline > 1, "
             f"which is {self.parallel.pipeline}: use virtual_pipeline=1",
@@ -256,20 +278,29 @@ class Settings:
         )
         at_least("model.vocabulary_multiple", self.model.vocabulary_multiple, 1)
         at_least("data.sequence_length", self.data.sequence_length, 2)
-        from megatron_sstoken.selection.methods import METHODS
-        from megatron_sstoken.selection.topk import count_selected
-
         require(
             self.selection.method in METHODS,
             f"selection.method={self.selection.method} is unknown: use one of {', '.join(METHODS)}",
         )
-        if 0 < self.selection.rho <= 1:
+        for name in ("rho", "rho_min", "rho_max"):
+            value = getattr(self.selection, name)
             try:
-                count_selected(self.selection.rho, 1)
+                if value != "auto":
+                    parse_rho(value)
             except ValueError as error:
-                found.append(f"selection.rho={self.selection.rho}: {error}")
-        else:
-            found.append(f"selection.rho={self.selection.rho} is outside (0, 1]: use the share to keep, as 0.6")
+                found.append(f"selection.{str(error).replace('rho', name, 1)}")
+        require(
+            self.selection.rho_min <= self.selection.rho_max,
+            f"selection.rho_min={self.selection.rho_min} is above selection.rho_max={self.selection.rho_max}: "
+            "use a smaller rho_min",
+        )
+        require(
+            self.selection.rho != "auto" or self.selection.method in BOUNDED_METHODS,
+            f"selection.rho=auto needs scores between 0 and 1, which selection.method={self.selection.method} does "
+            f"not give: use {' or '.join(BOUNDED_METHODS)}, or a number",
+        )
+        layers = self.selection.layer if isinstance(self.selection.layer, list) else [self.selection.layer]
+        require(len(layers) > 0, "selection.layer=[] names no layer: use -1 for the last")
         in_range("selection.gamma", self.selection.gamma, 0, 1)
         at_least("selection.rel_floor", self.selection.rel_floor, 0)
         at_least("selection.warmup_samples", self.selection.warmup_samples, 0)

@@ -29,6 +29,8 @@ class Layout:
     data: dist.ProcessGroup
     control: dist.ProcessGroup
     virtual_pipeline: int
+    handover: tuple[dist.ProcessGroup, ...] = ()
+    """For every virtual pipeline chunk a group of this pipeline's stages, apart from the schedule's own traffic."""
 
     @property
     def rank(self) -> int:
@@ -129,12 +131,24 @@ def create_layout(settings: ParallelSettings, seed: int) -> Layout:
         create_gloo_process_groups=have_cuda(),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
     return Layout(
-        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        groups=groups,
         data=parallel_state.get_data_parallel_group(),
         control=dist.group.WORLD if not have_cuda() else dist.new_group(backend="gloo"),
         virtual_pipeline=settings.virtual_pipeline,
+        handover=_stage_groups(groups.pp, settings.virtual_pipeline) if settings.pipeline > 1 else (),
     )
+
+
+def _stage_groups(own: dist.ProcessGroup, number: int) -> tuple[dist.ProcessGroup, ...]:
+    """`number` more groups of the same members as this rank's pipeline group; all processes call it."""
+    pipelines: list = [None] * dist.get_world_size()
+    dist.all_gather_object(pipelines, tuple(dist.get_process_group_ranks(own)))
+    created = {}
+    for ranks in sorted(set(pipelines)):  # every process takes part in the creation of every group, in one order
+        created[ranks] = tuple(dist.new_group(list(ranks)) for _ in range(number))
+    return created[tuple(dist.get_process_group_ranks(own))]
 
 
 def processes_problem(settings: ParallelSettings, world_size: int) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from megatron_sstoken.config import Settings, SettingsError
-from megatron_sstoken.data.batches import BatchShape, RowOrder, SampleSelection, choose_samples, row_multiple
+from megatron_sstoken.data.batches import BatchShape, RowOrder, SampleSelection, batch_shape, choose_samples
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.data.tokenizer import load_tokenizer
 from megatron_sstoken.model.families import Architecture, read_architecture
@@ -101,7 +101,7 @@ def plan_run(settings: Settings, world_size: int) -> RunPlan:
     _check_checkpoint(settings, found)
     if found.problems or not (architecture and train and shape):
         raise SettingsError(found.problems)
-    num_rows = settings.training.epochs * train.order.rows_per_epoch
+    num_rows = train.order.num_rows(settings.training.epochs)
     if settings.training.steps is not None:
         num_rows = settings.training.steps * shape.global_batch_size
     return RunPlan(
@@ -160,20 +160,18 @@ def _check_model(settings: Settings, a: Architecture, found: _Findings) -> None:
         f"data.sequence_length={settings.data.sequence_length} is longer than the model's "
         f"max_position_embeddings={a.max_positions}: use {a.max_positions} or less",
     )
-    layer = settings.selection.layer
-    if not -a.num_layers <= layer < a.num_layers:
-        found.problems.append(
-            f"selection.layer={layer} does not exist in a model of {a.num_layers} layers: "
-            f"use {-a.num_layers} to {a.num_layers - 1}"
-        )
-    elif a.num_layers % chunks == 0:
-        last_chunk = a.num_layers // chunks
+    for layer in layers_of(settings):
         found.require(
-            METHODS[settings.selection.method].needs_attention is False
-            or layer % a.num_layers >= a.num_layers - last_chunk,
-            f"selection.layer={layer} lies on an earlier pipeline stage: use one of the last {last_chunk} layers "
-            f"(-{last_chunk} to -1), or a smaller parallel.pipeline",
+            -a.num_layers <= layer < a.num_layers,
+            f"selection.layer={layer} does not exist in a model of {a.num_layers} layers: "
+            f"use {-a.num_layers} to {a.num_layers - 1}",
         )
+    distinct = {layer % a.num_layers for layer in layers_of(settings)}
+    found.require(
+        len(distinct) == len(layers_of(settings)),
+        f"selection.layer={settings.selection.layer} names a layer twice in a model of {a.num_layers} layers: "
+        f"use each once",
+    )
     if settings.model.checkpoint is None:
         found.attempt("model.hf_path", lambda: HuggingFaceWeights(settings.model.hf_path or ""))
     if settings.history.hf_path and METHODS[settings.selection.method].needs_history:
@@ -222,7 +220,14 @@ def _open_data(
     samples = found.attempt(setting, lambda: choose_samples(store, data.sequence_length, data.too_long))
     if samples is None:
         return None
-    return DataPlan(store, samples, RowOrder(samples, seed=settings.training.seed, shuffle=shuffle))
+    order = RowOrder(
+        samples,
+        seed=settings.training.seed,
+        shuffle=shuffle,
+        packing="first_fit" if data.packing else "none",
+        capacity=data.sequence_length,
+    )
+    return DataPlan(store, samples, order)
 
 
 def _check_tokenizer(setting: str, path: str | None, store: SampleStore, settings: Settings, found: _Findings) -> None:
@@ -263,11 +268,13 @@ def _batch_shape(settings: Settings, data_size: int, found: _Findings) -> BatchS
         f"interleaved schedule needs a multiple of parallel.pipeline={parallel.pipeline}: "
         f"use a multiple of {step * parallel.pipeline}",
     )
-    return BatchShape(
-        micro_batch_size=training.micro_batch_size,
-        global_batch_size=training.global_batch_size,
-        data_size=data_size,
-        row_multiple=row_multiple(parallel.tensor, parallel.context, parallel.sequence),
+    return batch_shape(
+        training.micro_batch_size,
+        training.global_batch_size,
+        data_size,
+        tensor=parallel.tensor,
+        context=parallel.context,
+        sequence=parallel.sequence,
     )
 
 
@@ -290,10 +297,16 @@ def _check_checkpoint(settings: Settings, found: _Findings) -> None:
             )
 
 
+def layers_of(settings: Settings) -> list[int]:
+    """`selection.layer` as a list."""
+    layer = settings.selection.layer
+    return layer if isinstance(layer, list) else [layer]
+
+
 def _tapped_layers(settings: Settings, a: Architecture) -> tuple[int, ...]:
     if not METHODS[settings.selection.method].needs_attention:
         return ()
-    return (settings.selection.layer % a.num_layers + 1,)
+    return tuple(sorted(layer % a.num_layers + 1 for layer in layers_of(settings)))
 
 
 def describe(plan: RunPlan) -> str:
@@ -302,6 +315,7 @@ def describe(plan: RunPlan) -> str:
     parallel = s.parallel
     samples = plan.train.samples
     used = samples.lengths[samples.indices]
+    rows_per_epoch = plan.train.order.num_rows(1)
     rows: list[tuple[str, Any]] = [
         ("model", f"{a.family}, {a.num_parameters():,} parameters, {a.num_layers} layers ({s.model.hf_path})"),
         (
@@ -325,9 +339,19 @@ def describe(plan: RunPlan) -> str:
             "batch",
             f"{shape.global_batch_size} rows = micro-batch {shape.micro_batch_size} × data {shape.data_size} × "
             f"accumulation {shape.num_micro_batches}; about "
-            f"{math.ceil(used.mean() * shape.global_batch_size):,} real tokens a step",
+            f"{math.ceil(used.sum() / rows_per_epoch * shape.global_batch_size):,} real tokens a step",
         ),
-        ("steps", f"{plan.num_steps:,} ({plan.num_rows / plan.train.order.rows_per_epoch:.3g} epochs)"),
+        (
+            "rows",
+            f"{rows_per_epoch:,} of up to {s.data.sequence_length} tokens an epoch, "
+            + (
+                f"packed {len(used) / rows_per_epoch:.1f} samples a row, "
+                f"{100 * used.sum() / rows_per_epoch / s.data.sequence_length:.1f} % full"
+                if s.data.packing
+                else "one sample a row, padded to the longest of its batch"
+            ),
+        ),
+        ("steps", f"{plan.num_steps:,} ({plan.num_rows / rows_per_epoch:.3g} epochs)"),
         ("selection", _describe_selection(s)),
         ("precision", s.training.precision),
         ("checkpoints", s.checkpoint.directory or "none"),
@@ -340,7 +364,7 @@ def _describe_selection(settings: Settings) -> str:
     selection = settings.selection
     if selection.method == "full":
         return "full: every response token"
-    text = f"{selection.method}, rho {selection.rho}, scope {selection.scope}"
+    text = f"{selection.method}, rho {selection.rho}, scope {selection.scope}, loss averaged by {selection.loss_average}"
     if METHODS[selection.method].needs_attention:
         text += f", gamma {selection.gamma}, layer {selection.layer}"
     if METHODS[selection.method].needs_history:

@@ -103,6 +103,7 @@ def make_settings(model: str, data: str, **changes: Any) -> Settings:
     settings.model.hf_path = model
     settings.data.train = data
     settings.data.sequence_length = 128
+    settings.data.packing = False
     settings.training.precision = "fp32"
     settings.training.global_batch_size = 8
     settings.training.micro_batch_size = 1

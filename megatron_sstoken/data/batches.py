@@ -1,13 +1,13 @@
 """Samples → rows → the token batches of this rank, in an order that depends on the seed alone and resumes exactly."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
+from megatron_sstoken.data.packing import first_fit_decreasing, next_fit, one_per_row
 from megatron_sstoken.data.store import SampleStore
 
 
@@ -42,7 +42,10 @@ class TokenBatch:
     history_loss: torch.Tensor | None
     """fp32 [T], NaN where undefined; None if nobody needs it."""
     lengths: list[int]
-    """Lengths of the stretches that do not attend to each other (samples, then each row's padding); their sum is T."""
+    """Lengths of the stretches that do not attend to each other; their sum is T.
+
+    In each row its samples (with the padding that aligns them) and then the row's padding.
+    """
     num_segments: int
     """Samples in this batch."""
 
@@ -95,33 +98,70 @@ def choose_samples(store: SampleStore, sequence_length: int, too_long: str) -> S
     )
 
 
+Packing = Literal["none", "next_fit", "first_fit"]
+
+
 class RowOrder:
     """The endless sequence of rows of a run: epoch after epoch, each in its own order.
 
-    A row is an array of sample numbers. Row n is a function of (seed, n) alone, so that a run resumes by its number
-    of rows, on any layout.
+    A row is an array of sample numbers whose lengths sum to at most `capacity`. Row n is a function of the arguments
+    here and n alone, never of the layout, so that a run resumes by its number of rows.
     """
 
-    def __init__(self, samples: SampleSelection, *, seed: int, shuffle: bool):
+    def __init__(
+        self, samples: SampleSelection, *, seed: int, shuffle: bool, packing: Packing = "none", capacity: int = 0
+    ):
         self.samples = samples
-        self._seed = seed
-        self._shuffle = shuffle
+        self._seed, self._shuffle, self._packing, self._capacity = seed, shuffle, packing, capacity
+        self._first_row = [0]  # of each epoch so far, and of the one after
+        self._first_sample = [0]
         self._epoch = -1
-        self._order: np.ndarray = np.empty(0, dtype=np.int64)
+        self._rows: list[np.ndarray] = []
+        self._samples_before: np.ndarray = np.zeros(1, dtype=np.int64)
 
-    @property
-    def rows_per_epoch(self) -> int:
-        return len(self.samples.indices)
+    def num_rows(self, epochs: int) -> int:
+        """Rows of the first `epochs` epochs; with packing they differ from epoch to epoch."""
+        while len(self._first_row) <= epochs:
+            self._load(len(self._first_row) - 1)
+        return self._first_row[epochs]
 
     def row(self, number: int) -> np.ndarray:
         """Sample numbers of row `number`, counted over all epochs."""
-        epoch, within = divmod(number, self.rows_per_epoch)
+        self._seek(number)
+        return self._rows[number - self._first_row[self._epoch]]
+
+    def num_samples_before(self, number: int) -> int:
+        """Samples in the rows before row `number`."""
+        self._seek(number)
+        within = number - self._first_row[self._epoch]
+        return self._first_sample[self._epoch] + int(self._samples_before[within])
+
+    def _seek(self, number: int) -> None:
+        """Load the epoch that holds row `number`."""
+        if self._epoch >= 0 and self._first_row[self._epoch] <= number < self._first_row[self._epoch + 1]:
+            return
+        while self._first_row[-1] <= number:
+            self._load(len(self._first_row) - 1)
+        epoch = int(np.searchsorted(self._first_row, number, side="right")) - 1
         if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = self.samples.indices
-            if self._shuffle:
-                self._order = np.random.default_rng([self._seed, epoch]).permutation(self._order)
-        return self._order[within : within + 1]
+            self._load(epoch)
+
+    def _load(self, epoch: int) -> None:
+        order, generator = self.samples.indices, None
+        if self._shuffle:
+            generator = np.random.default_rng([self._seed, epoch])
+            order = generator.permutation(order)
+        if self._packing == "first_fit":
+            self._rows = first_fit_decreasing(order, self.samples.lengths, self._capacity, generator)
+        elif self._packing == "next_fit":
+            self._rows = next_fit(order, self.samples.lengths, self._capacity)
+        else:
+            self._rows = one_per_row(order)
+        self._epoch = epoch
+        self._samples_before = np.cumsum([0, *map(len, self._rows)])
+        if epoch == len(self._first_row) - 1:
+            self._first_row.append(self._first_row[epoch] + len(self._rows))
+            self._first_sample.append(self._first_sample[epoch] + len(order))
 
 
 @dataclass(frozen=True)
@@ -131,8 +171,10 @@ class BatchShape:
     micro_batch_size: int
     global_batch_size: int
     data_size: int
-    row_multiple: int
+    row_multiple: int = 64
     """Row lengths are multiples of this: what sequence and context parallel divide."""
+    sample_multiple: int = 1
+    """Samples are padded to multiples of this: 2 chunks for every context parallel rank."""
 
     @property
     def num_micro_batches(self) -> int:
@@ -140,9 +182,17 @@ class BatchShape:
         return self.global_batch_size // (self.micro_batch_size * self.data_size)
 
 
-def row_multiple(tensor: int, context: int, sequence: bool) -> int:
-    """What row lengths must be a multiple of; at least 64, so that the number of shapes stays small."""
-    return math.lcm(64, 2 * context * (tensor if sequence else 1))
+def batch_shape(
+    micro_batch_size: int, global_batch_size: int, data_size: int, *, tensor: int, context: int, sequence: bool
+) -> BatchShape:
+    """The shape for a layout. Rows are multiples of 64 at least, so that the number of shapes stays small."""
+    return BatchShape(
+        micro_batch_size,
+        global_batch_size,
+        data_size,
+        row_multiple=math.lcm(64, 2 * context * (tensor if sequence else 1)),
+        sample_multiple=2 * context if context > 1 else 1,
+    )
 
 
 class BatchLoader:
@@ -177,7 +227,7 @@ class BatchLoader:
 
     def num_samples_before(self, batch: int) -> int:
         """Samples in all batches before this one."""
-        return min(batch * self.shape.global_batch_size, self.num_rows)
+        return self.order.num_samples_before(min(batch * self.shape.global_batch_size, self.num_rows))
 
     def load(self, batch: int) -> list[TokenBatch]:
         """This rank's micro-batches of a global batch, on the CPU, all of one length T."""
@@ -192,8 +242,13 @@ class BatchLoader:
             result.append(self._assemble(mine + empty, length))
         return result
 
+    def _aligned(self, lengths: np.ndarray) -> np.ndarray:
+        """Lengths rounded up to what context parallel cuts evenly."""
+        multiple = self.shape.sample_multiple
+        return -(-lengths // multiple) * multiple
+
     def _row_length(self, rows: list[np.ndarray]) -> int:
-        longest = max((int(self.order.samples.lengths[row].sum()) for row in rows), default=1)
+        longest = max((int(self._aligned(self.order.samples.lengths[row]).sum()) for row in rows), default=1)
         return -(-longest // self.shape.row_multiple) * self.shape.row_multiple
 
     def _assemble(self, rows: list[np.ndarray], row_length: int) -> TokenBatch:
@@ -221,9 +276,10 @@ class BatchLoader:
                 if history is not None:
                     offset = int(self.store.offsets[index])
                     history[here] = self.history.values(offset, offset + length)
-                lengths.append(length)
+                aligned = int(self._aligned(np.array(length)))
+                lengths.append(aligned)
                 num_segments += 1
-                start += length
+                start += aligned
             padding = (number + 1) * row_length - start
             if padding:
                 lengths.append(padding)
@@ -241,9 +297,3 @@ class BatchLoader:
             lengths=lengths,
             num_segments=num_segments,
         )
-
-
-def iterate(loader: BatchLoader, first: int, last: int) -> Iterator[tuple[int, list[TokenBatch]]]:
-    """Global batches [first, last) as (number, this rank's micro-batches)."""
-    for number in range(first, last):
-        yield number, loader.load(number)

@@ -298,7 +298,7 @@ class TokenColumnWriter:
         self._finished = (self.path / MANIFEST).exists()
         self.num_written = self._resume()
         self._num_appended = self.num_written
-        self._file = open(self.path / "values.bin", "ab")
+        self._file = open(self.path / "values.bin", "ab")  # noqa: SIM115 (open until `close`)
         self._file.truncate(4 * self.num_written)
 
     def _resume(self) -> int:

@@ -10,22 +10,33 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+from megatron_sstoken.data.context_parallel import zigzag_index
 
 
 @dataclass
 class SampleBounds(PackedSeqParams):
-    """megatron's packed-sequence parameters, with the lengths as Python numbers for the torch path."""
+    """megatron's packed-sequence parameters, and what the torch path needs besides."""
 
     lengths: list[int] = field(default_factory=list)
     """Tokens of each sample over all context parallel ranks, its alignment padding included."""
 
+    index: torch.Tensor | None = None
+    """int64 [T / cp]: which of the T tokens this context parallel rank holds; None if it holds all."""
 
-def sample_bounds(lengths: list[int], device: torch.device) -> SampleBounds:
+    gathered_order: torch.Tensor | None = None
+    """int64 [T]: where each token lies in the ranks' tokens one after another."""
+
+
+def sample_bounds(
+    lengths: list[int], device: torch.device, context_size: int = 1, context_rank: int = 0
+) -> SampleBounds:
     """Bounds of samples with these padded lengths, for every layer of every stage."""
     cumulative = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     cumulative[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
     cumulative = cumulative.to(device)
-    return SampleBounds(
+    bounds = SampleBounds(
         qkv_format="thd",
         cu_seqlens_q=cumulative,
         cu_seqlens_kv=cumulative,
@@ -33,33 +44,66 @@ def sample_bounds(lengths: list[int], device: torch.device) -> SampleBounds:
         max_seqlen_kv=max(lengths),
         lengths=lengths,
     )
+    if context_size > 1:
+        of_rank = zigzag_index(lengths, context_size)
+        bounds.index = of_rank[context_rank].to(device)
+        bounds.gathered_order = of_rank.flatten().argsort().to(device)
+    return bounds
 
 
 class TorchCoreAttention(torch.nn.Module):
     """Causal attention within each sample; takes the place of megatron's `DotProductAttention`.
 
-    That one builds an S×S matrix and refuses packed samples. Query: [tokens, heads, head_dim]; key and value:
-    [tokens, groups, head_dim]; returns [tokens, heads · head_dim]. No attention dropout.
+    That one builds an S×S matrix and refuses packed samples and context parallel. Query: [tokens, heads, head_dim]; key
+    and value: [tokens, groups, head_dim], the tokens of this context parallel rank; returns [tokens, heads · head_dim].
+    Keys and values of the other ranks are gathered, and their gradients summed back. No attention dropout.
     """
 
-    def __init__(self, config, layer_number, softmax_scale=None, **_unused):
+    def __init__(self, config, layer_number, softmax_scale=None, pg_collection=None, **_unused):
         super().__init__()
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+        self.context_group = pg_collection.cp if pg_collection is not None else None
 
     def forward(
         self, query, key, value, attention_mask, *, attn_mask_type=None, attention_bias=None, packed_seq_params=None
     ):
-        assert isinstance(packed_seq_params, SampleBounds), "every micro-batch carries the bounds of its samples"
+        bounds = packed_seq_params
+        assert isinstance(bounds, SampleBounds), "every micro-batch carries the bounds of its samples"
         assert attention_mask is None and attention_bias is None
-        lengths = packed_seq_params.lengths
+        num_ranks = 1
+        if bounds.gathered_order is not None:
+            num_ranks = self.context_group.size()
+            key, value = (self._whole(tensor, bounds.gathered_order) for tensor in (key, value))
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1:
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-        pieces = [
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-            for q, k, v in zip(*(t.transpose(0, 1).split(lengths, dim=1) for t in (query, key, value)), strict=True)
-        ]
+        queries = query.transpose(0, 1).split([length // num_ranks for length in bounds.lengths], dim=1)
+        keys, values = (tensor.transpose(0, 1).split(bounds.lengths, dim=1) for tensor in (key, value))
+        attend = self._attend_to_sample if num_ranks == 1 else self._attend_in_chunks
+        pieces = [attend(q, k, v) for q, k, v in zip(queries, keys, values, strict=True)]
         return torch.cat(pieces, dim=1).transpose(0, 1).flatten(1)
+
+    def _whole(self, tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """[T / cp, …] of this rank → [T, …] in the samples' order; differentiable."""
+        gathered = gather_from_sequence_parallel_region(tensor.contiguous(), group=self.context_group)
+        return gathered.index_select(0, order)
+
+    def _attend_to_sample(self, query, key, value):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
+
+    def _attend_in_chunks(self, query, key, value):
+        """This rank's two chunks of a sample, each to all that stands before it."""
+        size, rank = query.shape[1] // 2, self.context_group.rank()
+        outputs = []
+        for chunk, part in zip((rank, 2 * self.context_group.size() - 1 - rank), query.split(size, dim=1), strict=True):
+            first, last = chunk * size, (chunk + 1) * size
+            visible = torch.ones(size, last, dtype=torch.bool, device=query.device).tril(diagonal=first)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    part, key[:, :last], value[:, :last], attn_mask=visible, scale=self.scale
+                )
+            )
+        return torch.cat(outputs, dim=1)
 
 
 @dataclass

@@ -55,6 +55,16 @@ class Model:
     tapped_layers: tuple[int, ...] = ()
     """Layer numbers (from 1) whose attention is measured."""
 
+    @property
+    def tapped_chunks(self) -> list[tuple[int, int]]:
+        """Where the measured layers lie: (pipeline stage, model chunk on that stage), each once.
+
+        Layers are dealt out evenly, chunk by chunk over the stages (megatron's interleaved assignment).
+        """
+        per_chunk = self.config.num_layers // (self.layout.pipeline_size * self.layout.virtual_pipeline)
+        places = {divmod((layer - 1) // per_chunk, self.layout.pipeline_size) for layer in self.tapped_layers}
+        return sorted((stage, chunk) for chunk, stage in places)
+
     def train(self, training: bool) -> None:
         """Switch all chunks between training and evaluation."""
         for chunk in self.chunks:

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -32,6 +31,7 @@ class RunIdentity:
     data_fingerprint: str
     sequence_length: int
     too_long: str
+    packing: bool
     shuffle: bool
     seed: int
     global_batch_size: int
@@ -144,6 +144,7 @@ def check_identity(folder: Path, expected: RunIdentity) -> None:
         "data_fingerprint": "data.train",
         "sequence_length": "data.sequence_length",
         "too_long": "data.too_long",
+        "packing": "data.packing",
         "shuffle": "data.shuffle",
         "seed": "training.seed",
         "global_batch_size": "training.global_batch_size",

@@ -25,7 +25,8 @@ from megatron_sstoken.training.checkpoint import (
 )
 from megatron_sstoken.training.metrics import StepLogger, StepMetrics, summarize
 from megatron_sstoken.training.scoring import selector_of, validation_loss
-from megatron_sstoken.training.step import TokenReport, train_batch
+from megatron_sstoken.training.selector import train_on_selected
+from megatron_sstoken.training.step import TokenReport
 
 
 @dataclass
@@ -53,6 +54,7 @@ def identity_of(plan: RunPlan) -> RunIdentity:
         data_fingerprint=plan.train.store.manifest.data_fingerprint,
         sequence_length=data.sequence_length,
         too_long=data.too_long,
+        packing=data.packing,
         shuffle=data.shuffle,
         seed=training.seed,
         global_batch_size=training.global_batch_size,
@@ -135,7 +137,7 @@ def training_step(trainer: Trainer, number: int) -> tuple[StepMetrics, float, li
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    reports = train_batch(model, trainer.loader.load(number), selector)
+    reports = train_on_selected(model, trainer.loader.load(number), selector)
     metrics = summarize(reports, model.architecture, trainer.layout)
     gradient_norm = 0.0
     if metrics.num_selected:

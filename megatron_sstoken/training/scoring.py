@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_sstoken.config import Settings, SettingsError
-from megatron_sstoken.data.batches import BatchLoader, RowOrder
+from megatron_sstoken.data.batches import BatchLoader, Packing, RowOrder
 from megatron_sstoken.data.store import TokenColumn, TokenColumnWriter
 from megatron_sstoken.model.build import Model, broadcast_object
 from megatron_sstoken.parallel import Layout
@@ -18,7 +19,20 @@ from megatron_sstoken.report.records import RecordWriter, gather_columns
 from megatron_sstoken.scores.history import history_identity, history_path
 from megatron_sstoken.training.metrics import summarize
 from megatron_sstoken.training.setup import history_model, history_weights
-from megatron_sstoken.training.step import Selector, TokenReport, score_batch
+from megatron_sstoken.training.selector import Selector, score_and_select
+from megatron_sstoken.training.step import TokenReport, score_batch
+
+
+def sequential_loader(
+    data: DataPlan, plan: RunPlan, layout: Layout, history: TokenColumn | None = None
+) -> BatchLoader:
+    """Every sample of a folder once, in its order; packed where training packs."""
+    capacity = plan.settings.data.sequence_length
+    packing: Packing = "next_fit" if plan.settings.data.packing else "none"
+    order = RowOrder(data.samples, seed=0, shuffle=False, packing=packing, capacity=capacity)
+    return BatchLoader(
+        data.store, order, plan.shape, data_rank=layout.data_rank, num_rows=order.num_rows(1), history=history
+    )
 
 
 def scored_batches(
@@ -27,9 +41,12 @@ def scored_batches(
     """Global batches from `first` on as (number, this rank's reports), with a progress bar on rank 0."""
     model.train(False)
     numbers = range(first, loader.num_batches)
-    bar = tqdm(numbers, desc=title, unit="batch", disable=layout.rank != 0, initial=first, total=loader.num_batches)
-    for number in bar:
-        yield number, score_batch(model, loader.load(number), selector)
+    for number in tqdm(numbers, title, loader.num_batches, unit="batch", initial=first, disable=layout.rank != 0):
+        batches = loader.load(number)
+        if selector is None:
+            yield number, score_batch(model, batches)
+        else:
+            yield number, score_and_select(model, batches, replace(selector, draw=number))
 
 
 def open_history(plan: RunPlan, layout: Layout) -> TokenColumn | None:
@@ -71,11 +88,11 @@ def build_history(model: Model, plan: RunPlan, layout: Layout, path: str, identi
     the file system treats several writers. Tokens that are not scored (first tokens, cut-off tails, dropped samples)
     are NaN.
     """
-    store, samples = plan.train.store, plan.train.samples
+    store = plan.train.store
     problem, num_written, writer = None, 0, None
     if layout.writes_results:
         try:
-            writer = TokenColumnWriter(path, identity, len_values(store))
+            writer = TokenColumnWriter(path, identity, int(store.offsets[-1]))
             num_written = writer.num_written
         except ValueError as error:
             problem = str(error)
@@ -83,8 +100,7 @@ def build_history(model: Model, plan: RunPlan, layout: Layout, path: str, identi
     problem, num_written = broadcast_object((problem, num_written), source=source)
     if problem:
         raise SettingsError([f"history.store={path}: {problem}"])
-    order = RowOrder(samples, seed=0, shuffle=False)
-    loader = BatchLoader(store, order, plan.shape, data_rank=layout.data_rank, num_rows=order.rows_per_epoch)
+    loader = sequential_loader(plan.train, plan, layout)
     # Batches are written whole: the first one not written begins where the file ends.
     first = next((b for b in range(loader.num_batches) if _batch_span(loader, b)[0] >= num_written), loader.num_batches)
     for number, reports in scored_batches(model, loader, layout, title="history losses", first=first):
@@ -101,17 +117,12 @@ def build_history(model: Model, plan: RunPlan, layout: Layout, path: str, identi
     torch.distributed.barrier(group=layout.control)
 
 
-def len_values(store) -> int:
-    """Tokens of a store, each of which has a value in a column."""
-    return int(store.offsets[-1])
-
-
 def _batch_span(loader: BatchLoader, number: int) -> tuple[int, int]:
     """Flat tokens [start, stop) that belong to a batch of an unshuffled order, unused samples before the next included."""
     store, rows = loader.store, loader.rows(number)
     start = 0 if number == 0 else int(store.offsets[rows[0][0]])
     following = loader.rows(number + 1) if number + 1 < loader.num_batches else []
-    stop = int(store.offsets[following[0][0]]) if following else len_values(store)
+    stop = int(store.offsets[following[0][0]]) if following else int(store.offsets[-1])
     return start, stop
 
 
@@ -124,30 +135,17 @@ def broadcast_writer_rank(layout: Layout) -> int:
 
 def write_records(model: Model, plan: RunPlan, layout: Layout, selector: Selector, history, path: str) -> None:
     """Score all samples of `plan.train` in their order and write their token records to `path`."""
-    order = RowOrder(plan.train.samples, seed=0, shuffle=False)
-    loader = BatchLoader(
-        plan.train.store, order, plan.shape, data_rank=layout.data_rank, num_rows=order.rows_per_epoch, history=history
-    )
-    writer = RecordWriter(path).__enter__() if layout.writes_results else None
-    error: BaseException | None = None
-    try:
-        for number, reports in scored_batches(model, loader, layout, title="token records", selector=selector):
-            selector = replace(selector, draw=number + 1)
+    loader = sequential_loader(plan.train, plan, layout, history)
+    with RecordWriter(path) if layout.writes_results else nullcontext() as writer:
+        for _, reports in scored_batches(model, loader, layout, title="token records", selector=selector):
             columns = gather_columns(reports, layout)
             if writer is not None and columns is not None:
                 writer.write(columns)
-    except BaseException as raised:
-        error = raised
-        raise
-    finally:
-        if writer is not None:
-            writer.__exit__(type(error) if error else None, error, None)
 
 
 def validation_loss(model: Model, data: DataPlan, plan: RunPlan, layout: Layout) -> float:
     """Mean loss in nats over all response tokens of the validation data, each counting once. All ranks call it."""
-    order = RowOrder(data.samples, seed=0, shuffle=False)
-    loader = BatchLoader(data.store, order, plan.shape, data_rank=layout.data_rank, num_rows=order.rows_per_epoch)
+    loader = sequential_loader(data, plan, layout)
     total, count = 0.0, 0
     for _, reports in scored_batches(model, loader, layout, title="validation"):
         metrics = summarize(reports, model.architecture, layout)

@@ -1,20 +1,22 @@
 """One global batch through megatron's schedule: losses, attention masses, selection, and gradients if training."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_sstoken.config import SelectionSettings
 from megatron_sstoken.data.batches import TokenBatch
 from megatron_sstoken.device import compute_device
-from megatron_sstoken.model.attention import sample_bounds
+from megatron_sstoken.model.attention import SampleBounds, sample_bounds
 from megatron_sstoken.model.build import Model
-from megatron_sstoken.scores.signals import TokenSignals
-from megatron_sstoken.selection.methods import METHODS, Selection, select_tokens
+from megatron_sstoken.parallel import Layout
+from megatron_sstoken.selection.methods import Selection
+from megatron_sstoken.training.attention_mass import MassHandover
+from megatron_sstoken.training.loss import loss_weights
 
 
 @dataclass(frozen=True)
@@ -33,136 +35,123 @@ class TokenReport:
         return self.batch.history_loss
 
 
-@dataclass(frozen=True)
-class Selector:
-    """How tokens are selected at one step: the settings, and what changes from step to step."""
-
-    settings: SelectionSettings
-    gamma: float
-    seed: int
-    draw: int
-    """Number of the global batch: random selection draws anew in each."""
-    group: dist.ProcessGroup
-    """The data-parallel ranks."""
-
-    def __call__(self, report: TokenReport) -> Selection:
-        """Select among the response tokens of one micro-batch."""
-        return select_tokens(
-            signals_of(report),
-            method=self.settings.method,
-            rho=self.settings.rho,
-            scope=self.settings.scope,
-            gamma=self.gamma,
-            rel_floor=self.settings.rel_floor,
-            seed=self.seed,
-            draw=self.draw,
-            group=self.group,
-        )
+SelectMicroBatch = Callable[[TokenReport], Selection]
+"""Selects among the tokens of one micro-batch; may communicate over the data-parallel ranks."""
 
 
-def signals_of(report: TokenReport) -> TokenSignals:
-    """The selection's view of a report."""
-    nothing = torch.full_like(report.loss, torch.nan)
-    batch = report.batch
-    return TokenSignals(
-        segment=batch.segment,
-        num_segments=batch.num_segments,
-        response=batch.response,
-        sample=batch.sample,
-        position=batch.position,
-        loss=report.loss,
-        history_loss=nothing if batch.history_loss is None else batch.history_loss,
-        attention=nothing if report.attention is None else report.attention,
-    )
+def train_batch(
+    model: Model,
+    batches: list[TokenBatch],
+    select: SelectMicroBatch | list[Selection],
+    *,
+    loss_average: str = "token",
+    whole_gradients: bool = False,
+) -> list[TokenReport]:
+    """Forward and backward over this rank's micro-batches; leaves the gradient of the global batch's loss.
 
-
-def measures_attention(settings: SelectionSettings) -> bool:
-    """Whether the selection method uses the attention mass."""
-    return METHODS[settings.method].needs_attention
-
-
-def measures_history(settings: SelectionSettings) -> bool:
-    """Whether the selection method uses history losses."""
-    return METHODS[settings.method].needs_history
-
-
-def train_batch(model: Model, batches: list[TokenBatch], selector: Selector) -> list[TokenReport]:
-    """Forward and backward over this rank's micro-batches; leaves gradients of Σ selected loss ÷ number selected.
-
-    All ranks call it with equally many micro-batches. Returns a report per micro-batch on the last pipeline stage,
+    `select`: a function, called once a micro-batch on the last pipeline stage, or selections made beforehand, one a
+    micro-batch (there; empty elsewhere). All ranks call this with equally many micro-batches. With `whole_gradients`
+    every data-parallel rank gets all gradients, not its shard. Returns a report per micro-batch on the last stage,
     nothing elsewhere.
     """
+    selections = iter(select) if isinstance(select, list) else None
 
-    def loss_function(losses: torch.Tensor, report: TokenReport):
+    def loss_function(losses: torch.Tensor, report: TokenReport, index: torch.Tensor | None):
         with torch.no_grad():
-            selection = selector(report)
-        trained = to_predicting(selection.mask)
-        # where, not a product: a loss that is not finite on an unselected token must not reach the sum.
-        total = torch.where(trained, losses[0], 0.0).sum()
-        return total, trained.sum(dtype=torch.int), _with(report, selection)
+            selection = select(report) if callable(select) else next(selections)
+            weights, count = loss_weights(selection.mask, report.batch, loss_average)
+            weights = of_this_rank(to_predicting(weights), index)
+            if model.layout.context_size > 1:
+                # Tokens are counted where they are; samples and micro-batches by one of the ranks that share them.
+                share = (weights > 0).sum(dtype=torch.int)
+                count = share if loss_average == "token" else count * (model.layout.context_rank == 0)
+        # where, not a product alone: a loss that is not finite on an unselected token must not reach the sum.
+        total = torch.where(weights > 0, losses * weights, 0.0).sum()
+        return total, count, replace(report, selection=selection)
 
-    return _run(model, batches, loss_function, forward_only=False)
+    return _run(model, batches, loss_function, forward_only=False, force_all_reduce=whole_gradients)
 
 
-def score_batch(model: Model, batches: list[TokenBatch], selector: Selector | None = None) -> list[TokenReport]:
-    """Forward only; with a `selector` the reports say what it would select. Reports as in `train_batch`."""
+def score_batch(
+    model: Model, batches: list[TokenBatch], select: SelectMicroBatch | None = None
+) -> list[TokenReport]:
+    """Forward only; with `select` the reports say what it would select. Reports as in `train_batch`."""
 
-    def loss_function(losses: torch.Tensor, report: TokenReport):
-        selection = None if selector is None else selector(report)
-        return losses.sum(), torch.zeros((), dtype=torch.int, device=losses.device), _with(report, selection)
+    def loss_function(losses: torch.Tensor, report: TokenReport, index: torch.Tensor | None):
+        selection = None if select is None else select(report)
+        return losses.sum(), torch.zeros((), dtype=torch.int, device=losses.device), replace(report, selection=selection)
 
     with torch.no_grad():
         return _run(model, batches, loss_function, forward_only=True)
 
 
-def _with(report: TokenReport, selection: Selection | None) -> TokenReport:
-    return TokenReport(report.batch, report.loss, report.attention, selection)
-
-
-def _run(model: Model, batches: list[TokenBatch], loss_function: Callable, *, forward_only: bool) -> list[TokenReport]:
-    device = compute_device()
+def _run(model: Model, batches: list[TokenBatch], loss_function: Callable, **schedule_options: Any) -> list[TokenReport]:
+    device, layout = compute_device(), model.layout
     batches = [batch.to(device) for batch in batches]
-    probe_of = dict(zip(map(id, model.chunks), model.probes, strict=True))
+    chunk_number = {id(chunk): number for number, chunk in enumerate(model.chunks)}
+    handover = MassHandover(model)
 
     def forward_step(iterator, chunk):
         batch = next(iterator)
-        probe = probe_of[id(chunk)]
+        number = chunk_number[id(chunk)]
+        bounds = sample_bounds(batch.lengths, device, layout.context_size, layout.context_rank)
         if model.tapped_layers:
-            probe.arm(batch.context)
+            model.probes[number].arm(of_this_rank(batch.context, bounds.index))
         losses = chunk(
-            batch.tokens,
-            batch.position.unsqueeze(0),
+            of_this_rank(batch.tokens[0], bounds.index).unsqueeze(0),
+            of_this_rank(batch.position, bounds.index).unsqueeze(0),
             None,
-            labels=batch.labels,
-            packed_seq_params=sample_bounds(batch.lengths, device),
+            labels=of_this_rank(batch.labels[0], bounds.index).unsqueeze(0),
+            packed_seq_params=bounds,
         )
-        return losses, partial(_finish_micro_batch, model, batch, probe.take(), loss_function)
+        handover.give(number, model.probes[number].take())
+        return losses, partial(_finish_micro_batch, model, batch, bounds, handover, loss_function)
 
-    schedule = get_forward_backward_func()
-    return schedule(
+    reports = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(batches) for _ in model.chunks],
         model=model.chunks,
         num_microbatches=len(batches),
         seq_length=batches[0].tokens.shape[1],
         micro_batch_size=1,
-        forward_only=forward_only,
+        **schedule_options,
     )
+    handover.finish()
+    return reports
 
 
-def _finish_micro_batch(model: Model, batch: TokenBatch, masses: dict, loss_function: Callable, losses: torch.Tensor):
-    """On the last stage: align losses with tokens, finish the attention mass, and hand over to the loss function."""
+def _finish_micro_batch(
+    model: Model,
+    batch: TokenBatch,
+    bounds: SampleBounds,
+    handover: MassHandover,
+    loss_function: Callable,
+    losses: torch.Tensor,
+):
+    """On the last stage: bring losses and attention together over the context parallel ranks, align them with tokens,
+    and hand over to the loss function."""
     with torch.no_grad():
-        attention = mean_attention(model, masses) if model.tapped_layers else None
-        report = TokenReport(batch, to_predicted(losses.detach()[0], batch), attention)
-    return loss_function(losses, report)
+        known = [losses.detach()[0]]
+        if model.tapped_layers:
+            known.append(handover.take(losses.shape[1], losses.device))
+        whole = gather_tokens(torch.stack(known), bounds, model.layout)
+        attention = whole[1] if model.tapped_layers else None
+        report = TokenReport(batch, to_predicted(whole[0], batch), attention)
+    return loss_function(losses[0], report, bounds.index)
 
 
-def mean_attention(model: Model, masses: dict[int, torch.Tensor]) -> torch.Tensor:
-    """Mean over all query heads and the measured layers; sums over the tensor parallel group. fp32 [T]."""
-    total = torch.stack([masses[layer] for layer in model.tapped_layers]).sum(dim=0)
-    dist.all_reduce(total, group=model.layout.groups.tp)
-    return total / (model.architecture.num_attention_heads * len(model.tapped_layers))
+def of_this_rank(values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """The entries [T / cp] of whole samples [T] that this context parallel rank holds."""
+    return values if index is None else values.index_select(0, index)
+
+
+def gather_tokens(values: torch.Tensor, bounds: SampleBounds, layout: Layout) -> torch.Tensor:
+    """[n, T / cp] of each context parallel rank → [n, T] in the samples' order, on all of them."""
+    if bounds.gathered_order is None:
+        return values
+    gathered = [torch.empty_like(values) for _ in range(layout.context_size)]
+    dist.all_gather(gathered, values, group=layout.groups.cp)
+    return torch.cat(gathered, dim=1).index_select(1, bounds.gathered_order)
 
 
 def to_predicted(losses: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
@@ -172,8 +161,8 @@ def to_predicted(losses: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
     return torch.where((batch.position > 0) & (batch.segment >= 0), moved, torch.nan)
 
 
-def to_predicting(mask: torch.Tensor) -> torch.Tensor:
-    """Move a mask from the predicted token to the position whose output predicts it."""
-    moved = torch.zeros_like(mask)
-    moved[:-1] = mask[1:]
+def to_predicting(values: torch.Tensor) -> torch.Tensor:
+    """Move values from the predicted token to the position whose output predicts it; zero at the end."""
+    moved = torch.zeros_like(values)
+    moved[:-1] = values[1:]
     return moved

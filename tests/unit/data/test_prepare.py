@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_sstoken.data import prepare as prepare_module
@@ -23,6 +26,7 @@ from tests.toy import (
 )
 
 ROWS = [{"messages": messages} for messages in random_conversations(40, seed=1)]
+TOOL = Path(__file__).parents[3] / "tools" / "prepare_data.py"
 GOOD = json.dumps(ROWS[0]).encode()
 
 
@@ -158,6 +162,37 @@ def test_interruption_leaves_nothing(tokenizer, tmp_path, monkeypatch, error, wo
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_signals_leave_no_process_and_nothing_complete(tokenizer, tmp_path, number):
+    path = write_rows(tmp_path / "rows.jsonl", ROWS * 2000)  # seconds of work
+    command = [
+        sys.executable,
+        str(TOOL),
+        "--input",
+        str(path),
+        "--tokenizer",
+        str(tokenizer),
+        "--workers",
+        "2",
+    ]
+    with subprocess.Popen([*command, "--output", "out"], cwd=tmp_path, stderr=subprocess.DEVNULL) as tool:
+        deadline = time.monotonic() + 40
+        # bytes in the file: workers are at work
+        while not any(file.stat().st_size for file in tmp_path.glob("out.partial-*/tokens.bin")):
+            assert tool.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        workers = psutil.Process(tool.pid).children(recursive=True)
+        tool.send_signal(number)
+    assert len(workers) >= 2
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    left = [file.name for file in tmp_path.iterdir() if file.name != "rows.jsonl"]
+    assert not left if number == signal.SIGTERM else left == [f"out.partial-{tool.pid}"]
+    for folder in left:
+        with pytest.raises(ValueError, match="is incomplete"):
+            SampleStore(tmp_path / folder)
+
+
 def test_overwriting(tokenizer, tmp_path, monkeypatch):
     path, out = write_rows(tmp_path / "rows.jsonl", ROWS), tmp_path / "out"
     run([path], tokenizer, out)
@@ -217,10 +252,9 @@ def test_plain_text_with_sentencepiece(tmp_path):
 def test_command_line(tokenizer, tmp_path):
     """From another folder, with the package not installed."""
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
-    tool = Path(__file__).parents[3] / "tools" / "prepare_data.py"
     command = [
         sys.executable,
-        str(tool),
+        str(TOOL),
         "--input",
         str(path),
         "--tokenizer",

@@ -1,0 +1,206 @@
+"""The selected set, the loss and every gradient do not depend on how the work is split.
+
+Why the comparison is exact up to rounding: the loss of a global batch is Σ weight·loss ÷ Σ count over all micro-batches
+and ranks, and every rank adds its part to both sums. Only the scope `microbatch` sees the split: its tokens compete
+within one micro-step, that is among micro-batch × data-parallel rows, so that a run on D data-parallel ranks equals the
+unsharded run whose micro-batch is D times as large. `pytest -s` prints the table.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_sstoken.data.batches import RowOrder, choose_samples
+from megatron_sstoken.data.store import SampleStore
+from megatron_sstoken.model.families import Split
+from megatron_sstoken.model.weights import rules_of_chunk, to_hugging_face
+from tests.distributed_runner import run_distributed
+from tests.reference.hf_reference import Objective, loss_and_gradients
+from tests.workbench import LAYOUTS, load_model, make_model, make_samples, make_settings, make_store
+
+ALL_LAYOUTS = LAYOUTS | {
+    "cp2": (2, {"parallel.context": 2}),
+    "tp2-cp2": (4, {"parallel.tensor": 2, "parallel.context": 2, "parallel.sequence": True}),
+    "pp2-cp2": (4, {"parallel.pipeline": 2, "parallel.context": 2}),
+    "dp2-cp2": (4, {"parallel.context": 2}),
+    "tp2-pp2": (4, {"parallel.tensor": 2, "parallel.pipeline": 2}),
+}
+SHARDED = [name for name in ALL_LAYOUTS if name != "single"]
+SCOPES = ("sample", "microbatch", "batch")
+LAYER = [1, -1]  # with two stages the first lies on the earlier one
+GLOBAL_BATCH = 8
+NEAR = 2e-5
+"""Scores this close to the threshold may fall on either side of it."""
+
+# (family, packed, scope, loss average, rows of a micro-batch)
+CASES = [("llama", packed, scope, "token", rows) for packed, scope, rows in itertools.product((False, True), SCOPES, (1, 2))]
+CASES += [("qwen2", True, "batch", "sample", 1), ("qwen2", False, "sample", "microbatch", 2), ("llama", True, "sample", "sample", 2)]
+
+
+def settings_of(folder, case, parallel, micro_batch_size):
+    family, packed, scope, average, _ = case
+    return make_settings(
+        f"{folder}/{family}",
+        f"{folder}/data",
+        history__hf_path=f"{folder}/{family}-history",
+        history__store=f"{folder}/{family}-history-losses",
+        data__packing=packed,
+        data__shuffle=packed,
+        selection__scope=scope,
+        selection__loss_average=average,
+        selection__layer=LAYER,
+        training__global_batch_size=GLOBAL_BATCH,
+        training__micro_batch_size=micro_batch_size,
+        training__steps=1,
+        **parallel,
+    )
+
+
+def run_cases(rank, settings):
+    """One global batch with each of the settings: loss, token records and gradients by Hugging Face name (rank 0)."""
+    from megatron_sstoken.parallel import create_layout, reset_layout
+    from megatron_sstoken.report.records import gather_columns
+    from megatron_sstoken.training.loop import create_trainer
+    from megatron_sstoken.training.metrics import summarize
+    from megatron_sstoken.training.scoring import open_history, selector_of
+    from megatron_sstoken.training.selector import train_on_selected
+    from megatron_sstoken.training.setup import current_model
+    from megatron_sstoken.training.start import agreed_plan
+
+    results = []
+    for one in settings:
+        plan = agreed_plan(one)
+        layout = create_layout(one.parallel, one.training.seed)
+        history = open_history(plan, layout)
+        trainer = create_trainer(plan, layout, current_model(plan, layout, trainable=True), history)
+        model = trainer.model
+        model.train(True)
+        for chunk in model.chunks:
+            chunk.zero_grad_buffer()
+        selector = selector_of(one, layout, gamma=one.selection.gamma, draw=0)
+        reports = train_on_selected(model, trainer.loader.load(0), selector, whole_gradients=True)
+        loss = summarize(reports, model.architecture, layout).loss_selected
+        parts = [None] * layout.world_size
+        torch.distributed.all_gather_object(parts, (gather_columns(reports, layout), local_gradients(model)))
+        if rank == 0:
+            columns = next(part[0] for part in parts if part[0] is not None)
+            results.append((loss, columns, whole_gradients(model.architecture, [part[1] for part in parts])))
+        reset_layout()
+    return results
+
+
+def local_gradients(model):
+    """This rank's slices: (rule, layer) → (tensor rank, gradient)."""
+    found = {}
+    for chunk in model.bare:
+        rules = rules_of_chunk(chunk, model.architecture)
+        for name, parameter in chunk.named_parameters():
+            found[rules[name]] = (model.layout.tensor_rank, parameter.main_grad.clone())
+    return found
+
+
+def whole_gradients(architecture, parts):
+    """Slices of all ranks → gradients by Hugging Face name."""
+    whole = {}
+    for rule, layer in {key for part in parts for key in part}:
+        slices = {part[rule, layer][0]: part[rule, layer][1] for part in parts if (rule, layer) in part}
+        ordered = [slices[number] for number in sorted(slices)]
+        if rule.split is Split.GATED:
+            halves = [piece.chunk(2) for piece in ordered]
+            gradient = torch.cat([half[0] for half in halves] + [half[1] for half in halves])
+        elif rule.split is Split.WHOLE:
+            gradient = ordered[0]
+        else:
+            gradient = torch.cat(ordered, dim=1 if rule.split is Split.COLUMNS else 0)
+        whole |= dict(to_hugging_face(rule, layer, gradient, architecture))
+    return whole
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """Folder with models, data and history losses, and the unsharded runs: (case, rows a micro-step) → results."""
+    folder = tmp_path_factory.mktemp("invariance")
+    samples = make_samples(30, seed=11)
+    make_store(folder / "data", samples)
+    for number, family in enumerate(("llama", "qwen2")):
+        make_model(folder / family, family, seed=2 * number + 1)
+        make_model(folder / f"{family}-history", family, seed=2 * number + 2)
+    keys = sorted({(case, rows) for case in CASES for rows in (case[-1], 2 * case[-1])})
+    settings = [settings_of(folder, case, {}, rows) for case, rows in keys]
+    (results, *_) = run_distributed(run_cases, 1, settings, timeout=300)
+    return folder, samples, dict(zip(keys, results, strict=True))
+
+
+def test_unsharded_run_equals_the_reference(bench):
+    folder, samples, unsharded = bench
+    models = {name: load_model(folder / name) for name in ("llama", "qwen2", "llama-history", "qwen2-history")}
+    for (case, rows_at_once), result in unsharded.items():
+        family, packed, scope, average, _ = case
+        rows = global_batch(folder, packed)
+        batch = [[samples[i] for row in rows[k : k + rows_at_once] for i in row] for k in range(0, GLOBAL_BATCH, rows_at_once)]
+        objective = Objective("sstoken", models[f"{family}-history"], layer=LAYER, scope=scope, loss_average=average)
+        loss, gradients = loss_and_gradients(models[family], batch, objective)
+        if average == "token":
+            assert result[0] == pytest.approx(loss, abs=1e-5), case
+        assert largest_difference(result[2], gradients) < 2e-4, (case, rows_at_once)
+
+
+def global_batch(folder, packed):
+    """Sample numbers of the rows of the first global batch, as training draws them."""
+    chosen = choose_samples(SampleStore(folder / "data"), 128, "truncate")
+    packing = {"shuffle": True, "packing": "first_fit", "capacity": 128} if packed else {"shuffle": False}
+    order = RowOrder(chosen, seed=1234, **packing)
+    return [order.row(number).tolist() for number in range(GLOBAL_BATCH)]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("layout", SHARDED)
+def test_sharded_runs_equal_the_unsharded(bench, layout):
+    folder, _, unsharded = bench
+    num_ranks, parallel = ALL_LAYOUTS[layout]
+    data_size = 2 if layout.startswith("dp2") else 1
+    settings = [settings_of(folder, case, parallel, case[-1]) for case in CASES]
+    results = run_distributed(run_cases, num_ranks, settings, timeout=350)[0]
+    for case, (loss, columns, gradients) in zip(CASES, results, strict=True):
+        wanted_loss, wanted_columns, wanted_gradients = unsharded[case, case[-1] * data_size]
+        near = tokens_near_threshold(wanted_columns, case, folder, case[-1] * data_size)
+        np.testing.assert_array_equal(columns["sample"], wanted_columns["sample"])
+        np.testing.assert_array_equal(columns["position"], wanted_columns["position"])
+        differing = (columns["selected"] != wanted_columns["selected"]) & ~near
+        error = largest_difference(gradients, wanted_gradients)
+        print(
+            f"{layout:<13} {case[0]:<6} {'packed' if case[1] else 'padded'} scope {case[2]:<10} average {case[3]:<10} "
+            f"micro-batch {case[4]}: {int(columns['selected'].sum())} selected, {int(differing.sum())} differ, "
+            f"{int(near.sum())} near the threshold, loss ±{abs(loss - wanted_loss):.1e}, gradients ±{error:.1e}"
+        )
+        assert not differing.any(), case
+        assert loss == pytest.approx(wanted_loss, abs=1e-5), case
+        assert error < 1e-4, case
+
+
+def tokens_near_threshold(columns, case, folder, rows_at_once):
+    """Tokens whose score is within `NEAR` of a threshold that is not their own score."""
+    group = np.zeros(len(columns["sample"]), dtype=int)
+    if case[2] == "sample":
+        group = columns["sample"]
+    elif case[2] == "microbatch":
+        rows = global_batch(folder, case[1])
+        step_of = {sample: number // rows_at_once for number, row in enumerate(rows) for sample in row}
+        group = np.array([step_of[sample] for sample in columns["sample"].tolist()])
+    near = np.zeros(len(group), dtype=bool)
+    for value in np.unique(group):
+        inside = (group == value) & ~np.isnan(columns["score"])
+        scores, selected = columns["score"][inside], columns["selected"][inside]
+        lowest, highest_dropped = scores[selected].min(), scores[~selected].max(initial=-math.inf)
+        if lowest - highest_dropped < NEAR:
+            near[inside] = np.abs(scores - lowest) < NEAR
+    return near
+
+
+def largest_difference(found, wanted):
+    """Largest difference of any gradient, relative to the largest element of its tensor."""
+    assert found.keys() == wanted.keys()
+    return max(float((found[name] - wanted[name]).abs().max() / wanted[name].abs().max()) for name in wanted)
