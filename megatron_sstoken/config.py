@@ -273,8 +273,7 @@ class Settings:
         )
         require(
             not self.parallel.sequence or self.parallel.tensor > 1,
-            "parallel.sequence=true needs parallel.tensor > 1, which is "
-            f"{self.parallel.tensor}: use sequence=false",
+            f"parallel.sequence=true needs parallel.tensor > 1, which is {self.parallel.tensor}: use sequence=false",
         )
         at_least("model.vocabulary_multiple", self.model.vocabulary_multiple, 1)
         at_least("data.sequence_length", self.data.sequence_length, 2)

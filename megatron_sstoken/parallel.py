@@ -16,7 +16,6 @@ from megatron_sstoken.config import ParallelSettings, SettingsError
 from megatron_sstoken.device import adapt_megatron_to_cpu, communication_backend, compute_device, have_cuda
 
 
-
 @dataclass(frozen=True)
 class Layout:
     """The process groups of this process and its place in each.
@@ -135,7 +134,7 @@ def create_layout(settings: ParallelSettings, seed: int) -> Layout:
     return Layout(
         groups=groups,
         data=parallel_state.get_data_parallel_group(),
-        control=dist.group.WORLD if not have_cuda() else dist.new_group(backend="gloo"),
+        control=dist.new_group(backend="gloo"),
         virtual_pipeline=settings.virtual_pipeline,
         handover=_stage_groups(groups.pp, settings.virtual_pipeline) if settings.pipeline > 1 else (),
     )

@@ -82,14 +82,16 @@ def plan_run(settings: Settings, world_size: int) -> RunPlan:
     found = _Findings(settings.problems())
     if found.problems:
         raise SettingsError(found.problems)
-    architecture = found.attempt("model.hf_path", lambda: read_architecture(settings.model.hf_path))
+    architecture = found.attempt("model.hf_path", lambda: read_architecture(settings.model.hf_path or ""))
     data_size = _check_processes(settings, world_size, found)
     if architecture:
         _check_model(settings, architecture, found)
     train = _open_data("data.train", settings.data.train, settings, architecture, found, shuffle=settings.data.shuffle)
     validation = None
     if settings.data.validation:
-        validation = _open_data("data.validation", settings.data.validation, settings, architecture, found, shuffle=False)
+        validation = _open_data(
+            "data.validation", settings.data.validation, settings, architecture, found, shuffle=False
+        )
         if train and validation:
             ours, theirs = train.store.manifest.tokenizer_fingerprint, validation.store.manifest.tokenizer_fingerprint
             found.require(
@@ -254,7 +256,9 @@ def _batch_shape(settings: Settings, data_size: int, found: _Findings) -> BatchS
     training, parallel = settings.training, settings.parallel
     step = training.micro_batch_size * data_size
     if training.global_batch_size % step:
-        near = sorted({max(training.global_batch_size // step, 1) * step, -(-training.global_batch_size // step) * step})
+        near = sorted(
+            {max(training.global_batch_size // step, 1) * step, -(-training.global_batch_size // step) * step}
+        )
         found.problems.append(
             f"training.global_batch_size={training.global_batch_size} is not a multiple of "
             f"training.micro_batch_size={training.micro_batch_size} × data parallel size {data_size} = {step}: "
@@ -364,7 +368,9 @@ def _describe_selection(settings: Settings) -> str:
     selection = settings.selection
     if selection.method == "full":
         return "full: every response token"
-    text = f"{selection.method}, rho {selection.rho}, scope {selection.scope}, loss averaged by {selection.loss_average}"
+    text = (
+        f"{selection.method}, rho {selection.rho}, scope {selection.scope}, loss averaged by {selection.loss_average}"
+    )
     if METHODS[selection.method].needs_attention:
         text += f", gamma {selection.gamma}, layer {selection.layer}"
     if METHODS[selection.method].needs_history:

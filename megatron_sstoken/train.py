@@ -11,8 +11,11 @@ from megatron_sstoken.training.scoring import open_history
 from megatron_sstoken.training.setup import current_model
 from megatron_sstoken.training.start import agreed_plan
 
-DRY_RUN = {
-    "dry_run": {"action": "store_true", "help": "Check everything, print the plan and the batch arithmetic, train nothing."},
+DRY_RUN: dict[str, dict] = {
+    "dry_run": {
+        "action": "store_true",
+        "help": "Check everything, print the plan and the batch arithmetic, train nothing.",
+    },
     "world_size": {
         "type": int,
         "default": None,

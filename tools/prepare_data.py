@@ -27,16 +27,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog=ROWS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE.jsonl", help="files, read in this order"
-    )
-    parser.add_argument(
-        "--tokenizer", required=True, help="Hugging Face folder, or sentencepiece .model file"
-    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE.jsonl", help="files, read in this order")
+    parser.add_argument("--tokenizer", required=True, help="Hugging Face folder, or sentencepiece .model file")
     parser.add_argument("--output", required=True, help="folder to make")
-    parser.add_argument(
-        "--chat_template", metavar="FILE", help="Jinja template to use instead of the tokenizer's"
-    )
+    parser.add_argument("--chat_template", metavar="FILE", help="Jinja template to use instead of the tokenizer's")
     parser.add_argument("--fields", help="columns, such as prompt=question,response=answer[,system=rules]")
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes that tokenise")
     parser.add_argument(

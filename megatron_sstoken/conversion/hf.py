@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from megatron.core import dist_checkpointing
@@ -26,7 +27,7 @@ from megatron_sstoken.training.checkpoint import (
 
 _SHARD_BYTES = 5 * 10**9
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", "safetensors.index.json")
-_PRECISION = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+_PRECISION: dict[torch.dtype, Literal["bf16", "fp32"]] = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def to_hf(checkpoint: str, output: str, *, hf_path: str | None = None, overwrite: bool = False) -> Path:
@@ -61,7 +62,9 @@ def from_hf(hf_path: str, output: str, *, overwrite: bool = False) -> Path:
     elif dtypes <= {"F32", "BF16", "F16"}:
         dtype = torch.float32
     else:
-        raise ValueError(f"{hf_path} holds tensors of type {', '.join(sorted(dtypes))}: only F32, BF16 and F16 are read")
+        raise ValueError(
+            f"{hf_path} holds tensors of type {', '.join(sorted(dtypes))}: only F32, BF16 and F16 are read"
+        )
     target, partial = _prepare_output(output, overwrite)
     model = _single_process_model(hf_path, dtype)
     load_weights(model, hf_path)
@@ -122,7 +125,7 @@ def _write_weights(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) ->
     if len(shards) == 1:
         os.replace(folder / "shard-0.safetensors", folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         os.replace(folder / f"shard-{number}.safetensors", folder / file_name)

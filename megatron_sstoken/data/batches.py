@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> "TokenBatch":
         """The same with every tensor on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), torch.Tensor)
@@ -273,7 +273,7 @@ class BatchLoader:
                 position[here] = np.arange(length)
                 segment[here] = num_segments
                 sample[here] = self.store.rows[index]
-                if history is not None:
+                if history is not None and self.history is not None:
                     offset = int(self.store.offsets[index])
                     history[here] = self.history.values(offset, offset + length)
                 aligned = int(self._aligned(np.array(length)))

@@ -99,9 +99,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise BadRow(
-            f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object; keep one"
-        )
+        raise BadRow(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object; keep one")
     return row
 
 
@@ -136,9 +134,7 @@ def _formed_messages(row: dict[str, Any]) -> list[Message]:
             "name the fields with --fields"
         )
     if len(forms) > 1:
-        raise BadRow(
-            f"ambiguous: the fields fit {' and '.join(forms)}; keep one, or name the fields with --fields"
-        )
+        raise BadRow(f"ambiguous: the fields fit {' and '.join(forms)}; keep one, or name the fields with --fields")
     if forms == ["messages"]:
         return row["messages"]
     if forms == ["instruction/output"]:
@@ -179,22 +175,16 @@ class _Plan:
         try:
             "".join(self.texts).encode()
         except UnicodeEncodeError as error:
-            raise BadRow(
-                f"{error.object[error.start]!r} is half a surrogate pair, not a character"
-            ) from error
+            raise BadRow(f"{error.object[error.start]!r} is half a surrogate pair, not a character") from error
 
 
-def _tokenize_batch(
-    tokenizer: TextTokenizer, conversations: Sequence[list[Message]]
-) -> list[TokenizedSample | BadRow]:
+def _tokenize_batch(tokenizer: TextTokenizer, conversations: Sequence[list[Message]]) -> list[TokenizedSample | BadRow]:
     make = _plan_plain if tokenizer.template is None else _plan_marks if tokenizer.marked else _plan_prefixes
     plans = [_or_bad_row(make, tokenizer, messages) for messages in conversations]
     texts = [text for plan in plans if isinstance(plan, _Plan) for text in plan.texts]
     encodings = iter(tokenizer.encode_batch(texts, positions=tokenizer.marked))
     return [
-        plan
-        if isinstance(plan, BadRow)
-        else _or_bad_row(_carry_out, plan, list(islice(encodings, len(plan.texts))))
+        plan if isinstance(plan, BadRow) else _or_bad_row(_carry_out, plan, list(islice(encodings, len(plan.texts))))
         for plan in plans
     ]
 
@@ -242,9 +232,7 @@ def _plan_marks(tokenizer: TextTokenizer, messages: list[Message]) -> _Plan:
     def assign(encodings: list[Encoding]) -> tuple[list[int], list[Span]]:
         (whole,) = encodings
         borders = [(whole.tokens_before(start), whole.tokens_before(stop)) for start, stop in chat.spans]
-        return whole.ids, [
-            (start, _end_of_turn(tokenizer, whole.ids, start, stop)) for start, stop in borders
-        ]
+        return whole.ids, [(start, _end_of_turn(tokenizer, whole.ids, start, stop)) for start, stop in borders]
 
     return _Plan([chat.text], assign)
 
@@ -294,9 +282,7 @@ def _assign_prefixes(
         start, stop = len(before), len(after)
         if start < stop and after[start] in tokenizer.special_ids - tokenizer.end_of_turn_ids:
             _require_generation_prompt(tokenizer, messages[:turn], turn)
-        ranges.append(
-            (start, _after_last(whole, start, stop, tokenizer.special_ids | tokenizer.end_of_turn_ids))
-        )
+        ranges.append((start, _after_last(whole, start, stop, tokenizer.special_ids | tokenizer.end_of_turn_ids)))
     return whole, ranges
 
 

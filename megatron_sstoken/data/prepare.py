@@ -159,8 +159,7 @@ def summary(path: str | Path) -> str:
     entries = {
         "rows": f"{manifest.num_samples + manifest.num_skipped:,}",
         "samples": f"{manifest.num_samples:,}",
-        "skipped": f"{manifest.num_skipped:,}"
-        + (f" (see {Path(path) / SKIPPED})" if manifest.num_skipped else ""),
+        "skipped": f"{manifest.num_skipped:,}" + (f" (see {Path(path) / SKIPPED})" if manifest.num_skipped else ""),
         "tokens": f"{manifest.num_tokens:,}",
         "response tokens": f"{manifest.num_response_tokens:,} ({share:.1%})",
         "longest sample": f"{manifest.longest_sample:,} tokens",
@@ -186,9 +185,7 @@ def tokenize_chunk(tokenizer: TextTokenizer, fields: FieldNames | None, chunk: L
         except BadRow as error:
             bad.append(_bad_line(chunk.file, number, error, line))
     samples, rows = [], []
-    for result, (place, number, line) in zip(
-        tokenize_conversations(tokenizer, conversations), places, strict=True
-    ):
+    for result, (place, number, line) in zip(tokenize_conversations(tokenizer, conversations), places, strict=True):
         if isinstance(result, BadRow):
             bad.append(_bad_line(chunk.file, number, result, line))
         else:
@@ -220,9 +217,7 @@ def _check_arguments(inputs: Sequence[str | Path], output: Path, workers: int, o
     if os.path.lexists(output) and not overwrite:
         raise ValueError(f"--output: {output} exists; choose another folder or pass --overwrite")
     if os.path.lexists(output) and not _is_prepared(output):
-        raise ValueError(
-            f"--output: {output} was not made by this tool, so it is not overwritten; remove it yourself"
-        )
+        raise ValueError(f"--output: {output} was not made by this tool, so it is not overwritten; remove it yourself")
 
 
 def _is_prepared(path: Path) -> bool:
@@ -238,9 +233,7 @@ def _read_template(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"--chat_template: {path} cannot be read ({error}); give a Jinja file in UTF-8"
-        ) from error
+        raise ValueError(f"--chat_template: {path} cannot be read ({error}); give a Jinja file in UTF-8") from error
 
 
 def _template_source(tokenizer: TextTokenizer, chat_template: str | Path | None) -> str:
@@ -291,8 +284,7 @@ def _write(results: Iterable[TokenizedChunk], writer: StoreWriter, bar: tqdm, sk
         listed = "\n".join(f"  {bad.file}:{bad.line}: {bad.reason}" for bad in shown)
         more = f"\n  … and {num_bad - len(shown)} more" if num_bad > len(shown) else ""
         raise ValueError(
-            f"{num_bad} of {num_rows} rows cannot be prepared; correct them or pass --on_bad_row skip\n"
-            f"{listed}{more}"
+            f"{num_bad} of {num_rows} rows cannot be prepared; correct them or pass --on_bad_row skip\n{listed}{more}"
         )
     if skipped and not num_bad:
         skipped.unlink()

@@ -101,9 +101,7 @@ class SampleStore:
             "roles.idx": index_size,
         }
         for name, size in sizes.items():
-            _check_size(
-                self.path / name, size, "prepare the data again with tools/prepare_data.py --overwrite"
-            )
+            _check_size(self.path / name, size, "prepare the data again with tools/prepare_data.py --overwrite")
         self._tokens = IndexedDataset(str(self.path / "tokens"))
         self._roles = IndexedDataset(str(self.path / "roles"))
         # copies, as megatron unmaps the index when the data set dies, whoever still holds a view of it
@@ -248,14 +246,10 @@ class TokenColumn:
         _check_column_format(file, content)
         self.manifest: dict[str, Any] = content["identity"]
         self._num_values: int = content["num_values"]
-        _check_size(
-            self.path / "values.bin", 4 * self._num_values, "delete the folder and compute the column again"
-        )
+        _check_size(self.path / "values.bin", 4 * self._num_values, "delete the folder and compute the column again")
         # an empty file cannot be mapped
         empty = np.empty(0, dtype=np.float32)
-        self._values = (
-            np.memmap(self.path / "values.bin", np.float32, mode="r") if self._num_values else empty
-        )
+        self._values = np.memmap(self.path / "values.bin", np.float32, mode="r") if self._num_values else empty
 
     def __len__(self) -> int:
         return self._num_values
@@ -271,9 +265,7 @@ class TokenColumn:
     def require(self, identity: dict[str, Any]) -> None:
         """ValueError naming what differs, with both values, if the column's identity is another one."""
         if mismatch := describe_mismatch(identity, self.manifest):
-            raise ValueError(
-                f"token column: {self.path} does not match: {mismatch}; move it away to compute it again"
-            )
+            raise ValueError(f"token column: {self.path} does not match: {mismatch}; move it away to compute it again")
 
 
 class TokenColumnWriter:
@@ -403,9 +395,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(
-            f"{file} is not JSON ({error}): it is damaged; delete the folder and make it again"
-        ) from error
+        raise ValueError(f"{file} is not JSON ({error}): it is damaged; delete the folder and make it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} is not a JSON object: it is damaged; delete the folder and make it again")
     return content

@@ -103,17 +103,13 @@ class HuggingFaceTokenizer(TextTokenizer):
     def __init__(self, path: str | Path, template: str | None = None):
         self.path = str(path)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.path, local_files_only=True, trust_remote_code=False
-            )
+            tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"tokenizer: {path} cannot be loaded as a Hugging Face tokenizer folder: {error}"
             ) from error
         self._tokenizer = tokenizer
-        self._backend: tokenizers.Tokenizer | None = (
-            tokenizer.backend_tokenizer if tokenizer.is_fast else None
-        )
+        self._backend: tokenizers.Tokenizer | None = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         if self._backend is not None:
             # tokenizer.json may carry both; a sample must be neither cut nor filled up
             self._backend.no_truncation()
@@ -123,9 +119,7 @@ class HuggingFaceTokenizer(TextTokenizer):
         self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.vocabulary_size = max(tokenizer.get_vocab().values()) + 1
         self.end_of_turn_ids = frozenset(known_ends if self.eos_id is None else known_ends | {self.eos_id})
-        self.special_ids = frozenset(tokenizer.all_special_ids) | {
-            i for i, token in added.items() if token.special
-        }
+        self.special_ids = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
         self.special_tokens = dict(tokenizer.special_tokens_map)
         self.fingerprint = self._fingerprint()
         self.set_template(template or (tokenizer.get_chat_template() if tokenizer.chat_template else None))
@@ -167,17 +161,13 @@ class SentencePieceTokenizer(TextTokenizer):
         try:
             model = sentencepiece.SentencePieceProcessor(model_file=self.path)
         except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"tokenizer: {path} cannot be loaded as a sentencepiece model: {error}"
-            ) from error
+            raise ValueError(f"tokenizer: {path} cannot be loaded as a sentencepiece model: {error}") from error
         self._model = model
         self.vocabulary_size = model.get_piece_size()
         pieces = {model.id_to_piece(token_id): token_id for token_id in range(self.vocabulary_size)}
         self._controls = {piece: token_id for piece, token_id in pieces.items() if model.is_control(token_id)}
         longest_first = sorted(self._controls, key=len, reverse=True)
-        self._split = (
-            re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
-        )
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
         self.bos_id, self.eos_id = (
             token_id if token_id >= 0 else None for token_id in (model.bos_id(), model.eos_id())
         )
@@ -217,9 +207,7 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> TextTo
         return HuggingFaceTokenizer(path, chat_template)
     if Path(path).is_file() and Path(path).suffix == ".model":
         return SentencePieceTokenizer(path, chat_template)
-    raise ValueError(
-        f"tokenizer: {path} is neither a Hugging Face folder nor a sentencepiece .model file; give either"
-    )
+    raise ValueError(f"tokenizer: {path} is neither a Hugging Face folder nor a sentencepiece .model file; give either")
 
 
 def sha256(data: bytes) -> str:
@@ -257,9 +245,7 @@ class _GenerationTag(Extension):
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(
-            line
-        )
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
 def _tokens_before(encoding: tokenizers.Encoding, char: int) -> int:

@@ -1,6 +1,7 @@
 """Architecture and settings → the model chunks of this rank, wrapped for training, and their optimizer."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,6 +66,11 @@ class Model:
         places = {divmod((layer - 1) // per_chunk, self.layout.pipeline_size) for layer in self.tapped_layers}
         return sorted((stage, chunk) for chunk, stage in places)
 
+    def zero_gradients(self) -> None:
+        """Empty megatron's gradient buffers, into which the backward passes of a step accumulate."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()  # type: ignore[operator]  # a DistributedDataParallel
+
     def train(self, training: bool) -> None:
         """Switch all chunks between training and evaluation."""
         for chunk in self.chunks:
@@ -75,11 +81,11 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
     """megatron's configuration for this architecture, layout and precision."""
     a, parallel, training = architecture, settings.parallel, settings.training
     dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
-    recompute = {
+    recompute_settings: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[training.recompute]
+    }
     return TransformerConfig(
         num_layers=a.num_layers,
         hidden_size=a.hidden_size,
@@ -117,12 +123,17 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
         batch_p2p_comm=have_cuda(),
-        **recompute,
+        **recompute_settings[training.recompute],
     )
 
 
 def build_model(
-    architecture: Architecture, settings: Settings, layout: Layout, *, tapped_layers: tuple[int, ...] = (), trainable: bool
+    architecture: Architecture,
+    settings: Settings,
+    layout: Layout,
+    *,
+    tapped_layers: tuple[int, ...] = (),
+    trainable: bool,
 ) -> Model:
     """Build this rank's chunks, with uninitialised weights. With `trainable`, wrap them in megatron's DDP.
 
@@ -237,9 +248,7 @@ def build_optimizer(
         use_distributed_optimizer=True,
         overlap_param_gather=have_cuda(),
     )
-    optimizer = get_megatron_optimizer(
-        config, model.chunks, use_gloo_process_groups=have_cuda(), pg_collection=None
-    )
+    optimizer = get_megatron_optimizer(config, model.chunks, use_gloo_process_groups=have_cuda(), pg_collection=None)
     warmup = round(settings.warmup_fraction * num_steps)
     scheduler = OptimizerParamScheduler(
         optimizer,

@@ -14,7 +14,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010  (an attribute of megatron's)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         wide = hidden.float()

@@ -6,6 +6,7 @@ Every rank opens the files memory-mapped and reads its own slices only, whatever
 import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -159,7 +160,7 @@ def to_hugging_face(
         yield name, part.contiguous()
 
 
-def rules_of_chunk(model: torch.nn.Module, architecture: Architecture) -> dict[str, tuple[WeightRule, int]]:
+def rules_of_chunk(model: Any, architecture: Architecture) -> dict[str, tuple[WeightRule, int]]:
     """For a model chunk (a bare GPTModel): its parameter names → (rule, number of the layer from 0)."""
     layers = model.decoder.layers
     first_layer = layers[0].layer_number - 1 if len(layers) else 0

@@ -129,9 +129,7 @@ def score_tokens(
     rel_norm = undefined
     if chosen.needs_history:
         rel = retrospective_excess_loss(signals.loss, signals.history_loss)
-        rel_norm = normalize_per_sample(
-            rel, signals.response, signals.segment, signals.num_segments, rel_floor
-        )
+        rel_norm = normalize_per_sample(rel, signals.response, signals.segment, signals.num_segments, rel_floor)
     if chosen.score is None:
         return undefined, rel_norm
     score = chosen.score(Scorable(signals, rel_norm, gamma, seed, draw))
@@ -150,9 +148,7 @@ def _select_per_sample(
     num_selected = count_selected(rho, histogram(slot, num_segments + 1)[:-1])
     mask = segment_topk(score, response, signals.segment, num_segments, num_selected)
     lowest = score.new_full((num_segments + 1,), torch.inf)
-    lowest.scatter_reduce_(
-        0, torch.where(mask, slot, num_segments), torch.where(mask, score, torch.inf), "amin"
-    )
+    lowest.scatter_reduce_(0, torch.where(mask, slot, num_segments), torch.where(mask, score, torch.inf), "amin")
     return mask, torch.where(num_selected > 0, lowest[:-1], torch.nan)
 
 

@@ -222,8 +222,7 @@ def run_rounds(
 
 def topk_rounds(scores: Tensor, token_ids: Tensor, quota: Callable[[Tensor], Tensor]) -> Rounds[TopK]:
     """One rank of `distributed_topk`. `quota`: number of candidates of all ranks → k, both int64 []."""
-    lower_is_better = (1 << 32) - 1 - sortable_keys(scores)
-    keys = torch.where(scores.isnan(), -1, lower_is_better)
+    keys = torch.where(scores.isnan(), -1, (1 << 32) - 1 - sortable_keys(scores))
     found = yield from kth_smallest(keys, quota, SCORE_DIGITS)
     yield from refuse_nan(found.num_excluded, scores, token_ids)
     mask, tied = keys < found.key, keys == found.key
@@ -261,9 +260,7 @@ class KthSmallest:
     num_excluded: int
 
 
-def kth_smallest(
-    keys: Tensor, quota: Callable[[Tensor], Tensor], digits: tuple[int, ...]
-) -> Rounds[KthSmallest]:
+def kth_smallest(keys: Tensor, quota: Callable[[Tensor], Tensor], digits: tuple[int, ...]) -> Rounds[KthSmallest]:
     """Radix select, most significant digit first: each round counts the next digit of keys still in question.
 
     keys: int64 [n] in [0, 2^sum(digits)), or −1: excluded. quota: number of candidates of all ranks → k
@@ -273,11 +270,8 @@ def kth_smallest(
     undecided = sum(digits)
     wanted = remaining = num_candidates = num_excluded = num_equal = prefix
     for number, width in enumerate(digits):
-        num_bins = 1 << width
-        in_question = keys >> undecided == prefix  # never so for −1
         undecided -= width
-        digit = (keys >> undecided) & (num_bins - 1)
-        sums = yield histogram(torch.where(in_question, digit, num_bins), num_bins + 1)
+        sums = yield _count_digits(keys, prefix, undecided, width)
         counts = sums[:-1]
         if number == 0:  # all keys but the excluded are in question
             num_excluded, num_candidates = sums[-1], counts.sum()
@@ -289,6 +283,17 @@ def kth_smallest(
         prefix = prefix << width | chosen
     results = torch.stack([prefix, wanted, remaining, num_equal, num_candidates, num_excluded])
     return KthSmallest(*results.tolist())
+
+
+def _count_digits(keys: Tensor, prefix: Tensor, undecided: int, width: int) -> Tensor:
+    """How often each digit of `width` bits follows `prefix` in the keys, then how many keys do not begin so.
+
+    `undecided` bits of a key follow the digit. Returns int64 [2^width + 1].
+    """
+    num_bins = 1 << width
+    in_question = keys >> (undecided + width) == prefix  # never so for −1
+    digit = (keys >> undecided) & (num_bins - 1)
+    return histogram(torch.where(in_question, digit, num_bins), num_bins + 1)
 
 
 def histogram(slot: Tensor, num_slots: int) -> Tensor:

@@ -19,7 +19,7 @@ class MassHandover:
     """The hand-over of one pass through the schedule; made anew for each."""
 
     model: Model
-    _sent: list[tuple[dist.Work, torch.Tensor]] = field(default_factory=list)
+    _sent: list[tuple[dist.Work | None, torch.Tensor]] = field(default_factory=list)
     _kept: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
     def give(self, chunk: int, masses: dict[int, torch.Tensor]) -> None:
@@ -58,5 +58,6 @@ class MassHandover:
     def finish(self) -> None:
         """Wait until everything sent has been taken."""
         for work, _ in self._sent:
+            assert work is not None, "the receiver is a member of the group"
             work.wait()
         self._sent.clear()

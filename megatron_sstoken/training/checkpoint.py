@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -69,6 +70,12 @@ def read_run_state(folder: Path) -> RunState:
     return RunState(content["step"], RunIdentity(**identity) if identity else None, content["hf_path"])
 
 
+def read_split(folder: Path) -> list[int]:
+    """Tensor and pipeline size of the run that made a checkpoint."""
+    with open(folder / _STATE_FILE, encoding="utf-8") as file:
+        return json.load(file)["split"]
+
+
 def resolve_checkpoint(path: str) -> Path:
     """A checkpoint folder itself, or the newest complete one below it. Raises ValueError if there is none."""
     if os.path.isfile(os.path.join(path, _STATE_FILE)):
@@ -97,13 +104,13 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier(group=model.layout.control)
-    dist_checkpointing.save(
-        _sharded_state(model, optimizer, scheduler, is_loading=False), str(partial), validate_access_integrity=True
-    )
+    content = _sharded_state(model, optimizer, scheduler, is_loading=False)
+    content["random"] = _random_states(model)
+    dist_checkpointing.save(content, str(partial), validate_access_integrity=True)
     dist.barrier(group=model.layout.control)
     if dist.get_rank() == 0:
         with open(partial / _STATE_FILE, "w", encoding="utf-8") as file:
-            json.dump(asdict(state), file, indent=1)
+            json.dump(asdict(state) | {"split": _split(model)}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
@@ -116,12 +123,19 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, model: Model, optimizer: MegatronOptimizer | None = None, scheduler: OptimizerParamScheduler | None = None
+    folder: Path,
+    model: Model,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
 ) -> RunState:
-    """Load weights and, where given, optimizer, scheduler and random states, on any layout. All ranks call it."""
-    if optimizer is not None:
-        _prepare_adam_state(optimizer)
+    """Load weights and, where given, optimizer and scheduler, on any layout. All ranks call it.
+
+    Random states belong to the slices of a model: they come back where tensor and pipeline sizes are as they were.
+    """
     wanted = _sharded_state(model, optimizer, scheduler, is_loading=True)
+    same_split = read_split(folder) == _split(model)
+    if optimizer is not None and same_split:
+        wanted["random"] = _random_states(model)
     state: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
     for name, chunk in zip(_chunk_names(model), model.bare, strict=True):
         chunk.load_state_dict(state[name], strict=True)
@@ -129,6 +143,8 @@ def load_checkpoint(
         _load_optimizer(optimizer, state["optimizer"])
     if scheduler is not None:
         scheduler.load_state_dict(state["scheduler"])
+    if "random" in wanted:
+        _set_random_states(state["random"])
     return read_run_state(folder)
 
 
@@ -175,10 +191,34 @@ def _sharded_state(model, optimizer, scheduler, *, is_loading: bool) -> dict[str
     }
     state: dict[str, Any] = dict(chunks)
     if optimizer is not None:
+        _prepare_adam_state(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata)
     if scheduler is not None:
         state["scheduler"] = scheduler.state_dict()
     return state
+
+
+def _split(model: Model) -> list[int]:
+    """Tensor and pipeline size: what the slices of the model depend on."""
+    return [model.layout.tensor_size, model.layout.pipeline_size]
+
+
+def _random_states(model: Model) -> ShardedObject:
+    """The generators that dropout draws from: one set for each slice of the model."""
+    states = {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    layout = model.layout
+    split, place = _split(model), (layout.tensor_rank, layout.pipeline_rank)
+    return ShardedObject("random", states, tuple(split), place, replica_id=layout.groups.dp_cp.rank())
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
 
 
 def _torch_optimizers(optimizer: MegatronOptimizer) -> list[tuple[MegatronOptimizer, torch.optim.Optimizer]]:
@@ -188,7 +228,7 @@ def _torch_optimizers(optimizer: MegatronOptimizer) -> list[tuple[MegatronOptimi
 
 
 def _prepare_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW its (empty) state: megatron loads into it and asserts that it is there."""
+    """Give torch's AdamW its empty state where no step has made it: megatron asserts that it is there."""
     for _, inner in _torch_optimizers(optimizer):
         for group in inner.param_groups:
             for parameter in group["params"]:

@@ -131,11 +131,8 @@ def training_step(trainer: Trainer, number: int) -> tuple[StepMetrics, float, li
     """
     settings, model = trainer.settings, trainer.model
     warming_up = trainer.loader.num_samples_before(number) < settings.selection.warmup_samples
-    selector = selector_of(
-        settings, trainer.layout, gamma=0.0 if warming_up else settings.selection.gamma, draw=number
-    )
-    for chunk in model.chunks:
-        chunk.zero_grad_buffer()
+    selector = selector_of(settings, trainer.layout, gamma=0.0 if warming_up else settings.selection.gamma, draw=number)
+    model.zero_gradients()
     trainer.optimizer.zero_grad()
     reports = train_on_selected(model, trainer.loader.load(number), selector)
     metrics = summarize(reports, model.architecture, trainer.layout)

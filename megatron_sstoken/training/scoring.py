@@ -18,14 +18,12 @@ from megatron_sstoken.plan import DataPlan, RunPlan
 from megatron_sstoken.report.records import RecordWriter, gather_columns
 from megatron_sstoken.scores.history import history_identity, history_path
 from megatron_sstoken.training.metrics import summarize
-from megatron_sstoken.training.setup import history_model, history_weights
 from megatron_sstoken.training.selector import Selector, score_and_select
+from megatron_sstoken.training.setup import history_model, history_weights
 from megatron_sstoken.training.step import TokenReport, score_batch
 
 
-def sequential_loader(
-    data: DataPlan, plan: RunPlan, layout: Layout, history: TokenColumn | None = None
-) -> BatchLoader:
+def sequential_loader(data: DataPlan, plan: RunPlan, layout: Layout, history: TokenColumn | None = None) -> BatchLoader:
     """Every sample of a folder once, in its order; packed where training packs."""
     capacity = plan.settings.data.sequence_length
     packing: Packing = "next_fit" if plan.settings.data.packing else "none"

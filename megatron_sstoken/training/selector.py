@@ -63,9 +63,14 @@ class Selector:
             return [self._select(part, rho) for part in signals]
         together = self._select(whole, rho)
         sizes = [len(part.response) for part in signals]
-        columns = zip(*(v.split(sizes) for v in (together.mask, together.score, together.rel_norm)), strict=True)
-        thresholds = together.threshold.split([part.num_segments for part in signals])
-        return [Selection(*column, threshold) for column, threshold in zip(columns, thresholds, strict=True)]
+        parts = zip(
+            together.mask.split(sizes),
+            together.score.split(sizes),
+            together.rel_norm.split(sizes),
+            together.threshold.split([part.num_segments for part in signals]),
+            strict=True,
+        )
+        return [Selection(*part) for part in parts]
 
     def _choose_rho(self, signals: TokenSignals) -> Decimal:
         settings = self.settings

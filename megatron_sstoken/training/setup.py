@@ -56,8 +56,6 @@ def history_model(plan: RunPlan, layout: Layout) -> Model:
 
 def current_model(plan: RunPlan, layout: Layout, *, trainable: bool) -> Model:
     """The model of the run with its starting weights."""
-    model = build_model(
-        plan.architecture, plan.settings, layout, tapped_layers=plan.tapped_layers, trainable=trainable
-    )
+    model = build_model(plan.architecture, plan.settings, layout, tapped_layers=plan.tapped_layers, trainable=trainable)
     starting_weights(plan).load(model)
     return model

@@ -54,7 +54,7 @@ def train_batch(
     every data-parallel rank gets all gradients, not its shard. Returns a report per micro-batch on the last stage,
     nothing elsewhere.
     """
-    selections = iter(select) if isinstance(select, list) else None
+    selections = iter(select if isinstance(select, list) else [])
 
     def loss_function(losses: torch.Tensor, report: TokenReport, index: torch.Tensor | None):
         with torch.no_grad():
@@ -72,20 +72,24 @@ def train_batch(
     return _run(model, batches, loss_function, forward_only=False, force_all_reduce=whole_gradients)
 
 
-def score_batch(
-    model: Model, batches: list[TokenBatch], select: SelectMicroBatch | None = None
-) -> list[TokenReport]:
+def score_batch(model: Model, batches: list[TokenBatch], select: SelectMicroBatch | None = None) -> list[TokenReport]:
     """Forward only; with `select` the reports say what it would select. Reports as in `train_batch`."""
 
     def loss_function(losses: torch.Tensor, report: TokenReport, index: torch.Tensor | None):
         selection = None if select is None else select(report)
-        return losses.sum(), torch.zeros((), dtype=torch.int, device=losses.device), replace(report, selection=selection)
+        return (
+            losses.sum(),
+            torch.zeros((), dtype=torch.int, device=losses.device),
+            replace(report, selection=selection),
+        )
 
     with torch.no_grad():
         return _run(model, batches, loss_function, forward_only=True)
 
 
-def _run(model: Model, batches: list[TokenBatch], loss_function: Callable, **schedule_options: Any) -> list[TokenReport]:
+def _run(
+    model: Model, batches: list[TokenBatch], loss_function: Callable, **schedule_options: Any
+) -> list[TokenReport]:
     device, layout = compute_device(), model.layout
     batches = [batch.to(device) for batch in batches]
     chunk_number = {id(chunk): number for number, chunk in enumerate(model.chunks)}

@@ -68,7 +68,11 @@ def test_exported_logits_equal_megatrons(folder, tmp_path, layout):
     num_ranks, parallel = LAYOUTS[layout]
     data = make_store(tmp_path / "data", make_samples(8))
     settings = make_settings(
-        str(folder / "llama"), data, checkpoint__directory=str(tmp_path / "run"), optimizer__learning_rate=1e-2, **parallel
+        str(folder / "llama"),
+        data,
+        checkpoint__directory=str(tmp_path / "run"),
+        optimizer__learning_rate=1e-2,
+        **parallel,
     )
     tokens = torch.randint(0, 99, (1, 64), generator=torch.Generator().manual_seed(0))
     parts = run_distributed(train_and_return_logits, num_ranks, settings, tokens)

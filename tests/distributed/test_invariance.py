@@ -36,8 +36,14 @@ NEAR = 2e-5
 """Scores this close to the threshold may fall on either side of it."""
 
 # (family, packed, scope, loss average, rows of a micro-batch)
-CASES = [("llama", packed, scope, "token", rows) for packed, scope, rows in itertools.product((False, True), SCOPES, (1, 2))]
-CASES += [("qwen2", True, "batch", "sample", 1), ("qwen2", False, "sample", "microbatch", 2), ("llama", True, "sample", "sample", 2)]
+CASES = [
+    ("llama", packed, scope, "token", rows) for packed, scope, rows in itertools.product((False, True), SCOPES, (1, 2))
+]
+CASES += [
+    ("qwen2", True, "batch", "sample", 1),
+    ("qwen2", False, "sample", "microbatch", 2),
+    ("llama", True, "sample", "sample", 2),
+]
 
 
 def settings_of(folder, case, parallel, micro_batch_size):
@@ -78,8 +84,7 @@ def run_cases(rank, settings):
         trainer = create_trainer(plan, layout, current_model(plan, layout, trainable=True), history)
         model = trainer.model
         model.train(True)
-        for chunk in model.chunks:
-            chunk.zero_grad_buffer()
+        model.zero_gradients()
         selector = selector_of(one, layout, gamma=one.selection.gamma, draw=0)
         reports = train_on_selected(model, trainer.loader.load(0), selector, whole_gradients=True)
         loss = summarize(reports, model.architecture, layout).loss_selected
@@ -140,7 +145,10 @@ def test_unsharded_run_equals_the_reference(bench):
     for (case, rows_at_once), result in unsharded.items():
         family, packed, scope, average, _ = case
         rows = global_batch(folder, packed)
-        batch = [[samples[i] for row in rows[k : k + rows_at_once] for i in row] for k in range(0, GLOBAL_BATCH, rows_at_once)]
+        batch = [
+            [samples[i] for row in rows[k : k + rows_at_once] for i in row]
+            for k in range(0, GLOBAL_BATCH, rows_at_once)
+        ]
         objective = Objective("sstoken", models[f"{family}-history"], layer=LAYER, scope=scope, loss_average=average)
         loss, gradients = loss_and_gradients(models[family], batch, objective)
         if average == "token":

@@ -31,7 +31,13 @@ def assert_refused(result, *messages):
 
 
 def test_several_mistakes_are_told_together_by_all_ranks(folder):
-    result = train(folder, parallel__tensor=2, data__sequence_length=4096, training__global_batch_size=9, training__micro_batch_size=2)
+    result = train(
+        folder,
+        parallel__tensor=2,
+        data__sequence_length=4096,
+        training__global_batch_size=9,
+        training__micro_batch_size=2,
+    )
     assert_refused(
         result,
         "data.sequence_length=4096 is longer than the model's max_position_embeddings=512: use 512 or less",
@@ -66,5 +72,7 @@ def test_a_history_store_of_other_data_and_tokenizer_is_refused(folder):
 def test_nothing_is_half_written(folder):
     before = sorted(path for path in folder.rglob("*"))
     result = train(folder, 2, parallel__tensor=3, checkpoint__directory=str(folder / "never"))
-    assert_refused(result, "2 processes cannot be split into parallel.tensor=3 × parallel.pipeline=1 × parallel.context=1 = 3")
+    assert_refused(
+        result, "2 processes cannot be split into parallel.tensor=3 × parallel.pipeline=1 × parallel.context=1 = 3"
+    )
     assert sorted(path for path in folder.rglob("*")) == before

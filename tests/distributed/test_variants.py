@@ -29,7 +29,9 @@ def bench(tmp_path_factory):
     make_model(folder / "history", seed=2)
     make_store(folder / "data", make_samples(24, seed=6))
     plain = settings_of(folder)
-    results = run_distributed(run_cases, 1, [plain, *(settings_of(folder, **v) for v in VARIANTS.values())], timeout=200)
+    results = run_distributed(
+        run_cases, 1, [plain, *(settings_of(folder, **v) for v in VARIANTS.values())], timeout=200
+    )
     return folder, results[0][0], dict(zip(VARIANTS, results[0][1:], strict=True))
 
 

@@ -1,0 +1,55 @@
+"""A checkpoint holds the random states, keeps the newest, and is never half there."""
+
+import torch
+
+from megatron_sstoken.config import Settings
+from megatron_sstoken.training.checkpoint import (
+    RunIdentity,
+    RunState,
+    checkpoint_steps,
+    load_checkpoint,
+    save_checkpoint,
+)
+from tests.distributed_runner import run_distributed
+from tests.workbench import make_model
+
+IDENTITY = RunIdentity("data", 128, "truncate", True, True, 1, 8)
+
+
+def save_draw_and_load(rank, folder, model_path):
+    from megatron.core import tensor_parallel
+
+    from megatron_sstoken.model.build import build_model, build_optimizer, load_weights
+    from megatron_sstoken.model.families import read_architecture
+    from megatron_sstoken.parallel import create_layout
+
+    settings = Settings()
+    settings.parallel.tensor, settings.training.precision = 2, "fp32"
+    layout = create_layout(settings.parallel, seed=3)
+    model = build_model(read_architecture(model_path), settings, layout, trainable=True)
+    load_weights(model, model_path)
+    optimizer, scheduler = build_optimizer(model, settings.optimizer, 10)
+
+    def draw():
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            inside = torch.rand(3)
+        return torch.cat([torch.rand(3), inside]).tolist()
+
+    for step in (1, 2, 3):
+        folder_of_step = save_checkpoint(
+            folder, RunState(step, IDENTITY, model_path), model, optimizer, scheduler, keep=2
+        )
+    first = draw()
+    draw()
+    load_checkpoint(folder_of_step, model, optimizer, scheduler)
+    return first, draw()
+
+
+def test_random_states_come_back_and_old_checkpoints_go(tmp_path):
+    model = make_model(tmp_path / "model")
+    (tmp_path / "run" / "step_0000009.partial").mkdir(parents=True)  # as a killed run leaves it
+    results = run_distributed(save_draw_and_load, 2, str(tmp_path / "run"), model)
+    for before, after in results:
+        assert before == after
+    assert results[0][0][3:] != results[1][0][3:], "tensor ranks draw differently inside the tracker's fork"
+    assert list(checkpoint_steps(str(tmp_path / "run"))) == [2, 3]
