@@ -45,7 +45,10 @@ def test_next_fit_keeps_the_order_and_opens_a_row_only_when_it_must(lengths):
 
 def test_a_sample_that_fills_a_row_exactly_is_alone_in_it():
     lengths = np.array([CAPACITY, 1, CAPACITY])
-    for rows in (next_fit(np.arange(3), lengths, CAPACITY), first_fit_decreasing(np.arange(3), lengths, CAPACITY, None)):
+    for rows in (
+        next_fit(np.arange(3), lengths, CAPACITY),
+        first_fit_decreasing(np.arange(3), lengths, CAPACITY, None),
+    ):
         assert sorted(row.tolist() for row in rows) == [[0], [1], [2]]
     assert [row.tolist() for row in one_per_row(np.array([2, 0]))] == [[2], [0]]
 

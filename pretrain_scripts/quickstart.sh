@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# The main job on a toy, from nothing: environment, data, history, fine-tuning on 2 processes, export, proof.
+#
+#   bash pretrain_scripts/quickstart.sh
+#
+# WORK: folder for all that it makes (default: quickstart in the repository); a run before is replaced.
+# PYTHON, VENV: see setup.sh.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+WORK="${WORK:-$ROOT/quickstart}"
+MARK="$WORK/.made_by_quickstart"
+if [[ -e "$WORK" && ! -e "$MARK" ]]; then
+    echo "error: WORK=$WORK exists and was not made by quickstart.sh: name another folder" >&2
+    exit 2
+fi
+rm -rf "$WORK"
+mkdir -p "$WORK"
+touch "$MARK"
+
+cd "$ROOT"
+export SSTOKEN_DEVICE=cpu OMP_NUM_THREADS=1 # so small a model wants no GPU, and two processes share the cores
+
+say() { printf '\n== %s\n' "$1"; }
+
+say "toy data, tokenizer and random Llama"
+python tools/make_toy.py --output "$WORK/toy"
+
+say "prepare: chats to tokens and roles"
+python tools/prepare_data.py --input "$WORK/toy/chat.jsonl" --tokenizer "$WORK/toy/model" --output "$WORK/train"
+python tools/prepare_data.py --input "$WORK/toy/validation.jsonl" --tokenizer "$WORK/toy/model" --output "$WORK/validation"
+
+say "fine-tune with ssToken, tensor parallel 2 (scores the history first)"
+torchrun --standalone --nproc-per-node 2 -m megatron_sstoken.train \
+    --config pretrain_scripts/configs/quickstart.yaml \
+    --model.hf_path="$WORK/toy/model" \
+    --data.train="$WORK/train" \
+    --data.validation="$WORK/validation" \
+    --checkpoint.directory="$WORK/run" \
+    --parallel.tensor=2
+
+say "export to Hugging Face"
+python tools/convert_checkpoint.py to-hf --checkpoint "$WORK/run" --output "$WORK/exported"
+
+say "what happened"
+python pretrain_scripts/quickstart_report.py --work "$WORK"
+printf '%-22s %d min %02d s\n' "time, set-up included" $((SECONDS / 60)) $((SECONDS % 60))

@@ -1,0 +1,52 @@
+"""Packaging. The version stands in megatron_sstoken/__init__.py, read here without importing the package."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """The `__version__` that the package states."""
+    text = (HERE / "megatron_sstoken" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if match is None:
+        raise RuntimeError('megatron_sstoken/__init__.py has no line __version__ = "…"')
+    return match[1]
+
+
+setup(
+    name="megatron-sstoken",
+    version=read_version(),
+    description="Token-selective supervised fine-tuning (ssToken, arXiv 2510.18250) on megatron-core",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_sstoken", "megatron_sstoken.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core==0.16.1",  # device.py adapts this version to machines without CUDA
+        "transformers>=5",
+        "tokenizers>=0.22",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2.3",
+        "pyarrow>=15",
+        "jsonargparse[signatures]>=4.35",
+        "docstring-parser>=0.15",
+        "tqdm>=4.60",
+        "tensorboard>=2.14",
+        "numpy>=1.26",
+        "psutil>=5.9",  # megatron-core's dist_checkpointing imports it without requiring it
+        "pyyaml>=6",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10"],
+    },
+)

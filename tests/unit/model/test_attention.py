@@ -1,0 +1,248 @@
+"""Core attention on packed samples, and the tap, against one dense softmax over all tokens."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from megatron_sstoken.model.attention import (
+    AttentionProbe,
+    TappedCoreAttention,
+    TorchCoreAttention,
+    core_attention_builder,
+    sample_bounds,
+)
+
+LENGTHS = [5, 1, 9, 3]
+TOKENS, HEAD_DIM = sum(LENGTHS), 8
+LAYER = 3
+CPU = torch.device("cpu")
+
+
+def make_core(scale: float | None = None) -> TorchCoreAttention:
+    return TorchCoreAttention(SimpleNamespace(kv_channels=HEAD_DIM), LAYER, softmax_scale=scale)
+
+
+def make_qkv(heads: int, groups: int, dtype=torch.float64, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(TOKENS, num, HEAD_DIM, generator=generator, dtype=dtype).requires_grad_()
+        for num in (heads, groups, groups)
+    ]
+
+
+def dense_probabilities(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """softmax [heads, tokens, tokens], block-diagonal by sample and causal; one product for each head."""
+    owner = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    index = torch.arange(TOKENS)
+    allowed = (owner[:, None] == owner) & (index[:, None] >= index)
+    per_group = q.shape[1] // k.shape[1]
+    rows = []
+    for head in range(q.shape[1]):
+        products = q[:, head] @ k[:, head // per_group].T * scale
+        rows.append(products.masked_fill(~allowed, -torch.inf).softmax(dim=-1))
+    return torch.stack(rows)
+
+
+def dense_attention(q, k, v, scale: float) -> torch.Tensor:
+    per_group = q.shape[1] // k.shape[1]
+    probabilities = dense_probabilities(q, k, scale)
+    return torch.cat([probabilities[head] @ v[:, head // per_group] for head in range(q.shape[1])], dim=1)
+
+
+def attend(core, q, k, v) -> torch.Tensor:
+    return core(q, k, v, None, packed_seq_params=sample_bounds(LENGTHS, CPU))
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_core_attention(heads, groups, scale):
+    ours, theirs = make_qkv(heads, groups), make_qkv(heads, groups)
+    output = attend(make_core(scale), *ours)
+    wanted = dense_attention(*theirs, 1 / math.sqrt(HEAD_DIM) if scale is None else scale)
+    assert output.shape == (TOKENS, heads * HEAD_DIM)
+    torch.testing.assert_close(output, wanted, rtol=0, atol=1e-12)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=output.dtype)
+    output.backward(upstream)
+    wanted.backward(upstream)
+    for name, found, expected in zip("qkv", ours, theirs, strict=True):
+        torch.testing.assert_close(
+            found.grad, expected.grad, rtol=0, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_samples_and_later_tokens_do_not_matter():
+    q, k, v = make_qkv(4, 2)
+    before = attend(make_core(), q, k, v)
+    changed = [t.detach().clone() for t in (q, k, v)]
+    for tensor in changed:
+        tensor[9] += 1.0  # token 3 of the third sample (tokens 6 to 14)
+    after = attend(make_core(), *changed)
+    differs = (before != after).any(dim=1)
+    assert differs.tolist() == [9 <= token < 15 for token in range(TOKENS)]
+
+
+def test_sample_bounds():
+    bounds = sample_bounds(LENGTHS, CPU)
+    assert bounds.cu_seqlens_q.tolist() == bounds.cu_seqlens_kv.tolist() == [0, 5, 6, 15, 18]
+    assert bounds.cu_seqlens_q.dtype == torch.int32 and bounds.qkv_format == "thd"
+    assert (bounds.max_seqlen_q, bounds.max_seqlen_kv, bounds.lengths) == (9, 9, LENGTHS)
+
+
+class Counted(torch.nn.Module):
+    """A core attention that counts its calls."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        return self.inner(*args, **kwargs)
+
+
+@pytest.fixture
+def tapped():
+    """(tap, its probe): around a counted core attention of layer 3."""
+    probe = AttentionProbe()
+    return TappedCoreAttention(Counted(make_core()), LAYER, probe), probe
+
+
+def make_context(seed: int = 2) -> torch.Tensor:
+    return torch.rand(TOKENS, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+def dense_mass(q, k, context) -> torch.Tensor:
+    """Sum over heads of the attention that each token pays to context tokens, itself included if it is one."""
+    probabilities = dense_probabilities(q.detach().double(), k.detach().double(), 1 / math.sqrt(HEAD_DIM))
+    return (probabilities * context.double()).sum(dim=-1).sum(dim=0)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mass(tapped, heads, groups, dtype):
+    tap, probe = tapped
+    q, k, v = make_qkv(heads, groups, dtype)
+    context = make_context()
+    probe.arm(context)
+    attend(tap, q, k, v)
+    masses = probe.take()
+    assert list(masses) == [LAYER]
+    mass = masses[LAYER]
+    assert mass.dtype == torch.float32 and mass.shape == (TOKENS,) and not mass.requires_grad
+    torch.testing.assert_close(mass.double(), dense_mass(q, k, context), rtol=0, atol=1e-5)
+
+
+def test_mass_of_no_context_and_of_nothing_else(tapped):
+    tap, probe = tapped
+    q, k, v = make_qkv(4, 2)
+    for context, wanted in (
+        (torch.zeros(TOKENS, dtype=torch.bool), 0.0),
+        (torch.ones(TOKENS, dtype=torch.bool), 4.0),
+    ):
+        probe.arm(context)
+        attend(tap, q, k, v)
+        torch.testing.assert_close(probe.take()[LAYER], torch.full((TOKENS,), wanted), rtol=0, atol=1e-6)
+
+
+def test_the_layers_output_and_gradients_are_unchanged(tapped):
+    tap, probe = tapped
+    results = []
+    for core, armed in ((make_core(), False), (tap, False), (tap, True)):
+        qkv = make_qkv(4, 2)
+        if armed:
+            probe.arm(make_context())
+        output = attend(core, *qkv)
+        output.square().sum().backward()
+        results.append([output.detach(), *(tensor.grad for tensor in qkv)])
+    for other in results[1:]:
+        assert all(torch.equal(mine, plain) for mine, plain in zip(other, results[0], strict=True))
+
+
+def test_an_unarmed_tap_does_nothing(tapped):
+    tap, probe = tapped
+    attend(tap, *make_qkv(4, 2))
+    assert tap.inner.calls == 1 and probe.take() == {}
+
+
+def test_a_tap_fires_once_when_armed(tapped):
+    tap, probe = tapped
+    context = make_context()
+    q, k, v = make_qkv(4, 2)
+    probe.arm(context)
+    attend(tap, q, k, v)
+    attend(tap, *make_qkv(4, 2, seed=9))
+    assert tap.inner.calls == 3
+    torch.testing.assert_close(probe.take()[LAYER].double(), dense_mass(q, k, context), rtol=0, atol=1e-5)
+    attend(tap, q, k, v)
+    assert tap.inner.calls == 4 and probe.take() == {}, "taking disarms"
+    other = make_context(seed=5)
+    probe.arm(other)
+    attend(tap, q, k, v)
+    torch.testing.assert_close(probe.take()[LAYER].double(), dense_mass(q, k, other), rtol=0, atol=1e-5)
+
+
+def test_arming_forgets_what_nobody_took(tapped):
+    tap, probe = tapped
+    q, k, v = make_qkv(4, 2)
+    probe.arm(make_context(seed=5))
+    attend(tap, q, k, v)
+    probe.arm(make_context())
+    attend(tap, q, k, v)
+    torch.testing.assert_close(
+        probe.take()[LAYER].double(), dense_mass(q, k, make_context()), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("taken_before_backward", [True, False])
+def test_recomputation_does_not_fire_again(tapped, reentrant, taken_before_backward):
+    tap, probe = tapped
+    plain, recomputed = make_qkv(4, 2), make_qkv(4, 2)
+    attend(make_core(), *plain).square().sum().backward()
+    context = make_context()
+    probe.arm(context)
+    output = checkpoint(lambda *qkv: attend(tap, *qkv), *recomputed, use_reentrant=reentrant)
+    masses = probe.take() if taken_before_backward else None
+    assert tap.inner.calls == 2
+    output.square().sum().backward()
+    assert tap.inner.calls == 3, "the recomputation runs the layer, and not the tap"
+    masses = masses or probe.take()
+    torch.testing.assert_close(
+        masses[LAYER].double(), dense_mass(*recomputed[:2], context), rtol=0, atol=1e-5
+    )
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain, recomputed, strict=True))
+
+
+def test_several_layers_share_a_probe():
+    probe = AttentionProbe()
+    config = SimpleNamespace(kv_channels=HEAD_DIM)
+    build = core_attention_builder(TorchCoreAttention, frozenset({2, 4}), probe)
+    cores = [build(layer_number=number, config=config) for number in (1, 2, 3, 4)]
+    kinds = [TorchCoreAttention, TappedCoreAttention, TorchCoreAttention, TappedCoreAttention]
+    assert [type(core) for core in cores] == kinds
+    context = make_context()
+    probe.arm(context)
+    inputs = [make_qkv(4, 2, seed=number) for number in range(4)]
+    for core, qkv in zip(cores, inputs, strict=True):
+        attend(core, *qkv)
+    masses = probe.take()
+    assert sorted(masses) == [2, 4]
+    for layer, mass in masses.items():
+        torch.testing.assert_close(
+            mass.double(), dense_mass(*inputs[layer - 1][:2], context), rtol=0, atol=1e-5
+        )
+
+
+def test_a_checkpoint_does_not_see_the_tap(tapped):
+    tap, _ = tapped
+    assert tap.sharded_state_dict("layer.", (), {}) == {}
+
+    class Stateful(torch.nn.Module):
+        def sharded_state_dict(self, prefix, sharded_offsets, metadata):
+            return {prefix + "scale": (sharded_offsets, metadata)}
+
+    wrapped = TappedCoreAttention(Stateful(), LAYER, AttentionProbe())
+    assert wrapped.sharded_state_dict("layer.", (1,), {"a": 2}) == {"layer.scale": ((1,), {"a": 2})}

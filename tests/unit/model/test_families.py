@@ -1,0 +1,288 @@
+"""config.json of each family, old and new, against transformers' own reading of it."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from megatron_sstoken.model.families import read_architecture, rope_inverse_frequencies
+
+LLAMA2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "rope_scaling": None,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0",
+    "pretraining_tp": 1,
+    "use_cache": True,
+}
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LLAMA3 = LLAMA2 | {
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "rope_scaling": LLAMA3_SCALING,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+LLAMA3_NEW = {name: value for name, value in LLAMA3.items() if name not in ("rope_theta", "rope_scaling")} | {
+    "rope_parameters": LLAMA3_SCALING | {"rope_theta": 500000.0}
+}
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 100,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 21,
+    "sliding_window": 32768,
+    "use_sliding_window": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+CONFIGS = {
+    "llama2": LLAMA2,
+    "llama2-linear": LLAMA2 | {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "llama3-old": LLAMA3,
+    "llama3-new": LLAMA3_NEW,
+    "qwen2": QWEN2,
+    "qwen2-untied": QWEN2 | {"tie_word_embeddings": False, "num_key_value_heads": 8},
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A function: write this config.json and return its folder."""
+
+    def write(config, name="model") -> str:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_numbers_are_those_of_transformers(folder, name):
+    path = folder(CONFIGS[name])
+    a, theirs = read_architecture(path), AutoConfig.from_pretrained(path)
+    assert a.family == theirs.model_type
+    assert (a.hidden_size, a.num_layers, a.ffn_hidden_size) == (
+        theirs.hidden_size,
+        theirs.num_hidden_layers,
+        theirs.intermediate_size,
+    )
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert (a.num_attention_heads, a.num_query_groups, a.head_dim) == (
+        theirs.num_attention_heads,
+        theirs.num_key_value_heads,
+        head_dim,
+    )
+    assert (a.vocabulary_size, a.max_positions) == (theirs.vocab_size, theirs.max_position_embeddings)
+    assert (a.norm_epsilon, a.rope_base) == (theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"])
+    assert a.tied_embeddings is theirs.tie_word_embeddings and a.qkv_bias is (theirs.model_type == "qwen2")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_scaling",
+        "tie_word_embeddings",
+        "hidden_act",
+    ],
+)
+def test_absent_fields_mean_what_they_mean_in_transformers(folder, field):
+    path = folder({name: value for name, value in LLAMA3.items() if name != field})
+    a, theirs = read_architecture(path), AutoConfig.from_pretrained(path)
+    assert (a.num_query_groups, a.head_dim) == (theirs.num_key_value_heads, theirs.head_dim)
+    assert (a.max_positions, a.norm_epsilon) == (theirs.max_position_embeddings, theirs.rms_norm_eps)
+    assert a.rope_base == theirs.rope_parameters["rope_theta"]
+    assert (a.rope_scaling is None) == (theirs.rope_parameters["rope_type"] == "default")
+    assert a.tied_embeddings is theirs.tie_word_embeddings
+
+
+def test_old_and_new_rope_are_one(folder):
+    assert read_architecture(folder(LLAMA3, "old")) == read_architecture(folder(LLAMA3_NEW, "new"))
+    typed = {("type" if name == "rope_type" else name): value for name, value in LLAMA3_SCALING.items()}
+    assert read_architecture(folder(LLAMA3 | {"rope_scaling": typed}, "typed")) == read_architecture(
+        folder(LLAMA3, "old")
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rope_frequencies_are_those_of_transformers(folder, name):
+    path = folder(CONFIGS[name])
+    found = rope_inverse_frequencies(read_architecture(path))
+    wanted = LlamaRotaryEmbedding(AutoConfig.from_pretrained(path)).inv_freq
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 4.0), (2.0, 8.0)])
+def test_llama3_rope_has_all_three_regimes(folder, low, high):
+    borders = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": 64}
+    path = folder(LLAMA3 | {"rope_scaling": LLAMA3_SCALING | borders})
+    found = rope_inverse_frequencies(read_architecture(path))
+    plain = rope_inverse_frequencies(read_architecture(folder(LLAMA3 | {"rope_scaling": None}, "plain")))
+    wanted = LlamaRotaryEmbedding(AutoConfig.from_pretrained(path)).inv_freq
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+    ratio = plain / found
+    assert (ratio == 1).any() and torch.isclose(ratio, torch.tensor(32.0)).any()
+    assert ((ratio > 1.01) & (ratio < 31.9)).any()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_number_of_parameters(folder, name):
+    path = folder(CONFIGS[name])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    assert read_architecture(path).num_parameters() == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_tensor_has_one_rule(folder, name):
+    path = folder(CONFIGS[name])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    a = read_architecture(path)
+    covered = [
+        pattern.format(layer=layer)
+        for rule in a.weight_rules()
+        for pattern in rule.hugging_face
+        for layer in range(a.num_layers if "{layer}" in pattern else 1)
+    ]
+    assert sorted(covered) == sorted(dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("words", "multiple", "tensor", "padded"),
+    [
+        (320, 128, 1, 384),
+        (320, 128, 8, 384),
+        (320, 128, 3, 384),
+        (320, 1, 1, 320),
+        (320, 1, 3, 321),
+        (384, 128, 2, 384),
+        (385, 128, 2, 512),
+        (32000, 128, 256, 32000),
+        (99, 10, 4, 100),
+    ],
+)
+def test_padded_vocabulary(folder, words, multiple, tensor, padded):
+    a = read_architecture(folder(LLAMA2 | {"vocab_size": words}))
+    assert a.padded_vocabulary(multiple, tensor) == padded
+    assert padded % multiple == padded % tensor == 0
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "message"),
+    [
+        (LLAMA2, {"attention_bias": True}, "attention_bias=True is not supported: only False is"),
+        (LLAMA2, {"mlp_bias": True}, "mlp_bias=True is not supported: only False is"),
+        (QWEN2, {"use_sliding_window": True}, "use_sliding_window=True is not supported: only False is"),
+        (QWEN2, {"use_mrope": True}, "use_mrope=True is not supported: only False is"),
+        (
+            QWEN2,
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            r"layer_types=\['full_attention', 'sliding_attention'\] is not supported: only full_attention is",
+        ),
+        (LLAMA2, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported: only silu is"),
+        (LLAMA2, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported"),
+        (
+            LLAMA2,
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope type 'dynamic' is not supported",
+        ),
+        (LLAMA2, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (
+            LLAMA2,
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+            "partial_rotary_factor is not supported: only 1.0 is",
+        ),
+        (LLAMA2, {"query_pre_attn_scalar": 144}, "the field query_pre_attn_scalar=144 is not known"),
+        (
+            LLAMA2,
+            {"quantization_config": {"bits": 4}},
+            "the field quantization_config={'bits': 4} is not known",
+        ),
+        (LLAMA2, {"qk_layernorm": True}, "the field qk_layernorm=True is not known"),
+        (LLAMA2, {"logit_scale": 0.0625}, "the field logit_scale=0.0625 is not known"),
+        (LLAMA2, {"model_type": "mistral"}, "model_type='mistral' is not supported: use one of llama, qwen2"),
+        (LLAMA2, {"model_type": None}, "model_type=None is not supported"),
+        (LLAMA2, {"vocab_size": None}, "vocab_size is missing"),
+        (LLAMA2, {"num_hidden_layers": None}, "num_hidden_layers is missing"),
+        (LLAMA2, {"num_attention_heads": None}, "num_attention_heads is missing"),
+        (LLAMA2, {"intermediate_size": None}, "intermediate_size is missing"),
+    ],
+)
+def test_unsupported_fields_are_named(folder, base, changes, message):
+    path = folder(base | changes)
+    with pytest.raises(ValueError, match=message) as error:
+        read_architecture(path)
+    assert str(error.value).startswith(f"{path}/config.json: ")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_bias": False, "mlp_bias": None},
+        {"some_new_switch": False, "some_new_list": [], "some_new_number": 0, "some_new_name": None},
+        {"attention_dropout": 0.1, "bos_token_id": 1, "eos_token_id": [2, 3]},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}},
+        {"layer_types": ["full_attention"] * 3},
+    ],
+    ids=str,
+)
+def test_harmless_fields_change_nothing(folder, changes):
+    assert read_architecture(folder(LLAMA2 | changes, "changed")) == read_architecture(folder(LLAMA2))
+
+
+def test_configurations_that_transformers_writes(tmp_path):
+    for name, config in (("llama", LlamaConfig()), ("qwen2", Qwen2Config())):
+        config.save_pretrained(tmp_path / name)
+        a = read_architecture(str(tmp_path / name))
+        assert (a.family, a.num_layers, a.vocabulary_size) == (
+            name,
+            config.num_hidden_layers,
+            config.vocab_size,
+        )
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(
+        ValueError, match="absent has no config.json: name the folder of a Hugging Face checkpoint"
+    ):
+        read_architecture(str(tmp_path / "absent"))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        read_architecture(str(tmp_path))
