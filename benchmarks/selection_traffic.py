@@ -26,7 +26,7 @@ from megatron_sstoken.selection.topk import TopK, Traffic, count_selected, simul
 
 TOKENS = [10**exponent for exponent in range(3, 9)]
 RANKS = [2, 16, 128, 1024, 4096]
-NUM_VALUES = {"distinct": None, "tied": 64}
+NUM_VALUES = {"distinct": None, "tied": 16}
 RHO = "0.6"
 SCRAMBLED = 1 << 27
 LOWEST_BITS = 0x30000000
@@ -79,9 +79,9 @@ def measure(num_tokens: int, kind: str, num_ranks: int) -> Row:
         part.copy_(make_scores(numbers, NUM_VALUES[kind]))
     shards = list(zip(scores.tensor_split(num_ranks), ids.tensor_split(num_ranks), strict=True))
     traffic = Traffic()
-    start = time.perf_counter()
+    start = time.process_time()
     results = simulate_topk(shards, rho=RHO, traffic=traffic)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     check(scores, results)
     return {
         "commit": commit(),
@@ -95,7 +95,7 @@ def measure(num_tokens: int, kind: str, num_ranks: int) -> Row:
         "reduced_bytes_per_rank": traffic.num_bytes,
         "received_bytes_per_rank": round(2 * (num_ranks - 1) / num_ranks * traffic.num_bytes),
         "gather_bytes_per_rank": 4 * num_tokens,
-        "seconds_of_all_ranks": round(seconds, 4),
+        "cpu_seconds_of_all_ranks": round(seconds, 4),
     }
 
 

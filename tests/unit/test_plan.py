@@ -1,4 +1,4 @@
-"""Settings against model, data and number of processes: every cross-check, the plan's text, and the dry run."""
+"""Settings against model, data and number of processes: each cross-check, the plan's text, the dry run."""
 
 import json
 import math
@@ -28,10 +28,9 @@ NUM_SAMPLES = 20
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """`model` (4 layers, 4 heads, 2 groups, 48 wide, 512 positions), `short` and `data`."""
+    """`model` (4 layers, 4 heads, 2 groups, feed-forward 48, vocabulary 99, 512 positions) and `data`."""
     folder = tmp_path_factory.mktemp("plan")
     make_model(folder / "model")
-    make_model(folder / "short", max_position_embeddings=64)
     make_store(folder / "data", make_samples(NUM_SAMPLES))
     return folder
 
@@ -68,6 +67,10 @@ def test_a_plan(settings):
     assert (plan.shape.data_size, plan.shape.num_micro_batches, plan.shape.row_multiple) == (4, 2, 64)
     assert plan.tapped_layers == (4,) and plan.needs_history and plan.validation is None
     assert plan.train.order.num_rows(1) == NUM_SAMPLES
+
+
+def test_rows_may_be_as_long_as_the_model_allows(settings):
+    assert plan_run(settings(data__sequence_length=512), 1).settings.data.sequence_length == 512
 
 
 def test_steps_replace_epochs(settings):

@@ -1,4 +1,4 @@
-"""Global sums and quantiles against numpy, floating-point operations against a count by hand, and the step log."""
+"""Global sums and quantiles against numpy, operations against a count by hand, and the step log."""
 
 import dataclasses
 import math
