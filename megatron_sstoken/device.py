@@ -9,6 +9,7 @@ import logging
 import os
 
 import torch
+from torch.utils._device import _device_constructors
 
 
 def have_cuda() -> bool:
@@ -59,7 +60,9 @@ def adapt_megatron_to_cpu() -> None:
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()  # type: ignore[assignment]
     torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)  # type: ignore[assignment]
 
-    # Counters and norms are made by torch.zeros(..., device="cuda") and tensor.cuda().
+    # Counters and norms are made by torch.zeros(..., device="cuda") and tensor.cuda(). `with torch.device(...)`, which
+    # transformers loads models under, knows factories by identity from a list made at first use: make it from torch's own.
+    _device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
