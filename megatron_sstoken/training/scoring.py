@@ -99,8 +99,8 @@ def build_history(model: Model, plan: RunPlan, layout: Layout, path: str, identi
     if problem:
         raise SettingsError([f"history.store={path}: {problem}"])
     loader = sequential_loader(plan.train, plan, layout)
-    # Batches are written whole: the first one not written begins where the file ends.
-    first = next((b for b in range(loader.num_batches) if _batch_span(loader, b)[0] >= num_written), loader.num_batches)
+    # Batches may have had another size before: go on with the first that holds something not yet written.
+    first = next((b for b in range(loader.num_batches) if _batch_span(loader, b)[1] > num_written), loader.num_batches)
     for number, reports in scored_batches(model, loader, layout, title="history losses", first=first):
         columns = gather_columns(reports, layout)
         if writer is not None and columns is not None:
@@ -108,7 +108,7 @@ def build_history(model: Model, plan: RunPlan, layout: Layout, path: str, identi
             values = np.full(stop - start, np.nan, dtype=np.float32)
             index = np.searchsorted(store.rows, columns["sample"])
             values[store.offsets[index] + columns["position"] - start] = columns["loss"]
-            writer.append(values)
+            writer.append(values[max(writer.num_written - start, 0) :])
             writer.commit()
     if writer is not None:
         writer.finish()
