@@ -45,12 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results"
-    )
-    parser.add_argument(
-        "--max_tokens", type=int, default=max(TOKENS), help="most tokens of all ranks together"
-    )
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    parser.add_argument("--max_tokens", type=int, default=max(TOKENS), help="most tokens of all ranks together")
     parser.add_argument("--max_seconds", type=float, default=20.0, help="leave out what would take longer")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -6,6 +6,7 @@ the number of processes are in `megatron_sstoken.plan`.
 
 import os
 import sys
+import time
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Literal
@@ -317,6 +318,7 @@ class Settings:
         require(self.optimizer.epsilon > 0, f"optimizer.epsilon={self.optimizer.epsilon} must be above 0")
         for name in ("micro_batch_size", "global_batch_size", "epochs"):
             at_least(f"training.{name}", getattr(self.training, name), 1)
+        at_least("training.seed", self.training.seed, 0)
         if self.training.steps is not None:
             at_least("training.steps", self.training.steps, 1)
         for name, value in (
@@ -368,7 +370,9 @@ def parse_settings(
             silence = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(redirect_stdout(silence))
             stack.enter_context(redirect_stderr(silence))
+            # torchrun ends all processes as soon as one fails: let rank 0 print its message first.
+            stack.callback(lambda: time.sleep(3) if sys.exc_info()[0] is SystemExit else None)
         namespace = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
-    objects = parser.instantiate_classes(namespace)
+    objects = parser.instantiate(namespace)
     sections = {name: objects[name] for name in Settings.__dataclass_fields__}
     return Settings(**sections), {name: objects[name] for name in (extra or {})}

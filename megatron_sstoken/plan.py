@@ -6,6 +6,7 @@ Everything that cannot work is found here and told at once; nothing here needs p
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,9 +15,10 @@ from megatron_sstoken.data.batches import BatchShape, RowOrder, SampleSelection,
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.data.tokenizer import load_tokenizer
 from megatron_sstoken.model.families import Architecture, read_architecture
-from megatron_sstoken.model.weights import HuggingFaceWeights
+from megatron_sstoken.model.weights import HuggingFaceWeights, check_weights
 from megatron_sstoken.parallel import processes_problem
 from megatron_sstoken.selection.methods import METHODS
+from megatron_sstoken.training.checkpoint import checkpoint_steps, resolve_checkpoint
 
 T = TypeVar("T")
 
@@ -53,11 +55,6 @@ class RunPlan:
     def needs_history(self) -> bool:
         return METHODS[self.settings.selection.method].needs_history
 
-    @property
-    def history_path(self) -> str:
-        """Hugging Face folder of the frozen history weights (unless `model.checkpoint` holds the starting ones)."""
-        return self.settings.history.hf_path or self.settings.model.hf_path or ""
-
 
 class _Findings:
     """Collects problems; a part that fails to open is None and what depends on it goes unchecked."""
@@ -80,6 +77,7 @@ class _Findings:
 def plan_run(settings: Settings, world_size: int) -> RunPlan:
     """Check everything and work out the run. Raises SettingsError with every problem found."""
     found = _Findings(settings.problems())
+    found.require(world_size >= 1, f"world_size={world_size} is too small: use 1 or more")
     if found.problems:
         raise SettingsError(found.problems)
     architecture = found.attempt("model.hf_path", lambda: read_architecture(settings.model.hf_path or ""))
@@ -134,34 +132,37 @@ def divisors(number: int, limit: int = 64) -> str:
     return " or ".join([", ".join(values[:-1]), values[-1]]) if len(values) > 1 else values[0]
 
 
-def _check_model(settings: Settings, a: Architecture, found: _Findings) -> None:
+def _check_split(name: str, a: Architecture, settings: Settings, found: _Findings) -> None:
+    """Whether the layout and the sequence length fit `a`; `name` is what messages call it: model or history."""
     parallel = settings.parallel
     tensor = parallel.tensor
-    for name, number in (
-        ("num_attention_heads", a.num_attention_heads),
-        ("intermediate_size", a.ffn_hidden_size),
-    ):
+    for field, number in (("num_attention_heads", a.num_attention_heads), ("intermediate_size", a.ffn_hidden_size)):
         found.require(
             number % tensor == 0,
-            f"parallel.tensor={tensor} does not divide model.{name}={number}: use {divisors(number)}",
+            f"parallel.tensor={tensor} does not divide {name}.{field}={number}: use {divisors(number)}",
         )
     groups = a.num_query_groups
     found.require(
         groups % tensor == 0 or tensor % groups == 0,
-        f"parallel.tensor={tensor} neither divides nor is a multiple of model.num_key_value_heads={groups}: "
+        f"parallel.tensor={tensor} neither divides nor is a multiple of {name}.num_key_value_heads={groups}: "
         f"use {divisors(groups)}",
     )
     chunks = parallel.pipeline * parallel.virtual_pipeline
     found.require(
         a.num_layers % chunks == 0,
         f"parallel.pipeline={parallel.pipeline} × parallel.virtual_pipeline={parallel.virtual_pipeline} = {chunks} "
-        f"does not divide model.num_hidden_layers={a.num_layers}: use a product of {divisors(a.num_layers)}",
+        f"does not divide {name}.num_hidden_layers={a.num_layers}: use a product of {divisors(a.num_layers)}",
     )
+    owner = "the model" if name == "model" else f"the {name} model"
     found.require(
         settings.data.sequence_length <= a.max_positions,
-        f"data.sequence_length={settings.data.sequence_length} is longer than the model's "
+        f"data.sequence_length={settings.data.sequence_length} is longer than {owner}'s "
         f"max_position_embeddings={a.max_positions}: use {a.max_positions} or less",
     )
+
+
+def _check_model(settings: Settings, a: Architecture, found: _Findings) -> None:
+    _check_split("model", a, settings, found)
     for layer in layers_of(settings):
         found.require(
             -a.num_layers <= layer < a.num_layers,
@@ -175,28 +176,13 @@ def _check_model(settings: Settings, a: Architecture, found: _Findings) -> None:
         f"use each once",
     )
     if settings.model.checkpoint is None:
-        found.attempt("model.hf_path", lambda: HuggingFaceWeights(settings.model.hf_path or ""))
+        found.attempt("model.hf_path", lambda: check_weights(HuggingFaceWeights(settings.model.hf_path or ""), a))
     if settings.history.hf_path and METHODS[settings.selection.method].needs_history:
-        _check_history_model(settings, a, found)
-
-
-def _check_history_model(settings: Settings, a: Architecture, found: _Findings) -> None:
-    path = settings.history.hf_path or ""
-    history = found.attempt("history.hf_path", lambda: read_architecture(path))
-    found.attempt("history.hf_path", lambda: HuggingFaceWeights(path))
-    if history is None:
-        return
-    found.require(
-        history.vocabulary_size == a.vocabulary_size,
-        f"history.hf_path={path} has a vocabulary of {history.vocabulary_size}, the model one of "
-        f"{a.vocabulary_size}: history losses are of the same tokens; use a model with the same tokenizer",
-    )
-    chunks = settings.parallel.pipeline * settings.parallel.virtual_pipeline
-    found.require(
-        history.num_attention_heads % settings.parallel.tensor == 0 and history.num_layers % chunks == 0,
-        f"history.hf_path={path}: {history.num_attention_heads} attention heads and {history.num_layers} layers "
-        "cannot be split as the model is: use a history model that the same layout divides",
-    )
+        path = settings.history.hf_path
+        history = found.attempt("history.hf_path", lambda: read_architecture(path))
+        if history is not None:
+            _check_split("history", history, settings, found)
+            found.attempt("history.hf_path", lambda: check_weights(HuggingFaceWeights(path), history))
 
 
 def _open_data(
@@ -212,11 +198,7 @@ def _open_data(
             f"{setting}={path}: {without} samples have no response token (first: input row {row}): "
             "prepare the data again with tools/prepare_data.py"
         )
-    if a is not None and store.manifest.vocabulary_size > a.vocabulary_size:
-        found.problems.append(
-            f"{setting}={path} was prepared with a vocabulary of {store.manifest.vocabulary_size}, "
-            f"model.hf_path={settings.model.hf_path} has {a.vocabulary_size}: prepare the data with the model's tokenizer"
-        )
+    _check_vocabulary(setting, path, store, settings, a, found)
     _check_tokenizer(setting, path, store, settings, found)
     data = settings.data
     samples = found.attempt(setting, lambda: choose_samples(store, data.sequence_length, data.too_long))
@@ -230,6 +212,22 @@ def _open_data(
         capacity=data.sequence_length,
     )
     return DataPlan(store, samples, order)
+
+
+def _check_vocabulary(
+    setting: str, path: str | None, store: SampleStore, settings: Settings, a: Architecture | None, found: _Findings
+) -> None:
+    """The models must know every token of the data. Padded vocabularies of one tokenizer differ between sizes."""
+    models = [("model.hf_path", settings.model.hf_path, a)]
+    if settings.history.hf_path and METHODS[settings.selection.method].needs_history:
+        with suppress(ValueError, OSError):  # told where the history model is checked
+            models.append(("history.hf_path", settings.history.hf_path, read_architecture(settings.history.hf_path)))
+    for owner, folder, architecture in models:
+        if architecture is not None and store.manifest.vocabulary_size > architecture.vocabulary_size:
+            found.problems.append(
+                f"{setting}={path} was prepared with a vocabulary of {store.manifest.vocabulary_size}, "
+                f"{owner}={folder} has {architecture.vocabulary_size}: prepare the data with the model's tokenizer"
+            )
 
 
 def _check_tokenizer(setting: str, path: str | None, store: SampleStore, settings: Settings, found: _Findings) -> None:
@@ -283,22 +281,32 @@ def _batch_shape(settings: Settings, data_size: int, found: _Findings) -> BatchS
 
 
 def _check_checkpoint(settings: Settings, found: _Findings) -> None:
-    if settings.model.checkpoint is not None:
-        from megatron_sstoken.training.checkpoint import resolve_checkpoint
+    directory, start = settings.checkpoint.directory, settings.model.checkpoint
+    if start is not None:
+        found.attempt("model.checkpoint", lambda: resolve_checkpoint(start))
+        found.require(
+            directory is None or os.path.realpath(start) != os.path.realpath(directory),
+            f"model.checkpoint={start} is checkpoint.directory: the start would move with every checkpoint; name one "
+            "step_<number> of it, or another checkpoint.directory",
+        )
+    if directory is not None and not settings.checkpoint.resume and (steps := checkpoint_steps(directory)):
+        found.problems.append(
+            f"checkpoint.directory={directory} holds checkpoints of another run (step {max(steps)}), which "
+            "checkpoint.resume=false would mix with new ones: name another directory, or remove them"
+        )
+    for setting, path in (("checkpoint.directory", directory), ("logging.directory", settings.logging.directory)):
+        if path is not None and (problem := writing_problem(setting, path)):
+            found.problems.append(problem)
 
-        found.attempt("model.checkpoint", lambda: resolve_checkpoint(settings.model.checkpoint or ""))
-    for setting, path in (
-        ("checkpoint.directory", settings.checkpoint.directory),
-        ("logging.directory", settings.logging.directory),
-    ):
-        if path is not None:
-            existing = os.path.abspath(path)
-            while not os.path.exists(existing):
-                existing = os.path.dirname(existing)
-            found.require(
-                os.path.isdir(existing) and os.access(existing, os.W_OK),
-                f"{setting}={path} cannot be written: {existing} is not a writable folder",
-            )
+
+def writing_problem(setting: str, path: str) -> str | None:
+    """Why nothing can be made at `path`, or None: its nearest existing parent is not a writable folder."""
+    existing = os.path.abspath(path)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    if os.path.isdir(existing) and os.access(existing, os.W_OK):
+        return None
+    return f"{setting}={path} cannot be written: {existing} is not a writable folder"
 
 
 def layers_of(settings: Settings) -> list[int]:

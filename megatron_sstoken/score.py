@@ -4,7 +4,8 @@ import os
 import sys
 
 from megatron_sstoken.config import Settings, SettingsError, parse_settings
-from megatron_sstoken.parallel import create_layout, run_to_exit_code, start_processes
+from megatron_sstoken.parallel import agree_on_problems, create_layout, run_to_exit_code, start_processes
+from megatron_sstoken.plan import writing_problem
 from megatron_sstoken.training.scoring import open_history, selector_of, write_records
 from megatron_sstoken.training.setup import current_model
 from megatron_sstoken.training.start import agreed_plan
@@ -26,6 +27,8 @@ def run(settings: Settings, output: str) -> None:
     start_processes()
     if os.path.isdir(output):
         raise SettingsError([f"output={output} is a folder: name a file, as {output.rstrip('/')}/records.parquet"])
+    problem = writing_problem("output", output)
+    agree_on_problems([problem] if problem else [])
     plan = agreed_plan(settings)
     layout = create_layout(settings.parallel, settings.training.seed)
     history = open_history(plan, layout)

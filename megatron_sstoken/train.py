@@ -47,7 +47,7 @@ def dry_run(settings: Settings, world_size: int | None) -> None:
 def run(settings: Settings) -> None:
     """History → model → trainer → training."""
     start_processes()
-    plan = agreed_plan(settings)
+    plan = agreed_plan(settings, check=resumable_checkpoint)
     layout = create_layout(settings.parallel, settings.training.seed)
     if layout.rank == 0:
         print(describe(plan), flush=True)

@@ -203,7 +203,6 @@ def _data_parallel(config, chunks, layout: Layout) -> list[torch.nn.Module]:
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         overlap_grad_reduce=have_cuda(),
-        overlap_param_gather=have_cuda(),
         check_for_nan_in_grad=False,  # the training step checks the global norm, once
     )
     wrapped = [
@@ -246,7 +245,6 @@ def build_optimizer(
         bf16=model.config.bf16,
         params_dtype=model.config.params_dtype,
         use_distributed_optimizer=True,
-        overlap_param_gather=have_cuda(),
     )
     optimizer = get_megatron_optimizer(config, model.chunks, use_gloo_process_groups=have_cuda(), pg_collection=None)
     warmup = round(settings.warmup_fraction * num_steps)
@@ -262,6 +260,9 @@ def build_optimizer(
         end_wd=settings.weight_decay,
         wd_incr_steps=num_steps,
         wd_incr_style="constant",
+        # A resumed run follows the settings it is given, not those of the checkpoint.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     model.config.grad_scale_func = optimizer.scale_loss
     return optimizer, scheduler

@@ -127,7 +127,8 @@ _HARMLESS = frozenset(
 )
 _UNDERSTOOD = frozenset(
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size vocab_size "
-    "max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings hidden_act".split()
+    "max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters partial_rotary_factor "
+    "tie_word_embeddings hidden_act".split()
 )
 # Per family: whether q, k and v have biases, and fields that must have one value (when present).
 _FAMILIES: dict[str, tuple[bool, dict[str, Any]]] = {
@@ -150,6 +151,8 @@ def read_architecture(hf_path: str) -> Architecture:
             config = json.load(file)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a JSON object: it is damaged")
     family = config.get("model_type")
     if family not in _FAMILIES:
         raise ValueError(f"{path}: model_type={family!r} is not supported: use one of {', '.join(_FAMILIES)}")
@@ -166,13 +169,16 @@ def read_architecture(hf_path: str) -> Architecture:
     if number("hidden_act", "silu") != "silu":
         raise ValueError(f"{path}: hidden_act={config['hidden_act']!r} is not supported: only silu is")
     heads = number("num_attention_heads")
+    groups = number("num_key_value_heads", heads)
+    if heads % groups:
+        raise ValueError(f"{path}: num_key_value_heads={groups} does not divide num_attention_heads={heads}")
     base, scaling = _rope(path, config)
     return Architecture(
         family=family,
         hidden_size=number("hidden_size"),
         num_layers=number("num_hidden_layers"),
         num_attention_heads=heads,
-        num_query_groups=number("num_key_value_heads", heads),
+        num_query_groups=groups,
         head_dim=number("head_dim", number("hidden_size") // heads),
         ffn_hidden_size=number("intermediate_size"),
         vocabulary_size=number("vocab_size"),
@@ -207,21 +213,24 @@ def _rope(path: str, config: dict) -> tuple[float, RopeScaling | None]:
     base = parameters.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
     kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     parameters.pop("type", None)
-    if parameters.pop("partial_rotary_factor", 1.0) != 1.0 or config.get("partial_rotary_factor") not in (None, 1.0):
+    if parameters.pop("partial_rotary_factor", 1.0) != 1.0 or config.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{path}: partial_rotary_factor is not supported: only 1.0 is")
     if kind == "default":
         return float(base), None
-    if kind == "linear":
-        return float(base), RopeScaling(kind, float(parameters["factor"]))
-    if kind != "llama3":
+    if kind not in ("linear", "llama3"):
         raise ValueError(f"{path}: rope type {kind!r} is not supported: use default, linear or llama3")
-    return float(base), RopeScaling(
-        kind,
-        factor=float(parameters["factor"]),
-        low_freq_factor=float(parameters["low_freq_factor"]),
-        high_freq_factor=float(parameters["high_freq_factor"]),
-        original_max_positions=int(parameters["original_max_position_embeddings"]),
-    )
+    try:
+        if kind == "linear":
+            return float(base), RopeScaling(kind, float(parameters["factor"]))
+        return float(base), RopeScaling(
+            kind,
+            factor=float(parameters["factor"]),
+            low_freq_factor=float(parameters["low_freq_factor"]),
+            high_freq_factor=float(parameters["high_freq_factor"]),
+            original_max_positions=int(parameters["original_max_position_embeddings"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the rope scaling {kind!r} lacks a number for {error}") from error
 
 
 def rope_inverse_frequencies(architecture: Architecture) -> torch.Tensor:

@@ -76,6 +76,13 @@ def hugging_face_weight(tensors: HuggingFaceWeights, rule: WeightRule, layer: in
     return slices
 
 
+def check_weights(tensors: HuggingFaceWeights, architecture: Architecture) -> None:
+    """Raise ValueError unless every tensor of the architecture is there with its shape; reads headers only."""
+    for rule in architecture.weight_rules():
+        for layer in range(architecture.num_layers if "{layer}" in rule.megatron else 1):
+            hugging_face_weight(tensors, rule, layer, architecture)
+
+
 def expected_shape(name: str, architecture: Architecture) -> list[int]:
     """Shape that config.json gives the Hugging Face tensor `name`."""
     a = architecture

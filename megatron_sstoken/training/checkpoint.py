@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sstoken.config import SettingsError
+from megatron_sstoken.device import compute_device
 from megatron_sstoken.model.build import Model
 
 _STATE_FILE = "sstoken.json"
@@ -48,6 +49,10 @@ class RunState:
     """None for a conversion, which no run made."""
     hf_path: str
     """Hugging Face folder that the architecture and the tokenizer came from."""
+    num_rows: int = 0
+    """Rows of the whole run; the last batch may be filled up with empty ones."""
+    objective: dict[str, Any] = field(default_factory=dict)
+    """Settings of selection and history, and the starting weights: told where a resumed run changes them."""
 
 
 def checkpoint_steps(directory: str) -> dict[int, Path]:
@@ -66,12 +71,13 @@ def read_run_state(folder: Path) -> RunState:
     """The state that a checkpoint folder describes."""
     with open(folder / _STATE_FILE, encoding="utf-8") as file:
         content = json.load(file)
-    identity = content["identity"]
-    return RunState(content["step"], RunIdentity(**identity) if identity else None, content["hf_path"])
+    content.pop("split", None)
+    identity = content.pop("identity")
+    return RunState(identity=RunIdentity(**identity) if identity else None, **content)
 
 
-def read_split(folder: Path) -> list[int]:
-    """Tensor and pipeline size of the run that made a checkpoint."""
+def read_split(folder: Path) -> list:
+    """`_split` of the run that made a checkpoint."""
     with open(folder / _STATE_FILE, encoding="utf-8") as file:
         return json.load(file)["split"]
 
@@ -148,9 +154,13 @@ def load_checkpoint(
     return read_run_state(folder)
 
 
-def check_identity(folder: Path, expected: RunIdentity) -> None:
-    """Raise SettingsError if the checkpoint was made on other data or in another order, naming what differs."""
-    identity = read_run_state(folder).identity
+def check_identity(folder: Path, expected: RunIdentity, num_rows: int) -> None:
+    """Raise SettingsError if the checkpoint was made on other data or in another order, naming what differs.
+
+    So is a longer run than the one that ended with a batch filled up with empty rows: it would miss those rows.
+    """
+    state = read_run_state(folder)
+    identity = state.identity
     if identity is None:
         raise SettingsError(
             [f"cannot resume from {folder}: it is a conversion; name it as model.checkpoint to start from it"]
@@ -171,6 +181,11 @@ def check_identity(folder: Path, expected: RunIdentity) -> None:
         for name, value in asdict(expected).items()
         if found[name] != value
     ]
+    if state.step * identity.global_batch_size > state.num_rows and num_rows > state.num_rows:
+        differing.append(
+            f"cannot resume from {folder}: its run of {state.num_rows} rows ended with a batch that is not full, so that "
+            "a longer one would miss rows: start it with another checkpoint.directory and model.checkpoint"
+        )
     if differing:
         raise SettingsError(differing)
 
@@ -198,9 +213,9 @@ def _sharded_state(model, optimizer, scheduler, *, is_loading: bool) -> dict[str
     return state
 
 
-def _split(model: Model) -> list[int]:
-    """Tensor and pipeline size: what the slices of the model depend on."""
-    return [model.layout.tensor_size, model.layout.pipeline_size]
+def _split(model: Model) -> list:
+    """What random states depend on: tensor and pipeline size, and the kind of device."""
+    return [model.layout.tensor_size, model.layout.pipeline_size, compute_device().type]
 
 
 def _random_states(model: Model) -> ShardedObject:
@@ -211,8 +226,8 @@ def _random_states(model: Model) -> ShardedObject:
         "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
     layout = model.layout
-    split, place = _split(model), (layout.tensor_rank, layout.pipeline_rank)
-    return ShardedObject("random", states, tuple(split), place, replica_id=layout.groups.dp_cp.rank())
+    sizes, place = (layout.tensor_size, layout.pipeline_size), (layout.tensor_rank, layout.pipeline_rank)
+    return ShardedObject("random", states, sizes, place, replica_id=layout.groups.dp_cp.rank())
 
 
 def _set_random_states(states: dict[str, Any]) -> None:

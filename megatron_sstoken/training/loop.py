@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron.core.optimizer import MegatronOptimizer
@@ -10,7 +10,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get
 
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import BatchLoader
-from megatron_sstoken.data.store import TokenColumn
+from megatron_sstoken.data.store import TokenColumn, describe_mismatch
 from megatron_sstoken.model.build import Model, build_optimizer
 from megatron_sstoken.parallel import Layout
 from megatron_sstoken.plan import RunPlan
@@ -61,6 +61,16 @@ def identity_of(plan: RunPlan) -> RunIdentity:
     )
 
 
+def objective_of(plan: RunPlan) -> dict:
+    """The settings that decide what is trained on."""
+    settings = plan.settings
+    return {
+        "selection": asdict(settings.selection),
+        "history": asdict(settings.history),
+        "model": asdict(settings.model),
+    }
+
+
 def resumable_checkpoint(plan: RunPlan) -> Path | None:
     """The newest complete checkpoint of this run, or None. Raises SettingsError if it belongs to another run."""
     checkpoint = plan.settings.checkpoint
@@ -68,7 +78,7 @@ def resumable_checkpoint(plan: RunPlan) -> Path | None:
     if not steps:
         return None
     newest = steps[max(steps)]
-    check_identity(newest, identity_of(plan))
+    check_identity(newest, identity_of(plan), plan.num_rows)
     return newest
 
 
@@ -87,8 +97,11 @@ def create_trainer(plan: RunPlan, layout: Layout, model: Model, history: TokenCo
     trainer = Trainer(plan, layout, model, optimizer, scheduler, loader, logger)
     newest = resumable_checkpoint(plan)
     if newest is not None:
-        trainer.step = load_checkpoint(newest, model, optimizer, scheduler).step
+        state = load_checkpoint(newest, model, optimizer, scheduler)
+        trainer.step = state.step
         logger.say(f"resumed from {newest}: {trainer.step} of {plan.num_steps} steps are done")
+        if changes := describe_mismatch(state.objective, objective_of(plan)):
+            logger.say(f"note: the run goes on with other settings than before ({changes})")
     return trainer
 
 
@@ -159,7 +172,13 @@ def _require_finite(value: float, name: str, number: int, settings: Settings) ->
 def save(trainer: Trainer) -> int:
     """Save a checkpoint of the steps done; returns their number."""
     plan, settings = trainer.plan, trainer.settings
-    state = RunState(trainer.step, identity_of(plan), os.path.abspath(settings.model.hf_path or ""))
+    state = RunState(
+        step=trainer.step,
+        identity=identity_of(plan),
+        hf_path=os.path.abspath(settings.model.hf_path or ""),
+        num_rows=plan.num_rows,
+        objective=objective_of(plan),
+    )
     directory, keep = settings.checkpoint.directory or "", settings.checkpoint.keep
     path = save_checkpoint(directory, state, trainer.model, trainer.optimizer, trainer.scheduler, keep)
     trainer.logger.say(f"saved {path}")

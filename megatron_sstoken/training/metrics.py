@@ -36,6 +36,8 @@ class StepMetrics:
     rel_quantiles: tuple[float, ...]
     """Of the retrospective excess loss (nat) over the response tokens, at `QUANTILES`; NaN without history."""
     attention_quantiles: tuple[float, ...]
+    rho: float = math.nan
+    """The share chosen for this batch; NaN where the settings fix it and nothing had to be scored beforehand."""
 
     @property
     def share_selected(self) -> float:
@@ -52,12 +54,13 @@ def summarize(reports: list[TokenReport], architecture: Architecture, layout: La
             sums += _sums_of(report, architecture)
         dist.all_reduce(sums, group=layout.data)
         percentiles = _merge_percentiles(_percentiles_of(reports, device), layout)
-    packed = torch.cat([sums, percentiles[:, 1:].flatten().double()])
+    rho = torch.tensor([reports[0].rho if reports else math.nan], dtype=torch.float64, device=device)
+    packed = torch.cat([sums, percentiles[:, 1:].flatten().double(), rho])
     dist.broadcast(packed, src=layout.last_stage_rank, group=layout.groups.pp)
     numbers = packed.tolist()
     selected_loss, response_loss, selected, response, tokens, positions, flops = numbers[:7]
     at = [round(quantile * (_PERCENTILES - 1)) for quantile in QUANTILES]
-    rel, attention = numbers[7 : 7 + _PERCENTILES], numbers[7 + _PERCENTILES :]
+    rel, attention = numbers[7 : 7 + _PERCENTILES], numbers[7 + _PERCENTILES : -1]
     return StepMetrics(
         loss_selected=selected_loss / selected if selected else math.nan,
         loss_all=response_loss / response if response else math.nan,
@@ -69,6 +72,7 @@ def summarize(reports: list[TokenReport], architecture: Architecture, layout: La
         model_flops=flops,
         rel_quantiles=tuple(rel[index] for index in at),
         attention_quantiles=tuple(attention[index] for index in at),
+        rho=numbers[-1],
     )
 
 
@@ -168,6 +172,7 @@ class StepLogger:
             "loss/all": metrics.loss_all,
             "loss/dropped": metrics.loss_dropped,
             "selection/share": metrics.share_selected,
+            "selection/rho": metrics.rho,
             "optimizer/gradient_norm": gradient_norm,
             "optimizer/learning_rate": learning_rate,
             "speed/tokens_per_second": speed,

@@ -92,7 +92,7 @@ def build_history(model: Model, plan: RunPlan, layout: Layout, path: str, identi
         try:
             writer = TokenColumnWriter(path, identity, int(store.offsets[-1]))
             num_written = writer.num_written
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problem = str(error)
     source = broadcast_writer_rank(layout)
     problem, num_written = broadcast_object((problem, num_written), source=source)

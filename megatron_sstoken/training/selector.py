@@ -5,6 +5,7 @@ scope `batch` and `rho: auto` need every score before the first gradient: a pass
 training pass with fixed masks. That costs a forward pass.
 """
 
+import math
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
@@ -54,13 +55,16 @@ class Selector:
             group=self.group,
         )
 
-    def over_batch(self, reports: list[TokenReport]) -> list[Selection]:
-        """Select among all micro-batches of a global batch; every rank of `group` calls it with as many."""
+    def over_batch(self, reports: list[TokenReport]) -> tuple[list[Selection], float]:
+        """Select among all micro-batches of a global batch; every rank of `group` calls it with as many.
+
+        Returns a selection a micro-batch, and ρ.
+        """
         signals = [signals_of(report) for report in reports]
         whole = concatenate_signals(signals)
         rho = self._choose_rho(whole) if self.settings.rho == "auto" else self.settings.rho
         if self.settings.scope != "batch":
-            return [self._select(part, rho) for part in signals]
+            return [self._select(part, rho) for part in signals], float(rho)
         together = self._select(whole, rho)
         sizes = [len(part.response) for part in signals]
         parts = zip(
@@ -70,7 +74,7 @@ class Selector:
             together.threshold.split([part.num_segments for part in signals]),
             strict=True,
         )
-        return [Selection(*part) for part in parts]
+        return [Selection(*part) for part in parts], float(rho)
 
     def _choose_rho(self, signals: TokenSignals) -> Decimal:
         settings = self.settings
@@ -107,8 +111,9 @@ def train_on_selected(
     model.train(False)
     scored = score_batch(model, batches)
     model.train(True)
-    selections = selector.over_batch(scored) if scored else []
-    return train_batch(model, batches, selections, loss_average=average, whole_gradients=whole_gradients)
+    selections, rho = selector.over_batch(scored) if scored else ([], math.nan)
+    reports = train_batch(model, batches, selections, loss_average=average, whole_gradients=whole_gradients)
+    return [replace(report, rho=rho) for report in reports]
 
 
 def score_and_select(model: Model, batches: list[TokenBatch], selector: Selector) -> list[TokenReport]:
@@ -116,5 +121,5 @@ def score_and_select(model: Model, batches: list[TokenBatch], selector: Selector
     if not selector.needs_all_scores:
         return score_batch(model, batches, selector)
     scored = score_batch(model, batches)
-    selections = selector.over_batch(scored) if scored else []
-    return [replace(report, selection=one) for report, one in zip(scored, selections, strict=True)]
+    selections, rho = selector.over_batch(scored) if scored else ([], math.nan)
+    return [replace(report, selection=one, rho=rho) for report, one in zip(scored, selections, strict=True)]

@@ -1,5 +1,6 @@
 """One global batch through megatron's schedule: losses, attention masses, selection, and gradients if training."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +30,8 @@ class TokenReport:
     attention: torch.Tensor | None
     """fp32 [T]: mean over heads and measured layers of the attention to the context; None if not measured."""
     selection: Selection | None = None
+    rho: float = math.nan
+    """The share that was asked for, where it was chosen for this batch."""
 
     @property
     def history_loss(self) -> torch.Tensor | None:

@@ -351,28 +351,56 @@ def test_no_sample_is_left(settings, folder):
 
 def test_history_model_of_another_vocabulary(settings, tmp_path):
     history = make_model(tmp_path / "history", vocab_size=98)
-    assert only_problem(settings(history__hf_path=history)) == (
-        f"history.hf_path={history} has a vocabulary of 98, the model one of 99: history losses are of the same "
-        "tokens; use a model with the same tokenizer"
-    )
+    problem = only_problem(settings(history__hf_path=history))
+    assert f"was prepared with a vocabulary of 99, history.hf_path={history} has 98" in problem
+    larger = make_model(tmp_path / "larger", vocab_size=128)  # padded, as one tokenizer's models of several sizes are
+    plan_run(settings(history__hf_path=larger), 1)
 
 
 @pytest.mark.parametrize(
-    ("shape", "parallel"),
+    ("shape", "parallel", "named"),
     [
-        ({"num_hidden_layers": 3}, {"parallel__pipeline": 2}),
-        ({"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 24}, {"parallel__tensor": 2}),
+        ({"num_hidden_layers": 3}, {"parallel__pipeline": 2}, "num_hidden_layers=3"),
+        ({"intermediate_size": 49}, {"parallel__tensor": 2}, "intermediate_size=49"),
+        (
+            {"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 48},
+            {"parallel__tensor": 2},
+            "num_key_value_heads=3",
+        ),
     ],
 )
-def test_history_model_that_the_layout_does_not_divide(settings, tmp_path, shape, parallel):
+def test_history_model_that_the_layout_does_not_divide(settings, tmp_path, shape, parallel, named):
     history = make_model(tmp_path / "history", **shape)
-    problem = only_problem(settings(history__hf_path=history, **parallel), 2)
-    assert problem.startswith(f"history.hf_path={history}: ") and "cannot be split as the model is" in problem
-    assert plan_run(settings(history__hf_path=history), 1).history_path == history
+    assert f"history.{named}: use" in only_problem(settings(history__hf_path=history, **parallel), 2)
+    plan_run(settings(history__hf_path=history), 1)
 
 
-def test_history_of_the_starting_weights(settings, folder):
-    assert plan_run(settings(), 1).history_path == str(folder / "model")
+def test_history_model_that_is_too_short(settings, tmp_path):
+    history = make_model(tmp_path / "history", max_position_embeddings=64)
+    problem = only_problem(settings(history__hf_path=history))
+    assert problem.endswith("is longer than the history model's max_position_embeddings=64: use 64 or less")
+
+
+def test_weights_that_lack_a_layer(settings, tmp_path, folder):
+    path = tmp_path / "model"
+    shutil.copytree(folder / "model", path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    assert "model.layers.4.input_layernorm.weight is missing" in only_problem(settings(model__hf_path=str(path)))
+
+
+def test_numbers_that_cannot_be(settings):
+    assert only_problem(settings(training__seed=-1)) == "training.seed=-1 is too small: use 0 or more"
+    with pytest.raises(SettingsError, match="world_size=-2 is too small"):
+        plan_run(settings(), -2)
+
+
+def test_a_start_that_moves_is_refused(settings, tmp_path):
+    (tmp_path / "step_0000002").mkdir()
+    (tmp_path / "step_0000002" / "sstoken.json").write_text("{}")
+    run = settings(checkpoint__directory=str(tmp_path), model__checkpoint=str(tmp_path))
+    assert "is checkpoint.directory: the start would move" in only_problem(run)
+    plan_run(settings(checkpoint__directory=str(tmp_path), model__checkpoint=str(tmp_path / "step_0000002")), 1)
 
 
 @pytest.mark.parametrize("setting", ["checkpoint.directory", "logging.directory"])
@@ -496,7 +524,7 @@ def test_dry_run_tells_all_problems_once(settings, monkeypatch, capsys):
 
 def test_dry_run_of_a_resumable_run(settings, tmp_path, capsys):
     run = settings(checkpoint__directory=str(tmp_path))
-    state = {"step": 3, "identity": asdict(identity_of(plan_run(run, 1))), "hf_path": "model"}
+    state = {"step": 3, "identity": asdict(identity_of(plan_run(run, 1))), "hf_path": "model", "num_rows": 80}
     newest = tmp_path / "step_0000003"
     for name, content in (
         (newest.name, state),
@@ -508,6 +536,11 @@ def test_dry_run_of_a_resumable_run(settings, tmp_path, capsys):
             (tmp_path / name / "sstoken.json").write_text(json.dumps(content))
     assert dry_run(run, "--world_size=1") == 0
     assert capsys.readouterr().out.endswith(f"would resume from {newest}\n")
+    (newest / "sstoken.json").write_text(json.dumps(state | {"num_rows": 20}))
+    run.training.steps = 9
+    assert dry_run(run, "--world_size=1") == 2
+    assert "its run of 20 rows ended with a batch that is not full" in capsys.readouterr().err
+    (newest / "sstoken.json").write_text(json.dumps(state))
     run.training.seed = 5
     assert dry_run(run, "--world_size=1") == 2
     assert (
@@ -515,8 +548,8 @@ def test_dry_run_of_a_resumable_run(settings, tmp_path, capsys):
         in capsys.readouterr().err
     )
     run.checkpoint.resume = False
-    assert dry_run(run, "--world_size=1") == 0
-    assert "resume" not in capsys.readouterr().out
+    assert dry_run(run, "--world_size=1") == 2
+    assert "holds checkpoints of another run (step 3)" in capsys.readouterr().err
 
 
 def test_model_checkpoint_below_a_folder(settings, tmp_path):

@@ -85,16 +85,22 @@ def test_extreme_logits(alone):
     torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-6)
 
 
-def test_a_shift_of_all_logits_changes_nothing(alone):
+@pytest.mark.parametrize("shift", [1024.0, -65536.0])
+def test_a_shift_of_all_logits_changes_nothing(alone, shift):
+    """Nor does the padding come into play where all logits are far below zero."""
     logits, targets, upstream = make_case()
-    logits = logits.round(decimals=1)
-    shifted, _ = measure(logits + 1024.0, targets, upstream, alone)
-    torch.testing.assert_close(shifted, measure(logits, targets, upstream, alone)[0], rtol=0, atol=1e-3)
+    logits = logits.round()  # whole numbers: the shift is exact
+    shifted, shifted_gradient = measure(logits + shift, targets, upstream, alone)
+    losses, gradient = measure(logits, targets, upstream, alone)
+    torch.testing.assert_close(shifted, losses, rtol=0, atol=1e-6)
+    torch.testing.assert_close(shifted_gradient, gradient, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("width", [PADDED, WORDS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_logits_are_not_changed(alone, dtype):
+def test_the_logits_are_not_changed(alone, dtype, width):
     logits, targets, upstream = make_case(dtype)
+    logits = logits[..., :width].contiguous()
     leaf = logits.clone().requires_grad_()
     inner = leaf * 1.0  # as the output of the head: not a leaf, and wanted by others as well
     losses = vocabulary_parallel_loss(inner, targets, WORDS, alone)

@@ -136,7 +136,8 @@ def test_a_selection_over_the_whole_batch():
     ]
     choose = selector(gamma=0.0, rho=0.75, scope="batch", method="attention")
     assert choose.needs_all_scores
-    first, second = choose.over_batch(reports)
+    (first, second), rho = choose.over_batch(reports)
+    assert rho == 0.75
     assert torch.equal(second.mask, batches[1].response), "7 of the 9 that are wanted"
     assert indices(first.mask) == [3, 4], "the highest two of the rest"
     assert not selector(method="full", scope="batch").needs_all_scores
