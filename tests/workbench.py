@@ -127,23 +127,32 @@ def run_score(rank: int, settings: list[Settings], outputs: list[str]) -> None:
         reset_layout()
 
 
-def run_training(rank: int, settings: list[Settings]) -> list[list[dict[str, float]]]:
-    """On each rank: train with several settings that share a layout; each step's loss, gradient norm and counts."""
-    from megatron_sstoken.parallel import create_layout, reset_layout
-    from megatron_sstoken.training.loop import create_trainer, training_step
+def make_trainer(settings: Settings) -> Any:
+    """On each rank: plan, layout, history and model of a run, as `megatron_sstoken.train` puts them together."""
+    from megatron_sstoken.parallel import create_layout
+    from megatron_sstoken.training.loop import create_trainer
     from megatron_sstoken.training.scoring import open_history
     from megatron_sstoken.training.setup import current_model
     from megatron_sstoken.training.start import agreed_plan
 
+    plan = agreed_plan(settings)
+    layout = create_layout(settings.parallel, settings.training.seed)
+    history = open_history(plan, layout)
+    trainer = create_trainer(plan, layout, current_model(plan, layout, trainable=True), history)
+    trainer.model.train(True)
+    return trainer
+
+
+def run_training(rank: int, settings: list[Settings]) -> list[list[dict[str, float]]]:
+    """On each rank: train with several settings that share a layout; each step's loss, gradient norm and counts."""
+    from megatron_sstoken.parallel import reset_layout
+    from megatron_sstoken.training.loop import training_step
+
     results = []
     for one in settings:
-        plan = agreed_plan(one)
-        layout = create_layout(one.parallel, one.training.seed)
-        history = open_history(plan, layout)
-        trainer = create_trainer(plan, layout, current_model(plan, layout, trainable=True), history)
-        trainer.model.train(True)
+        trainer = make_trainer(one)
         steps = []
-        for number in range(plan.num_steps):
+        for number in range(trainer.plan.num_steps):
             metrics, norm, _ = training_step(trainer, number)
             steps.append(
                 {

@@ -268,11 +268,6 @@ def build_optimizer(
     return optimizer, scheduler
 
 
-def count_parameters(model: Model) -> int:
-    """Parameters on this rank."""
-    return sum(parameter.numel() for chunk in model.bare for parameter in chunk.parameters())
-
-
 def broadcast_object(value, source: int, group: dist.ProcessGroup | None = None):
     """`value` of global rank `source`, on every rank of `group`."""
     box = [value]

@@ -177,7 +177,7 @@ def check_identity(folder: Path, expected: RunIdentity, num_rows: int) -> None:
     }
     differing = [
         f"cannot resume from {folder}: it was made with {setting[name]}={found[name]}, now {value}: "
-        "use the same, another checkpoint.directory, or checkpoint.resume=false"
+        "use the same, or another checkpoint.directory"
         for name, value in asdict(expected).items()
         if found[name] != value
     ]

@@ -110,7 +110,6 @@ def train(trainer: Trainer) -> None:
     settings, plan = trainer.settings, trainer.plan
     trainer.model.train(True)
     trainer.logger.pause()
-    saved = trainer.step
     for number in range(trainer.step, plan.num_steps):
         rate = get_canonical_lr_for_logging(trainer.optimizer.param_groups) or 0.0
         metrics, gradient_norm, reports = training_step(trainer, number)
@@ -124,10 +123,8 @@ def train(trainer: Trainer) -> None:
             trainer.logger.say(f"validation after step {done}: loss {loss:.4f}")
             trainer.logger.scalars(done, {"loss/validation": loss})
         if settings.checkpoint.directory and (last or is_due(done, settings.checkpoint.save_every)):
-            saved = save(trainer)
+            save(trainer)
         trainer.logger.pause()
-    if settings.checkpoint.directory and saved != trainer.step:
-        save(trainer)
     trainer.logger.close()
 
 
@@ -169,8 +166,8 @@ def _require_finite(value: float, name: str, number: int, settings: Settings) ->
         )
 
 
-def save(trainer: Trainer) -> int:
-    """Save a checkpoint of the steps done; returns their number."""
+def save(trainer: Trainer) -> None:
+    """Save a checkpoint of the steps done."""
     plan, settings = trainer.plan, trainer.settings
     state = RunState(
         step=trainer.step,
@@ -182,7 +179,6 @@ def save(trainer: Trainer) -> int:
     directory, keep = settings.checkpoint.directory or "", settings.checkpoint.keep
     path = save_checkpoint(directory, state, trainer.model, trainer.optimizer, trainer.scheduler, keep)
     trainer.logger.say(f"saved {path}")
-    return trainer.step
 
 
 def _write_step_records(trainer: Trainer, reports: list[TokenReport], done: int) -> None:

@@ -19,7 +19,7 @@ from megatron_sstoken.model.families import Split
 from megatron_sstoken.model.weights import rules_of_chunk, to_hugging_face
 from tests.distributed_runner import run_distributed
 from tests.reference.hf_reference import Objective, loss_and_gradients
-from tests.workbench import LAYOUTS, load_model, make_model, make_samples, make_settings, make_store
+from tests.workbench import LAYOUTS, load_model, make_model, make_samples, make_settings, make_store, make_trainer
 
 ALL_LAYOUTS = LAYOUTS | {
     "cp2": (2, {"parallel.context": 2}),
@@ -67,23 +67,16 @@ def settings_of(folder, case, parallel, micro_batch_size):
 
 def run_cases(rank, settings):
     """One global batch with each of the settings: loss, token records and gradients by Hugging Face name (rank 0)."""
-    from megatron_sstoken.parallel import create_layout, reset_layout
+    from megatron_sstoken.parallel import reset_layout
     from megatron_sstoken.report.records import gather_columns
-    from megatron_sstoken.training.loop import create_trainer
     from megatron_sstoken.training.metrics import summarize
-    from megatron_sstoken.training.scoring import open_history, selector_of
+    from megatron_sstoken.training.scoring import selector_of
     from megatron_sstoken.training.selector import train_on_selected
-    from megatron_sstoken.training.setup import current_model
-    from megatron_sstoken.training.start import agreed_plan
 
     results = []
     for one in settings:
-        plan = agreed_plan(one)
-        layout = create_layout(one.parallel, one.training.seed)
-        history = open_history(plan, layout)
-        trainer = create_trainer(plan, layout, current_model(plan, layout, trainable=True), history)
-        model = trainer.model
-        model.train(True)
+        trainer = make_trainer(one)
+        model, layout = trainer.model, trainer.layout
         model.zero_gradients()
         selector = selector_of(one, layout, gamma=one.selection.gamma, draw=0)
         reports = train_on_selected(model, trainer.loader.load(0), selector, whole_gradients=True)

@@ -135,7 +135,8 @@ def test_full_takes_every_response_token_and_never_communicates():
 
 
 def test_sample_scope_never_communicates():
-    select(example(), "sstoken", scope="sample", group=object())
+    alone = select(example(), "sstoken", scope="sample")
+    assert torch.equal(select(example(), "sstoken", scope="sample", group=object()).mask, alone.mask)
 
 
 def test_gamma_0_is_blind_to_the_history():
