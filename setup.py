@@ -47,6 +47,6 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "peft>=0.17"],
     },
 )

@@ -1,23 +1,12 @@
 """Every setting of a run: typed, documented once, read from YAML and the command line.
 
-Rules that need only the settings are checked here (`Settings.problems`); rules that need the model, the data or
-the number of processes are in `megatron_sstoken.plan`.
+`megatron_sstoken.command_line` reads them. Rules that need only the settings are in `megatron_sstoken.checks`; rules that
+need the model, the data or the number of processes are in `megatron_sstoken.plan`.
 """
 
 import os
-import sys
-import time
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Literal
-
-import jsonargparse
-
-from megatron_sstoken.selection.methods import METHODS
-from megatron_sstoken.selection.topk import parse_rho
-
-BOUNDED_METHODS = ("sstoken", "rel", "attention")
-"""Methods whose scores lie in [0, 1]."""
 
 
 class SettingsError(ValueError):
@@ -249,130 +238,9 @@ class Settings:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
 
-    def problems(self) -> list[str]:
-        """What cannot work whatever the model, the data and the machine. Empty when all is well."""
-        found: list[str] = []
-
-        def require(holds: bool, message: str) -> None:
-            if not holds:
-                found.append(message)
-
-        def at_least(name: str, value: float, least: float) -> None:
-            require(value >= least, f"{name}={value} is too small: use {least} or more")
-
-        def in_range(name: str, value: float, low: float, high: float) -> None:
-            require(low <= value <= high, f"{name}={value} is outside [{low}, {high}]")
-
-        require(self.model.hf_path is not None, "model.hf_path is not set: name a Hugging Face folder")
-        require(self.data.train is not None, "data.train is not set: name a folder made by tools/prepare_data.py")
-        for name in ("tensor", "pipeline", "virtual_pipeline", "context"):
-            at_least(f"parallel.{name}", getattr(self.parallel, name), 1)
-        require(
-            self.parallel.virtual_pipeline == 1 or self.parallel.pipeline > 1,
-            f"parallel.virtual_pipeline={self.parallel.virtual_pipeline} needs parallel.pipeline > 1, "
-            f"which is {self.parallel.pipeline}: use virtual_pipeline=1",
-        )
-        require(
-            not self.parallel.sequence or self.parallel.tensor > 1,
-            f"parallel.sequence=true needs parallel.tensor > 1, which is {self.parallel.tensor}: use sequence=false",
-        )
-        at_least("model.vocabulary_multiple", self.model.vocabulary_multiple, 1)
-        at_least("data.sequence_length", self.data.sequence_length, 2)
-        require(
-            self.selection.method in METHODS,
-            f"selection.method={self.selection.method} is unknown: use one of {', '.join(METHODS)}",
-        )
-        for name in ("rho", "rho_min", "rho_max"):
-            value = getattr(self.selection, name)
-            try:
-                if value != "auto":
-                    parse_rho(value)
-            except ValueError as error:
-                found.append(f"selection.{str(error).replace('rho', name, 1)}")
-        require(
-            self.selection.rho_min <= self.selection.rho_max,
-            f"selection.rho_min={self.selection.rho_min} is above selection.rho_max={self.selection.rho_max}: "
-            "use a smaller rho_min",
-        )
-        require(
-            self.selection.rho != "auto" or self.selection.method in BOUNDED_METHODS,
-            f"selection.rho=auto needs scores between 0 and 1, which selection.method={self.selection.method} does "
-            f"not give: use {' or '.join(BOUNDED_METHODS)}, or a number",
-        )
-        layers = self.selection.layer if isinstance(self.selection.layer, list) else [self.selection.layer]
-        require(len(layers) > 0, "selection.layer=[] names no layer: use -1 for the last")
-        in_range("selection.gamma", self.selection.gamma, 0, 1)
-        at_least("selection.rel_floor", self.selection.rel_floor, 0)
-        at_least("selection.warmup_samples", self.selection.warmup_samples, 0)
-        for name in ("learning_rate", "min_learning_rate", "weight_decay", "clip_grad"):
-            at_least(f"optimizer.{name}", getattr(self.optimizer, name), 0)
-        require(
-            self.optimizer.min_learning_rate <= self.optimizer.learning_rate,
-            f"optimizer.min_learning_rate={self.optimizer.min_learning_rate} is above "
-            f"optimizer.learning_rate={self.optimizer.learning_rate}: use a smaller one",
-        )
-        in_range("optimizer.warmup_fraction", self.optimizer.warmup_fraction, 0, 1)
-        for name in ("beta1", "beta2"):
-            value = getattr(self.optimizer, name)
-            require(0 <= value < 1, f"optimizer.{name}={value} is outside [0, 1)")
-        require(self.optimizer.epsilon > 0, f"optimizer.epsilon={self.optimizer.epsilon} must be above 0")
-        for name in ("micro_batch_size", "global_batch_size", "epochs"):
-            at_least(f"training.{name}", getattr(self.training, name), 1)
-        at_least("training.seed", self.training.seed, 0)
-        if self.training.steps is not None:
-            at_least("training.steps", self.training.steps, 1)
-        for name, value in (
-            ("training.validate_every", self.training.validate_every),
-            ("checkpoint.save_every", self.checkpoint.save_every),
-            ("checkpoint.keep", self.checkpoint.keep),
-            ("logging.records_every", self.logging.records_every),
-        ):
-            at_least(name, value, 0)
-        at_least("logging.every", self.logging.every, 1)
-        require(
-            self.checkpoint.save_every == 0 or self.checkpoint.directory is not None,
-            f"checkpoint.save_every={self.checkpoint.save_every} needs checkpoint.directory",
-        )
-        require(
-            self.training.validate_every == 0 or self.data.validation is not None,
-            f"training.validate_every={self.training.validate_every} needs data.validation",
-        )
-        require(
-            self.logging.records_every == 0 or self.logging_directory is not None,
-            f"logging.records_every={self.logging.records_every} needs logging.directory (or checkpoint.directory)",
-        )
-        return found
-
     @property
     def logging_directory(self) -> str | None:
         """Where TensorBoard events and records go, or None."""
         if self.logging.directory is None and self.checkpoint.directory is not None:
             return os.path.join(self.checkpoint.directory, "logs")
         return self.logging.directory
-
-
-def parse_settings(
-    arguments: list[str] | None = None, *, program: str, description: str, extra: dict[str, dict] | None = None
-) -> tuple[Settings, dict]:
-    """Read settings from `--config FILE.yaml` and `--section.key=value`, later ones winning.
-
-    `extra` adds plain options of the program (name → argparse keywords). Returns the settings and the values of the
-    extra options. On a mistake jsonargparse prints the reason and exits with code 2; under torchrun only rank 0 prints.
-    """
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog=program, description=description, exit_on_error=True)
-    parser.add_argument("--config", action="config", help="YAML file with settings; may be given more than once.")
-    for name, keywords in (extra or {}).items():
-        parser.add_argument(f"--{name}", **keywords)
-    parser.add_class_arguments(Settings, as_group=False)
-    with ExitStack() as stack:
-        if int(os.environ.get("RANK", "0")) != 0:
-            silence = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(redirect_stdout(silence))
-            stack.enter_context(redirect_stderr(silence))
-            # torchrun ends all processes as soon as one fails: let rank 0 print its message first.
-            stack.callback(lambda: time.sleep(3) if sys.exc_info()[0] is SystemExit else None)
-        namespace = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
-    objects = parser.instantiate(namespace)
-    sections = {name: objects[name] for name in Settings.__dataclass_fields__}
-    return Settings(**sections), {name: objects[name] for name in (extra or {})}

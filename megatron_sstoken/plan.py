@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from megatron_sstoken.checks import problems_of
 from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.data.batches import BatchShape, RowOrder, SampleSelection, batch_shape, choose_samples
 from megatron_sstoken.data.store import SampleStore
@@ -76,7 +77,7 @@ class _Findings:
 
 def plan_run(settings: Settings, world_size: int) -> RunPlan:
     """Check everything and work out the run. Raises SettingsError with every problem found."""
-    found = _Findings(settings.problems())
+    found = _Findings(problems_of(settings))
     found.require(world_size >= 1, f"world_size={world_size} is too small: use 1 or more")
     if found.problems:
         raise SettingsError(found.problems)

@@ -3,7 +3,8 @@
 import os
 import sys
 
-from megatron_sstoken.config import Settings, SettingsError, parse_settings
+from megatron_sstoken.command_line import parse_settings
+from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.parallel import agree_on_problems, create_layout, run_to_exit_code, start_processes
 from megatron_sstoken.plan import writing_problem
 from megatron_sstoken.training.scoring import open_history, selector_of, write_records

@@ -7,20 +7,18 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_sstoken.config import OptimizerSettings, Settings
 from megatron_sstoken.device import compute_device, have_cuda
-from megatron_sstoken.model.attention import AttentionProbe, TorchCoreAttention, core_attention_builder
+from megatron_sstoken.model.attention import AttentionProbe
 from megatron_sstoken.model.families import Architecture, Split, rope_inverse_frequencies
 from megatron_sstoken.model.head import vocabulary_parallel_loss
-from megatron_sstoken.model.norm import RMSNorm
+from megatron_sstoken.model.spec import block_spec
 from megatron_sstoken.model.weights import HuggingFaceWeights, load_hugging_face, rules_of_chunk
 from megatron_sstoken.parallel import Layout
 
@@ -149,7 +147,7 @@ def build_model(
         last = layout.is_last_stage and index == virtual - 1
         chunk = TokenLossModel(
             config=config,
-            transformer_layer_spec=_block_spec(config, tapped_layers, probe, vp_stage, layout),
+            transformer_layer_spec=block_spec(config, tapped_layers, probe, vp_stage, layout),
             vocab_size=architecture.padded_vocabulary(settings.model.vocabulary_multiple, layout.tensor_size),
             max_sequence_length=architecture.max_positions,
             pre_process=first,
@@ -184,18 +182,6 @@ def _mark_tensor_parallel(chunk: TokenLossModel, architecture: Architecture) -> 
         if rule.split is not Split.WHOLE and not hasattr(parameter, "tensor_model_parallel"):
             dim = 1 if rule.split is Split.COLUMNS else 0
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
-
-
-def _block_spec(config, tapped_layers, probe, vp_stage, layout: Layout) -> TransformerBlockSubmodules:
-    """megatron's local layer spec with our norm and core attention in place of those that need apex or refuse packs."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    layer.self_attention.submodules.core_attention = core_attention_builder(
-        TorchCoreAttention, frozenset(tapped_layers), probe
-    )
-    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=layout.pipeline_rank)
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
 
 
 def _data_parallel(config, chunks, layout: Layout) -> list[torch.nn.Module]:

@@ -5,7 +5,9 @@ import math
 
 import pytest
 
-from megatron_sstoken.config import Settings, SettingsError, parse_settings
+from megatron_sstoken.checks import problems_of
+from megatron_sstoken.command_line import parse_settings
+from megatron_sstoken.config import Settings, SettingsError
 
 # jsonargparse 4.49 renamed what `parse_settings` calls; the old name goes with version 5.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -91,7 +93,7 @@ def test_choices(name, capsys):
 
 def test_defaults_are_the_papers_and_work_once_model_and_data_are_named():
     settings = settings_with()
-    assert settings.problems() == []
+    assert problems_of(settings) == []
     selection = settings.selection
     assert (selection.method, selection.rho, selection.gamma, selection.layer) == ("sstoken", 0.6, 0.5, -1)
     assert (selection.scope, selection.rel_floor, selection.warmup_samples) == ("sample", 1e-3, 0)
@@ -202,36 +204,36 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_rule(name):
     changes, message = BROKEN[name]
-    assert settings_with(**changes).problems() == [message]
+    assert problems_of(settings_with(**changes)) == [message]
 
 
 def test_unknown_method_is_told_the_known_ones():
-    (problem,) = settings_with(selection__method="best").problems()
+    (problem,) = problems_of(settings_with(selection__method="best"))
     assert problem.startswith("selection.method=best is unknown: use one of ")
     known = problem.split("use one of ")[1].split(", ")
     assert {"sstoken", "full", "random"} <= set(known)
-    assert all(settings_with(selection__method=method).problems() == [] for method in known)
+    assert all(problems_of(settings_with(selection__method=method)) == [] for method in known)
 
 
 def test_rho_with_too_many_decimals():
     for name in ("rho", "rho_min"):
-        (problem,) = settings_with(**{f"selection__{name}": 1 / 3}).problems()
+        (problem,) = problems_of(settings_with(**{f"selection__{name}": 1 / 3}))
         assert problem.startswith(f"selection.{name}={1 / 3} has ") and "round it" in problem
-    assert settings_with(selection__rho=0.333333333).problems() == []
+    assert problems_of(settings_with(selection__rho=0.333333333)) == []
 
 
 def test_impossible_virtual_pipeline_and_negative_rate_are_named():
     assert (
         "parallel.virtual_pipeline=0 is too small: use 1 or more"
-        in settings_with(parallel__virtual_pipeline=0).problems()
+        in problems_of(settings_with(parallel__virtual_pipeline=0))
     )
     assert (
         "optimizer.learning_rate=-1.0 is too small: use 0 or more"
-        in settings_with(optimizer__learning_rate=-1.0).problems()
+        in problems_of(settings_with(optimizer__learning_rate=-1.0))
     )
     assert (
         "optimizer.learning_rate=nan is too small: use 0 or more"
-        in settings_with(optimizer__learning_rate=math.nan).problems()
+        in problems_of(settings_with(optimizer__learning_rate=math.nan))
     )
 
 
@@ -271,11 +273,11 @@ ALLOWED = (
 
 @pytest.mark.parametrize("changes", ALLOWED, ids=str)
 def test_allowed(changes):
-    assert settings_with(**changes).problems() == []
+    assert problems_of(settings_with(**changes)) == []
 
 
 def test_all_problems_at_once():
-    problems = Settings().problems()
+    problems = problems_of(Settings())
     assert [problem.split(" ")[0] for problem in problems] == ["model.hf_path", "data.train"]
     error = SettingsError(problems)
     assert error.problems == problems and str(error) == "\n".join(problems)
