@@ -24,7 +24,7 @@ def problems_of(settings: Settings) -> list[str]:
 
     require(settings.model.hf_path is not None, "model.hf_path is not set: name a Hugging Face folder")
     require(settings.data.train is not None, "data.train is not set: name a folder made by tools/prepare_data.py")
-    for name in ("tensor", "pipeline", "virtual_pipeline", "context"):
+    for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert"):
         at_least(f"parallel.{name}", getattr(settings.parallel, name), 1)
     require(
         settings.parallel.virtual_pipeline == 1 or settings.parallel.pipeline > 1,

@@ -47,6 +47,9 @@ class ParallelSettings:
     context: int = 1
     """Context parallel size: the tokens of every sample are split."""
 
+    expert: int = 1
+    """Expert parallel size: the experts of a mixture are dealt out over the ranks of a pipeline stage."""
+
     sequence: bool = False
     """Sequence parallel: norms and residuals are split over the tensor parallel group. Needs tensor > 1."""
 

@@ -79,6 +79,12 @@ def adapt_megatron_to_cpu() -> None:
     # It warns when the CPU's generator moves inside a fork of "cuda"'s; here the two are one.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
 
+    from megatron.core.transformer.moe import moe_utils
+
+    # The router asks whether Transformer Engine's matrix product is there, by a name that exists only where it is.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
 
 def _on_cpu(factory):
     @functools.wraps(factory)

@@ -64,6 +64,10 @@ class Layout:
         return self.groups.cp.rank()
 
     @property
+    def expert_size(self) -> int:
+        return self.groups.ep.size()
+
+    @property
     def pipeline_rank(self) -> int:
         return self.groups.pp.rank()
 
@@ -127,6 +131,8 @@ def create_layout(settings: ParallelSettings, seed: int) -> Layout:
         pipeline_model_parallel_size=settings.pipeline,
         virtual_pipeline_model_parallel_size=settings.virtual_pipeline if settings.virtual_pipeline > 1 else None,
         context_parallel_size=settings.context,
+        expert_model_parallel_size=settings.expert,
+        expert_tensor_parallel_size=1,  # experts are dealt out, never cut
         create_gloo_process_groups=have_cuda(),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

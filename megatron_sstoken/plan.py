@@ -124,6 +124,12 @@ def _check_processes(settings: Settings, world_size: int, found: _Findings) -> i
     if world_size % product:
         found.problems.append(processes_problem(parallel, world_size))
         return 0
+    stage = world_size // parallel.pipeline
+    found.require(
+        stage % parallel.expert == 0,
+        f"parallel.expert={parallel.expert} does not divide the {stage} processes of a pipeline stage: "
+        f"use {divisors(stage)}",
+    )
     return world_size // product
 
 
@@ -154,11 +160,34 @@ def _check_split(name: str, a: Architecture, settings: Settings, found: _Finding
         f"parallel.pipeline={parallel.pipeline} × parallel.virtual_pipeline={parallel.virtual_pipeline} = {chunks} "
         f"does not divide {name}.num_hidden_layers={a.num_layers}: use a product of {divisors(a.num_layers)}",
     )
+    _check_experts(name, a, settings, found)
     owner = "the model" if name == "model" else f"the {name} model"
     found.require(
         settings.data.sequence_length <= a.max_positions,
         f"data.sequence_length={settings.data.sequence_length} is longer than {owner}'s "
         f"max_position_embeddings={a.max_positions}: use {a.max_positions} or less",
+    )
+
+
+def _check_experts(name: str, a: Architecture, settings: Settings, found: _Findings) -> None:
+    """Whether the experts can be dealt out."""
+    parallel = settings.parallel
+    if not a.num_experts:
+        found.require(
+            parallel.expert == 1 or name != "model",
+            f"parallel.expert={parallel.expert} needs a mixture of experts, which {name}.model_type={a.family} is not: "
+            "use 1",
+        )
+        return
+    found.require(
+        a.num_experts % parallel.expert == 0,
+        f"parallel.expert={parallel.expert} does not divide {name}.num_experts={a.num_experts}: "
+        f"use {divisors(a.num_experts)}",
+    )
+    found.require(
+        parallel.tensor == 1 or parallel.sequence,
+        f"parallel.sequence=false with parallel.tensor={parallel.tensor} would compute the experts of every token "
+        f"{parallel.tensor} times: use parallel.sequence=true",
     )
 
 

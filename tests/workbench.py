@@ -6,7 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.store import StoreWriter
@@ -23,11 +31,26 @@ LLAMA3_ROPE = {
 }
 
 
+FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama": (LlamaConfig, {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": False}),
+    "mistral": (MistralConfig, {"sliding_window": 12}),
+    "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, {"head_dim": 16, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
+}
+"""Configuration class and what is particular: rope scaling, tied embeddings, windows, heads wider than hidden ÷ heads."""
+
+
 def make_model(folder: str | Path, family: str = "llama", *, seed: int = 0, **changes: Any) -> str:
     """Save a random Hugging Face model of 4 layers with grouped queries; returns its folder.
 
-    `llama` is untied with Llama 3's rope scaling, `qwen2` tied with biases that are not zero.
+    Biases and norms are not what they are initialised to.
     """
+    config_class, particular = FAMILIES[family]
     shape = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -38,12 +61,8 @@ def make_model(folder: str | Path, family: str = "llama", *, seed: int = 0, **ch
         "max_position_embeddings": 512,
         "initializer_range": 0.15,
     } | changes
-    if family == "llama":
-        config = LlamaConfig(**({"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": False} | shape))
-    else:
-        config = Qwen2Config(**({"tie_word_embeddings": True} | shape))
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config_class(**(particular | shape)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_sstoken.data.context_parallel import zigzag_index
 
@@ -52,7 +53,8 @@ def sample_bounds(
 
 
 class TorchCoreAttention(torch.nn.Module):
-    """Causal attention within each sample; takes the place of megatron's `DotProductAttention`.
+    """Causal attention within each sample, or within its sliding window; takes the place of megatron's
+    `DotProductAttention`.
 
     That one builds an S×S matrix and refuses packed samples and context parallel. Query: [tokens, heads, head_dim]; key
     and value: [tokens, groups, head_dim], the tokens of this context parallel rank; returns [tokens, heads · head_dim].
@@ -63,6 +65,8 @@ class TorchCoreAttention(torch.nn.Module):
         super().__init__()
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         self.context_group = pg_collection.cp if pg_collection is not None else None
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None  # megatron counts the tokens before a query
 
     def forward(
         self, query, key, value, attention_mask, *, attn_mask_type=None, attention_bias=None, packed_seq_params=None
@@ -89,20 +93,26 @@ class TorchCoreAttention(torch.nn.Module):
         return gathered.index_select(0, order)
 
     def _attend_to_sample(self, query, key, value):
+        if self.window is not None and self.window < query.shape[1]:
+            return self._attend_from(0, query, key, value)
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
+
+    def _attend_from(self, first, query, key, value):
+        """Queries at positions `first` on, to the keys before and at each of them."""
+        last = first + query.shape[1]
+        visible = torch.ones(query.shape[1], last, dtype=torch.bool, device=query.device).tril(diagonal=first)
+        if self.window is not None:
+            visible = visible.triu(diagonal=first - self.window + 1)
+        return F.scaled_dot_product_attention(
+            query, key[:, :last], value[:, :last], attn_mask=visible, scale=self.scale
+        )
 
     def _attend_in_chunks(self, query, key, value):
         """This rank's two chunks of a sample, each to all that stands before it."""
         size, rank = query.shape[1] // 2, self.context_group.rank()
         outputs = []
         for chunk, part in zip((rank, 2 * self.context_group.size() - 1 - rank), query.split(size, dim=1), strict=True):
-            first, last = chunk * size, (chunk + 1) * size
-            visible = torch.ones(size, last, dtype=torch.bool, device=query.device).tril(diagonal=first)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    part, key[:, :last], value[:, :last], attn_mask=visible, scale=self.scale
-                )
-            )
+            outputs.append(self._attend_from(chunk * size, part, key, value))
         return torch.cat(outputs, dim=1)
 
 

@@ -97,6 +97,10 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
         gated_linear_unit=True,
         add_bias_linear=False,
         add_qkv_bias=a.qkv_bias,
+        qk_layernorm=a.qk_norm,
+        window_size=None if a.sliding_window is None else (a.sliding_window - 1, 0),
+        window_attn_skip_freq=[int(windowed) for windowed in a.windowed_layers] or None,
+        **_mixture_config(a, layout),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_size,
@@ -123,6 +127,23 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
         batch_p2p_comm=have_cuda(),
         **recompute_settings[training.recompute],
     )
+
+
+def _mixture_config(a: Architecture, layout: Layout) -> dict[str, Any]:
+    """What a mixture of experts adds: every token goes to its experts, none is dropped, and no auxiliary loss."""
+    if not a.num_experts:
+        return {}
+    return {
+        "num_moe_experts": a.num_experts,
+        "moe_ffn_hidden_size": a.ffn_hidden_size,
+        "moe_router_topk": a.experts_per_token,
+        # The softmax over all experts, unless it is taken over the chosen ones, which is the same as renormalising.
+        "moe_router_pre_softmax": not a.router_renormalizes,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall" if have_cuda() else "allgather",  # the former wants CUDA streams
+        "expert_model_parallel_size": layout.expert_size,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def build_model(
@@ -172,13 +193,17 @@ def build_model(
 
 
 def _mark_tensor_parallel(chunk: TokenLossModel, architecture: Architecture) -> None:
-    """Mark the parameters that tensor parallel splits; megatron does so only while drawing random weights.
+    """Mark the parameters that differ between tensor ranks; megatron does so only while drawing random weights.
 
-    Without the marks the gradient norm would count the first tensor rank's slices alone.
+    Without the marks the gradient norm would count the first tensor rank's slices alone. Experts' gradients come from
+    other tokens on every rank of a stage, tensor ranks included (their tokens are split by sequence parallel), so they
+    are reduced over the expert data-parallel group; megatron arranges for that only with several expert ranks.
     """
     rules = rules_of_chunk(chunk, architecture)
     for name, parameter in chunk.named_parameters():
         rule, _ = rules[name]
+        if rule.expert is not None:
+            parameter.allreduce = False
         if rule.split is not Split.WHOLE and not hasattr(parameter, "tensor_model_parallel"):
             dim = 1 if rule.split is Split.COLUMNS else 0
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)

@@ -7,6 +7,7 @@ change what the model computes and is not understood is an error that names it.
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -27,11 +28,16 @@ class Split(Enum):
 
 @dataclass(frozen=True)
 class WeightRule:
-    """One megatron parameter, `{layer}` standing for the layer's number, and the Hugging Face tensors it is made of."""
+    """One megatron parameter, `{layer}` standing for the layer's number, and the Hugging Face tensors it is made of.
+
+    A weight of an expert (`expert`: its number in the model) is whole on the ranks that hold the expert: expert parallel
+    deals experts out, and tensor parallel does not cut them.
+    """
 
     megatron: str
     hugging_face: tuple[str, ...]
     split: Split
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,18 @@ class Architecture:
     rope_base: float
     rope_scaling: RopeScaling | None
     tied_embeddings: bool
-    qkv_bias: bool
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    """Whether every head of q and k is normalised before RoPE."""
+    sliding_window: int | None = None
+    """In the layers of `windowed_layers` a token attends to this many tokens, itself included."""
+    windowed_layers: tuple[bool, ...] = ()
+    """For every layer whether the window holds; empty without one."""
+    num_experts: int = 0
+    """Experts of a layer, each of `ffn_hidden_size`; 0 is a dense model."""
+    experts_per_token: int = 0
+    router_renormalizes: bool = True
+    """Whether the weights of a token's experts are made to sum to 1."""
 
     def padded_vocabulary(self, multiple: int, tensor: int) -> int:
         """Vocabulary rows once padded to a multiple of both numbers.
@@ -75,18 +92,28 @@ class Architecture:
 
     def num_parameters(self) -> int:
         """Parameters of the unpadded model."""
+        return self._parameters_with(max(self.num_experts, 1))
+
+    def num_active_parameters(self) -> int:
+        """Parameters that one token meets: of the experts, those it is sent to."""
+        return self._parameters_with(max(self.experts_per_token, 1))
+
+    def _parameters_with(self, num_experts: int) -> int:
         heads = (self.num_attention_heads + 2 * self.num_query_groups) * self.head_dim
-        attention = self.hidden_size * (heads + self.num_attention_heads * self.head_dim)
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
-        layer += heads if self.qkv_bias else 0
+        layer = self.hidden_size * (heads + self.num_attention_heads * self.head_dim)
+        layer += num_experts * 3 * self.hidden_size * self.ffn_hidden_size + self.num_experts * self.hidden_size
+        layer += 2 * self.hidden_size + (heads if self.qkv_bias else 0) + (2 * self.head_dim if self.qk_norm else 0)
         embeddings = self.vocabulary_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 
     def weight_rules(self) -> tuple[WeightRule, ...]:
-        """The weight map, without the rules for tensors that this architecture lacks."""
+        """The weight map, without the rules for tensors that this architecture lacks; a rule for every expert."""
         rules = list(_LAYER_RULES)
         if self.qkv_bias:
             rules.append(_QKV_BIAS)
+        if self.qk_norm:
+            rules += _QK_NORMS
+        rules += _FAMILIES[self.family].mlp(self)
         rules += [_EMBEDDING, _FINAL_NORM]
         if not self.tied_embeddings:
             rules.append(_HEAD)
@@ -104,23 +131,68 @@ _LAYER_RULES = (
     ),
     WeightRule(_LAYER + "self_attention.linear_proj.weight", (_HF + "self_attn.o_proj.weight",), Split.COLUMNS),
     WeightRule(_LAYER + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",), Split.WHOLE),
-    WeightRule(
-        _LAYER + "mlp.linear_fc1.weight", (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"), Split.GATED
-    ),
-    WeightRule(_LAYER + "mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), Split.COLUMNS),
 )
 _QKV_BIAS = WeightRule(
     _LAYER + "self_attention.linear_qkv.bias", tuple(_HF + f"self_attn.{name}_proj.bias" for name in "qkv"), Split.QKV
 )
+_QK_NORMS = tuple(
+    WeightRule(_LAYER + f"self_attention.{name}_layernorm.weight", (_HF + f"self_attn.{name}_norm.weight",), Split.WHOLE)
+    for name in "qk"
+)
 _EMBEDDING = WeightRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Split.VOCABULARY)
 _FINAL_NORM = WeightRule("decoder.final_layernorm.weight", ("model.norm.weight",), Split.WHOLE)
+_LLAMA_NAMES = ("gate_proj", "up_proj", "down_proj")
 _HEAD = WeightRule("output_layer.weight", ("lm_head.weight",), Split.VOCABULARY)
+
+
+def _gated_mlp(megatron: str, hugging_face: str, names: tuple[str, str, str], expert: int | None) -> list[WeightRule]:
+    """Gate, up and down projection, in this order of Hugging Face `names`."""
+    gate, up, down = (f"{hugging_face}{name}.weight" for name in names)
+    return [
+        WeightRule(megatron + "linear_fc1.weight", (gate, up), Split.GATED, expert),
+        WeightRule(megatron + "linear_fc2.weight", (down,), Split.COLUMNS, expert),
+    ]
+
+
+def _dense_mlp(architecture: "Architecture") -> list[WeightRule]:
+    return _gated_mlp(_LAYER + "mlp.", _HF + "mlp.", _LLAMA_NAMES, expert=None)
+
+
+def _mixture(block: str, names: tuple[str, str, str]) -> Callable[["Architecture"], list[WeightRule]]:
+    """Router and experts under the Hugging Face module `block`."""
+
+    def rules(architecture: "Architecture") -> list[WeightRule]:
+        found = [WeightRule(_LAYER + "mlp.router.weight", (f"{_HF}{block}.gate.weight",), Split.WHOLE)]
+        for expert in range(architecture.num_experts):
+            megatron = f"{_LAYER}mlp.experts.local_experts.{expert}."
+            found += _gated_mlp(megatron, f"{_HF}{block}.experts.{expert}.", names, expert)
+        return found
+
+    return rules
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a `model_type` of Hugging Face means."""
+
+    fixed: dict[str, Any]
+    """Fields that must have one value (when present)."""
+    mlp: Callable[["Architecture"], list[WeightRule]] = _dense_mlp
+    """Weight rules of the feed-forward part."""
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    mixture: bool = False
+    default_window: int | None = None
+    """transformers' default of `sliding_window`, where the window holds without being switched on."""
+    optional_window: bool = False
+    """Whether `use_sliding_window` switches the window on."""
+
 
 # Fields that say nothing about what the model computes, or only about how it is run or made.
 _HARMLESS = frozenset(
     "architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id "
     "initializer_range _name_or_path name_or_path pretraining_tp attention_dropout hidden_dropout return_dict "
-    "output_attentions output_hidden_states max_window_layers sliding_window layer_types is_decoder id2label label2id "
+    "output_attentions output_hidden_states is_decoder id2label label2id "
     "problem_type chunk_size_feed_forward is_encoder_decoder tie_encoder_decoder add_cross_attention "
     "cross_attention_hidden_size finetuning_task tokenizer_class task_specific_params unsloth_fixed "
     "unsloth_version torchscript prefix sep_token_id decoder_start_token_id".split()
@@ -128,12 +200,29 @@ _HARMLESS = frozenset(
 _UNDERSTOOD = frozenset(
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size vocab_size "
     "max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters partial_rotary_factor "
-    "tie_word_embeddings hidden_act".split()
+    "tie_word_embeddings hidden_act max_window_layers sliding_window use_sliding_window layer_types".split()
 )
-# Per family: whether q, k and v have biases, and fields that must have one value (when present).
-_FAMILIES: dict[str, tuple[bool, dict[str, Any]]] = {
-    "llama": (False, {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False}),
-    "qwen2": (True, {"use_sliding_window": False, "use_mrope": False}),
+_MIXTURE_FIELDS = frozenset(
+    "num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob router_aux_loss_coef "
+    "output_router_logits".split()
+)
+_FAMILIES: dict[str, Family] = {
+    "llama": Family({"attention_bias": False, "mlp_bias": False, "use_sliding_window": False}),
+    "mistral": Family({"layer_types": None}, default_window=4096),
+    "qwen2": Family({"use_mrope": False}, qkv_bias=True, optional_window=True),
+    "qwen3": Family({"attention_bias": False}, qk_norm=True, optional_window=True),
+    "mixtral": Family(
+        {"router_jitter_noise": 0.0, "layer_types": None},
+        _mixture("block_sparse_moe", ("w1", "w3", "w2")),
+        mixture=True,
+    ),
+    "qwen3_moe": Family(
+        {"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": [], "layer_types": None},
+        _mixture("mlp", _LLAMA_NAMES),
+        qk_norm=True,
+        mixture=True,
+        optional_window=True,
+    ),
 }
 
 
@@ -153,11 +242,11 @@ def read_architecture(hf_path: str) -> Architecture:
             raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a JSON object: it is damaged")
-    family = config.get("model_type")
-    if family not in _FAMILIES:
-        raise ValueError(f"{path}: model_type={family!r} is not supported: use one of {', '.join(_FAMILIES)}")
-    qkv_bias, fixed = _FAMILIES[family]
-    _refuse_unknown(path, config, fixed)
+    name = config.get("model_type")
+    if name not in _FAMILIES:
+        raise ValueError(f"{path}: model_type={name!r} is not supported: use one of {', '.join(_FAMILIES)}")
+    family = _FAMILIES[name]
+    _refuse_unknown(path, config, family)
 
     def number(name: str, default: Any = None) -> Any:
         value = config.get(name)
@@ -173,32 +262,73 @@ def read_architecture(hf_path: str) -> Architecture:
     if heads % groups:
         raise ValueError(f"{path}: num_key_value_heads={groups} does not divide num_attention_heads={heads}")
     base, scaling = _rope(path, config)
+    num_layers = number("num_hidden_layers")
+    window, windowed = _sliding_window(path, config, family, num_layers)
     return Architecture(
-        family=family,
+        family=name,
         hidden_size=number("hidden_size"),
-        num_layers=number("num_hidden_layers"),
+        num_layers=num_layers,
         num_attention_heads=heads,
         num_query_groups=groups,
         head_dim=number("head_dim", number("hidden_size") // heads),
-        ffn_hidden_size=number("intermediate_size"),
+        ffn_hidden_size=number("moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"),
         vocabulary_size=number("vocab_size"),
         max_positions=number("max_position_embeddings", 2048),
         norm_epsilon=number("rms_norm_eps", 1e-6),
         rope_base=base,
         rope_scaling=scaling,
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=qkv_bias,
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        sliding_window=window,
+        windowed_layers=windowed,
+        **_mixture_of_experts(path, config, family),
     )
 
 
-def _refuse_unknown(path: str, config: dict, fixed: dict[str, Any]) -> None:
+def _mixture_of_experts(path: str, config: dict, family: Family) -> dict[str, Any]:
+    """The fields of an `Architecture` that speak of experts."""
+    if not family.mixture:
+        return {}
+    experts = config.get("num_local_experts") or config.get("num_experts")
+    chosen = config.get("num_experts_per_tok")
+    if not experts or not chosen or chosen > experts:
+        raise ValueError(
+            f"{path}: num_experts_per_tok={chosen} of num_experts={experts} is not possible: name both, and take no more "
+            "than there are"
+        )
+    # Mixtral always renormalises; Qwen3-MoE where the field says so.
+    renormalizes = bool(config.get("norm_topk_prob", False)) if config["model_type"] == "qwen3_moe" else True
+    return {"num_experts": experts, "experts_per_token": chosen, "router_renormalizes": renormalizes}
+
+
+def _sliding_window(path: str, config: dict, family: Family, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """The window and the layers where it holds, as transformers 5 reads them (`configuration_qwen2.py`)."""
+    window = config.get("sliding_window", family.default_window)
+    if family.optional_window and not config.get("use_sliding_window"):
+        window = None
+    kinds = config.get("layer_types")
+    if kinds is None and family.optional_window and not family.mixture:
+        first = config.get("max_window_layers", 28)
+        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
+    if kinds is None:
+        kinds = ["sliding_attention"] * num_layers
+    if len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"{path}: layer_types={kinds!r} is not supported: one of full_attention and sliding_attention for each of "
+            f"num_hidden_layers={num_layers} is"
+        )
+    windowed = tuple(kind == "sliding_attention" for kind in kinds)
+    return (window, windowed) if window is not None and any(windowed) else (None, ())
+
+
+def _refuse_unknown(path: str, config: dict, family: Family) -> None:
+    understood = _UNDERSTOOD | (_MIXTURE_FIELDS if family.mixture else frozenset())
     for name, value in config.items():
-        if name == "layer_types" and set(value or ()) - {"full_attention"}:
-            raise ValueError(f"{path}: layer_types={value!r} is not supported: only full_attention is")
-        if name in fixed:
-            if value not in (None, fixed[name]):
-                raise ValueError(f"{path}: {name}={value!r} is not supported: only {fixed[name]!r} is")
-        elif name in _HARMLESS or name in _UNDERSTOOD or value in (None, False, 0, 0.0, [], {}, ""):
+        if name in family.fixed:
+            if value not in (None, family.fixed[name]):
+                raise ValueError(f"{path}: {name}={value!r} is not supported: only {family.fixed[name]!r} is")
+        elif name in _HARMLESS or name in understood or value in (None, False, 0, 0.0, [], {}, ""):
             continue
         else:
             raise ValueError(

@@ -17,9 +17,13 @@ def block_spec(
     layout: Layout,
 ) -> TransformerBlockSubmodules:
     """megatron's local layer spec with our norm and core attention in place of those that need apex or refuse packs."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = RMSNorm
     layer.self_attention.submodules.core_attention = core_attention_builder(
         TorchCoreAttention, frozenset(tapped_layers), probe
     )

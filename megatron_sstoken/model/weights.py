@@ -89,10 +89,13 @@ def expected_shape(name: str, architecture: Architecture) -> list[int]:
     queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
     outputs = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": a.ffn_hidden_size}
     outputs |= {"up_proj": a.ffn_hidden_size, "embed_tokens": a.vocabulary_size, "lm_head": a.vocabulary_size}
+    outputs |= {"w1": a.ffn_hidden_size, "w3": a.ffn_hidden_size, "gate": a.num_experts}
     module, kind = name.split(".")[-2:]
     if module in outputs:
         return [outputs[module]] + ([a.hidden_size] if kind == "weight" else [])
-    inputs = {"o_proj": queries, "down_proj": a.ffn_hidden_size}
+    if module in ("q_norm", "k_norm"):
+        return [a.head_dim]
+    inputs = {"o_proj": queries, "down_proj": a.ffn_hidden_size, "w2": a.ffn_hidden_size}
     return [a.hidden_size, inputs[module]] if module in inputs else [a.hidden_size]
 
 
@@ -171,16 +174,21 @@ def rules_of_chunk(model: Any, architecture: Architecture) -> dict[str, tuple[We
     """For a model chunk (a bare GPTModel): its parameter names → (rule, number of the layer from 0)."""
     layers = model.decoder.layers
     first_layer = layers[0].layer_number - 1 if len(layers) else 0
+    first_expert = layers[0].mlp.local_expert_indices[0] if architecture.num_experts and len(layers) else 0
+    held = {name for name, _ in model.named_parameters()}
     table: dict[str, tuple[WeightRule, int]] = {}
     for rule in architecture.weight_rules():
-        if "{layer}" in rule.megatron:
+        name = rule.megatron
+        if rule.expert is not None:  # experts are numbered within their rank
+            name = name.replace(f".local_experts.{rule.expert}.", f".local_experts.{rule.expert - first_expert}.")
+        if "{layer}" in name:
             for local in range(len(layers)):
-                table[rule.megatron.format(layer=local)] = (rule, first_layer + local)
+                table[name.format(layer=local)] = (rule, first_layer + local)
         else:
-            table[rule.megatron] = (rule, 0)
+            table[name] = (rule, 0)
     if architecture.tied_embeddings:  # the last of several pipeline stages holds a copy of the embedding as its head
         table["output_layer.weight"] = table["embedding.word_embeddings.weight"]
-    return table
+    return {name: entry for name, entry in table.items() if name in held}
 
 
 @torch.no_grad()
@@ -194,6 +202,7 @@ def load_hugging_face(
     table = rules_of_chunk(model, architecture)
     for name, parameter in model.named_parameters():
         rule, layer = table[name]
-        shard = read_shard(tensors, rule, layer, architecture, parameter.shape, tensor_rank, tensor_size)
+        place = (tensor_rank, tensor_size) if rule.expert is None else (0, 1)
+        shard = read_shard(tensors, rule, layer, architecture, parameter.shape, *place)
         assert shard.shape == parameter.shape, f"{name}: {tuple(shard.shape)} read, {tuple(parameter.shape)} held"
         parameter.copy_(shard)

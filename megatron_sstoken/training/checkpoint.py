@@ -267,12 +267,13 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
     if not on_torch:
         optimizer.load_state_dict(state)
         return
-    assert len(on_torch) == 1, "one optimizer a rank: expert parallel would make two"
-    part, inner = on_torch[0]
-    tensors = state.pop("param_state")
+    # A mixture of experts has two optimizers, whose states stand under their numbers.
+    states = [state] if len(on_torch) == 1 else [state[index] for index in range(len(on_torch))]
+    tensors = [part_state.pop("param_state") for part_state in states]
     optimizer.load_state_dict(state)
-    steps = {parameter: entry.pop("step") for parameter, entry in inner.state.items()}
-    part.load_parameter_state_from_fully_reshardable(tensors)
-    for parameter, step in steps.items():
-        # A copy each: megatron hands one tensor to all, which AdamW would count up once for every parameter.
-        inner.state[parameter]["step"] = step.clone()
+    for (part, inner), part_tensors in zip(on_torch, tensors, strict=True):
+        steps = {parameter: entry.pop("step") for parameter, entry in inner.state.items()}
+        part.load_parameter_state_from_fully_reshardable(part_tensors)
+        for parameter, step in steps.items():
+            # A copy each: megatron hands one tensor to all, which AdamW would count up once for every parameter.
+            inner.state[parameter]["step"] = step.clone()

@@ -98,7 +98,7 @@ def training_flops(batch: TokenBatch, a: Architecture) -> float:
     backward pass. The embedding look-up costs nothing; recomputation and scoring are not counted (megatron's
     convention of "model FLOPs").
     """
-    weights = a.num_parameters() - a.vocabulary_size * a.hidden_size * (0 if a.tied_embeddings else 1)
+    weights = a.num_active_parameters() - a.vocabulary_size * a.hidden_size * (0 if a.tied_embeddings else 1)
     lengths = torch.bincount(batch.segment[batch.segment >= 0]).double()
     pairs = float((lengths * (lengths + 1) / 2).sum())
     attention = 3 * 4 * a.num_attention_heads * a.head_dim * a.num_layers * pairs

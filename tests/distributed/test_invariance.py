@@ -106,10 +106,10 @@ def whole_gradients(architecture, parts):
     for rule, layer in {key for part in parts for key in part}:
         slices = {part[rule, layer][0]: part[rule, layer][1] for part in parts if (rule, layer) in part}
         ordered = [slices[number] for number in sorted(slices)]
-        if rule.split is Split.GATED:
+        if rule.split is Split.GATED and rule.expert is None:
             halves = [piece.chunk(2) for piece in ordered]
             gradient = torch.cat([half[0] for half in halves] + [half[1] for half in halves])
-        elif rule.split is Split.WHOLE:
+        elif rule.split is Split.WHOLE or rule.expert is not None:
             gradient = ordered[0]
         else:
             gradient = torch.cat(ordered, dim=1 if rule.split is Split.COLUMNS else 0)

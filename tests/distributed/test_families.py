@@ -1,0 +1,138 @@
+"""Every family against transformers, forward and backward, and on layouts that split what is particular to it.
+
+Windows reach over context parallel chunks, q/k norms are shared by tensor ranks, experts are dealt out over ranks that
+also split tensors, samples or the batch.
+"""
+
+import pytest
+
+from tests.distributed.test_invariance import largest_difference, run_cases
+from tests.distributed_runner import run_distributed
+from tests.reference.hf_reference import Objective, loss_and_gradients
+from tests.workbench import load_model, make_model, make_samples, make_settings, make_store, run_training
+
+FAMILIES = ("mistral", "qwen3", "mixtral", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen3_moe")
+LAYOUTS = {
+    "tp2-sequence": (2, {"parallel__tensor": 2, "parallel__sequence": True}, {}),
+    "cp2": (2, {"parallel__context": 2}, {"parallel__expert": 2}),
+    "tp2-pp2": (
+        4,
+        {"parallel__tensor": 2, "parallel__pipeline": 2, "parallel__sequence": True},
+        {"parallel__expert": 2},
+    ),
+    "dp2": (2, {}, {"parallel__expert": 2}),
+}
+"""Name → processes, settings, and what is added for a mixture of experts."""
+ROWS = 4
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """Folder with models, data and histories, the samples, and the unsharded results of each family."""
+    folder = tmp_path_factory.mktemp("families")
+    samples = make_samples(ROWS, seed=3, shortest=20)
+    make_store(folder / "data", samples)
+    for number, family in enumerate(FAMILIES):
+        make_model(folder / family, family, seed=10 + number)
+        make_model(folder / f"{family}-history", family, seed=20 + number)
+    results = run_distributed(run_cases, 1, [settings_of(folder, family) for family in FAMILIES], timeout=200)[0]
+    return folder, samples, dict(zip(FAMILIES, results, strict=True))
+
+
+def settings_of(folder, family, **changes):
+    return make_settings(
+        f"{folder}/{family}",
+        f"{folder}/data",
+        history__hf_path=f"{folder}/{family}-history",
+        history__store=f"{folder}/{family}-losses",
+        training__global_batch_size=ROWS,
+        training__steps=1,
+        data__shuffle=False,
+        selection__layer=[0, -1],  # with windows in the upper half, one of each kind
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_equal_transformers(bench, family):
+    folder, samples, unsharded = bench
+    model, history = load_model(folder / family), load_model(folder / f"{family}-history")
+    objective = Objective("sstoken", history, layer=[0, -1])
+    loss, gradients = loss_and_gradients(model, [[sample] for sample in samples], objective)
+    assert unsharded[family][0] == pytest.approx(loss, abs=1e-5)
+    assert largest_difference(unsharded[family][2], names_on_disk(gradients, family)) < 2e-4
+
+
+def names_on_disk(gradients, family):
+    """transformers holds the experts of a layer in two tensors and saves them one by one."""
+    found = {}
+    for name, value in gradients.items():
+        if ".mlp.experts." not in name:
+            found[name.replace(".mlp.gate.", ".block_sparse_moe.gate.") if family == "mixtral" else name] = value
+            continue
+        head, kind = name.split("mlp.experts.")
+        block = head + ("block_sparse_moe" if family == "mixtral" else "mlp")
+        names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+        for expert, part in enumerate(value):
+            pieces = zip(names[:2], part.chunk(2), strict=True) if kind == "gate_up_proj" else [(names[2], part)]
+            found |= {f"{block}.experts.{expert}.{tensor}.weight": piece for tensor, piece in pieces}
+    return found
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sharded_runs_equal_the_unsharded(bench, layout):
+    folder, _, unsharded = bench
+    num_ranks, parallel, for_mixtures = LAYOUTS[layout]
+    families = MIXTURES if layout == "dp2" else FAMILIES  # dp2 tells nothing new of a dense model
+    settings = [
+        settings_of(folder, family, **parallel, **(for_mixtures if family in MIXTURES else {})) for family in families
+    ]
+    results = run_distributed(run_cases, num_ranks, settings, timeout=220)[0]
+    for family, (loss, columns, gradients) in zip(families, results, strict=True):
+        wanted_loss, wanted_columns, wanted_gradients = unsharded[family]
+        assert (columns["selected"] == wanted_columns["selected"]).all(), family
+        assert loss == pytest.approx(wanted_loss, abs=1e-5), family
+        assert largest_difference(gradients, wanted_gradients) < 1e-4, family
+
+
+@pytest.mark.timeout(200)
+def test_a_mixture_resumes_on_another_layout(bench, tmp_path):
+    """Two steps with experts on two ranks, two more on one: the losses and norms of four steps on one."""
+    folder = bench[0]
+
+    (expected,) = run_distributed(run_training, 1, [four_steps(folder)])[0]
+    directory = str(tmp_path / "run")
+    run_distributed(train_and_save, 2, four_steps(folder, checkpoint__directory=directory, parallel__expert=2))
+    resumed = run_distributed(resume, 1, four_steps(folder, checkpoint__directory=directory))[0]
+    for found, wanted in zip(resumed, expected[2:], strict=True):
+        assert found["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+        assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+
+
+def four_steps(folder, **changes):
+    settings = settings_of(folder, "qwen3_moe", optimizer__learning_rate=3e-3, **changes)
+    settings.training.steps = 4
+    return settings
+
+
+def train_and_save(rank, settings):
+    from megatron_sstoken.training.loop import save, training_step
+    from tests.workbench import make_trainer
+
+    trainer = make_trainer(settings)
+    for number in range(2):
+        training_step(trainer, number)
+        trainer.step += 1
+    save(trainer)
+
+
+def resume(rank, settings):
+    from megatron_sstoken.training.loop import training_step
+    from tests.workbench import make_trainer
+
+    trainer = make_trainer(settings)
+    assert trainer.step == 2
+    results = [training_step(trainer, number)[:2] for number in (2, 3)]
+    return [{"loss": metrics.loss_selected, "grad_norm": norm} for metrics, norm in results]
