@@ -167,8 +167,14 @@ def processes_problem(settings: ParallelSettings, world_size: int) -> str:
 
 
 def reset_layout() -> None:
-    """Give up megatron's process groups, so that `create_layout` can be called again in this process."""
+    """Give up megatron's process groups, so that `create_layout` can be called again in this process.
+
+    All processes call it. Groups that nobody destroys keep their threads and connections until the process ends.
+    """
     parallel_state.destroy_model_parallel()
+    dist.barrier()  # nobody leaves a group that another is still using
+    for group in [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]:
+        dist.destroy_process_group(group)
 
 
 def stop_processes() -> None:

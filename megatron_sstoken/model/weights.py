@@ -13,6 +13,8 @@ from safetensors import safe_open
 
 from megatron_sstoken.model.families import Architecture, Split, WeightRule
 
+_EMBEDDING_NAME, _HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
+
 
 class HuggingFaceWeights:
     """The tensors of a Hugging Face folder, by name, read lazily.
@@ -77,10 +79,41 @@ def hugging_face_weight(tensors: HuggingFaceWeights, rule: WeightRule, layer: in
 
 
 def check_weights(tensors: HuggingFaceWeights, architecture: Architecture) -> None:
-    """Raise ValueError unless every tensor of the architecture is there with its shape; reads headers only."""
+    """Raise ValueError unless the tensors of the architecture are there, each with its shape, and no others.
+
+    Reads headers only. A tensor too many (a bias, an adapter) would be a part of the model that is left out.
+    """
+    known = superfluous_tensors(tensors, architecture)
     for rule in architecture.weight_rules():
         for layer in range(architecture.num_layers if "{layer}" in rule.megatron else 1):
             hugging_face_weight(tensors, rule, layer, architecture)
+            known.update(pattern.format(layer=layer) for pattern in rule.hugging_face)
+    if unknown := [name for name in tensors.names() if name not in known]:
+        raise ValueError(
+            f"{tensors.path}: the tensor {unknown[0]} is not part of a {architecture.family} model as config.json describes "
+            f"it ({len(unknown)} such): use the config.json that belongs to these weights"
+        )
+
+
+def superfluous_tensors(tensors: HuggingFaceWeights, architecture: Architecture) -> set[str]:
+    """Tensors of a folder that say nothing new: rotary frequencies of old checkpoints, and a tied head's copy.
+
+    Raises ValueError where the copy of a tied head is not one.
+    """
+    found = {name for name in tensors.names() if name.endswith("rotary_emb.inv_freq")}
+    if architecture.tied_embeddings and (head := _HEAD_NAME) in tensors.names():
+        if not _same_start(tensors, head, _EMBEDDING_NAME):
+            raise ValueError(
+                f"{tensors.path}: {head} differs from {_EMBEDDING_NAME}, though config.json says tie_word_embeddings=true"
+            )
+        found.add(head)
+    return found
+
+
+def _same_start(tensors: HuggingFaceWeights, first: str, second: str) -> bool:
+    """Whether two tensors agree in shape and in up to 1,024 rows of their beginning."""
+    a, b = tensors.slice(first), tensors.slice(second)
+    return list(a.get_shape()) == list(b.get_shape()) and torch.equal(a[:1024], b[:1024])
 
 
 def expected_shape(name: str, architecture: Architecture) -> list[int]:
@@ -168,6 +201,16 @@ def to_hugging_face(
         parts = [parameter]
     for name, part in zip(names, parts, strict=True):
         yield name, part.contiguous()
+
+
+def join_shards(rule: WeightRule, shards: list[torch.Tensor]) -> torch.Tensor:
+    """The whole (unsplit) megatron parameter from the slices of all tensor ranks, in their order."""
+    if rule.split is Split.WHOLE:
+        return shards[0]
+    if rule.split is Split.GATED:
+        halves = [shard.chunk(2) for shard in shards]
+        return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
+    return torch.cat(shards, dim=1 if rule.split is Split.COLUMNS else 0)
 
 
 def rules_of_chunk(model: Any, architecture: Architecture) -> dict[str, tuple[WeightRule, int]]:

@@ -1,0 +1,204 @@
+"""`verify` passes where conversion is right, on every layout, and names the layer where it is not."""
+
+import contextlib
+import io
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_sstoken.conversion import verify as verify_module
+from megatron_sstoken.conversion.hf import from_hf
+from megatron_sstoken.model import families, weights
+from megatron_sstoken.parallel import reset_layout
+from tests.distributed_runner import run_distributed
+from tests.toy import make_tokenizer
+from tests.workbench import FAMILIES, make_model
+from tools.convert_checkpoint import main
+
+LAYOUTS = {
+    "single": (1, [], []),
+    "tp2": (2, ["--tensor=2"], []),
+    "pp2": (2, ["--pipeline=2"], ["--expert=1"]),
+    "tp2-pp2": (4, ["--tensor=2", "--pipeline=2"], ["--expert=2"]),
+}
+"""Name → processes, options, and what is added for a mixture of experts."""
+
+
+def run_program(*arguments):
+    """The program in this process: exit code and what it printed."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        code = main(list(arguments))
+    reset_layout()
+    return code, output.getvalue()
+
+
+def verify_all(rank, folder, options, for_mixtures):
+    """Every family on this layout."""
+    return {
+        family: run_program(
+            "verify", f"--hf={folder}/{family}", *options, *(for_mixtures if is_mixture(family) else [])
+        )
+        for family in FAMILIES
+    }
+
+
+def is_mixture(family):
+    return family in ("mixtral", "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("verify")
+    for number, family in enumerate(FAMILIES):
+        make_model(path / family, family, seed=number, vocab_size=384)
+    make_tokenizer(path / "llama", vocab_size=384)
+    return path
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_family_passes(folder, layout):
+    num_ranks, options, for_mixtures = LAYOUTS[layout]
+    results = run_distributed(verify_all, num_ranks, str(folder), options, for_mixtures, timeout=180)
+    for family, (code, printed) in results[0].items():
+        assert code == 0 and printed.endswith("verified\n"), (family, printed)
+        (same, number) = re.search(r"tensors +(\d+) of (\d+) bit-identical", printed).groups()
+        assert same == number and int(number) > 30
+        assert ("real text" in printed) is (family == "llama"), "only its folder has a tokenizer"
+        differences = [float(value) for value in re.findall(r"differ by (\S+) at most", printed)]
+        assert differences and max(differences) < 2e-5, printed
+    assert all(code == 0 for result in results for code, _ in result.values()), "on all ranks"
+
+
+LAYER = 2
+ATTENTION, MLP = f"model.layers.{LAYER}.self_attn.", f"model.layers.{LAYER}.mlp."
+
+
+def transpose_output(tensors):
+    tensors[ATTENTION + "o_proj.weight"] = tensors[ATTENTION + "o_proj.weight"].T.contiguous()
+
+
+def swap_gate_and_up(tensors):
+    gate, up = MLP + "gate_proj.weight", MLP + "up_proj.weight"
+    tensors[gate], tensors[up] = tensors[up], tensors[gate]
+
+
+def zero_bias(tensors):
+    tensors[ATTENTION + "v_proj.bias"] = torch.zeros_like(tensors[ATTENTION + "v_proj.bias"])
+
+
+def roll_heads(tensors):
+    """The two query heads of each of the two groups change places."""
+    heads = tensors[ATTENTION + "q_proj.weight"].unflatten(0, (2, 2, 8))
+    tensors[ATTENTION + "q_proj.weight"] = heads.roll(1, dims=1).flatten(0, 2).contiguous()
+
+
+MUTATIONS = {
+    "transpose a square matrix": ("qwen2", transpose_output, "o_proj.weight"),
+    "swap gate and up": ("qwen2", swap_gate_and_up, "gate_proj.weight"),
+    "drop a bias": ("qwen2", zero_bias, "v_proj.bias"),
+    "roll q heads within a group": ("qwen2", roll_heads, "q_proj.weight"),
+}
+
+
+def verify_mutants(rank, folder):
+    """Convert a changed folder, and prove the checkpoint against the unchanged one."""
+    results = {}
+    for number, (family, mutate, _) in enumerate(MUTATIONS.values()):
+        make_mutant(folder, family, f"mutant{number}", mutate)
+        from_hf(f"{folder}/mutant{number}", f"{folder}/mutant{number}-megatron")
+        reset_layout()
+        results[list(MUTATIONS)[number]] = run_program(
+            "verify", f"--hf={folder}/{family}", f"--checkpoint={folder}/mutant{number}-megatron"
+        )
+    from_hf(f"{folder}/qwen2", f"{folder}/right-megatron")
+    reset_layout()
+    results["nothing"] = run_program("verify", f"--hf={folder}/qwen2", f"--checkpoint={folder}/right-megatron")
+    return results
+
+
+def make_mutant(folder, family, name, mutate):
+    make_model(f"{folder}/{name}", family, vocab_size=384)
+    tensors = load_file(f"{folder}/{family}/model.safetensors")
+    mutate(tensors)
+    save_file(tensors, f"{folder}/{name}/model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.timeout(200)
+def test_wrong_weights_are_caught_and_the_layer_is_named(folder):
+    results = run_distributed(verify_mutants, 1, str(folder), timeout=180)[0]
+    assert results.pop("nothing")[0] == 0
+    for name, (code, printed) in results.items():
+        assert code == 1 and "NOT THE SAME" in printed, name
+        assert f"differs: model.layers.{LAYER}." in printed and MUTATIONS[name][2] in printed, (name, printed)
+        assert f"the first to differ: layer {LAYER}" in printed, (name, printed)
+
+
+def verify_with_wrong_code(rank, folder):
+    """Mistakes of the conversion itself that undo themselves on the way back, so that the tensors come out right."""
+    results = {}
+
+    def with_changed(owner, name, replacement, title, family="llama"):
+        original = getattr(owner, name)
+        setattr(owner, name, replacement(original))
+        results[title] = run_program("verify", f"--hf={folder}/{family}")
+        setattr(owner, name, original)
+
+    def transposed(original):
+        def read(tensors, rule, layer, architecture, *place):
+            shard = original(tensors, rule, layer, architecture, *place)
+            return shard.T if layer == LAYER and rule.megatron.endswith("linear_proj.weight") else shard
+
+        return read
+
+    def transposed_back(original):
+        def convert(rule, layer, parameter, architecture):
+            wrong = layer == LAYER and rule.megatron.endswith("linear_proj.weight")
+            return original(rule, layer, parameter.T if wrong else parameter, architecture)
+
+        return convert
+
+    verify_module.to_hugging_face, kept = transposed_back(verify_module.to_hugging_face), verify_module.to_hugging_face
+    with_changed(weights, "read_shard", transposed, "transposed both ways")
+    verify_module.to_hugging_face = kept
+
+    def other_base(original):
+        return lambda path, config: (original(path, config)[0] * 2, original(path, config)[1])
+
+    with_changed(families, "_rope", other_base, "wrong rope base")
+
+    def no_window(original):
+        return lambda *arguments: (None, ())
+
+    with_changed(families, "_sliding_window", no_window, "no window", family="mistral")
+
+    def without_bias(original):
+        changed = dict(original)
+        changed["qwen2"] = families.Family({"use_mrope": False}, optional_window=True)
+        return changed
+
+    with_changed(families, "_FAMILIES", without_bias, "no biases", family="qwen2")
+    return results
+
+
+@pytest.mark.timeout(200)
+def test_wrong_conversions_that_round_trip_are_caught_by_the_logits(folder):
+    results = run_distributed(verify_with_wrong_code, 1, str(folder), timeout=180)[0]
+    expected = {"transposed both ways": f"layer {LAYER}", "wrong rope base": "layer 0", "no window": "layer 0"}
+    for name, layer in expected.items():
+        code, printed = results[name]
+        assert code == 1 and f"the first to differ: {layer}\n" in printed, (name, printed)
+        (same, number) = re.search(r"tensors +(\d+) of (\d+) bit-identical", printed).groups()
+        assert same == number, "the round trip alone does not notice"
+    code, printed = results["no biases"]
+    assert code == 1 and "model.layers.0.self_attn.k_proj.bias is lost" in printed, printed
+
+
+def test_mistakes_are_told_in_a_line(folder, tmp_path, capsys):
+    assert main(["verify", f"--hf={tmp_path}"]) == 2
+    assert "has no config.json" in capsys.readouterr().err
+    assert main(["verify", f"--hf={folder}/llama", "--tensor=2"]) == 2
+    assert "1 processes cannot be split into parallel.tensor=2" in capsys.readouterr().err
