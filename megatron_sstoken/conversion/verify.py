@@ -158,7 +158,7 @@ def _natural(name: str) -> list:
 
 def _difference(tensors: HuggingFaceWeights, name: str, value: torch.Tensor) -> str | None:
     """How the tensor `name` of the folder differs from `value` in its dtype; None if not at all."""
-    if name not in tensors.names():
+    if name not in tensors:
         return "is not in the folder"
     expected = tensors.slice(name)[:]
     if expected.shape != value.shape:

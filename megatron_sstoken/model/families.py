@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -182,8 +182,8 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     mixture: bool = False
-    default_window: int | None = None
-    """transformers' default of `sliding_window`, where the window holds without being switched on."""
+    absent: dict[str, Any] = field(default_factory=dict)
+    """What fields mean where they are absent: transformers' defaults, where they are not Llama's."""
     optional_window: bool = False
     """Whether `use_sliding_window` switches the window on."""
 
@@ -206,15 +206,21 @@ _MIXTURE_FIELDS = frozenset(
     "num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob router_aux_loss_coef "
     "output_router_logits".split()
 )
+_QWEN_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
+_MISTRAL_DEFAULTS = {"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32}
 _FAMILIES: dict[str, Family] = {
-    "llama": Family({"attention_bias": False, "mlp_bias": False, "use_sliding_window": False}),
-    "mistral": Family({"layer_types": None}, default_window=4096),
-    "qwen2": Family({"use_mrope": False}, qkv_bias=True, optional_window=True),
-    "qwen3": Family({"attention_bias": False}, qk_norm=True, optional_window=True),
+    "llama": Family({"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "sliding_window": None}),
+    "mistral": Family({"layer_types": None}, absent=_MISTRAL_DEFAULTS | {"sliding_window": 4096}),
+    "qwen2": Family({"use_mrope": False}, qkv_bias=True, optional_window=True, absent=_QWEN_DEFAULTS),
+    "qwen3": Family(
+        {"attention_bias": False}, qk_norm=True, optional_window=True, absent=_QWEN_DEFAULTS | {"head_dim": 128}
+    ),
     "mixtral": Family(
         {"router_jitter_noise": 0.0, "layer_types": None},
         _mixture("block_sparse_moe", ("w1", "w3", "w2")),
         mixture=True,
+        absent=_MISTRAL_DEFAULTS
+        | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2},
     ),
     "qwen3_moe": Family(
         {"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": [], "layer_types": None},
@@ -222,6 +228,8 @@ _FAMILIES: dict[str, Family] = {
         qk_norm=True,
         mixture=True,
         optional_window=True,
+        absent=_QWEN_DEFAULTS
+        | {"num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts_per_tok": 8},
     ),
 }
 
@@ -247,6 +255,7 @@ def read_architecture(hf_path: str) -> Architecture:
         raise ValueError(f"{path}: model_type={name!r} is not supported: use one of {', '.join(_FAMILIES)}")
     family = _FAMILIES[name]
     _refuse_unknown(path, config, family)
+    config = family.absent | config
 
     def number(name: str, default: Any = None) -> Any:
         value = config.get(name)
@@ -304,7 +313,7 @@ def _mixture_of_experts(path: str, config: dict, family: Family) -> dict[str, An
 
 def _sliding_window(path: str, config: dict, family: Family, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """The window and the layers where it holds, as transformers 5 reads them (`configuration_qwen2.py`)."""
-    window = config.get("sliding_window", family.default_window)
+    window = config.get("sliding_window")
     if family.optional_window and not config.get("use_sliding_window"):
         window = None
     kinds = config.get("layer_types")

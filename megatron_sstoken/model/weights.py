@@ -54,6 +54,9 @@ class HuggingFaceWeights:
         """All tensor names, sorted."""
         return sorted(self._file_of)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
     def files(self) -> list[str]:
         """Paths of the safetensors files, sorted."""
         return [os.path.join(self.path, name) for name in sorted(set(self._file_of.values()))]
@@ -101,7 +104,7 @@ def superfluous_tensors(tensors: HuggingFaceWeights, architecture: Architecture)
     Raises ValueError where the copy of a tied head is not one.
     """
     found = {name for name in tensors.names() if name.endswith("rotary_emb.inv_freq")}
-    if architecture.tied_embeddings and (head := _HEAD_NAME) in tensors.names():
+    if architecture.tied_embeddings and (head := _HEAD_NAME) in tensors:
         if not _same_start(tensors, head, _EMBEDDING_NAME):
             raise ValueError(
                 f"{tensors.path}: {head} differs from {_EMBEDDING_NAME}, though config.json says tie_word_embeddings=true"

@@ -65,7 +65,37 @@ QWEN2 = {
     "hidden_act": "silu",
     "tie_word_embeddings": True,
 }
+MISTRAL = LLAMA2 | {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 4096}
+QWEN3 = {name: value for name, value in QWEN2.items() if name != "max_window_layers"} | {
+    "model_type": "qwen3",
+    "head_dim": 32,
+    "attention_bias": False,
+}
+MIXTRAL = LLAMA2 | {
+    "model_type": "mixtral",
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.02,
+    "output_router_logits": False,
+    "sliding_window": None,
+    "rope_theta": 1e6,
+}
+QWEN3_MOE = QWEN3 | {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 48,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "router_aux_loss_coef": 0.001,
+}
 CONFIGS = {
+    "mistral": MISTRAL,
+    "qwen3": QWEN3,
+    "mixtral": MIXTRAL,
+    "qwen3-moe": QWEN3_MOE,
     "llama2": LLAMA2,
     "llama2-linear": LLAMA2 | {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "llama3-old": LLAMA3,
@@ -95,7 +125,11 @@ def test_numbers_are_those_of_transformers(folder, name):
     assert (a.hidden_size, a.num_layers, a.ffn_hidden_size) == (
         theirs.hidden_size,
         theirs.num_hidden_layers,
-        theirs.intermediate_size,
+        getattr(theirs, "moe_intermediate_size", theirs.intermediate_size),
+    )
+    assert (a.num_experts, a.experts_per_token) == (
+        getattr(theirs, "num_experts", 0),
+        getattr(theirs, "num_experts_per_tok", 0),
     )
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert (a.num_attention_heads, a.num_query_groups, a.head_dim) == (
@@ -106,6 +140,43 @@ def test_numbers_are_those_of_transformers(folder, name):
     assert (a.vocabulary_size, a.max_positions) == (theirs.vocab_size, theirs.max_position_embeddings)
     assert (a.norm_epsilon, a.rope_base) == (theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"])
     assert a.tied_embeddings is theirs.tie_word_embeddings and a.qkv_bias is (theirs.model_type == "qwen2")
+    assert a.qk_norm is theirs.model_type.startswith("qwen3")
+
+
+@pytest.mark.parametrize("base", [MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE], ids=lambda base: base["model_type"])
+def test_each_family_has_its_own_meaning_of_absent_fields(folder, base):
+    essential = {"model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"}
+    wide = {"hidden_size": 128, "num_attention_heads": 64, "num_experts": 8}  # what their defaults of groups divide
+    kept = {name: value for name, value in (base | wide).items() if name in essential | wide.keys()}
+    path = folder(kept if base is QWEN3_MOE else {name: kept[name] for name in kept if name != "num_experts"})
+    a, theirs = read_architecture(path), AutoConfig.from_pretrained(path)
+    assert (a.num_query_groups, a.max_positions) == (theirs.num_key_value_heads, theirs.max_position_embeddings)
+    assert a.head_dim == (getattr(theirs, "head_dim", None) or 2)
+    assert (a.norm_epsilon, a.rope_base) == (theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"])
+    assert (a.sliding_window, a.tied_embeddings) == (theirs.sliding_window, theirs.tie_word_embeddings)
+    assert a.experts_per_token == getattr(theirs, "num_experts_per_tok", 0)
+    assert a.router_renormalizes is getattr(theirs, "norm_topk_prob", True)
+    if a.num_experts:
+        assert (a.num_experts, a.ffn_hidden_size) == (
+            theirs.num_experts,
+            getattr(theirs, "moe_intermediate_size", theirs.intermediate_size),
+        )
+
+
+def test_windows_are_where_transformers_puts_them(folder):
+    a = read_architecture(folder(MISTRAL | {"sliding_window": 64}))
+    assert (a.sliding_window, a.windowed_layers) == (64, (True,) * 3)
+    switched = QWEN2 | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+    path = folder(switched)
+    theirs = AutoConfig.from_pretrained(path)
+    a = read_architecture(path)
+    assert a.sliding_window == theirs.sliding_window == 64
+    assert [("full_attention", "sliding_attention")[windowed] for windowed in a.windowed_layers] == theirs.layer_types
+    for none in (MISTRAL | {"sliding_window": None}, switched | {"max_window_layers": 2}, QWEN2):
+        a = read_architecture(folder(none))
+        assert (a.sliding_window, a.windowed_layers) == (None, ())
+    listed = switched | {"layer_types": ["sliding_attention", "full_attention"]}
+    assert read_architecture(folder(listed)).windowed_layers == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +252,21 @@ def test_every_tensor_has_one_rule(folder, name):
         for pattern in rule.hugging_face
         for layer in range(a.num_layers if "{layer}" in pattern else 1)
     ]
-    assert sorted(covered) == sorted(dict(model.named_parameters()))
+    assert sorted(covered) == sorted(names_on_disk(a, dict(model.named_parameters())))
+
+
+def names_on_disk(a, parameters):
+    """transformers saves the experts of a layer, which it holds in two tensors, one by one."""
+    names = []
+    for name in parameters:
+        if ".mlp.experts." not in name:
+            names.append(name.replace(".mlp.gate.", ".block_sparse_moe.gate.") if a.family == "mixtral" else name)
+            continue
+        head, kind = name.split("mlp.experts.")
+        block, tensors = ("block_sparse_moe", "w1 w3 w2") if a.family == "mixtral" else ("mlp", "gate_proj up_proj down_proj")
+        chosen = tensors.split()[:2] if kind == "gate_up_proj" else tensors.split()[2:]
+        names += [f"{head}{block}.experts.{expert}.{t}.weight" for expert in range(a.num_experts) for t in chosen]
+    return names
 
 
 @pytest.mark.parametrize(
@@ -209,12 +294,20 @@ def test_padded_vocabulary(folder, words, multiple, tensor, padded):
     [
         (LLAMA2, {"attention_bias": True}, "attention_bias=True is not supported: only False is"),
         (LLAMA2, {"mlp_bias": True}, "mlp_bias=True is not supported: only False is"),
-        (QWEN2, {"use_sliding_window": True}, "use_sliding_window=True is not supported: only False is"),
+        (LLAMA2, {"use_sliding_window": True}, "use_sliding_window=True is not supported: only False is"),
+        (LLAMA2, {"sliding_window": 64}, "sliding_window=64 is not supported: only None is"),
+        (QWEN3, {"attention_bias": True}, "attention_bias=True is not supported: only False is"),
+        (QWEN3_MOE, {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] is not supported: only \[\] is"),
+        (QWEN3_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported: only 1 is"),
+        (QWEN3_MOE, {"num_experts_per_tok": 9}, "num_experts_per_tok=9 of num_experts=8 is not possible"),
+        (QWEN3_MOE, {"n_shared_experts": 1}, "the field n_shared_experts=1 is not known"),
+        (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported: only 0.0 is"),
+        (LLAMA2, {"num_local_experts": 4}, "the field num_local_experts=4 is not known"),
         (QWEN2, {"use_mrope": True}, "use_mrope=True is not supported: only False is"),
         (
             QWEN2,
-            {"layer_types": ["full_attention", "sliding_attention"]},
-            r"layer_types=\['full_attention', 'sliding_attention'\] is not supported: only full_attention is",
+            {"layer_types": ["full_attention", "chunked_attention"]},
+            r"layer_types=\['full_attention', 'chunked_attention'\] is not supported: one of full_attention and",
         ),
         (LLAMA2, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported: only silu is"),
         (LLAMA2, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported"),
@@ -237,7 +330,7 @@ def test_padded_vocabulary(folder, words, multiple, tensor, padded):
         ),
         (LLAMA2, {"qk_layernorm": True}, "the field qk_layernorm=True is not known"),
         (LLAMA2, {"logit_scale": 0.0625}, "the field logit_scale=0.0625 is not known"),
-        (LLAMA2, {"model_type": "mistral"}, "model_type='mistral' is not supported: use one of llama, qwen2"),
+        (LLAMA2, {"model_type": "gemma2"}, "model_type='gemma2' is not supported: use one of llama, mistral, qwen2, "),
         (LLAMA2, {"model_type": None}, "model_type=None is not supported"),
         (LLAMA2, {"vocab_size": None}, "vocab_size is missing"),
         (LLAMA2, {"num_hidden_layers": None}, "num_hidden_layers is missing"),
