@@ -95,7 +95,12 @@ class TorchCoreAttention(torch.nn.Module):
     def _attend_to_sample(self, query, key, value):
         if self.window is not None and self.window < query.shape[1]:
             return self._attend_from(0, query, key, value)
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
+        return self._attend(query, key, value, is_causal=True)
+
+    def _attend(self, query, key, value, **which):
+        """SDPA of [heads, tokens, head_dim]. Its kernels that do not build S×S want a batch dimension."""
+        query, key, value = (tensor.unsqueeze(0) for tensor in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value, scale=self.scale, **which).squeeze(0)
 
     def _attend_from(self, first, query, key, value):
         """Queries at positions `first` on, to the keys before and at each of them."""
@@ -103,9 +108,7 @@ class TorchCoreAttention(torch.nn.Module):
         visible = torch.ones(query.shape[1], last, dtype=torch.bool, device=query.device).tril(diagonal=first)
         if self.window is not None:
             visible = visible.triu(diagonal=first - self.window + 1)
-        return F.scaled_dot_product_attention(
-            query, key[:, :last], value[:, :last], attn_mask=visible, scale=self.scale
-        )
+        return self._attend(query, key[:, :last], value[:, :last], attn_mask=visible)
 
     def _attend_in_chunks(self, query, key, value):
         """This rank's two chunks of a sample, each to all that stands before it."""

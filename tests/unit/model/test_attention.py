@@ -21,8 +21,14 @@ LAYER = 3
 CPU = torch.device("cpu")
 
 
-def make_core(scale: float | None = None) -> TorchCoreAttention:
-    return TorchCoreAttention(SimpleNamespace(kv_channels=HEAD_DIM), LAYER, softmax_scale=scale)
+def make_core(scale: float | None = None, window: int | None = None) -> TorchCoreAttention:
+    return TorchCoreAttention(config_of(window), LAYER, softmax_scale=scale)
+
+
+def config_of(window=None):
+    """What the core attention reads of megatron's configuration; `window` counts the token itself."""
+    size = None if window is None else (window - 1, 0)
+    return SimpleNamespace(kv_channels=HEAD_DIM, window_size=size, window_attn_skip_freq=None)
 
 
 def make_qkv(heads: int, groups: int, dtype=torch.float64, seed: int = 0) -> list[torch.Tensor]:
@@ -33,11 +39,12 @@ def make_qkv(heads: int, groups: int, dtype=torch.float64, seed: int = 0) -> lis
     ]
 
 
-def dense_probabilities(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """softmax [heads, tokens, tokens], block-diagonal by sample and causal; one product for each head."""
+def dense_probabilities(q: torch.Tensor, k: torch.Tensor, scale: float, window: int = TOKENS) -> torch.Tensor:
+    """softmax [heads, tokens, tokens], block-diagonal by sample, causal and windowed; one product for each head."""
     owner = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     index = torch.arange(TOKENS)
-    allowed = (owner[:, None] == owner) & (index[:, None] >= index)
+    distance = index[:, None] - index
+    allowed = (owner[:, None] == owner) & (distance >= 0) & (distance < window)
     per_group = q.shape[1] // k.shape[1]
     rows = []
     for head in range(q.shape[1]):
@@ -46,9 +53,9 @@ def dense_probabilities(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch
     return torch.stack(rows)
 
 
-def dense_attention(q, k, v, scale: float) -> torch.Tensor:
+def dense_attention(q, k, v, scale: float, window: int = TOKENS) -> torch.Tensor:
     per_group = q.shape[1] // k.shape[1]
-    probabilities = dense_probabilities(q, k, scale)
+    probabilities = dense_probabilities(q, k, scale, window)
     return torch.cat([probabilities[head] @ v[:, head // per_group] for head in range(q.shape[1])], dim=1)
 
 
@@ -71,6 +78,20 @@ def test_core_attention(heads, groups, scale):
         torch.testing.assert_close(
             found.grad, expected.grad, rtol=0, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 9, 100])
+def test_sliding_window(window):
+    """A window counts the token itself; samples that fit into it take the plain kernel."""
+    ours, theirs = make_qkv(4, 2), make_qkv(4, 2)
+    output = attend(make_core(window=window), *ours)
+    wanted = dense_attention(*theirs, 1 / math.sqrt(HEAD_DIM), window)
+    torch.testing.assert_close(output, wanted, rtol=0, atol=1e-12)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=output.dtype)
+    output.backward(upstream)
+    wanted.backward(upstream)
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-12)
 
 
 def test_samples_and_later_tokens_do_not_matter():
@@ -218,7 +239,7 @@ def test_recomputation_does_not_fire_again(tapped, reentrant, taken_before_backw
 
 def test_several_layers_share_a_probe():
     probe = AttentionProbe()
-    config = SimpleNamespace(kv_channels=HEAD_DIM)
+    config = config_of()
     build = core_attention_builder(TorchCoreAttention, frozenset({2, 4}), probe)
     cores = [build(layer_number=number, config=config) for number in (1, 2, 3, 4)]
     kinds = [TorchCoreAttention, TappedCoreAttention, TorchCoreAttention, TappedCoreAttention]
@@ -246,3 +267,18 @@ def test_a_checkpoint_does_not_see_the_tap(tapped):
 
     wrapped = TappedCoreAttention(Stateful(), LAYER, AttentionProbe())
     assert wrapped.sharded_state_dict("layer.", (1,), {"a": 2}) == {"layer.scale": ((1,), {"a": 2})}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_quadratic_is_kept_for_the_backward_pass(dtype):
+    tokens, heads = 256, 2
+    qkv = [torch.randn(tokens, heads, HEAD_DIM, dtype=dtype).requires_grad_() for _ in range(3)]
+    kept: list[int] = []
+
+    def note(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        make_core()(*qkv, None, packed_seq_params=sample_bounds([tokens], CPU))
+    assert kept and max(kept) <= tokens * heads * HEAD_DIM
