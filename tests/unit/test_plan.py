@@ -558,3 +558,39 @@ def test_model_checkpoint_below_a_folder(settings, tmp_path):
     assert problem.startswith(f"model.checkpoint: {tmp_path} holds no complete checkpoint")
     (tmp_path / "step_0000012" / "sstoken.json").write_text("{}")
     assert plan_run(settings(model__checkpoint=str(tmp_path)), 1)
+
+
+@pytest.fixture(scope="module")
+def mixture(folder) -> str:
+    """Another `mixture` of 4 experts a layer, same vocabulary."""
+    return make_model(folder / "mixture", "mixtral")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "message"),
+    [
+        (2, {"parallel__expert": 3}, "parallel.expert=3 does not divide the 2 processes of a pipeline stage: use 1 or 2"),
+        (6, {"parallel__expert": 3}, "parallel.expert=3 does not divide model.num_experts=4: use 1, 2 or 4"),
+        (
+            2,
+            {"parallel__tensor": 2},
+            "parallel.sequence=false with parallel.tensor=2 would compute the experts of every token 2 times: "
+            "use parallel.sequence=true",
+        ),
+    ],
+)
+def test_experts_must_be_dealt_out_evenly(settings, mixture, world_size, parallel, message):
+    problems = problems_of(settings(model__hf_path=mixture, training__global_batch_size=12, **parallel), world_size)
+    assert message in problems
+
+
+def test_experts_over_all_the_processes_of_a_stage(settings, mixture):
+    split = {"parallel__tensor": 2, "parallel__sequence": True, "parallel__pipeline": 2, "parallel__expert": 4}
+    plan = plan_run(settings(model__hf_path=mixture, **split), 8)
+    assert (plan.shape.data_size, plan.architecture.num_experts) == (2, 4)
+
+
+def test_a_dense_model_has_no_experts(settings):
+    assert only_problem(settings(parallel__expert=2), 2) == (
+        "parallel.expert=2 needs a mixture of experts, which model.model_type=llama is not: use 1"
+    )
