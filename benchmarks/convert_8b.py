@@ -5,8 +5,9 @@
 
 Writes Llama-3.1-8B's shapes with random bf16 weights (16 GB, shard by shard), converts them with tools/convert_checkpoint.py
 from-hf and to-hf, each right after a plain `cp` of the same files (both with an empty page cache for what they read, both
-timed until the bytes are on disk), and compares every tensor bit by bit. Needs 48 GB of disk; fewer --layers need less.
-Appends a CSV row a measurement to benchmarks/results/convert_8b.csv. Memory is sampled every 20 ms from /proc: `peak_rss`
+timed until the bytes are on disk), and compares every tensor bit by bit. Needs 64 GB of disk (16 of them for the copies,
+each deleted at once); fewer --layers need less. Appends a CSV row a measurement to benchmarks/results/convert_8b.csv.
+Seconds are those of the whole program, its start included. Memory is sampled every 20 ms from /proc: `peak_rss`
 counts pages of mapped files, `peak_anonymous` does not; both contain Python, torch and megatron (about 0.5 GB).
 """
 
@@ -151,7 +152,7 @@ def main() -> None:
     size = make_model(model, options.layers)
     print(f"{size / 1e9:.2f} GB written", flush=True)
     tool = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py")]
-    settings = ["--max_memory", options.max_memory, "--workers", str(options.workers), "--overwrite"]
+    settings = ["--max_memory", options.max_memory, "--workers", str(options.workers)]
     commands = {
         "from-hf": (model, [*tool, "from-hf", "--hf", str(model), "--output", str(megatron), *settings]),
         "to-hf": (megatron, [*tool, "to-hf", "--checkpoint", str(megatron), "--output", str(back), *settings]),
@@ -159,6 +160,8 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     rows = []
     for _ in range(options.rounds):
+        for output in (megatron, back):
+            shutil.rmtree(output, ignore_errors=True)
         for what, (source, command) in commands.items():
             copying = copy_seconds(source, options.work / "copy")
             forget(source)

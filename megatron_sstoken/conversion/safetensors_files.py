@@ -89,15 +89,15 @@ class ShardWriter:
         start, length = self.plan.places[name]
         content = tensor.detach().view(torch.uint8).reshape(-1).numpy()
         assert content.nbytes == length, f"{name}: {content.nbytes} bytes, planned {length}"
-        self._write(memoryview(content), start)
+        self._write(content.data, start)
         with self._guard:
             self._missing.remove(name)
             return not self._missing
 
     def _write(self, content: bytes | memoryview, start: int) -> None:
-        view, done = memoryview(content), 0
-        while done < len(view):
-            done += os.pwrite(self.descriptor, view[done : done + _LARGEST_WRITE], start + done)
+        done = 0
+        while done < len(content):
+            done += os.pwrite(self.descriptor, content[done : done + _LARGEST_WRITE], start + done)
 
     def close(self) -> None:
         os.close(self.descriptor)

@@ -119,7 +119,8 @@ class CheckpointReader:
             raise ValueError(f"{path} is compressed ({place.transform_descriptors}), which is not supported")
         # torch's documented way to learn where in a file the bytes of a saved tensor lie (its notes on serialization).
         with open(path, "rb") as file, _fake_mode_is_not_thread_safe, FakeTensorMode():
-            fake = torch.load(_create_file_view(file, place.offset, place.length), weights_only=True)
+            view: Any = _create_file_view(file, place.offset, place.length)
+            fake = torch.load(view, weights_only=True)
         if not fake.is_contiguous():
             raise ValueError(f"{path}: {index.fqn} is not stored contiguously, which is not supported")
         start = fake.untyped_storage()._checkpoint_offset + fake.storage_offset() * fake.element_size()
