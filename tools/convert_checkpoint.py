@@ -1,31 +1,54 @@
 #!/usr/bin/env python3
-"""Convert checkpoints: Hugging Face folders to megatron's format and back, and prove that it was done right."""
+"""Convert checkpoints: Hugging Face folders to megatron's format and back; prove it; reshard and inspect.
+
+A conversion that was stopped goes on when the same command is started again. Needs no GPU.
+"""
 
 import argparse
+import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sstoken.config import ParallelSettings  # noqa: E402
-from megatron_sstoken.conversion.hf import from_hf, to_hf  # noqa: E402
+from megatron_sstoken.conversion.hf import from_hf, reshard, to_hf  # noqa: E402
+from megatron_sstoken.conversion.inspection import describe_checkpoint, format_description  # noqa: E402
 from megatron_sstoken.conversion.verify import REAL_TEXT, verify  # noqa: E402
+from megatron_sstoken.conversion.work import ConversionOptions, parse_bytes  # noqa: E402
 from megatron_sstoken.parallel import processes_problem  # noqa: E402
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("to-hf", help="megatron checkpoint → Hugging Face folder")
-    export.add_argument("--checkpoint", required=True, help="checkpoint folder, or a directory of them (the newest)")
-    export.add_argument("--hf", help="folder to copy config and tokenizer from (default: where training started)")
+
     importing = commands.add_parser("from-hf", help="Hugging Face folder → megatron checkpoint, for any layout")
     importing.add_argument("--hf", required=True, help="Hugging Face folder with safetensors")
-    for command in (export, importing):
-        command.add_argument("--output", required=True, help="folder to write")
-        command.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
+    importing.set_defaults(run=_from_hf)
+    _add_conversion_arguments(importing, dtypes="fp32 or bf16", shard_size="2GB")
+    _add_vocabulary_argument(importing)
+
+    export = commands.add_parser("to-hf", help="megatron checkpoint → Hugging Face folder")
+    _add_checkpoint_arguments(export)
+    export.set_defaults(run=_to_hf)
+    _add_conversion_arguments(export, dtypes="fp32, bf16 or fp16", shard_size="5GB")
+
+    resharding = commands.add_parser("reshard", help="weights of a checkpoint → one with other padding or type")
+    _add_checkpoint_arguments(resharding)
+    resharding.set_defaults(run=_reshard)
+    _add_conversion_arguments(resharding, dtypes="fp32 or bf16", shard_size="2GB")
+    _add_vocabulary_argument(resharding)
+
+    inspecting = commands.add_parser("inspect", help="print what a checkpoint holds")
+    inspecting.add_argument(
+        "--checkpoint", required=True, help="checkpoint folder, or a directory of them (the newest)"
+    )
+    inspecting.add_argument("--json", action="store_true", help="print JSON")
+    inspecting.set_defaults(run=_inspect)
     _add_verify(commands)
     return parser.parse_args(arguments)
 
@@ -44,22 +67,83 @@ def _add_verify(commands) -> None:
     proof.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of logits (default: 1e-4)")
     proof.add_argument("--positions", type=int, help="tokens of each text (default: 256, or more than the sliding window)")
     proof.add_argument("--text", type=Path, help="UTF-8 file with the real text (default: some lines of our own)")
+    proof.set_defaults(run=_verify)
 
 
-def run_verify(options: argparse.Namespace) -> int:
-    """Exit code 0 if nothing differs, else 1; the findings are printed by rank 0."""
-    parallel = ParallelSettings(tensor=options.tensor, pipeline=options.pipeline, expert=options.expert)
+def _add_checkpoint_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--checkpoint", required=True, help="checkpoint folder, or a directory of them (the newest)")
+    command.add_argument("--hf", help="folder to take config and tokenizer from (default: where training started)")
+
+
+def _add_vocabulary_argument(command: argparse.ArgumentParser) -> None:
+    help_text = "pad the vocabulary to a multiple of this, as model.vocabulary_multiple does (default: 128)"
+    command.add_argument("--vocabulary_multiple", type=int, default=128, help=help_text)
+
+
+def _add_conversion_arguments(command: argparse.ArgumentParser, *, dtypes: str, shard_size: str) -> None:
+    command.add_argument("--output", required=True, help="folder to write; it appears when it is complete")
+    command.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
+    command.add_argument("--dtype", help=f"type of the weights written: {dtypes} (default: the source's)")
+    memory_help = "tensors in memory at any time, mapped pages included (default: 4GB)"
+    command.add_argument("--max_memory", default="4GB", help=memory_help)
+    command.add_argument("--shard_size", default=shard_size, help=f"largest file of weights (default: {shard_size})")
+    command.add_argument("--workers", type=int, default=2, help="threads (default: 2)")
+
+
+def _options(arguments: argparse.Namespace) -> ConversionOptions:
+    return ConversionOptions(
+        dtype=arguments.dtype,
+        max_memory=parse_bytes(arguments.max_memory),
+        shard_size=parse_bytes(arguments.shard_size),
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
+    )
+
+
+def _from_hf(arguments: argparse.Namespace) -> int:
+    multiple = arguments.vocabulary_multiple
+    written = from_hf(arguments.hf, arguments.output, options=_options(arguments), vocabulary_multiple=multiple)
+    print(f"written: {written}")
+    return 0
+
+
+def _to_hf(arguments: argparse.Namespace) -> int:
+    written = to_hf(arguments.checkpoint, arguments.output, hf_path=arguments.hf, options=_options(arguments))
+    print(f"written: {written}")
+    return 0
+
+
+def _reshard(arguments: argparse.Namespace) -> int:
+    written = reshard(
+        arguments.checkpoint,
+        arguments.output,
+        vocabulary_multiple=arguments.vocabulary_multiple,
+        hf_path=arguments.hf,
+        options=_options(arguments),
+    )
+    print(f"written: {written}")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    description = describe_checkpoint(arguments.checkpoint)
+    print(json.dumps(description, indent=1) if arguments.json else format_description(description))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    """Exit code 0 if nothing differs, else 1; rank 0 prints the findings."""
+    parallel = ParallelSettings(tensor=arguments.tensor, pipeline=arguments.pipeline, expert=arguments.expert)
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world_size % (parallel.tensor * parallel.pipeline):
         raise ValueError(processes_problem(parallel, world_size))
-    text = options.text.read_text(encoding="utf-8") if options.text else REAL_TEXT
     result = verify(
-        options.hf,
-        checkpoint=options.checkpoint,
+        arguments.hf,
+        checkpoint=arguments.checkpoint,
         parallel=parallel,
-        tolerance=options.tolerance,
-        positions=options.positions,
-        text=text,
+        tolerance=arguments.tolerance,
+        positions=arguments.positions,
+        text=arguments.text.read_text(encoding="utf-8") if arguments.text else REAL_TEXT,
     )
     if rank == 0:
         print(result.describe())
@@ -70,18 +154,15 @@ def run_verify(options: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     options = parse_arguments(arguments)
+    run: Callable[[argparse.Namespace], int] = options.run
     try:
-        if options.command == "verify":
-            return run_verify(options)
-        if options.command == "to-hf":
-            written = to_hf(options.checkpoint, options.output, hf_path=options.hf, overwrite=options.overwrite)
-        else:
-            written = from_hf(options.hf, options.output, overwrite=options.overwrite)
+        return run(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"written: {written}")
-    return 0
+    except KeyboardInterrupt:
+        print("interrupted: start the same command again to go on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

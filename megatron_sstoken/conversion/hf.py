@@ -1,162 +1,362 @@
-"""Whole checkpoints between Hugging Face folders and megatron's `dist_checkpointing`, in one process."""
+"""Whole checkpoints between Hugging Face folders and megatron's `dist_checkpointing`, streaming, in one process.
+
+At no time are there more tensors in memory than `ConversionOptions.max_memory` allows, whatever the model's size.
+"""
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from safetensors.torch import save_file
-from tqdm import tqdm
 
-from megatron_sstoken.config import Settings
-from megatron_sstoken.model.build import Model, build_model, load_weights
-from megatron_sstoken.model.families import read_architecture
-from megatron_sstoken.model.weights import HuggingFaceWeights, rules_of_chunk, to_hugging_face
-from megatron_sstoken.parallel import create_layout, start_processes
-from megatron_sstoken.training.checkpoint import (
-    RunState,
-    load_checkpoint,
-    read_run_state,
-    resolve_checkpoint,
-    save_checkpoint,
+from megatron_sstoken import __version__
+from megatron_sstoken.conversion.contents import Contents, Parameter, checkpoint_contents
+from megatron_sstoken.conversion.safetensors_files import INDEX, ShardWriter, index_text, plan_shards
+from megatron_sstoken.conversion.torch_dist import CheckpointReader, write_metadata, write_objects, write_parameter
+from megatron_sstoken.conversion.work import (
+    DTYPES,
+    ConversionOptions,
+    MemoryBudget,
+    Workplace,
+    check_memory,
+    progress_bar,
+    refuse_existing,
+    run_tasks,
+    write_durably,
 )
+from megatron_sstoken.model.families import read_architecture
+from megatron_sstoken.model.fingerprint import fingerprint_files
+from megatron_sstoken.model.weights import HuggingFaceWeights, check_weights, read_shard
+from megatron_sstoken.training.checkpoint import RunState, read_run_state, resolve_checkpoint, write_run_state
 
-_SHARD_BYTES = 5 * 10**9
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", "safetensors.index.json")
-_PRECISION: dict[torch.dtype, Literal["bf16", "fp32"]] = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+_WEIGHT_FILES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", "safetensors.index.json", "bin.index.json",
+)  # fmt: skip
+_FOLDERS_OF_TEMPLATES = ("additional_chat_templates",)  # where transformers keeps templates with names
+_SAFETENSORS_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_OBJECTS_FILE = "__0_0.distcp"
 
 
-def to_hf(checkpoint: str, output: str, *, hf_path: str | None = None, overwrite: bool = False) -> Path:
+@dataclass(frozen=True)
+class Adjustment:
+    """A change to the Hugging Face tensors on their way out of `to_hf`, merging adapters for example."""
+
+    identity: str
+    """What the change depends on: a conversion that was stopped goes on only where it is the same."""
+    apply: Callable[[str, torch.Tensor], torch.Tensor]
+    """Name and tensor, in the checkpoint's type → the tensor to write, before `--dtype` is applied."""
+
+
+def to_hf(
+    checkpoint: str,
+    output: str,
+    *,
+    hf_path: str | None = None,
+    options: ConversionOptions | None = None,
+    adjustment: Adjustment | None = None,
+) -> Path:
     """Write a Hugging Face folder (config, safetensors with index, tokenizer) from a megatron checkpoint.
 
-    `checkpoint`: a checkpoint folder or a directory of them (the newest is taken). `hf_path`: the folder that config
-    and tokenizer are copied from; default: the one that the checkpoint names. Weights keep the checkpoint's dtype;
-    padded vocabulary rows are left out. The output appears complete or not at all. Raises ValueError for missing or
-    unfitting input and for an output in the way.
+    `checkpoint`: a checkpoint folder or a directory of them (the newest is taken), of any layout; its optimizer state is
+    not read. `hf_path`: the folder that config and tokenizer are copied from; default: the one that the checkpoint
+    names. Padded vocabulary rows are left out. The output appears complete or not at all. Raises ValueError for missing
+    or unfitting input and for an output in the way.
     """
+    options = options or ConversionOptions()
+    refuse_existing(output, options.overwrite)
     folder = resolve_checkpoint(checkpoint)
-    source = hf_path or read_run_state(folder).hf_path
-    if not os.path.isdir(source):
-        raise ValueError(f"{folder} was made from {source}, which is not there: name the folder with --hf")
-    target, partial = _prepare_output(output, overwrite)
-    model = _single_process_model(source, _dtype_of(folder))
-    load_checkpoint(folder, model)
-    _write_weights(partial, _hugging_face_tensors(model))
-    copy_companions(Path(source), partial, dtype=model.config.params_dtype)
-    return _publish(partial, target)
+    source = _architecture_folder(folder, hf_path)
+    reader = CheckpointReader(folder)
+    contents = checkpoint_contents(read_architecture(source))  # unpadded
+    reader.check(contents)
+    stored = reader.dtype(contents.parameters[0])
+    dtype = DTYPES[options.dtype] if options.dtype else stored
+    costs = {parameter.name: _cost(parameter, reader.dtype(parameter), dtype) for parameter in contents.parameters}
+    if adjustment:
+        costs = {name: 2 * cost for name, cost in costs.items()}
+    check_memory(options.max_memory, costs)
+    identity = _identity("to-hf", dtype, options, [folder / ".metadata", Path(source, "config.json")])
+    identity["adjustment"] = adjustment.identity if adjustment else None
+    with Workplace(output, identity) as place:
+        _write_safetensors(place, reader, contents, dtype, costs, options, adjustment)
+        copy_companions(Path(source), place.folder, dtype=dtype)
+        return place.publish()
 
 
-def from_hf(hf_path: str, output: str, *, overwrite: bool = False) -> Path:
-    """Write a megatron checkpoint `output`/step_0000000 from a Hugging Face folder, in the dtype of its tensors.
+def from_hf(
+    hf_path: str, output: str, *, options: ConversionOptions | None = None, vocabulary_multiple: int = 128
+) -> Path:
+    """Write a megatron checkpoint `output`/step_0000000 from a Hugging Face folder.
 
-    It loads on any layout (`model.checkpoint`). Raises ValueError as `to_hf` does.
+    It loads on any layout (`model.checkpoint`). Default type: that of the tensors, F32 where it is F16 or mixed. Raises
+    ValueError as `to_hf` does.
     """
+    options = options or ConversionOptions()
+    refuse_existing(output, options.overwrite)
+    architecture = read_architecture(hf_path)
     weights = HuggingFaceWeights(hf_path)
-    dtypes = {weights.slice(name).get_dtype() for name in weights.names()}
-    if dtypes <= {"BF16"}:
-        dtype = torch.bfloat16
-    elif dtypes <= {"F32", "BF16", "F16"}:
-        dtype = torch.float32
-    else:
-        raise ValueError(
-            f"{hf_path} holds tensors of type {', '.join(sorted(dtypes))}: only F32, BF16 and F16 are read"
-        )
-    target, partial = _prepare_output(output, overwrite)
-    model = _single_process_model(hf_path, dtype)
-    load_weights(model, hf_path)
+    check_weights(weights, architecture)
+    types = _types(weights)
+    contents = checkpoint_contents(architecture, vocabulary_multiple=vocabulary_multiple)
+    _tell_unread(weights, contents)
+    dtype = _megatron_dtype(options, torch.bfloat16 if types == {torch.bfloat16} else torch.float32)
+    source = max(types, key=lambda one: one.itemsize)
+    costs = {parameter.name: _cost(parameter, source, dtype) for parameter in contents.parameters}
+    identity = _identity("from-hf", dtype, options, [Path(hf_path, "config.json"), *map(Path, weights.files())])
+    identity["vocabulary_multiple"] = vocabulary_multiple
+    weights.close()
+    mine = threading.local()  # files that one worker closes must not be another's
+
+    def read(parameter: Parameter) -> torch.Tensor:
+        if not hasattr(mine, "weights"):
+            mine.weights = HuggingFaceWeights(hf_path)
+        return read_shard(mine.weights, parameter.rule, parameter.layer, architecture, parameter.shape, 0, 1)
+
     state = RunState(step=0, identity=None, hf_path=os.path.abspath(hf_path))
-    save_checkpoint(str(partial), state, model, None, None, keep=0)
-    return _publish(partial, target)
+    return _write_checkpoint(
+        output, identity, contents, dtype, costs, options, state, read, release=lambda: mine.weights.close()
+    )
 
 
-def _single_process_model(hf_path: str, dtype: torch.dtype) -> Model:
-    start_processes()
-    settings = Settings()
-    settings.training.precision = _PRECISION[dtype]
-    layout = create_layout(settings.parallel, seed=0)
-    return build_model(read_architecture(hf_path), settings, layout, trainable=False)
+def reshard(
+    checkpoint: str,
+    output: str,
+    *,
+    vocabulary_multiple: int = 128,
+    hf_path: str | None = None,
+    options: ConversionOptions | None = None,
+) -> Path:
+    """Write the weights of a checkpoint as a new one, `output`/step_0000000, with another vocabulary padding or type.
+
+    Raises ValueError as `to_hf` does.
+    """
+    options = options or ConversionOptions()
+    refuse_existing(output, options.overwrite)
+    folder = resolve_checkpoint(checkpoint)
+    source = _architecture_folder(folder, hf_path)
+    reader = CheckpointReader(folder)
+    architecture = read_architecture(source)
+    stored = checkpoint_contents(architecture)
+    reader.check(stored)
+    unpadded = {parameter.name: parameter for parameter in stored.parameters}
+    contents = checkpoint_contents(architecture, vocabulary_multiple=vocabulary_multiple)
+    dtype = _megatron_dtype(options, reader.dtype(unpadded[contents.parameters[0].name]))
+    costs = {
+        parameter.name: _cost(parameter, reader.dtype(unpadded[parameter.name]), dtype)
+        for parameter in contents.parameters
+    }
+    identity = _identity("reshard", dtype, options, [folder / ".metadata", Path(source, "config.json")])
+    identity["vocabulary_multiple"] = vocabulary_multiple
+
+    def read(parameter: Parameter) -> torch.Tensor:
+        real = unpadded[parameter.name]
+        if real.shape == parameter.shape:
+            return reader.read(real)
+        padded = torch.zeros(parameter.shape, dtype=reader.dtype(real))
+        reader.read(real, into=padded[: real.shape[0]])
+        return padded
+
+    state = RunState(step=0, identity=None, hf_path=os.path.abspath(source))
+    return _write_checkpoint(output, identity, contents, dtype, costs, options, state, read)
 
 
-def _dtype_of(folder: Path) -> torch.dtype:
-    """Dtype of the weights in a megatron checkpoint."""
-    start_processes()
-    tensors = dist_checkpointing.load_tensors_metadata(str(folder))
-    dtype = next(tensor.dtype for name, tensor in tensors.items() if name.startswith("decoder."))
-    if dtype not in _PRECISION:
-        raise ValueError(f"{folder} holds weights of type {dtype}: only {', '.join(map(str, _PRECISION))} are known")
+def _architecture_folder(checkpoint: Path, hf_path: str | None) -> str:
+    source = hf_path or read_run_state(checkpoint).hf_path
+    if not os.path.isdir(source):
+        raise ValueError(f"{checkpoint} was made from {source}, which is not there: name the folder with --hf")
+    return source
+
+
+def _types(weights: HuggingFaceWeights) -> set[torch.dtype]:
+    names = {weights.slice(name).get_dtype() for name in weights.names()}
+    if not names <= set(_SAFETENSORS_TYPES):
+        raise ValueError(
+            f"{weights.path} holds tensors of type {', '.join(sorted(names))}: only F32, BF16 and F16 are read"
+        )
+    return {_SAFETENSORS_TYPES[name] for name in names}
+
+
+def _megatron_dtype(options: ConversionOptions, default: torch.dtype) -> torch.dtype:
+    dtype = DTYPES[options.dtype] if options.dtype else default
+    if dtype is torch.float16:
+        raise ValueError("--dtype=fp16 is for to-hf: training runs in bf16 or fp32, so use one of these")
     return dtype
 
 
-def _hugging_face_tensors(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
-    """The Hugging Face tensors of a model that one process holds whole."""
-    (chunk,) = model.bare
-    rules = rules_of_chunk(chunk, model.architecture)
-    with torch.no_grad():
-        for name, parameter in tqdm(list(chunk.named_parameters()), desc="weights", unit="tensor"):
-            rule, layer = rules[name]
-            yield from to_hugging_face(rule, layer, parameter, model.architecture)
+def _tell_unread(weights: HuggingFaceWeights, contents: Contents) -> None:
+    """Name the tensors that the architecture has no place for; transformers leaves them out as well."""
+    used = {name for name, _ in _hugging_face_shapes(contents)}
+    unread = [name for name in weights.names() if name not in used]
+    if unread:
+        print(f"not part of the model, left out: {', '.join(unread)}", file=sys.stderr)
 
 
-def _write_weights(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    """Write safetensors files of at most 5 GB each, and the index if there are several."""
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    total = pending_bytes = 0
+def _hugging_face_shapes(contents: Contents) -> Iterator[tuple[str, torch.Size]]:
+    for parameter in contents.parameters:
+        for name, tensor in parameter.hugging_face(parameter.meta_tensor(), contents.architecture):
+            yield name, tensor.shape
 
-    def flush() -> None:
-        nonlocal pending, pending_bytes
-        if pending:
-            save_file(pending, folder / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
-            shards.append(list(pending))
-            pending, pending_bytes = {}, 0
 
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if pending_bytes + size > _SHARD_BYTES:
-            flush()
-        pending[name] = tensor.detach().cpu()
-        pending_bytes += size
-        total += size
-    flush()
-    if len(shards) == 1:
-        os.replace(folder / "shard-0.safetensors", folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(folder / f"shard-{number}.safetensors", folder / file_name)
-        weight_map |= dict.fromkeys(names, file_name)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+def _cost(parameter: Parameter, source: torch.dtype, target: torch.dtype) -> int:
+    """Bytes that are in memory while a parameter is converted.
+
+    The pages of the mapped source, the parameter put together from them, the tensors it is taken apart into where it
+    fuses several, and what these are converted to.
+    """
+    size = parameter.numel * source.itemsize
+    converted = parameter.numel * target.itemsize if target is not source else 0
+    return 2 * size + (size if len(parameter.rule.hugging_face) > 1 else 0) + converted
+
+
+def _identity(operation: str, dtype: torch.dtype, options: ConversionOptions, sources: list[Path]) -> dict[str, Any]:
+    return {
+        "operation": operation,
+        "version": __version__,
+        "dtype": str(dtype),
+        "shard_size": options.shard_size,
+        "source": fingerprint_files(map(str, sources)),
+    }
+
+
+def convert_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor.to(dtype)`. Raises ValueError where fp16 cannot hold a value."""
+    if dtype is torch.float16 and tensor.dtype is not dtype:
+        low, high = torch.aminmax(tensor)
+        if max(-low.item(), high.item()) > torch.finfo(dtype).max:
+            raise ValueError(f"{name} has values that fp16 cannot hold: use --dtype=bf16 or fp32")
+    return tensor.to(dtype)
+
+
+def _write_safetensors(
+    place: Workplace,
+    reader: CheckpointReader,
+    contents: Contents,
+    dtype: torch.dtype,
+    costs: dict[str, int],
+    options: ConversionOptions,
+    adjustment: Adjustment | None,
+) -> None:
+    """Write the weights of a checkpoint as safetensors files, all parameters in parallel, and the index."""
+    shards = plan_shards(dict(_hugging_face_shapes(contents)), dtype, options.shard_size)
+    total = sum(shard.size for shard in shards)
+    place.require_space(total)
+    writers: dict[str, ShardWriter] = {}
+    for shard in shards:
+        if shard.file_name not in place.complete:
+            writer = ShardWriter(place.folder, shard)
+            writers |= dict.fromkeys(shard.places, writer)
+    budget = MemoryBudget(options.max_memory)
+    done = sum(record["size"] for record in place.complete.values())
+
+    def convert(parameter: Parameter, check: Callable[[], None]) -> None:
+        check()
+        with budget.hold(costs[parameter.name]), torch.no_grad():
+            for name, tensor in parameter.hugging_face(reader.read(parameter), contents.architecture):
+                writer = writers.get(name)
+                if writer is None:  # in a file that is complete, while its siblings are in another
+                    continue
+                adjusted = adjustment.apply(name, tensor) if adjustment else tensor
+                is_last = writer.write(name, convert_dtype(name, adjusted, dtype).contiguous())
+                bar.update(writer.plan.places[name][1])
+                if is_last:
+                    place.add(writer.plan.file_name, writer.descriptor, {})
+
+    def missing(parameter: Parameter) -> bool:
+        parts = parameter.hugging_face(parameter.meta_tensor(), contents.architecture)
+        return any(name in writers for name, _ in parts)
+
+    try:
+        with progress_bar(total, done, "writing") as bar:
+            run_tasks(convert, [one for one in contents.parameters if missing(one)], options.workers)
+    finally:
+        for writer in set(writers.values()):
+            writer.close()
+    if len(shards) > 1:
+        write_durably(place.folder / INDEX, index_text(shards))
+
+
+def _write_checkpoint(
+    output: str,
+    identity: dict[str, Any],
+    contents: Contents,
+    dtype: torch.dtype,
+    costs: dict[str, int],
+    options: ConversionOptions,
+    state: RunState,
+    read: Callable[[Parameter], torch.Tensor],
+    release: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write a megatron checkpoint whose parameters `read` gives, several data files in parallel.
+
+    `release` is called after each parameter: what it was read from may leave memory.
+    """
+    check_memory(options.max_memory, costs)
+    files = _data_files(contents, dtype, options.shard_size)
+    total = sum(one.numel for one in contents.parameters) * dtype.itemsize
+    budget = MemoryBudget(options.max_memory)
+
+    def convert(parameter: Parameter, file: Any) -> list[dict[str, Any]]:
+        with budget.hold(costs[parameter.name]), torch.no_grad():
+            places = write_parameter(file, parameter, convert_dtype(parameter.name, read(parameter), dtype))
+            release()
+        bar.update(parameter.numel * dtype.itemsize)
+        return places
+
+    with Workplace(output, identity) as place:
+        folder = place.folder / f"step_{state.step:07d}"
+        folder.mkdir(exist_ok=True)
+
+        def write_file(name: str, check: Callable[[], None]) -> None:
+            path = f"{folder.name}/{name}"
+            with open(place.folder / path, "wb") as file:
+                places = []
+                for parameter in files[name]:
+                    check()
+                    places += convert(parameter, file)
+                if name == _OBJECTS_FILE:
+                    places += write_objects(file, contents)
+                file.flush()
+                place.add(path, file.fileno(), {"places": places})
+
+        place.require_space(total)
+        done = sum(record["size"] for record in place.complete.values())
+        with progress_bar(total, min(done, total), "writing") as bar:
+            todo = [name for name in files if f"{folder.name}/{name}" not in place.complete]
+            run_tasks(write_file, todo, options.workers)
+        records = json.loads(json.dumps(place.complete))  # alike whether written now or before
+        write_metadata(folder, contents, dtype, {Path(name).name: records[name]["places"] for name in sorted(records)})
+        write_run_state(folder, state, [1, 1, "cpu"])
+        return place.publish()
+
+
+def _data_files(contents: Contents, dtype: torch.dtype, shard_size: int) -> dict[str, list[Parameter]]:
+    """Data files of at most `shard_size` bytes of tensors: name → parameters; the first holds the objects alone."""
+    groups: list[list[Parameter]] = [[], []]
+    filled = 0
+    for parameter in contents.parameters:
+        size = parameter.numel * dtype.itemsize
+        if groups[-1] and filled + size > shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(parameter)
+        filled += size
+    return {f"__0_{number}.distcp": group for number, group in enumerate(groups)}
 
 
 def copy_companions(source: Path, target: Path, *, dtype: torch.dtype) -> None:
-    """Copy configuration, tokenizer and template, everything but weights; config.json is told the weights' dtype."""
+    """Copy configuration, tokenizer and templates, everything but weights; config.json is told the weights' dtype."""
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHT_FILES):
             shutil.copyfile(path, target / path.name)
+        elif path.is_dir() and path.name in _FOLDERS_OF_TEMPLATES:
+            shutil.copytree(path, target / path.name)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = str(dtype).removeprefix("torch.")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _prepare_output(output: str, overwrite: bool) -> tuple[Path, Path]:
-    target = Path(output)
-    if target.exists() and not overwrite:
-        raise ValueError(f"{target} exists: name another --output, or pass --overwrite")
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return target, partial
-
-
-def _publish(partial: Path, target: Path) -> Path:
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(partial, target)
-    return target

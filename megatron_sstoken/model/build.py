@@ -1,5 +1,6 @@
 """Architecture and settings → the model chunks of this rank, wrapped for training, and their optimizer."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -153,10 +154,12 @@ def build_model(
     *,
     tapped_layers: tuple[int, ...] = (),
     trainable: bool,
+    shapes_only: bool = False,
 ) -> Model:
     """Build this rank's chunks, with uninitialised weights. With `trainable`, wrap them in megatron's DDP.
 
-    `tapped_layers`: numbers from 1 of the layers whose attention to the context is measured.
+    `tapped_layers`: numbers from 1 of the layers whose attention to the context is measured. `shapes_only`: parameters
+    on the meta device, which take no memory (conversion asks only what they are called and how large they are).
     """
     config = transformer_config(architecture, settings, layout)
     model = Model(architecture, config, layout, bare=[], tapped_layers=tapped_layers)
@@ -166,22 +169,24 @@ def build_model(
         probe = AttentionProbe()
         first = layout.is_first_stage and index == 0
         last = layout.is_last_stage and index == virtual - 1
-        chunk = TokenLossModel(
-            config=config,
-            transformer_layer_spec=block_spec(config, tapped_layers, probe, vp_stage, layout),
-            vocab_size=architecture.padded_vocabulary(settings.model.vocabulary_multiple, layout.tensor_size),
-            max_sequence_length=architecture.max_positions,
-            pre_process=first,
-            post_process=last,
-            share_embeddings_and_output_weights=architecture.tied_embeddings,
-            position_embedding_type="rope",
-            rotary_base=architecture.rope_base,
-            pg_collection=layout.groups,
-            vp_stage=vp_stage,
-        )
+        with torch.device("meta") if shapes_only else nullcontext():
+            chunk = TokenLossModel(
+                config=config,
+                transformer_layer_spec=block_spec(config, tapped_layers, probe, vp_stage, layout),
+                vocab_size=architecture.padded_vocabulary(settings.model.vocabulary_multiple, layout.tensor_size),
+                max_sequence_length=architecture.max_positions,
+                pre_process=first,
+                post_process=last,
+                share_embeddings_and_output_weights=architecture.tied_embeddings,
+                position_embedding_type="rope",
+                rotary_base=architecture.rope_base,
+                pg_collection=layout.groups,
+                vp_stage=vp_stage,
+            )
         chunk.num_real_words = architecture.vocabulary_size
         chunk.rotary_pos_emb.inv_freq = rope_inverse_frequencies(architecture).to(compute_device())
-        chunk.to(compute_device())
+        if not shapes_only:
+            chunk.to(compute_device())
         _mark_tensor_parallel(chunk, architecture)
         model.bare.append(chunk)
         model.probes.append(probe)

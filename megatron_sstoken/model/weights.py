@@ -50,6 +50,10 @@ class HuggingFaceWeights:
                 raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
         return self._open[file_name]
 
+    def close(self) -> None:
+        """Unmap the files, so that the pages read so far leave memory; they are opened again when next read."""
+        self._open.clear()
+
     def names(self) -> list[str]:
         """All tensor names, sorted."""
         return sorted(self._file_of)

@@ -76,6 +76,14 @@ def read_run_state(folder: Path) -> RunState:
     return RunState(identity=RunIdentity(**identity) if identity else None, **content)
 
 
+def write_run_state(folder: Path, state: RunState, split: list) -> None:
+    """Describe a checkpoint folder; written last, its file says that the checkpoint is whole."""
+    with open(folder / _STATE_FILE, "w", encoding="utf-8") as file:
+        json.dump(asdict(state) | {"split": split}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def read_split(folder: Path) -> list:
     """`_split` of the run that made a checkpoint."""
     with open(folder / _STATE_FILE, encoding="utf-8") as file:
@@ -115,10 +123,7 @@ def save_checkpoint(
     dist_checkpointing.save(content, str(partial), validate_access_integrity=True)
     dist.barrier(group=model.layout.control)
     if dist.get_rank() == 0:
-        with open(partial / _STATE_FILE, "w", encoding="utf-8") as file:
-            json.dump(asdict(state) | {"split": _split(model)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        write_run_state(partial, state, _split(model))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         steps = checkpoint_steps(directory)

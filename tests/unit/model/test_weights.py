@@ -142,6 +142,38 @@ def test_ranks_beyond_the_vocabulary_hold_padding_only(case):
     assert (shards[1][35:] == 0).all() and (shards[2] == 0).all() and (shards[3] == 0).all()
 
 
+class CountingWeights(HuggingFaceWeights):
+    """Counts the bytes of what is read."""
+
+    num_bytes = 0
+
+    def slice(self, name):
+        return _CountingSlice(self, super().slice(name))
+
+
+class _CountingSlice:
+    def __init__(self, counter, inner):
+        self._counter, self._inner = counter, inner
+        self.get_shape = inner.get_shape
+
+    def __getitem__(self, index):
+        part = self._inner[index]
+        self._counter.num_bytes += part.nbytes
+        return part
+
+
+@pytest.mark.parametrize("tensor_size", [1, 2])
+def test_a_rank_reads_its_slices_and_no_more(case, tensor_size):
+    a, tensors, _ = case
+    for rule in a.weight_rules():
+        shape = shard_shape(a, rule.megatron, tensor_size)
+        for rank in range(tensor_size):
+            counting = CountingWeights(tensors.path)
+            shard = read_shard(counting, rule, LAYER, a, shape, rank, tensor_size)
+            padding = max(0, (rank + 1) * shape[0] - a.vocabulary_size) if shape[0] * tensor_size == PADDED else 0
+            assert counting.num_bytes == shard.nbytes - padding * shard[0].nbytes, rule.megatron
+
+
 def test_to_hugging_face_inverts_read_shard(case):
     a, _, expected = case
     found = {}

@@ -1,0 +1,104 @@
+"""What megatron's checkpoints of an architecture hold: parameters and the stored tensors that they are cut into.
+
+Asked of the model itself, built for one process without memory for its weights, so that names, shapes and offsets are
+those that training saves and loads, for every family.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+
+from megatron_sstoken.config import Settings
+from megatron_sstoken.model.build import build_model
+from megatron_sstoken.model.families import Architecture, WeightRule
+from megatron_sstoken.model.weights import rules_of_chunk, to_hugging_face
+from megatron_sstoken.parallel import create_layout, reset_layout, start_processes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a parameter as it lies in the stored tensor `key`."""
+
+    key: str
+    offset: tuple[int, ...]
+    """Where it begins in the stored tensor."""
+    global_shape: tuple[int, ...]
+    """Shape of the stored tensor, which may hold all layers."""
+    any_size: bool
+    """Whether the stored tensor may have more rows (a vocabulary with another padding)."""
+    data: torch.Tensor
+    """A view into the parameter, with the stored tensor's number of axes."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A whole parameter of the model, as one process without tensor parallel holds it."""
+
+    name: str
+    rule: WeightRule
+    layer: int
+    shape: torch.Size
+    entry: ShardedTensor | ShardedTensorFactory
+    """What megatron says about its storing; its data is on the meta device."""
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def meta_tensor(self) -> torch.Tensor:
+        """A tensor of its shape without memory."""
+        return torch.empty(self.shape, device="meta")
+
+    def pieces(self, tensor: torch.Tensor) -> Iterator[Piece]:
+        """`tensor`, of this parameter's shape or with fewer vocabulary rows, as views into the stored tensors."""
+        if isinstance(self.entry, ShardedTensorFactory):  # gate and up are stored apart
+            parts = list(nested_values(replace(self.entry, data=tensor).build()))
+        else:
+            parts = [replace(self.entry, data=tensor, dtype=tensor.dtype, local_shape=tuple(tensor.shape))]
+        for part in parts:
+            view = part.data.reshape((1,) * part.prepend_axis_num + tuple(part.local_shape))
+            yield Piece(part.key, tuple(part.global_offset), part.global_shape, part.allow_shape_mismatch, view)
+
+    def hugging_face(self, tensor: torch.Tensor, architecture: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
+        """The Hugging Face tensors of a value of this parameter."""
+        return to_hugging_face(self.rule, self.layer, tensor, architecture)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that a checkpoint of the weights holds."""
+
+    architecture: Architecture
+    parameters: tuple[Parameter, ...]
+    """In the order of the model: embedding, layers, final norm, head."""
+    objects: tuple[ShardedObject, ...]
+    """Small objects that megatron asks for when it loads (states of FP8 layers; empty without them)."""
+
+
+def checkpoint_contents(architecture: Architecture, *, vocabulary_multiple: int = 1) -> Contents:
+    """What a checkpoint of `architecture` holds, the vocabulary padded to a multiple of `vocabulary_multiple`.
+
+    Creates and gives up the layout of one process: not to be called while a model is there. Needs no GPU.
+    """
+    os.environ.setdefault("SSTOKEN_DEVICE", "cpu")
+    start_processes()
+    settings = Settings()
+    settings.model.vocabulary_multiple = vocabulary_multiple
+    settings.training.precision = "fp32"
+    layout = create_layout(settings.parallel, seed=0)
+    try:
+        model = build_model(architecture, settings, layout, trainable=False, shapes_only=True)
+        (chunk,) = model.bare
+        stored = chunk.sharded_state_dict(metadata={"dp_cp_group": layout.groups.dp_cp})
+        rules = rules_of_chunk(chunk, architecture)
+        parameters = tuple(
+            Parameter(name, *rules[name], parameter.shape, stored[name]) for name, parameter in chunk.named_parameters()
+        )
+    finally:
+        reset_layout()
+    objects = tuple(value for value in nested_values(stored) if isinstance(value, ShardedObject))
+    return Contents(architecture, parameters, objects)

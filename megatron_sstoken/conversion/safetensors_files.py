@@ -1,0 +1,103 @@
+"""Safetensors files of known size, written tensor by tensor in any order.
+
+The format (huggingface/safetensors, README): 8 bytes little-endian length of the header; the header, JSON: name → type,
+shape and place; then the bytes of the tensors without gaps. All of the header follows from names and shapes.
+"""
+
+import json
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+INDEX = "model.safetensors.index.json"
+_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_LARGEST_WRITE = 1 << 30  # the system writes at most 2 GiB at once
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One file: its header and where each tensor's bytes go."""
+
+    file_name: str
+    header: bytes
+    places: dict[str, tuple[int, int]]
+    """Tensor → first byte in the file and number of bytes."""
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(length for _, length in self.places.values())
+
+
+def plan_shards(shapes: dict[str, torch.Size], dtype: torch.dtype, shard_size: int) -> list[ShardPlan]:
+    """Deal tensors of one type out to files of at most `shard_size` bytes of tensors, in order, with the usual names."""
+    groups: list[dict[str, torch.Size]] = [{}]
+    filled = 0
+    for name, shape in shapes.items():
+        size = shape.numel() * dtype.itemsize
+        if groups[-1] and filled + size > shard_size:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = shape
+        filled += size
+    if len(groups) == 1:
+        return [_plan("model.safetensors", groups[0], dtype)]
+    return [
+        _plan(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group, dtype)
+        for number, group in enumerate(groups, start=1)
+    ]
+
+
+def _plan(file_name: str, shapes: dict[str, torch.Size], dtype: torch.dtype) -> ShardPlan:
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    places, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": _TYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        places[name] = (start, end - start)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    first = len(text) + 8
+    places = {name: (first + start, length) for name, (start, length) in places.items()}
+    return ShardPlan(file_name, len(text).to_bytes(8, "little") + text, places)
+
+
+def index_text(shards: list[ShardPlan]) -> str:
+    """Content of the index file that goes with several shards."""
+    total = sum(length for shard in shards for _, length in shard.places.values())
+    weight_map = {name: shard.file_name for shard in shards for name in shard.places}
+    return (
+        json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
+    )
+
+
+class ShardWriter:
+    """Writes one planned file; several threads may write different tensors at once."""
+
+    def __init__(self, folder: Path, plan: ShardPlan):
+        self.plan = plan
+        self._missing = set(plan.places)
+        self._guard = threading.Lock()
+        self.descriptor = os.open(folder / plan.file_name, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
+        os.ftruncate(self.descriptor, plan.size)
+        self._write(plan.header, 0)
+
+    def write(self, name: str, tensor: torch.Tensor) -> bool:
+        """Write a contiguous tensor of the planned type to its place; True for the last one that was missing."""
+        start, length = self.plan.places[name]
+        content = tensor.detach().view(torch.uint8).reshape(-1).numpy()
+        assert content.nbytes == length, f"{name}: {content.nbytes} bytes, planned {length}"
+        self._write(content.data, start)
+        with self._guard:
+            self._missing.remove(name)
+            return not self._missing
+
+    def _write(self, content: bytes | memoryview, start: int) -> None:
+        done = 0
+        while done < len(content):
+            done += os.pwrite(self.descriptor, content[done : done + _LARGEST_WRITE], start + done)
+
+    def close(self) -> None:
+        os.close(self.descriptor)

@@ -1,0 +1,237 @@
+"""The work of a conversion: bounded memory, several workers, progress, and an output that is whole or absent.
+
+Files are made in `<output>.partial/content`; `<output>.partial/manifest.json` lists those that are complete. The folder
+is renamed to `<output>` once everything in it is on disk.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+Task = TypeVar("Task")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """How to convert."""
+
+    dtype: str | None = None
+    """Of the weights written: fp32, bf16 or fp16. None: the source's."""
+    max_memory: int = 4 * 10**9
+    """Bytes of tensors in memory at any time: pages of mapped files and copies made of them, over all workers."""
+    shard_size: int = 5 * 10**9
+    """Largest size of one file of weights in bytes; a larger tensor gets a file of its own."""
+    workers: int = 2
+    """Threads that read, convert and write."""
+    overwrite: bool = False
+    """Replace an output that exists."""
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"--dtype={self.dtype} is unknown: use {', '.join(DTYPES)}")
+        for name in ("max_memory", "shard_size", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)} must be positive")
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as 2GB, 500MB or 1.5GiB in bytes. Raises ValueError for anything else."""
+    upper = text.strip().upper()
+    unit = next((unit for unit in _UNITS if upper.endswith(unit)), "")
+    try:
+        return int(float(upper.removesuffix(unit)) * _UNITS.get(unit, 1))
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{text!r} is not a size: write 2GB, 500MB or 1.5GiB") from error
+
+
+def format_bytes(size: int) -> str:
+    """A size in bytes for people: 1.05 GB."""
+    for unit in ("TB", "GB", "MB", "KB"):
+        if size >= _UNITS[unit]:
+            return f"{size / _UNITS[unit]:.3g} {unit}"
+    return f"{size} B"
+
+
+class MemoryBudget:
+    """Bytes that workers share; whoever would exceed it waits."""
+
+    def __init__(self, total: int):
+        self._free = total
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """Hold `size` bytes, which must not exceed the total."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= size)
+            self._free -= size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += size
+                self._changed.notify_all()
+
+
+def check_memory(max_memory: int, costs: dict[str, int]) -> None:
+    """Raise ValueError unless every tensor (name → bytes that converting it takes) fits `max_memory`."""
+    name = max(costs, key=lambda name: costs[name])
+    if costs[name] > max_memory:
+        raise ValueError(
+            f"--max_memory={format_bytes(max_memory)} is too small: converting the largest tensor, {name}, takes "
+            f"{format_bytes(costs[name])}"
+        )
+
+
+class Stopped(Exception):
+    """Another worker failed."""
+
+
+def run_tasks(work: Callable[[Task, Callable[[], None]], None], tasks: Iterable[Task], workers: int) -> None:
+    """Call `work(task, check)` for all tasks on `workers` threads; the first exception is raised once all have ended.
+
+    `check()` raises Stopped when another worker has failed: long work calls it from time to time.
+    """
+    stop = threading.Event()
+
+    def check() -> None:
+        if stop.is_set():
+            raise Stopped
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work, task, check) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            stop.set()
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def refuse_existing(output: str, overwrite: bool) -> None:
+    """Raise ValueError for an output in the way."""
+    if os.path.exists(output) and not overwrite:
+        raise ValueError(f"{output} exists: name another --output, or pass --overwrite")
+
+
+class Workplace:
+    """The partial folder of one conversion, which a second start of the same conversion goes on with.
+
+    A context manager: it keeps other conversions away from the folder. `identity` (JSON) is what the bytes of the output
+    depend on. Files that are not complete, and all that a conversion of another identity left, are deleted.
+    """
+
+    def __init__(self, output: str, identity: dict[str, Any]):
+        self.target = Path(os.path.abspath(output))
+        self._partial = self.target.with_name(self.target.name + ".partial")
+        self._partial.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+        self.folder = self._partial / "content"
+        self._manifest = self._partial / "manifest.json"
+        self._identity = identity
+        self._guard = threading.Lock()
+        self.complete: dict[str, dict[str, Any]] = self._read_manifest()
+        """Files that are complete: name → their record, with `size` in bytes."""
+        self.folder.mkdir(exist_ok=True)
+        for path in self.folder.rglob("*"):
+            if path.is_file() and str(path.relative_to(self.folder)) not in self.complete:
+                path.unlink()
+
+    def __enter__(self) -> "Workplace":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._lock)
+
+    def _take_lock(self) -> int:
+        descriptor = os.open(self._partial / "lock", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            raise ValueError(f"{self._partial}: another conversion is writing it: wait for it, or stop it") from error
+        return descriptor
+
+    def _read_manifest(self) -> dict[str, dict[str, Any]]:
+        if not self._manifest.is_file():
+            return {}
+        content = json.loads(self._manifest.read_text(encoding="utf-8"))
+        if content["identity"] != self._identity:
+            return {}
+        return {name: record for name, record in content["files"].items() if self._has(name, record["size"])}
+
+    def _has(self, name: str, size: int) -> bool:
+        path = self.folder / name
+        return path.is_file() and path.stat().st_size == size
+
+    def add(self, name: str, descriptor: int, record: dict[str, Any]) -> None:
+        """Note that the file `name`, open as `descriptor`, is complete, once its bytes are on disk."""
+        os.fsync(descriptor)
+        with self._guard:
+            self.complete[name] = record | {"size": os.fstat(descriptor).st_size}
+            write_durably(self._manifest, json.dumps({"identity": self._identity, "files": self.complete}))
+
+    def require_space(self, total: int) -> None:
+        """Raise ValueError unless the disk has room for the rest of an output of `total` bytes."""
+        missing = total - sum(record["size"] for record in self.complete.values())
+        free = shutil.disk_usage(self._partial).free
+        if missing > free:
+            raise ValueError(
+                f"{self.target.parent} has {format_bytes(free)} free, the output takes {format_bytes(missing)}: "
+                "make room or name another --output"
+            )
+
+    def publish(self) -> Path:
+        """Make the output appear, in one rename."""
+        for path in (path for path in self.folder.rglob("*") if path.is_file()):
+            _sync(path)
+        for path in (self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())):
+            _sync(path)
+        replaced = self.target.with_name(self.target.name + ".replaced")
+        if self.target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(self.target, replaced)
+        os.replace(self.folder, self.target)
+        _sync(self.target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(self._partial)
+        return self.target
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or as it was."""
+    partial = path.with_name(path.name + ".tmp")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def progress_bar(total: int, done: int, title: str) -> tqdm:
+    """Bytes written, with rate and time left."""
+    return tqdm(total=total, initial=done, desc=title, unit="B", unit_scale=True, smoothing=0.05)
