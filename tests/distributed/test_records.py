@@ -45,6 +45,7 @@ def test_records_equal_the_reference(case, layout, tmp_path):
                 data,
                 history__hf_path=history,
                 history__store=str(tmp_path / f"{family}-history"),
+                logging__context_loss=True,
                 training__micro_batch_size=2,
                 **parallel,
             )
