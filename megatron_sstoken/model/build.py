@@ -43,10 +43,10 @@ class TokenLossModel(GPTModel):
         losses = vocabulary_parallel_loss(logits, labels.transpose(0, 1), self.num_real_words, self.pg_collection.tp)
         return losses.transpose(0, 1).masked_fill(labels == NOT_SCORED, torch.nan)
 
-    def _postprocess(self, hidden_states, *args, labels=None, **options):
+    def _postprocess(self, hidden_states, *, labels=None, **options):
         """megatron's last step of the forward pass; with the selective head, losses take the place of logits."""
         if not self.selective or labels is None or not self.post_process:
-            return super()._postprocess(hidden_states, *args, labels=labels, **options)
+            return super()._postprocess(hidden_states, labels=labels, **options)
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             # The head returns the whole gradient on every rank: each takes its part, there is nothing left to sum.

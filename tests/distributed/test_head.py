@@ -5,7 +5,6 @@ Layouts of four ranks are compared with transformers in test_invariance.py, with
 """
 
 import pytest
-import torch
 
 from tests.distributed_runner import run_distributed
 from tests.workbench import make_model, make_samples, make_settings, make_store, make_trainer
