@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from benchmarks.hf_loop import HuggingFaceLoop
 from benchmarks.measure import Rows, alternate, count
-from benchmarks.workload import FIELDS, LENGTHS, Shape, make, make_trainer, settings_for, use
+from benchmarks.workload import FIELDS, LENGTHS, Shape, make, make_trainer, settings_for, typical_batch, use
+from megatron_sstoken.data.batches import TokenBatch
 from megatron_sstoken.data.prepare import prepare
 from megatron_sstoken.data.tokenizer import load_tokenizer
 from megatron_sstoken.model.attention import sample_bounds
@@ -50,16 +51,20 @@ def prepared(options: Options) -> None:
     dist.barrier()
 
 
-def _shares(trainer: Trainer) -> dict[str, float]:
-    """Positions and response share of the first batch."""
-    batch = trainer.loader.load(0)[0]
-    positions = batch.response.numel()
-    return {"positions": positions, "response_share": round(int(batch.response.sum()) / positions, 4)}
+def _shares(trainer: Trainer, number: int) -> dict[str, float]:
+    """Positions and response share of a global batch."""
+    batches = trainer.loader.load(number)
+    positions = sum(batch.response.numel() for batch in batches)
+    return {
+        "positions": positions,
+        "response_share": round(sum(int(batch.response.sum()) for batch in batches) / positions, 4),
+    }
 
 
 def step(options: Options) -> None:
-    """Whole optimizer steps: plain fine-tuning and ssToken, each head."""
-    trainer = make_trainer(settings_for(options.work, tensor=options.tensor))
+    """Whole optimizer steps of two rows: plain fine-tuning and ssToken, each head."""
+    trainer = make_trainer(settings_for(options.work, tensor=options.tensor, training__global_batch_size=2))
+    number = typical_batch(trainer)
     cases = {
         "full, standard head": ("full", "standard"),
         "ssToken, standard head": ("sstoken", "standard"),
@@ -69,7 +74,7 @@ def step(options: Options) -> None:
     def variant(method: str, head: str):
         def run():
             use(trainer, method, head)
-            training_step(trainer, 0)
+            training_step(trainer, number)
 
         return run
 
@@ -77,7 +82,7 @@ def step(options: Options) -> None:
     timings = alternate(variants, options.rounds)
     rows = Rows("step", options.config(rho=trainer.settings.selection.rho))
     for name, timing in timings.items():
-        rows.add("packed 1024", name, timing, count(variants[name]), **_shares(trainer))
+        rows.add("packed 1024", name, timing, count(variants[name]), **_shares(trainer, number))
     rows.append()
 
 
@@ -115,7 +120,8 @@ def scoring(options: Options) -> None:
     trainer = make_trainer(settings_for(options.work, tensor=options.tensor))
     model, settings = trainer.model, trainer.settings
     selector = selector_of(settings, trainer.layout, gamma=0.5, draw=0)
-    batches = trainer.loader.load(0)
+    number = typical_batch(trainer)
+    batches = trainer.loader.load(number)
     (report,) = score_batch(model, batches)
     masks: list[Selection] = [selector(report)]
     # The same tokens cost the same: all responses are scored, the masked ones are trained on.
@@ -134,20 +140,20 @@ def scoring(options: Options) -> None:
     rows = Rows("scoring", options.config())
     timings = alternate({"masks given": without, "ssToken": with_scoring}, options.rounds)
     for name, timing in timings.items():
-        rows.add("forward and backward", name, timing, **_shares(trainer))
+        rows.add("forward and backward", name, timing, **_shares(trainer, number))
     # The two parts by themselves, free of the noise of the rest: many runs each, as a share of the step.
     whole = timings["ssToken"].seconds
-    for name, run in (("attention mass", _mass(trainer)), ("score and selection", lambda: selector(report))):
+    for name, run in (("attention mass", _mass(trainer, batches[0])), ("score and selection", lambda: selector(report))):
         parts = alternate({name: lambda run=run: [run() for _ in range(10)]}, options.rounds)[name]
         share = replace(parts, seconds=parts.seconds / 10, baseline=whole)
-        rows.add("share of the step", name, share, **_shares(trainer))
+        rows.add("share of the step", name, share, **_shares(trainer, number))
     rows.append()
 
 
 def _mass(trainer: Trainer):
     """One measurement of the attention to the context in the tapped layer, on queries and keys of the right shape."""
     layer = trainer.model.bare[-1].decoder.layers[-1].self_attention
-    batch, config = trainer.loader.load(0)[0], trainer.model.config
+    config = trainer.model.config
     size = trainer.layout.tensor_size
     num_tokens = batch.position.numel()
     query = torch.randn(num_tokens, config.num_attention_heads // size, config.kv_channels)
@@ -165,7 +171,8 @@ def _mass(trainer: Trainer):
 def selection(options: Options) -> None:
     """Selecting in one micro-batch, by scope, against a Python loop over samples that asks for every number."""
     trainer = make_trainer(settings_for(options.work, tensor=options.tensor))
-    (report,) = score_batch(trainer.model, trainer.loader.load(0))
+    number = typical_batch(trainer)
+    (report,) = score_batch(trainer.model, trainer.loader.load(number))
     signals = signals_of(report)
     rows = Rows("selection", options.config())
 
@@ -188,7 +195,7 @@ def selection(options: Options) -> None:
         selector = replace(selector_of(trainer.settings, trainer.layout, gamma=0.5, draw=0), settings=settings)
         variants[f"scope {scope}"] = lambda selector=selector: selector(report)
     for name, timing in alternate(variants, 4 * options.rounds).items():
-        rows.add(f"{int(signals.response.sum())} tokens", name, timing, **_shares(trainer))
+        rows.add(f"{int(signals.response.sum())} tokens", name, timing, **_shares(trainer, number))
     rows.append()
 
 
@@ -198,6 +205,9 @@ def history(options: Options) -> None:
     model, plan, layout = trainer.model, trainer.plan, trainer.layout
     model.tapped_layers = ()
     batches = [trainer.loader.load(number)[0] for number in range(plan.train.order.num_rows(1))]
+    rows = Rows("history", options.config())
+    positions = sum(batch.response.numel() for batch in batches)
+    share = round(sum(int(batch.response.sum()) for batch in batches) / positions, 4)
     counter = iter(range(1000))
     folder = Path(tempfile.mkdtemp(dir=options.work)) if dist.get_rank() == 0 else options.work
 
@@ -221,9 +231,8 @@ def history(options: Options) -> None:
         "forward, standard head": lambda: forward("standard"),
         "history scoring": score,
     }
-    rows = Rows("history", options.config())
     for name, timing in alternate(variants, options.rounds).items():
-        rows.add(f"{len(batches)} rows", name, timing, **_shares(trainer))
+        rows.add(f"{len(batches)} rows", name, timing, positions=positions, response_share=share)
     rows.append()
     if folder != options.work:
         shutil.rmtree(folder)
@@ -247,7 +256,8 @@ def huggingface(options: Options) -> None:
             speed = round(num_tokens / timing.columns()["seconds"], 1)
             rows.add(case, name, timing, count(variants[name]), tokens=num_tokens, tokens_per_second=speed)
 
-    compare(make_trainer(settings_for(options.work)), 0, "GSM8K", options.rounds)
+    trainer = make_trainer(settings_for(options.work))
+    compare(trainer, typical_batch(trainer), "GSM8K", options.rounds)
     alone = {"data__packing": False, "data__shuffle": False, "data__sequence_length": max(LENGTHS)}
     trainer = make_trainer(settings_for(options.work, data="lengths", **alone))
     for number, length in enumerate(LENGTHS):

@@ -113,6 +113,19 @@ def make_trainer(settings: Settings) -> Trainer:
     return trainer
 
 
+def typical_batch(trainer: Trainer) -> int:
+    """The global batch whose share of response tokens is nearest to that of all data: packing puts long samples together."""
+    manifest = trainer.loader.store.manifest
+    wanted = manifest.num_response_tokens / manifest.num_tokens
+
+    def distance(number: int) -> float:
+        batches = trainer.loader.load(number)
+        found = sum(int(batch.response.sum()) for batch in batches) / sum(batch.response.numel() for batch in batches)
+        return abs(found - wanted)
+
+    return min(range(min(trainer.loader.num_batches, 32)), key=distance)
+
+
 def use(trainer: Trainer, method: str, head: str) -> None:
     """Switch a trainer to another selection method and head, without building the model again."""
     trainer.settings.selection.method = method
