@@ -89,7 +89,7 @@ class TorchCoreAttention(torch.nn.Module):
         return gathered.index_select(0, order)
 
     def _attend_to_sample(self, query, key, value):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
+        return _attention(query, key, value, is_causal=True, scale=self.scale)
 
     def _attend_in_chunks(self, query, key, value):
         """This rank's two chunks of a sample, each to all that stands before it."""
@@ -98,12 +98,14 @@ class TorchCoreAttention(torch.nn.Module):
         for chunk, part in zip((rank, 2 * self.context_group.size() - 1 - rank), query.split(size, dim=1), strict=True):
             first, last = chunk * size, (chunk + 1) * size
             visible = torch.ones(size, last, dtype=torch.bool, device=query.device).tril(diagonal=first)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    part, key[:, :last], value[:, :last], attn_mask=visible, scale=self.scale
-                )
-            )
+            outputs.append(_attention(part, key[:, :last], value[:, :last], attn_mask=visible, scale=self.scale))
         return torch.cat(outputs, dim=1)
+
+
+def _attention(query, key, value, **options) -> torch.Tensor:
+    """torch SDPA on [heads, tokens, head_dim]: it takes its fused kernels for tensors of four dimensions only."""
+    query, key, value = (tensor.unsqueeze(0) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, **options).squeeze(0)
 
 
 @dataclass
