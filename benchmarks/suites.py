@@ -150,7 +150,7 @@ def scoring(options: Options) -> None:
     rows.append()
 
 
-def _mass(trainer: Trainer):
+def _mass(trainer: Trainer, batch: TokenBatch):
     """One measurement of the attention to the context in the tapped layer, on queries and keys of the right shape."""
     layer = trainer.model.bare[-1].decoder.layers[-1].self_attention
     config = trainer.model.config

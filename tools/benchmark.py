@@ -31,7 +31,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gsm8k", type=Path, required=True, help="folder with GSM8K's train.jsonl")
     parser.add_argument("--work", type=Path, required=True, help="folder for model and data, kept for the next run")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count, after one of warm-up (default 5)")
-    parser.add_argument("--problems", type=int, default=32, help="problems of GSM8K to train on (default 32)")
+    parser.add_argument("--problems", type=int, default=64, help="problems of GSM8K to train on (default 64)")
     parser.add_argument("--threads", type=int, help="of each process; default: the cores divided by the processes")
     for name, value in vars(Shape()).items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"of the model (default {value})")
