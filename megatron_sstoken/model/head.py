@@ -200,14 +200,19 @@ def _add_product(summed: torch.Tensor, products: torch.Tensor, inputs: torch.Ten
         summed.addmm_(products.t().float(), inputs.float())
 
 
-def _weight_gradient(weight: torch.Tensor, main_grad: torch.Tensor | None, summed: torch.Tensor) -> torch.Tensor:
-    """What autograd is told of the weight's gradient.
-
-    Where it went into `main_grad`, the same as megatron's fused linear layers say: a mark that DDP's hook must not add,
-    and a stand-in that sets the hook off (`overlap_grad_reduce` waits for it). The stand-in must be zero where the weight
-    is also the embedding's, whose gradient is added to it.
-    """
+def _weight_gradient(weight: torch.Tensor, main_grad: torch.Tensor | None, summed: torch.Tensor) -> torch.Tensor | None:
+    """What autograd is told of the weight's gradient: nothing more where it went into `main_grad` on a CPU."""
     if summed is not main_grad:
         return summed.to(weight.dtype)
-    weight.grad_added_to_main_grad = True
+    # On GPUs gradients are reduced while the backward pass goes on (`overlap_grad_reduce`, model/build.py), and DDP's hook
+    # on the weight has to be set off.
+    return _stand_in(weight) if weight.is_cuda else None
+
+
+def _stand_in(weight: torch.Tensor) -> torch.Tensor:
+    """A gradient that sets off DDP's hook, and the mark that it must not be added, as megatron's fused layers leave them.
+
+    It must be zero where the weight is also the embedding's, whose gradient autograd adds to it.
+    """
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)

@@ -256,16 +256,23 @@ def test_bf16_goes_in_and_fp32_sums_come_out(alone):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_main_grad_gets_the_sum(alone, dtype):
-    """Two micro-batches add up in megatron's buffer, in fp32; autograd gets a stand-in of the weight's dtype."""
+    """Two micro-batches add up in megatron's buffer, in fp32; autograd has nothing to add."""
     hidden, weight, labels, upstream = head_case(dtype)
     leaf = torch.nn.Parameter(weight.clone())
-    leaf.main_grad, leaf.grad_added_to_main_grad, leaf.zero_out_wgrad = torch.zeros(PADDED, HIDDEN), False, True
+    leaf.main_grad, leaf.grad_added_to_main_grad = torch.zeros(PADDED, HIDDEN), False
     for _ in range(2):
         selective_head(hidden, leaf, labels, WORDS, alone)[0].backward(upstream)
     wanted = dense_head(hidden, weight, labels, upstream)[2]
     tolerance = 1e-5 if dtype is torch.float32 else 2**-6 * float(wanted.abs().max())
     torch.testing.assert_close(leaf.main_grad.double(), 2 * wanted, rtol=1e-5, atol=2 * tolerance)
-    assert leaf.grad_added_to_main_grad and leaf.grad.dtype == dtype and not leaf.grad.any()
+    assert leaf.grad is None and not leaf.grad_added_to_main_grad
+
+
+def test_the_stand_in_sets_off_the_hook_and_adds_nothing():
+    leaf = torch.nn.Parameter(torch.ones(3, 2, dtype=torch.bfloat16))
+    leaf.grad_added_to_main_grad, leaf.zero_out_wgrad = False, True
+    found = head._stand_in(leaf)
+    assert leaf.grad_added_to_main_grad and found.shape == leaf.shape and found.dtype == leaf.dtype and not found.any()
 
 
 def test_a_frozen_weight_gets_no_gradient(alone):
