@@ -114,6 +114,7 @@ class _SelectiveHead(torch.autograd.Function):
             total[rows] = exponentials.sum(1)
             if with_entropy:
                 weighted[rows] = torch.linalg.vecdot(exponentials, logits)
+            del logits, exponentials  # before the next chunk is made: one at a time
         largest, total, target, weighted = _combine(largest, total, target, weighted, elsewhere, group)
         ctx.save_for_backward(hidden, weight, local, elsewhere, largest, total)
         ctx.vocabulary_size, ctx.group = vocabulary_size, group
@@ -143,6 +144,7 @@ class _SelectiveHead(torch.autograd.Function):
             torch.mm(products, real, out=parts[rows])
             if summed is not None:
                 _add_product(summed[: len(real)], products, inputs)
+            del products
         dist.all_reduce(parts, group=ctx.group)
         hidden_gradient = torch.zeros_like(hidden).index_copy_(0, trained, parts)
         weight_gradient = None if summed is None else _weight_gradient(weight, ctx.main_grad, summed)
