@@ -255,6 +255,8 @@ def huggingface(options: Options) -> None:
         for name, timing in alternate(variants, rounds).items():
             speed = round(num_tokens / timing.columns()["seconds"], 1)
             rows.add(case, name, timing, count(variants[name]), tokens=num_tokens, tokens_per_second=speed)
+        rows.append()  # now: the longest samples take minutes
+        rows.rows.clear()
 
     trainer = make_trainer(settings_for(options.work))
     compare(trainer, typical_batch(trainer), "GSM8K", options.rounds)
@@ -262,7 +264,6 @@ def huggingface(options: Options) -> None:
     trainer = make_trainer(settings_for(options.work, data="lengths", **alone))
     for number, length in enumerate(LENGTHS):
         compare(trainer, number, f"one sample of {length}", 1)
-    rows.append()
 
 
 def preparation(options: Options) -> None:
