@@ -89,6 +89,10 @@ def problems_of(settings: Settings) -> list[str]:
         at_least(name, value, 0)
     at_least("logging.every", settings.logging.every, 1)
     require(
+        not settings.logging.entropy or settings.model.head == "selective",
+        f"logging.entropy=true needs model.head=selective, which is {settings.model.head}: use entropy=false",
+    )
+    require(
         settings.checkpoint.save_every == 0 or settings.checkpoint.directory is not None,
         f"checkpoint.save_every={settings.checkpoint.save_every} needs checkpoint.directory",
     )

@@ -27,6 +27,10 @@ class ModelSettings:
     checkpoint: str | None = None
     """megatron checkpoint made by `tools/convert_checkpoint.py from-hf` or by a run; replaces the weights of `hf_path`."""
 
+    head: Literal["selective", "standard"] = "selective"
+    """How losses are computed: selective makes logits of response tokens only, and gradients of selected tokens only, a
+    chunk at a time; standard keeps the logits of every token. The losses and gradients are the same."""
+
     vocabulary_multiple: int = 128
     """The vocabulary is padded to a multiple of this (and of the tensor parallel size); padded entries get no probability."""
 
@@ -225,6 +229,13 @@ class LoggingSettings:
 
     records_every: int = 0
     """Steps between token records (Parquet, one row a token); 0 writes none."""
+
+    entropy: bool = False
+    """Token records tell the entropy of each prediction and the probability of its likeliest token. Costs no further
+    logits. Needs `model.head: selective`."""
+
+    context_loss: bool = False
+    """Losses of context tokens, too, in token records and history. Training needs none; costs the logits of all tokens."""
 
 
 @dataclass

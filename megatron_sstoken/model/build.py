@@ -10,7 +10,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
@@ -18,22 +21,44 @@ from megatron_sstoken.config import OptimizerSettings, Settings
 from megatron_sstoken.device import compute_device, have_cuda
 from megatron_sstoken.model.attention import AttentionProbe
 from megatron_sstoken.model.families import Architecture, Split, rope_inverse_frequencies
-from megatron_sstoken.model.head import vocabulary_parallel_loss
+from megatron_sstoken.model.head import NOT_SCORED, selective_head, vocabulary_parallel_loss
 from megatron_sstoken.model.spec import block_spec
 from megatron_sstoken.model.weights import HuggingFaceWeights, load_hugging_face, rules_of_chunk
 from megatron_sstoken.parallel import Layout
 
 
 class TokenLossModel(GPTModel):
-    """GPTModel whose loss is per token, ignores the padded vocabulary and takes its group explicitly."""
+    """GPTModel whose loss is per token, ignores the padded vocabulary and takes its group explicitly.
+
+    With labels it returns fp32 [1, tokens], NaN where the label is `NOT_SCORED`; [3, tokens] with entropy.
+    """
 
     num_real_words: int
     """Vocabulary size without padding."""
+    selective: bool
+    """Whether losses come from the selective head, else from megatron's output layer."""
+    with_entropy: bool
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels int64 [batch, tokens] and logits [tokens, batch, words / tensor size] → fp32 [batch, tokens]."""
         losses = vocabulary_parallel_loss(logits, labels.transpose(0, 1), self.num_real_words, self.pg_collection.tp)
-        return losses.transpose(0, 1)
+        return losses.transpose(0, 1).masked_fill(labels == NOT_SCORED, torch.nan)
+
+    def _postprocess(self, hidden_states, *, labels=None, **options):
+        """megatron's last step of the forward pass; with the selective head, losses take the place of logits."""
+        if not self.selective or labels is None or not self.post_process:
+            return super()._postprocess(hidden_states, labels=labels, **options)
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            # The head returns the whole gradient on every rank: each takes its part, there is nothing left to sum.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=group
+            )
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return selective_head(
+            hidden_states.squeeze(1), weight, labels[0], self.num_real_words, group, with_entropy=self.with_entropy
+        )
 
 
 @dataclass
@@ -54,6 +79,9 @@ class Model:
 
     tapped_layers: tuple[int, ...] = ()
     """Layer numbers (from 1) whose attention is measured."""
+
+    scores_context: bool = False
+    """Whether losses of context tokens are wanted, too."""
 
     @property
     def tapped_chunks(self) -> list[tuple[int, int]]:
@@ -162,7 +190,14 @@ def build_model(
     on the meta device, which take no memory (conversion asks only what they are called and how large they are).
     """
     config = transformer_config(architecture, settings, layout)
-    model = Model(architecture, config, layout, bare=[], tapped_layers=tapped_layers)
+    model = Model(
+        architecture,
+        config,
+        layout,
+        bare=[],
+        tapped_layers=tapped_layers,
+        scores_context=settings.logging.context_loss,
+    )
     virtual = layout.virtual_pipeline
     for index in range(virtual):
         vp_stage = index if virtual > 1 else None
@@ -184,6 +219,8 @@ def build_model(
                 vp_stage=vp_stage,
             )
         chunk.num_real_words = architecture.vocabulary_size
+        chunk.selective = settings.model.head == "selective"
+        chunk.with_entropy = settings.logging.entropy
         chunk.rotary_pos_emb.inv_freq = rope_inverse_frequencies(architecture).to(compute_device())
         if not shapes_only:
             chunk.to(compute_device())

@@ -1,7 +1,19 @@
-"""Per-token loss over a vocabulary that is split over the tensor parallel group."""
+"""Per-token loss over a vocabulary that is split over the tensor parallel group.
+
+`selective_head` goes from hidden states to losses and computes logits only where they matter (`model.head=selective`).
+`vocabulary_parallel_loss` takes the logits of every token, from megatron's own output layer (`model.head=standard`).
+"""
 
 import torch
 import torch.distributed as dist
+
+NOT_SCORED = -100
+"""Label of positions whose loss nobody wants: torch's `ignore_index`."""
+
+_CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
+"""fp32 logits held at once, 32 and 512 MiB. A chunk of c rows costs 4·c·hidden·vocabulary operations for gradients and
+8·hidden·vocabulary bytes to read and write the summed gradient of the weight, so that c must be well above twice the
+machine's operations a byte: about 20 for a core, 400 for an H100. These hold 256 and 4,096 rows of 32,768 words."""
 
 
 def vocabulary_parallel_loss(
@@ -50,3 +62,159 @@ class _VocabularyParallelLoss(torch.autograd.Function):
         at_target = torch.where(elsewhere, 0.0, -loss_gradient).unsqueeze(-1)
         gradient.scatter_add_(-1, local.unsqueeze(-1), at_target)
         return gradient.to(ctx.dtype), None, None, None
+
+
+def selective_head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    vocabulary_size: int,
+    group: dist.ProcessGroup,
+    *,
+    with_entropy: bool = False,
+) -> torch.Tensor:
+    """Loss of the labelled tokens straight from hidden states, computing only what is asked for.
+
+    `hidden`: [tokens, hidden size], whole and the same on all ranks of `group`; `weight`: [padded vocabulary / group
+    size, hidden size], this rank's consecutive rows; `labels`: int64 [tokens], the same on all ranks, `NOT_SCORED` where
+    no loss is wanted. Returns fp32 [1, tokens], the losses in nats, NaN where not scored. With `with_entropy` two more
+    rows, without gradient: the entropy in nats and the probability of the likeliest word. Every rank of `group` must call
+    it, forward and backward; how many collectives run depends on nothing.
+
+    The forward pass computes the logits of scored tokens, the backward pass those of tokens whose loss has a gradient that
+    is not exactly zero, both chunk by chunk: no logits are kept. So a loss function that multiplies the losses by a mask
+    selects what the backward pass costs. With n of T tokens scored and k trained on, the products are n + 3k rows of
+    2·hidden·vocabulary operations, where logits for all take 3T. The gradient of `hidden` is complete on every rank; that
+    of `weight` is summed in fp32, into its `main_grad` where megatron's DDP has made one.
+    """
+    rows = (labels != NOT_SCORED).nonzero().squeeze(-1)
+    scored = _SelectiveHead.apply(
+        hidden.index_select(0, rows), weight, labels.index_select(0, rows), vocabulary_size, group, with_entropy
+    )
+    everywhere = scored.new_full((scored.shape[0], labels.shape[0]), torch.nan)
+    return everywhere.index_copy(1, rows, scored)
+
+
+class _SelectiveHead(torch.autograd.Function):
+    """hidden [n, h], weight [w, h], labels [n] → fp32 [1 or 3, n]. p = exp(logit − largest) / total, over all ranks."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, vocabulary_size, group, with_entropy):
+        real = _real_rows(weight, vocabulary_size, group)
+        local, elsewhere = _local_labels(labels, weight, group)
+        # A rank that holds padding only has no logits: a largest one below all others, and nothing to add.
+        largest = torch.full_like(labels, -1e30, dtype=torch.float32)
+        total, target, weighted = torch.zeros(3, len(labels), device=labels.device)
+        for rows in _chunks(len(labels), len(real), labels.device):
+            logits = (hidden[rows] @ real.t()).float()
+            target[rows] = logits.gather(1, local[rows].unsqueeze(1)).squeeze(1)
+            largest[rows] = logits.amax(1)
+            logits.sub_(largest[rows].unsqueeze(1))
+            exponentials = logits.exp() if with_entropy else logits.exp_()
+            total[rows] = exponentials.sum(1)
+            if with_entropy:
+                weighted[rows] = torch.linalg.vecdot(exponentials, logits)
+            del logits, exponentials  # before the next chunk is made: one at a time
+        largest, total, target, weighted = _combine(largest, total, target, weighted, elsewhere, group)
+        ctx.save_for_backward(hidden, weight, local, elsewhere, largest, total)
+        ctx.vocabulary_size, ctx.group = vocabulary_size, group
+        # Taken now: megatron's own linear layer does so, because a saved weight may come back without its attributes.
+        ctx.main_grad = getattr(weight, "main_grad", None)
+        loss = total.log() - target
+        if not with_entropy:
+            return loss.unsqueeze(0)
+        return torch.stack([loss, total.log() - weighted / total, 1 / total])  # the likeliest word has exp(0) / total
+
+    @staticmethod
+    def backward(ctx, gradients):
+        hidden, weight, local, elsewhere, largest, total = ctx.saved_tensors
+        real = _real_rows(weight, ctx.vocabulary_size, ctx.group)
+        gradient = gradients[0]
+        trained = gradient.nonzero().squeeze(-1)
+        parts = hidden.new_zeros(len(trained), hidden.shape[1])
+        summed = _weight_sum(weight, ctx.main_grad) if ctx.needs_input_grad[1] else None
+        for rows in _chunks(len(trained), len(real), hidden.device):
+            index = trained[rows]
+            inputs, upstream = hidden[index], gradient[index]
+            products = (inputs @ real.t()).float().sub_(largest[index].unsqueeze(1)).exp_()
+            products.mul_((upstream / total[index]).unsqueeze(1))
+            at_target = torch.where(elsewhere[index], 0.0, -upstream)
+            products.scatter_add_(1, local[index].unsqueeze(1), at_target.unsqueeze(1))
+            products = products.to(hidden.dtype)
+            torch.mm(products, real, out=parts[rows])
+            if summed is not None:
+                _add_product(summed[: len(real)], products, inputs)
+            del products
+        dist.all_reduce(parts, group=ctx.group)
+        hidden_gradient = torch.zeros_like(hidden).index_copy_(0, trained, parts)
+        weight_gradient = None if summed is None else _weight_gradient(weight, ctx.main_grad, summed)
+        return hidden_gradient, weight_gradient, None, None, None, None
+
+
+def _real_rows(weight: torch.Tensor, vocabulary_size: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """This rank's rows of real words: without the padding at the end of the vocabulary."""
+    return weight[: max(vocabulary_size - group.rank() * len(weight), 0)]
+
+
+def _local_labels(labels: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup):
+    """Labels as rows of this rank's weight (0 where it is another rank's), and whether they are another rank's."""
+    local = labels - group.rank() * len(weight)
+    elsewhere = (local < 0) | (local >= len(weight))
+    return local.masked_fill(elsewhere, 0), elsewhere
+
+
+def _chunks(num_rows: int, width: int, device: torch.device) -> list[slice]:
+    """Slices of rows whose fp32 logits, `width` a row, fill at most `_CHUNK_BYTES`; none where there are no logits."""
+    size = max(_CHUNK_BYTES[device.type] // (4 * max(width, 1)), 1)
+    return [slice(first, min(first + size, num_rows)) for first in range(0, num_rows if width else 0, size)]
+
+
+def _combine(largest, total, target, weighted, elsewhere, group):
+    """Statistics of this rank's words → of the whole vocabulary, relative to its largest logit; fp32 [n] each.
+
+    `total`: Σ exp(logit − largest); `target`: the label's logit − largest; `weighted`: Σ exp(logit − largest) ·
+    (logit − largest).
+    """
+    overall = largest.clone()
+    dist.all_reduce(overall, op=dist.ReduceOp.MAX, group=group)
+    below = largest - overall
+    share = below.exp()
+    target = torch.where(elsewhere, 0.0, target - overall)
+    sums = torch.stack([share * total, target, share * (weighted + below * total)])
+    dist.all_reduce(sums, group=group)
+    return overall, *sums
+
+
+def _weight_sum(weight: torch.Tensor, main_grad: torch.Tensor | None) -> torch.Tensor:
+    """Where the weight's gradient is summed, in fp32: megatron's own buffer, or one of zeros."""
+    if main_grad is not None and main_grad.dtype == torch.float32:
+        return main_grad
+    return torch.zeros_like(weight, dtype=torch.float32)
+
+
+def _add_product(summed: torch.Tensor, products: torch.Tensor, inputs: torch.Tensor) -> None:
+    """summed += productsᵀ · inputs, in fp32 whatever their dtype."""
+    if inputs.dtype == torch.float32:
+        summed.addmm_(products.t(), inputs)
+    elif inputs.is_cuda:
+        summed.add_(torch.mm(products.t(), inputs, out_dtype=torch.float32))
+    else:  # CPUs have no product with another output type
+        summed.addmm_(products.t().float(), inputs.float())
+
+
+def _weight_gradient(weight: torch.Tensor, main_grad: torch.Tensor | None, summed: torch.Tensor) -> torch.Tensor | None:
+    """What autograd is told of the weight's gradient: nothing more where it went into `main_grad` on a CPU."""
+    if summed is not main_grad:
+        return summed.to(weight.dtype)
+    # On GPUs gradients are reduced while the backward pass goes on (`overlap_grad_reduce`, model/build.py), and DDP's hook
+    # on the weight has to be set off.
+    return _stand_in(weight) if weight.is_cuda else None
+
+
+def _stand_in(weight: torch.Tensor) -> torch.Tensor:
+    """A gradient that sets off DDP's hook, and the mark that it must not be added, as megatron's fused layers leave them.
+
+    It must be zero where the weight is also the embedding's, whose gradient autograd adds to it.
+    """
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)

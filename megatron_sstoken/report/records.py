@@ -24,6 +24,8 @@ SCHEMA = pa.schema(
         pa.field("attention", pa.float32()),
         pa.field("score", pa.float32()),
         pa.field("selected", pa.bool_(), nullable=False),
+        pa.field("entropy", pa.float32()),
+        pa.field("top1", pa.float32()),
     ]
 )
 """`sample` is the row number in the input, `role` 0 context and 1 response; NaN never appears: undefined is null."""
@@ -49,6 +51,8 @@ def columns_of(report: TokenReport) -> dict[str, np.ndarray]:
         "attention": of_response(report.attention),
         "score": of_response(selection.score if selection else None),
         "selected": selection.mask if selection else torch.zeros_like(batch.response),
+        "entropy": undefined if report.entropy is None else report.entropy,
+        "top1": undefined if report.top1 is None else report.top1,
     }
     real = batch.segment >= 0
     return {name: values[real].cpu().numpy() for name, values in columns.items()}

@@ -113,7 +113,14 @@ def train_on_selected(
     model.train(True)
     selections, rho = selector.over_batch(scored) if scored else ([], math.nan)
     reports = train_batch(model, batches, selections, loss_average=average, whole_gradients=whole_gradients)
-    return [replace(report, rho=rho) for report in reports]
+    return [_completed(report, one, rho) for report, one in zip(reports, scored, strict=True)]
+
+
+def _completed(trained: TokenReport, scored: TokenReport, rho: float) -> TokenReport:
+    """The report of a training pass, which tells of selected tokens only, with the others as they were scored."""
+    assert trained.selection is not None
+    loss = torch.where(trained.selection.mask, trained.loss, scored.loss)
+    return replace(scored, loss=loss, selection=trained.selection, rho=rho)
 
 
 def score_and_select(model: Model, batches: list[TokenBatch], selector: Selector) -> list[TokenReport]:

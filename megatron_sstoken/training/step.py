@@ -1,7 +1,7 @@
 """One global batch through megatron's schedule: losses, attention masses, selection, and gradients if training."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from megatron_sstoken.data.batches import TokenBatch
 from megatron_sstoken.device import compute_device
 from megatron_sstoken.model.attention import SampleBounds, sample_bounds
 from megatron_sstoken.model.build import Model
+from megatron_sstoken.model.head import NOT_SCORED
 from megatron_sstoken.parallel import Layout
 from megatron_sstoken.selection.methods import Selection
 from megatron_sstoken.training.attention_mass import MassHandover
@@ -26,12 +27,16 @@ class TokenReport:
 
     batch: TokenBatch
     loss: torch.Tensor
-    """fp32 [T], NaN for first tokens and padding."""
+    """fp32 [T], NaN for first tokens and padding, and for context tokens unless the model scores them."""
     attention: torch.Tensor | None
     """fp32 [T]: mean over heads and measured layers of the attention to the context; None if not measured."""
     selection: Selection | None = None
     rho: float = math.nan
     """The share that was asked for, where it was chosen for this batch."""
+    entropy: torch.Tensor | None = None
+    """fp32 [T], nats, of the prediction whose loss is `loss`, defined where that is; None if not asked for."""
+    top1: torch.Tensor | None = None
+    """fp32 [T]: probability of the likeliest token, likewise."""
 
     @property
     def history_loss(self) -> torch.Tensor | None:
@@ -53,11 +58,13 @@ def train_batch(
     """Forward and backward over this rank's micro-batches; leaves the gradient of the global batch's loss.
 
     `select`: a function, called once a micro-batch on the last pipeline stage, or selections made beforehand, one a
-    micro-batch (there; empty elsewhere). All ranks call this with equally many micro-batches. With `whole_gradients`
-    every data-parallel rank gets all gradients, not its shard. Returns a report per micro-batch on the last stage,
-    nothing elsewhere.
+    micro-batch (there; empty elsewhere), in which case the reports tell the losses of selected tokens only. All ranks
+    call this with equally many micro-batches. With `whole_gradients` every data-parallel rank gets all gradients, not its
+    shard. Returns a report per micro-batch on the last stage, nothing elsewhere.
     """
     selections = iter(select if isinstance(select, list) else [])
+
+    scored = [selection.mask for selection in select] if isinstance(select, list) else []
 
     def loss_function(losses: torch.Tensor, report: TokenReport, index: torch.Tensor | None):
         with torch.no_grad():
@@ -72,7 +79,7 @@ def train_batch(
         total = torch.where(weights > 0, losses * weights, 0.0).sum()
         return total, count, replace(report, selection=selection)
 
-    return _run(model, batches, loss_function, forward_only=False, force_all_reduce=whole_gradients)
+    return _run(model, batches, loss_function, scored, forward_only=False, force_all_reduce=whole_gradients)
 
 
 def score_batch(model: Model, batches: list[TokenBatch], select: SelectMicroBatch | None = None) -> list[TokenReport]:
@@ -91,15 +98,22 @@ def score_batch(model: Model, batches: list[TokenBatch], select: SelectMicroBatc
 
 
 def _run(
-    model: Model, batches: list[TokenBatch], loss_function: Callable, **schedule_options: Any
+    model: Model,
+    batches: list[TokenBatch],
+    loss_function: Callable,
+    scored: Sequence[torch.Tensor] = (),
+    **schedule_options: Any,
 ) -> list[TokenReport]:
+    """One pass through the schedule. `scored`: bool [T] a micro-batch, the tokens with a loss; default: all responses."""
     device, layout = compute_device(), model.layout
     batches = [batch.to(device) for batch in batches]
+    scored = scored or [_scored_tokens(batch, model.scores_context) for batch in batches]
+    work = [(batch, labels_of(batch, tokens)) for batch, tokens in zip(batches, scored, strict=True)]
     chunk_number = {id(chunk): number for number, chunk in enumerate(model.chunks)}
     handover = MassHandover(model)
 
     def forward_step(iterator, chunk):
-        batch = next(iterator)
+        batch, labels = next(iterator)
         number = chunk_number[id(chunk)]
         bounds = sample_bounds(batch.lengths, device, layout.context_size, layout.context_rank)
         if model.tapped_layers:
@@ -108,7 +122,7 @@ def _run(
             of_this_rank(batch.tokens[0], bounds.index).unsqueeze(0),
             of_this_rank(batch.position, bounds.index).unsqueeze(0),
             None,
-            labels=of_this_rank(batch.labels[0], bounds.index).unsqueeze(0),
+            labels=of_this_rank(labels, bounds.index).unsqueeze(0),
             packed_seq_params=bounds,
         )
         handover.give(number, model.probes[number].take())
@@ -116,7 +130,7 @@ def _run(
 
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(batches) for _ in model.chunks],
+        data_iterator=[iter(work) for _ in model.chunks],
         model=model.chunks,
         num_microbatches=len(batches),
         seq_length=batches[0].tokens.shape[1],
@@ -133,18 +147,30 @@ def _finish_micro_batch(
     bounds: SampleBounds,
     handover: MassHandover,
     loss_function: Callable,
-    losses: torch.Tensor,
+    outputs: torch.Tensor,
 ):
-    """On the last stage: bring losses and attention together over the context parallel ranks, align them with tokens,
-    and hand over to the loss function."""
+    """On the last stage: bring what the head and the taps told together over the context parallel ranks, align it with
+    tokens, and hand over to the loss function. `outputs`: fp32 [1 or 3, T / cp] of the model."""
     with torch.no_grad():
-        known = [losses.detach()[0]]
+        known = [*outputs.detach()]
         if model.tapped_layers:
-            known.append(handover.take(losses.shape[1], losses.device))
+            known.append(handover.take(outputs.shape[1], outputs.device))
         whole = gather_tokens(torch.stack(known), bounds, model.layout)
-        attention = whole[1] if model.tapped_layers else None
-        report = TokenReport(batch, to_predicted(whole[0], batch), attention)
-    return loss_function(losses[0], report, bounds.index)
+        predicted = [to_predicted(row, batch) for row in whole[: len(outputs)]]
+        entropy, top1 = predicted[1:] or (None, None)
+        attention = whole[-1] if model.tapped_layers else None
+        report = TokenReport(batch, predicted[0], attention, entropy=entropy, top1=top1)
+    return loss_function(outputs[0], report, bounds.index)
+
+
+def _scored_tokens(batch: TokenBatch, with_context: bool) -> torch.Tensor:
+    """bool [T]: the tokens that get a loss."""
+    return (batch.position > 0) & (batch.segment >= 0) if with_context else batch.response
+
+
+def labels_of(batch: TokenBatch, scored: torch.Tensor) -> torch.Tensor:
+    """int64 [T]: the labels at positions that predict a token of `scored` (bool [T]), `NOT_SCORED` at all others."""
+    return torch.where(to_predicting(scored), batch.labels[0], NOT_SCORED)
 
 
 def of_this_rank(values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:

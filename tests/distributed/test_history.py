@@ -59,6 +59,7 @@ def test_values_after_a_stop_and_another_batch_size(bench, tmp_path, too_long):
             data__too_long=too_long,
             data__packing=packing,
             training__global_batch_size=global_batch,
+            logging__context_loss=True,
         )
 
     assert run_distributed(score_history, 2, settings(4, False), 1) == [False, False]

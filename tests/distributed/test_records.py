@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_sstoken.report.records import read_records
 from tests.distributed_runner import run_distributed
@@ -10,6 +11,7 @@ from tests.workbench import LAYOUTS, load_model, make_model, make_samples, make_
 
 FAMILIES = ("llama", "qwen2")
 TOLERANCE = {"loss": 5e-4, "history_loss": 5e-4, "attention": 1e-4, "rel_norm": 1e-3, "score": 1e-3}
+TOLERANCE |= {"entropy": 5e-4, "top1": 1e-4}
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +27,23 @@ def case(tmp_path_factory):
         history = make_model(folder / f"{family}-history", family, seed=2)
         current, past = load_model(model), load_model(history)
         expected = [
-            {"sample": row, **record}
+            {"sample": row, **record, **more}
             for row, sample in zip(rows, samples, strict=True)
-            for record in score_sample(current, past, sample, rho="0.6")
+            for record, more in zip(
+                score_sample(current, past, sample, rho="0.6"), uncertainty(current, sample.tokens), strict=True
+            )
         ]
         result[family] = (model, history, data, expected)
     return result
+
+
+@torch.no_grad()
+def uncertainty(model, tokens: list[int]) -> list[dict]:
+    """For every token: entropy and largest probability of the prediction it was compared with; None for the first."""
+    logits = model(torch.tensor([tokens])).logits[0, :-1].double()
+    found = torch.distributions.Categorical(logits=logits)
+    rows = zip(found.entropy().tolist(), found.probs.amax(-1).tolist(), strict=True)
+    return [{"entropy": None, "top1": None}] + [{"entropy": entropy, "top1": top1} for entropy, top1 in rows]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -45,6 +58,8 @@ def test_records_equal_the_reference(case, layout, tmp_path):
                 data,
                 history__hf_path=history,
                 history__store=str(tmp_path / f"{family}-history"),
+                logging__context_loss=True,
+                logging__entropy=True,
                 training__micro_batch_size=2,
                 **parallel,
             )

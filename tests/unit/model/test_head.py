@@ -1,11 +1,12 @@
-"""The vocabulary-parallel loss against torch's cross-entropy in double precision, on one rank and on two."""
+"""The vocabulary-parallel loss and the selective head against torch in double precision, on one rank and on two."""
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_sstoken.model.head import vocabulary_parallel_loss
+from megatron_sstoken.model import head
+from megatron_sstoken.model.head import NOT_SCORED, selective_head, vocabulary_parallel_loss
 from tests.distributed_runner import run_distributed
 
 WORDS, PADDED = 99, 128
@@ -165,3 +166,139 @@ def test_two_ranks(alone):
         torch.testing.assert_close(
             torch.cat([left, right], dim=-1).double(), double_gradient, rtol=tolerance, atol=1e-6
         )
+
+
+HIDDEN, TOKENS = 16, 23
+
+
+def head_case(dtype=torch.float32, seed: int = 0, scored: int = 15, trained: int = 9, scale: float = 1.0):
+    """hidden [23, 16], weight [128, 16], labels [23] of which `scored` are wanted, and a gradient for `trained` of those.
+
+    The padded words point where the hidden states do: they would get the highest probability.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    hidden = (scale * torch.randn(TOKENS, HIDDEN, generator=generator)).to(dtype)
+    weight = torch.randn(PADDED, HIDDEN, generator=generator).to(dtype)
+    weight[WORDS:] = hidden[:1] * 3
+    labels = torch.randint(WORDS, (TOKENS,), generator=generator)
+    labels[:4] = torch.tensor([0, WORDS - 1, 63, 64])
+    order = torch.randperm(TOKENS, generator=generator)
+    labels[order[scored:]] = NOT_SCORED
+    upstream = torch.zeros(TOKENS)
+    upstream[order[:trained]] = torch.randn(trained, generator=generator)
+    return hidden, weight, labels, upstream
+
+
+def dense_head(hidden, weight, labels, upstream):
+    """Loss, entropy and top-1 probability of scored tokens, then the gradients: double precision, all logits at once."""
+    hidden, weight = (tensor.double().requires_grad_() for tensor in (hidden, weight))
+    logits = hidden @ weight[:WORDS].T
+    losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=NOT_SCORED)
+    losses.backward(upstream.double())
+    probabilities = logits.detach().softmax(-1)
+    scored = labels != NOT_SCORED
+    entropy = -(probabilities * logits.detach().log_softmax(-1)).sum(-1)
+    return torch.stack([losses.detach(), entropy, probabilities.amax(-1)])[:, scored], hidden.grad, weight.grad
+
+
+def run_head(hidden, weight, labels, upstream, group, **options):
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    rows = selective_head(hidden, weight, labels, WORDS, group, **options)
+    rows[0].backward(upstream)
+    return rows.detach(), hidden.grad, weight.grad
+
+
+COUNTS = {"some": (15, 9), "all": (23, 23), "all scored": (23, 5), "none trained": (15, 0), "none scored": (0, 0)}
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 1000])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_selective_head(alone, monkeypatch, counts, chunk_rows):
+    monkeypatch.setitem(head._CHUNK_BYTES, "cpu", 4 * WORDS * chunk_rows)
+    case = head_case(scored=COUNTS[counts][0], trained=COUNTS[counts][1])
+    found, hidden_gradient, weight_gradient = run_head(*case, alone, with_entropy=True)
+    wanted, *wanted_gradients = dense_head(*case)
+    scored = case[2] != NOT_SCORED
+    assert found.dtype == torch.float32 and found[:, ~scored].isnan().all()
+    torch.testing.assert_close(found[:, scored].double(), wanted, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(hidden_gradient.double(), wanted_gradients[0], rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(weight_gradient.double(), wanted_gradients[1], rtol=1e-5, atol=2e-6)
+    assert (weight_gradient[WORDS:] == 0).all() and (hidden_gradient[case[3] == 0] == 0).all()
+    without = run_head(*case, alone)
+    assert torch.equal(without[0][0].nan_to_num(-1), found[0].nan_to_num(-1)) and len(without[0]) == 1
+
+
+def test_the_selective_head_keeps_precision(alone):
+    """Logits around 60,000, all alike but for their rounding: losses and entropy are those of their differences."""
+    hidden, weight, labels, upstream = head_case()
+    shift = torch.full((TOKENS, 1), 256.0)
+    far = run_head(
+        torch.cat([hidden.round(), shift], 1), F.pad(weight.round(), (0, 1), value=256.0), labels, upstream, alone,
+        with_entropy=True,
+    )[0]  # fmt: skip
+    near = run_head(hidden.round(), weight.round(), labels, upstream, alone, with_entropy=True)[0]
+    torch.testing.assert_close(far, near, rtol=0, atol=2e-6, equal_nan=True)
+
+
+def test_bf16_goes_in_and_fp32_sums_come_out(alone):
+    """Weight gradients are summed over tokens in fp32: each element is off by the rounding of its terms only."""
+    case = head_case(torch.bfloat16)
+    found, hidden_gradient, weight_gradient = run_head(*case, alone)
+    wanted, *wanted_gradients = dense_head(*case)
+    assert found.dtype == torch.float32 and hidden_gradient.dtype == weight_gradient.dtype == torch.bfloat16
+    # the logits are rounded to bf16, as those of a linear layer are
+    torch.testing.assert_close(found[0, case[2] != NOT_SCORED].double(), wanted[0], rtol=2**-7, atol=0.05)
+    for gradient, reference_gradient in zip((hidden_gradient, weight_gradient), wanted_gradients, strict=True):
+        torch.testing.assert_close(
+            gradient.double(), reference_gradient, rtol=2**-6, atol=2**-6 * float(reference_gradient.abs().max())
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_main_grad_gets_the_sum(alone, dtype):
+    """Two micro-batches add up in megatron's buffer, in fp32; autograd has nothing to add."""
+    hidden, weight, labels, upstream = head_case(dtype)
+    leaf = torch.nn.Parameter(weight.clone())
+    leaf.main_grad, leaf.grad_added_to_main_grad = torch.zeros(PADDED, HIDDEN), False
+    for _ in range(2):
+        selective_head(hidden, leaf, labels, WORDS, alone)[0].backward(upstream)
+    wanted = dense_head(hidden, weight, labels, upstream)[2]
+    tolerance = 1e-5 if dtype is torch.float32 else 2**-6 * float(wanted.abs().max())
+    torch.testing.assert_close(leaf.main_grad.double(), 2 * wanted, rtol=1e-5, atol=2 * tolerance)
+    assert leaf.grad is None and not leaf.grad_added_to_main_grad
+
+
+def test_the_stand_in_sets_off_the_hook_and_adds_nothing():
+    leaf = torch.nn.Parameter(torch.ones(3, 2, dtype=torch.bfloat16))
+    leaf.grad_added_to_main_grad, leaf.zero_out_wgrad = False, True
+    found = head._stand_in(leaf)
+    assert leaf.grad_added_to_main_grad and found.shape == leaf.shape and found.dtype == leaf.dtype and not found.any()
+
+
+def test_a_frozen_weight_gets_no_gradient(alone):
+    hidden, weight, labels, upstream = head_case()
+    leaf = hidden.clone().requires_grad_()
+    selective_head(leaf, weight, labels, WORDS, alone)[0].backward(upstream)
+    torch.testing.assert_close(leaf.grad.double(), dense_head(*head_case())[1], rtol=1e-5, atol=2e-6)
+
+
+def halves_of_head(rank: int, cases):
+    """On each of two ranks: the selective head on its half of the words."""
+    return [
+        run_head(hidden, weight.chunk(2)[rank], labels, upstream, dist.group.WORLD, with_entropy=True)
+        for hidden, weight, labels, upstream in cases
+    ]
+
+
+def test_selective_head_on_two_ranks(alone):
+    """Every count, one rank that holds padding only, and bf16: the same as on one rank."""
+    cases = [head_case(seed=number, scored=n, trained=k) for number, (n, k) in enumerate(COUNTS.values())]
+    hidden, weight, labels, upstream = head_case(seed=7)
+    cases += [(hidden, F.pad(weight, (0, 0, 0, 80), value=50.0), labels, upstream), head_case(torch.bfloat16, seed=8)]
+    for case, left, right in zip(cases, *run_distributed(halves_of_head, 2, cases), strict=True):
+        alike = {"rtol": 1e-5, "atol": 2e-6} if case[0].dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-6}
+        wanted = run_head(*case, alone, with_entropy=True)
+        assert torch.equal(left[0].nan_to_num(-1), right[0].nan_to_num(-1)) and torch.equal(left[1], right[1])
+        torch.testing.assert_close(left[0], wanted[0], rtol=1e-6, atol=2e-6, equal_nan=True)
+        torch.testing.assert_close(left[1], wanted[1], **alike)
+        torch.testing.assert_close(torch.cat([left[2], right[2]]), wanted[2], **alike)

@@ -1,5 +1,6 @@
 """Token records: their schema, what is null, their order, and files that are whole or absent."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,6 +37,8 @@ def test_schema():
         "attention": ("float", True),
         "score": ("float", True),
         "selected": ("bool", False),
+        "entropy": ("float", True),
+        "top1": ("float", True),
     }
     assert {field.name: (str(field.type), field.nullable) for field in SCHEMA} == wanted
     assert SCHEMA.names == list(wanted)
@@ -44,6 +47,8 @@ def test_schema():
 def test_columns_token_by_token():
     batch = make_batch(TURNS, 7, first_sample=5)
     report = make_report(batch)
+    entropy, top1 = torch.rand(2, len(report.loss)).unbind()
+    report = replace(report, entropy=entropy, top1=top1)
     columns = columns_of(report)
     row = 0
     for number, roles in enumerate(TURNS):
@@ -60,6 +65,8 @@ def test_columns_token_by_token():
                 ("rel_norm", report.selection.rel_norm, in_response),
                 ("attention", report.attention, in_response),
                 ("score", report.selection.score, in_response),
+                ("entropy", entropy, True),  # as the report has it: NaN where nothing was predicted
+                ("top1", top1, True),
             ):
                 np.testing.assert_equal(
                     found[name], float(values[t]) if defined else np.nan, err_msg=f"{name} {row}"
@@ -72,7 +79,7 @@ def test_columns_token_by_token():
 def test_columns_without_selection_history_and_attention():
     report = make_report(make_batch(TURNS, 7, history=False), selected=False, attention=False)
     columns = columns_of(report)
-    for name in ("history_loss", "rel_norm", "attention", "score"):
+    for name in ("history_loss", "rel_norm", "attention", "score", "entropy", "top1"):
         assert np.isnan(columns[name]).all()
     assert not columns["selected"].any() and columns["selected"].dtype == bool
     assert (~np.isnan(columns["loss"])).sum() == 5 + 3 + 1

@@ -193,7 +193,7 @@ def run_as_megatron(monkeypatch, chunk: Chunk, **model):
     monkeypatch.setattr(step, "get_forward_backward_func", lambda: schedule)
     layout = SimpleNamespace(context_size=1, context_rank=0, is_last_stage=True, pipeline_rank=0)
     whole = {"chunks": [chunk], "probes": [AttentionProbe()], "tapped_layers": (), "layout": layout}
-    return SimpleNamespace(**(whole | model)), handed
+    return SimpleNamespace(**(whole | {"scores_context": False} | model)), handed
 
 
 def select_these(*masks: list[int]) -> list[Selection]:
@@ -251,13 +251,36 @@ def test_averages(monkeypatch, average, weights, counts):
         assert int(count) == number and count.dtype == torch.int and report.selection.mask.any()
 
 
+def labels_by_hand(batch, scored) -> list[int]:
+    """The next token where that one gets a loss, else torch's ignore_index."""
+    following = [*range(1, len(scored)), None]
+    return [-100 if t is None or not scored[t] else int(batch.tokens[0, t]) for t in following]
+
+
+def test_labels_name_the_tokens_that_get_a_loss(monkeypatch):
+    """Response tokens; all but first tokens where context is scored, too; those selected beforehand."""
+    batch = make_batch([[0, 0, 1], [0, 1, 0, 1], [0, 1]], 4)
+    after_the_first = (batch.position > 0) & (batch.segment >= 0)
+    selection = select_these([0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0])
+    assert after_the_first.sum() > batch.response.sum() > selection[0].mask.sum()
+    for options, run, scored in [
+        ({}, lambda model: score_batch(model, [batch]), batch.response),
+        ({"scores_context": True}, lambda model: score_batch(model, [batch]), after_the_first),
+        ({}, lambda model: train_batch(model, [batch], selection), selection[0].mask),
+    ]:
+        chunk = Chunk([torch.rand(12)])
+        run(run_as_megatron(monkeypatch, chunk, **options)[0])
+        assert chunk.calls[0][3].tolist() == [labels_by_hand(batch, scored)]
+
+
 def test_the_model_gets_the_batch_and_its_bounds(monkeypatch):
     batch = make_batch(TURNS, 8)
     chunk = Chunk([torch.zeros(24)])
     model, _ = run_as_megatron(monkeypatch, chunk)
     train_batch(model, [batch], selector(method="full"))
     ((tokens, position, attention_mask, labels, bounds),) = chunk.calls
-    assert torch.equal(tokens, batch.tokens) and torch.equal(labels, batch.labels) and attention_mask is None
+    assert torch.equal(tokens, batch.tokens) and attention_mask is None
+    assert labels.tolist() == [labels_by_hand(batch, batch.response)]
     assert torch.equal(position, batch.position.unsqueeze(0))
     assert isinstance(bounds, SampleBounds) and bounds.lengths == batch.lengths == [6, 2, 4, 4, 2, 6]
 

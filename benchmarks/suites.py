@@ -1,0 +1,324 @@
+"""The suites of `tools/benchmark.py`: each measures one claim of docs/performance.md and appends its rows."""
+
+import shutil
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.hf_loop import HuggingFaceLoop
+from benchmarks.measure import Rows, alternate, count
+from benchmarks.workload import FIELDS, LENGTHS, Shape, make, make_trainer, settings_for, typical_batch, use
+from megatron_sstoken.data.batches import TokenBatch
+from megatron_sstoken.data.prepare import prepare
+from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.model.attention import sample_bounds
+from megatron_sstoken.model.head import NOT_SCORED
+from megatron_sstoken.selection.methods import Selection
+from megatron_sstoken.training.loop import Trainer, training_step
+from megatron_sstoken.training.scoring import build_history, selector_of
+from megatron_sstoken.training.selector import signals_of, train_on_selected
+from megatron_sstoken.training.step import labels_of, score_batch, train_batch
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    gsm8k: Path
+    work: Path
+    rounds: int
+    shape: Shape
+    num_problems: int
+
+    @property
+    def tensor(self) -> int:
+        """All processes are tensor parallel."""
+        return dist.get_world_size()
+
+    def config(self, **more) -> dict:
+        return vars(self.shape) | {"num_problems": self.num_problems, "tensor": self.tensor} | more
+
+
+def prepared(options: Options) -> None:
+    """Make the workload on rank 0 while the others wait."""
+    if dist.get_rank() == 0:
+        make(options.gsm8k, options.work, options.shape, options.num_problems)
+    dist.barrier()
+
+
+def _shares(trainer: Trainer, number: int) -> dict[str, float]:
+    """Positions and response share of a global batch."""
+    batches = trainer.loader.load(number)
+    positions = sum(batch.response.numel() for batch in batches)
+    return {
+        "positions": positions,
+        "response_share": round(sum(int(batch.response.sum()) for batch in batches) / positions, 4),
+    }
+
+
+def step(options: Options) -> None:
+    """Whole optimizer steps of two rows: plain fine-tuning and ssToken, each head."""
+    trainer = make_trainer(settings_for(options.work, tensor=options.tensor, training__global_batch_size=2))
+    number = typical_batch(trainer)
+    cases = {
+        "full, standard head": ("full", "standard"),
+        "ssToken, standard head": ("sstoken", "standard"),
+        "ssToken, selective head": ("sstoken", "selective"),
+    }
+
+    def variant(method: str, head: str):
+        def run():
+            use(trainer, method, head)
+            training_step(trainer, number)
+
+        return run
+
+    variants = {name: variant(*case) for name, case in cases.items()}
+    timings = alternate(variants, options.rounds)
+    rows = Rows("step", options.config(rho=trainer.settings.selection.rho))
+    for name, timing in timings.items():
+        rows.add("packed 1024", name, timing, count(variants[name]), **_shares(trainer, number))
+    rows.append()
+
+
+def head(options: Options) -> None:
+    """The head alone, forward and backward, over shares of response and of kept tokens."""
+    trainer = make_trainer(settings_for(options.work, tensor=options.tensor))
+    chunk, num_tokens = trainer.model.bare[-1], 1024
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_tokens, 1, options.shape.hidden, generator=generator)
+    words = torch.randint(chunk.num_real_words, (1, num_tokens), generator=generator)
+    place = torch.rand(num_tokens, generator=generator)
+
+    def run(kind: str, response: float, kept: float):
+        chunk.selective = kind == "selective"
+        labels = words.masked_fill(place >= response, NOT_SCORED)
+        leaf = hidden.clone().requires_grad_()
+        nothing = dict.fromkeys(("input_ids", "position_ids", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin"))
+        losses = chunk._postprocess(hidden_states=leaf, labels=labels, **nothing)
+        torch.where(place < response * kept, losses[0], 0.0).sum().backward()
+
+    rows = Rows("head", options.config(tokens=num_tokens))
+    for response, kept in ((0.6, 0.6), (0.3, 0.6), (0.6, 0.3), (1.0, 0.6), (1.0, 1.0)):
+        variants = {
+            kind: (lambda kind=kind, r=response, k=kept: run(kind, r, k)) for kind in ("standard", "selective")
+        }
+        timings = alternate(variants, options.rounds)
+        for kind, timing in timings.items():
+            formula = 1.0 if kind == "standard" else round(response * (1 + 3 * kept) / 3, 4)
+            rows.add(f"r {response}, rho {kept}", kind, timing, count(variants[kind]), formula=formula)
+    rows.append()
+
+
+def scoring(options: Options) -> None:
+    """What selection adds to a step: the tap, the hand-over and the selection, against masks made beforehand."""
+    trainer = make_trainer(settings_for(options.work, tensor=options.tensor))
+    model, settings = trainer.model, trainer.settings
+    selector = selector_of(settings, trainer.layout, gamma=0.5, draw=0)
+    number = typical_batch(trainer)
+    batches = trainer.loader.load(number)
+    (report,) = score_batch(model, batches)
+    masks: list[Selection] = [selector(report)]
+    # The same tokens cost the same: all responses are scored, the masked ones are trained on.
+    fixed = {"select": lambda _: masks[0]}
+
+    def with_scoring():
+        model.tapped_layers = trainer.plan.tapped_layers
+        model.zero_gradients()
+        train_on_selected(model, batches, selector)
+
+    def without():
+        model.tapped_layers = ()
+        model.zero_gradients()
+        train_batch(model, batches, fixed["select"])
+
+    rows = Rows("scoring", options.config())
+    timings = alternate({"masks given": without, "ssToken": with_scoring}, options.rounds)
+    for name, timing in timings.items():
+        rows.add("forward and backward", name, timing, **_shares(trainer, number))
+    # The two parts by themselves, free of the noise of the rest: many runs each, as a share of the step.
+    whole = timings["ssToken"].seconds
+    for name, run in (("attention mass", _mass(trainer, batches[0])), ("score and selection", lambda: selector(report))):
+        parts = alternate({name: lambda run=run: [run() for _ in range(10)]}, options.rounds)[name]
+        share = replace(parts, seconds=parts.seconds / 10, baseline=whole)
+        rows.add("share of the step", name, share, **_shares(trainer, number))
+    rows.append()
+
+
+def _mass(trainer: Trainer, batch: TokenBatch):
+    """One measurement of the attention to the context in the tapped layer, on queries and keys of the right shape."""
+    layer = trainer.model.bare[-1].decoder.layers[-1].self_attention
+    config = trainer.model.config
+    size = trainer.layout.tensor_size
+    num_tokens = batch.position.numel()
+    query = torch.randn(num_tokens, config.num_attention_heads // size, config.kv_channels)
+    key = torch.randn(num_tokens, config.num_query_groups // size, config.kv_channels)
+    bounds = sample_bounds(batch.lengths, query.device)
+    indicator = batch.context.float()[:, None, None].expand(key.shape).contiguous()
+
+    def run():
+        with torch.no_grad():
+            layer.core_attention.inner(query, key, indicator, None, packed_seq_params=bounds)
+
+    return run
+
+
+def selection(options: Options) -> None:
+    """Selecting in one micro-batch, by scope, against a Python loop over samples that asks for every number."""
+    trainer = make_trainer(settings_for(options.work, tensor=options.tensor))
+    number = typical_batch(trainer)
+    (report,) = score_batch(trainer.model, trainer.loader.load(number))
+    signals = signals_of(report)
+    rows = Rows("selection", options.config())
+
+    def loop():
+        mask = torch.zeros_like(signals.response)
+        for number in range(signals.num_segments):
+            index = ((signals.segment == number) & signals.response).nonzero().flatten()
+            rel = [float(signals.history_loss[i].item() - signals.loss[i].item()) for i in index]
+            low, high = min(rel), max(rel)
+            scores = [
+                0.5 * (value - low) / (high - low + 1e-8) + 0.5 * signals.attention[i].item()
+                for value, i in zip(rel, index, strict=True)
+            ]
+            for best in torch.tensor(scores).topk(max(1, round(0.6 * len(scores)))).indices:
+                mask[index[best]] = True
+
+    variants = {"Python loop": loop}
+    for scope in ("sample", "microbatch"):
+        settings = replace(trainer.settings.selection, scope=scope)
+        selector = replace(selector_of(trainer.settings, trainer.layout, gamma=0.5, draw=0), settings=settings)
+        variants[f"scope {scope}"] = lambda selector=selector: selector(report)
+    for name, timing in alternate(variants, 4 * options.rounds).items():
+        rows.add(f"{int(signals.response.sum())} tokens", name, timing, **_shares(trainer, number))
+    rows.append()
+
+
+def history(options: Options) -> None:
+    """History scoring, files and all, against forward passes alone."""
+    trainer = make_trainer(settings_for(options.work, tensor=options.tensor))
+    model, plan, layout = trainer.model, trainer.plan, trainer.layout
+    model.tapped_layers = ()
+    batches = [trainer.loader.load(number)[0] for number in range(plan.train.order.num_rows(1))]
+    rows = Rows("history", options.config())
+    positions = sum(batch.response.numel() for batch in batches)
+    share = round(sum(int(batch.response.sum()) for batch in batches) / positions, 4)
+    counter = iter(range(1000))
+    folder = Path(tempfile.mkdtemp(dir=options.work)) if dist.get_rank() == 0 else options.work
+
+    def forward(kind: str):
+        for chunk in model.bare:
+            chunk.selective = kind == "selective"
+        model.train(False)
+        with torch.no_grad():
+            for batch in batches:
+                labels = labels_of(batch, batch.response).unsqueeze(0)
+                bounds = sample_bounds(batch.lengths, labels.device)
+                model.chunks[0](batch.tokens, batch.position.unsqueeze(0), None, labels=labels, packed_seq_params=bounds)
+
+    def score():
+        for chunk in model.bare:
+            chunk.selective = True
+        build_history(model, plan, layout, str(folder / str(next(counter))), {})
+
+    variants = {
+        "forward, selective head": lambda: forward("selective"),
+        "forward, standard head": lambda: forward("standard"),
+        "history scoring": score,
+    }
+    for name, timing in alternate(variants, options.rounds).items():
+        rows.add(f"{len(batches)} rows", name, timing, positions=positions, response_share=share)
+    rows.append()
+    if folder != options.work:
+        shutil.rmtree(folder)
+
+
+def huggingface(options: Options) -> None:
+    """An optimizer step of ours and of a Hugging Face loop on the same samples; then one sample of growing length."""
+    assert options.tensor == 1, "one process"
+    loop = HuggingFaceLoop(options.work / "model")
+    rows = Rows("huggingface", options.config())
+
+    def compare(trainer: Trainer, number: int, case: str, rounds: int) -> None:
+        store, index = trainer.loader.store, trainer.loader.rows(number)[0].tolist()
+        samples, roles = [store.tokens(i) for i in index], [store.roles(i) for i in index]
+        variants = {
+            "Hugging Face loop": lambda: loop.step(samples, roles),
+            "megatron_sstoken": lambda: training_step(trainer, number),
+        }
+        num_tokens = sum(map(len, samples))
+        for name, timing in alternate(variants, rounds).items():
+            speed = round(num_tokens / timing.columns()["seconds"], 1)
+            rows.add(case, name, timing, count(variants[name]), tokens=num_tokens, tokens_per_second=speed)
+        rows.append()  # now: the longest samples take minutes
+        rows.rows.clear()
+
+    trainer = make_trainer(settings_for(options.work))
+    compare(trainer, typical_batch(trainer), "GSM8K", options.rounds)
+    alone = {"data__packing": False, "data__shuffle": False, "data__sequence_length": max(LENGTHS)}
+    trainer = make_trainer(settings_for(options.work, data="lengths", **alone))
+    for number, length in enumerate(LENGTHS):
+        compare(trainer, number, f"one sample of {length}", 1)
+
+
+def preparation(options: Options) -> None:
+    """Preparing GSM8K with two workers against a plain loop over `tokenizers` with as many, both from file to arrays."""
+    assert options.tensor == 1, "one process"
+    source, model, workers = options.gsm8k / "train.jsonl", options.work / "model", 2
+    output = options.work / "prepared"
+    variants = {
+        "plain loop": lambda: plain_loop(source, model, workers),
+        "tools/prepare_data.py": lambda: prepare(
+            [source], model, output, fields=FIELDS, workers=workers, overwrite=True, progress=False
+        ),
+    }
+    rows = Rows("prepare", options.config(workers=workers))
+    for name, timing in alternate(variants, options.rounds).items():
+        rows.add("GSM8K train", name, timing)
+    rows.append()
+
+
+def plain_loop(source: Path, model: Path, workers: int) -> int:
+    """Number of tokens: render every line with the chat template and encode it; roles, checks and files left out."""
+    with open(source, "rb") as file:
+        lines = file.readlines()
+    parts = [lines[first : first + 512] for first in range(0, len(lines), 512)]
+    with ProcessPoolExecutor(workers, get_context("forkserver"), initializer=_load, initargs=(str(model),)) as pool:
+        return sum(pool.map(_encode, parts))
+
+
+def _load(model: str) -> None:
+    global _tokenizer
+    import os
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _tokenizer = load_tokenizer(model)
+
+
+def _encode(lines: list[bytes]) -> int:
+    import json
+
+    rows = [json.loads(line) for line in lines]
+    texts = [
+        _tokenizer.render(
+            [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+        ).text
+        for row in rows
+    ]
+    return sum(len(encoding.ids) for encoding in _tokenizer.encode_batch(texts, positions=False))
+
+
+SUITES = {
+    "step": step,
+    "head": head,
+    "scoring": scoring,
+    "selection": selection,
+    "history": history,
+    "huggingface": huggingface,
+    "prepare": preparation,
+}
