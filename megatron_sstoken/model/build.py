@@ -1,5 +1,7 @@
 """Architecture and settings → the model chunks of this rank, wrapped for training, and their optimizer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +20,7 @@ from megatron_sstoken.device import compute_device, have_cuda
 from megatron_sstoken.model.attention import AttentionProbe
 from megatron_sstoken.model.families import Architecture, Split, rope_inverse_frequencies
 from megatron_sstoken.model.head import vocabulary_parallel_loss
+from megatron_sstoken.model.lora import adapted_linears, base_parameters, prepare_adapters
 from megatron_sstoken.model.spec import block_spec
 from megatron_sstoken.model.weights import HuggingFaceWeights, load_hugging_face, rules_of_chunk
 from megatron_sstoken.parallel import Layout
@@ -68,6 +71,23 @@ class Model:
         """Empty megatron's gradient buffers, into which the backward passes of a step accumulate."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()  # type: ignore[operator]  # a DistributedDataParallel
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained, not the weights."""
+        return any(True for _ in adapted_linears(self.bare))
+
+    @contextmanager
+    def adapters_off(self) -> Iterator["Model"]:
+        """Within, the model computes what its base does; yields it as a model whose attention is not measured."""
+        linears = list(adapted_linears(self.bare))
+        for linear in linears:
+            linear.adapters_on = False
+        try:
+            yield replace(self, tapped_layers=())
+        finally:
+            for linear in linears:
+                linear.adapters_on = True
 
     def train(self, training: bool) -> None:
         """Switch all chunks between training and evaluation."""
@@ -147,7 +167,7 @@ def build_model(
         last = layout.is_last_stage and index == virtual - 1
         chunk = TokenLossModel(
             config=config,
-            transformer_layer_spec=block_spec(config, tapped_layers, probe, vp_stage, layout),
+            transformer_layer_spec=block_spec(config, tapped_layers, probe, vp_stage, layout, settings.lora),
             vocab_size=architecture.padded_vocabulary(settings.model.vocabulary_multiple, layout.tensor_size),
             max_sequence_length=architecture.max_positions,
             pre_process=first,
@@ -162,6 +182,9 @@ def build_model(
         chunk.rotary_pos_emb.inv_freq = rope_inverse_frequencies(architecture).to(compute_device())
         chunk.to(compute_device())
         _mark_tensor_parallel(chunk, architecture)
+        if settings.lora.rank:
+            full_recompute = settings.training.recompute == "full"
+            prepare_adapters(chunk, settings.training.seed, full_recompute=full_recompute)
         model.bare.append(chunk)
         model.probes.append(probe)
     model.chunks = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in model.bare]
@@ -177,7 +200,7 @@ def _mark_tensor_parallel(chunk: TokenLossModel, architecture: Architecture) -> 
     Without the marks the gradient norm would count the first tensor rank's slices alone.
     """
     rules = rules_of_chunk(chunk, architecture)
-    for name, parameter in chunk.named_parameters():
+    for name, parameter in base_parameters(chunk):
         rule, _ = rules[name]
         if rule.split is not Split.WHOLE and not hasattr(parameter, "tensor_model_parallel"):
             dim = 1 if rule.split is Split.COLUMNS else 0
