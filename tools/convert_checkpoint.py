@@ -17,6 +17,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     export = commands.add_parser("to-hf", help="megatron checkpoint → Hugging Face folder")
     export.add_argument("--checkpoint", required=True, help="checkpoint folder, or a directory of them (the newest)")
     export.add_argument("--hf", help="folder to copy config and tokenizer from (default: where training started)")
+    export.add_argument("--merge", action="store_true", help="of a LoRA run: the whole model, adapters merged in")
     importing = commands.add_parser("from-hf", help="Hugging Face folder → megatron checkpoint, for any layout")
     importing.add_argument("--hf", required=True, help="Hugging Face folder with safetensors")
     for command in (export, importing):
@@ -30,7 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         if options.command == "to-hf":
-            written = to_hf(options.checkpoint, options.output, hf_path=options.hf, overwrite=options.overwrite)
+            written = to_hf(
+                options.checkpoint,
+                options.output,
+                hf_path=options.hf,
+                overwrite=options.overwrite,
+                merge=options.merge,
+            )
         else:
             written = from_hf(options.hf, options.output, overwrite=options.overwrite)
     except (ValueError, OSError) as error:

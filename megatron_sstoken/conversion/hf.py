@@ -13,40 +13,64 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from megatron_sstoken.config import Settings
+from megatron_sstoken.conversion.adapters import AdapterCheckpoint
 from megatron_sstoken.model.build import Model, build_model, load_weights
 from megatron_sstoken.model.families import read_architecture
 from megatron_sstoken.model.weights import HuggingFaceWeights, rules_of_chunk, to_hugging_face
 from megatron_sstoken.parallel import create_layout, start_processes
 from megatron_sstoken.training.checkpoint import (
     RunState,
-    load_checkpoint,
     read_run_state,
     resolve_checkpoint,
     save_checkpoint,
 )
+from megatron_sstoken.training.setup import WeightsSource
 
 _SHARD_BYTES = 5 * 10**9
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", "safetensors.index.json")
 _PRECISION: dict[torch.dtype, Literal["bf16", "fp32"]] = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def to_hf(checkpoint: str, output: str, *, hf_path: str | None = None, overwrite: bool = False) -> Path:
+def to_hf(
+    checkpoint: str, output: str, *, hf_path: str | None = None, overwrite: bool = False, merge: bool = False
+) -> Path:
     """Write a Hugging Face folder (config, safetensors with index, tokenizer) from a megatron checkpoint.
 
     `checkpoint`: a checkpoint folder or a directory of them (the newest is taken). `hf_path`: the folder that config
     and tokenizer are copied from; default: the one that the checkpoint names. Weights keep the checkpoint's dtype;
-    padded vocabulary rows are left out. The output appears complete or not at all. Raises ValueError for missing or
+    padded vocabulary rows are left out. Of a LoRA run the adapters are written as a PEFT folder, or, with `merge`, the
+    whole model with the adapters in its weights. The output appears complete or not at all. Raises ValueError for missing or
     unfitting input and for an output in the way.
     """
     folder = resolve_checkpoint(checkpoint)
     source = hf_path or read_run_state(folder).hf_path
     if not os.path.isdir(source):
         raise ValueError(f"{folder} was made from {source}, which is not there: name the folder with --hf")
+    adapters = AdapterCheckpoint(folder) if merge or read_run_state(folder).adapters else None
+    if adapters is not None and not merge:
+        return _write_adapters(adapters, source, hf_path, output, overwrite)
+    weights = adapters.base(source) if adapters is not None else WeightsSource(source, str(folder))
     target, partial = _prepare_output(output, overwrite)
     model = _single_process_model(source, _dtype_of(folder))
-    load_checkpoint(folder, model)
-    _write_weights(partial, _hugging_face_tensors(model))
+    weights.load(model)
+    tensors = _hugging_face_tensors(model)
+    _write_weights(partial, tensors if adapters is None else adapters.merged(tensors))
     copy_companions(Path(source), partial, dtype=model.config.params_dtype)
+    return _publish(partial, target)
+
+
+def _write_adapters(adapters: AdapterCheckpoint, source: str, named: str | None, output: str, overwrite: bool) -> Path:
+    """`named`: the base's Hugging Face folder, where the user named one."""
+    base_checkpoint = adapters.identity.base_checkpoint
+    if base_checkpoint is None:
+        adapters.base(source)
+    elif named is None:
+        raise ValueError(
+            f"the adapters of {adapters.folder} belong to the weights of {base_checkpoint}: export those with to-hf and name "
+            "their folder with --hf, or pass --merge"
+        )
+    target, partial = _prepare_output(output, overwrite)
+    adapters.write_peft(partial, os.path.abspath(source))
     return _publish(partial, target)
 
 
