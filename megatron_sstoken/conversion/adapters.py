@@ -1,4 +1,4 @@
-"""Adapters of a LoRA run → a PEFT folder, or merged into the weights they belong to; read tensor by tensor."""
+"""Adapters of a LoRA run → a PEFT folder, or merged into the weights they belong to tensor by tensor."""
 
 import json
 import re
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors.torch import save_file
 
 from megatron_sstoken.model.lora import TARGETS
@@ -19,7 +18,7 @@ _WEIGHT = re.compile(r"model\.layers\.(\d+)\.\w+\.(\w+)\.weight")
 
 
 class AdapterCheckpoint:
-    """The adapters in a checkpoint of a LoRA run, read lazily in one process.
+    """The adapters in a checkpoint of a LoRA run, read in one process, target by target as they are asked for.
 
     Raises ValueError where `folder` holds whole weights.
     """
@@ -32,6 +31,7 @@ class AdapterCheckpoint:
         self.folder = folder
         self.identity: AdapterIdentity = state.adapters
         self._stored = dist_checkpointing.load_tensors_metadata(str(folder))
+        self._read: dict[str, torch.Tensor] = {}
 
     @property
     def num_layers(self) -> int:
@@ -40,15 +40,15 @@ class AdapterCheckpoint:
 
     def matrices(self, target: str, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A [rank, in] and B [out, rank] of one linear in layer `layer` (from 0), as they were trained."""
-        wanted = {}
-        for name in ("lora_A", "lora_B"):
-            stored = self._stored[_key(target, name)]
-            num_layers, *shape = stored.global_shape
-            wanted[name] = ShardedTensor.from_rank_offsets(
-                stored.key, torch.empty(shape, dtype=stored.dtype), (0, layer, num_layers), prepend_axis_num=1
-            )
-        loaded = dist_checkpointing.load(wanted, str(self.folder), validate_access_integrity=False)
-        return loaded["lora_A"], loaded["lora_B"]
+        return self._of_all_layers(target, "lora_A")[layer], self._of_all_layers(target, "lora_B")[layer]
+
+    def _of_all_layers(self, target: str, name: str) -> torch.Tensor:
+        """[layers, …], read once and kept: all adapters together are small."""
+        key = _key(target, name)
+        if key not in self._read:
+            wanted = {key: self._stored[key]}
+            self._read |= dist_checkpointing.load(wanted, str(self.folder), validate_access_integrity=False)
+        return self._read[key]
 
     def merged_delta(self, name: str) -> torch.Tensor | None:
         """What the adapters add to the Hugging Face tensor `name`: alpha / rank · B·A, fp32; None if nothing."""

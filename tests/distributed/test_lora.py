@@ -20,6 +20,8 @@ from tests.distributed_runner import run_distributed
 from tests.reference.hf_reference import Objective, loss_and_gradients
 from tests.workbench import LAYOUTS, load_model, make_model, make_samples, make_settings, make_store, make_trainer
 
+pytestmark = pytest.mark.timeout(400)
+
 RANK, ALPHA = 3, 5.0
 SOME = ["q_proj", "v_proj", "up_proj", "down_proj"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -249,9 +251,8 @@ def train_and_resume(folder):
     copy(f"{folder}/dropout", f"{folder}/dropout-again")
     found["dropout, resumed"] = run(f"{folder}/dropout-again", **dropped)
     found["plain"] = run(f"{folder}/plain", parallel__tensor=2)
-    for name, parallel in {"pp2": {"parallel__pipeline": 2}, "dp2": {}}.items():
-        copy(f"{folder}/plain", f"{folder}/plain-{name}")
-        found[f"plain, resumed on {name}"] = run(f"{folder}/plain-{name}", **parallel)
+    copy(f"{folder}/plain", f"{folder}/plain-pp2")
+    found["plain, resumed on pp2"] = run(f"{folder}/plain-pp2", parallel__pipeline=2)
     return found
 
 
@@ -299,7 +300,7 @@ def one(bench):
 
 @pytest.fixture(scope="module")
 def two(bench):
-    return run_distributed(on_two_processes, 2, *bench[:2], timeout=110)
+    return run_distributed(on_two_processes, 2, *bench[:2], timeout=350)
 
 
 @pytest.fixture(scope="module")
@@ -369,10 +370,8 @@ def test_resumed_runs_go_on_as_if_never_stopped(two):
         assert resumed["losses"] == whole_run["losses"][SAVED_AT:]
         for name, matrix in whole_run["adapters"].items():
             assert torch.equal(resumed["adapters"][name], matrix), name
-        for name in ("pp2", "dp2"):
-            assert runs[f"plain, resumed on {name}"]["losses"] == pytest.approx(
-                runs["plain"]["losses"][SAVED_AT:], abs=1e-5
-            )
+        elsewhere = runs["plain, resumed on pp2"]["losses"]
+        assert elsewhere == pytest.approx(runs["plain"]["losses"][SAVED_AT:], abs=1e-5)
         assert runs["plain"]["losses"][-1] < runs["plain"]["losses"][0] - 0.1
 
 
