@@ -1,5 +1,7 @@
 """Rules that need only the settings; each broken one is a message that names setting, value, rule and remedy."""
 
+from collections.abc import Callable
+
 from megatron_sstoken.config import Settings
 from megatron_sstoken.selection.methods import METHODS
 from megatron_sstoken.selection.topk import parse_rho
@@ -63,6 +65,7 @@ def problems_of(settings: Settings) -> list[str]:
     in_range("selection.gamma", settings.selection.gamma, 0, 1)
     at_least("selection.rel_floor", settings.selection.rel_floor, 0)
     at_least("selection.warmup_samples", settings.selection.warmup_samples, 0)
+    _check_lora(settings, require)
     for name in ("learning_rate", "min_learning_rate", "weight_decay", "clip_grad"):
         at_least(f"optimizer.{name}", getattr(settings.optimizer, name), 0)
     require(
@@ -105,3 +108,26 @@ def problems_of(settings: Settings) -> list[str]:
         f"logging.records_every={settings.logging.records_every} needs logging.directory (or checkpoint.directory)",
     )
     return found
+
+
+def _check_lora(settings: Settings, require: Callable[[bool, str], None]) -> None:
+    lora, history = settings.lora, settings.history
+    require(lora.rank >= 0, f"lora.rank={lora.rank} is too small: use 0 (no adapters) or more")
+    require(lora.alpha > 0, f"lora.alpha={lora.alpha} must be above 0")
+    require(0 <= lora.dropout < 1, f"lora.dropout={lora.dropout} is outside [0, 1)")
+    require(len(lora.targets) > 0, "lora.targets=[] names no linear: leave it out for all, or use lora.rank=0")
+    require(
+        len(set(lora.targets)) == len(lora.targets), f"lora.targets={lora.targets} names a linear twice: use each once"
+    )
+    if history.source != "adapters_off":
+        return
+    require(
+        lora.rank > 0,
+        f"history.source=adapters_off needs lora.rank > 0, which is {lora.rank}: set it, or use history.source=frozen",
+    )
+    for name in ("hf_path", "store"):
+        value = getattr(history, name)
+        require(
+            value is None,
+            f"history.{name}={value} is not used by history.source=adapters_off: leave it out, or use source=frozen",
+        )

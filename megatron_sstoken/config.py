@@ -6,7 +6,7 @@ need the model, the data or the number of processes are in `megatron_sstoken.pla
 
 import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 
 class SettingsError(ValueError):
@@ -129,14 +129,38 @@ class SelectionSettings:
 class HistorySettings:
     """Where history losses come from."""
 
-    source: Literal["frozen"] = "frozen"
-    """frozen: fixed weights score the data once, before training, into a store beside the data."""
+    source: Literal["frozen", "adapters_off"] = "frozen"
+    """frozen: fixed weights score the data once, before training, into a store beside the data.
+
+    adapters_off: the model that is trained scores each batch with its adapters switched off, one forward pass a step; no
+    store, no second model. Needs lora.rank > 0.
+    """
 
     hf_path: str | None = None
     """Hugging Face folder of the history model; default: the starting weights."""
 
     store: str | None = None
     """Folder of the history losses; default: a folder under `data.train`/history named by the fingerprint."""
+
+
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters: small matrices beside frozen weights are trained instead of the weights."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains the weights themselves."""
+
+    alpha: float = 16.0
+    """The adapters' output is multiplied by alpha / rank."""
+
+    dropout: float = 0.0
+    """Share of the adapters' inputs that is set to zero while training."""
+
+    targets: list[LoraTarget] = field(default_factory=lambda: list(get_args(LoraTarget)))
+    """The linears that get adapters, by their names in the Hugging Face model (PEFT's target_modules); default: all."""
 
 
 @dataclass
@@ -247,6 +271,7 @@ class Settings:
     data: DataSettings = field(default_factory=DataSettings)
     selection: SelectionSettings = field(default_factory=SelectionSettings)
     history: HistorySettings = field(default_factory=HistorySettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)

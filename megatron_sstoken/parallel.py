@@ -135,8 +135,11 @@ def create_layout(settings: ParallelSettings, seed: int) -> Layout:
         expert_tensor_parallel_size=1,  # experts are dealt out, never cut
         create_gloo_process_groups=have_cuda(),
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    # Dropout draws anew on every pipeline stage and for every share of the tokens; alike on the tensor ranks, for which
+    # megatron keeps a second generator.
+    place = groups.pp.rank() + groups.pp.size() * groups.dp_cp.rank()
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100_003 * place, force_reset_rng=True)
     return Layout(
         groups=groups,
         data=parallel_state.get_data_parallel_group(),

@@ -16,10 +16,11 @@ from megatron_sstoken.data.batches import BatchShape, RowOrder, SampleSelection,
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.data.tokenizer import load_tokenizer
 from megatron_sstoken.model.families import Architecture, read_architecture
+from megatron_sstoken.model.lora import describe_trained
 from megatron_sstoken.model.weights import HuggingFaceWeights, check_weights
 from megatron_sstoken.parallel import processes_problem
 from megatron_sstoken.selection.methods import METHODS
-from megatron_sstoken.training.checkpoint import checkpoint_steps, resolve_checkpoint
+from megatron_sstoken.training.checkpoint import adapter_problems, checkpoint_steps, read_run_state, resolve_checkpoint
 
 T = TypeVar("T")
 
@@ -193,6 +194,12 @@ def _check_experts(name: str, a: Architecture, settings: Settings, found: _Findi
 
 def _check_model(settings: Settings, a: Architecture, found: _Findings) -> None:
     _check_split("model", a, settings, found)
+    fused = [name for name in settings.lora.targets if name in ("q_proj", "k_proj", "v_proj")]
+    found.require(
+        settings.lora.rank == 0 or not fused or a.num_query_groups % settings.parallel.tensor == 0,
+        f"parallel.tensor={settings.parallel.tensor} does not divide model.num_key_value_heads={a.num_query_groups}, which "
+        f"adapters on {', '.join(fused)} need: use {divisors(a.num_query_groups)}, or leave them out of lora.targets",
+    )
     for layer in layers_of(settings):
         found.require(
             -a.num_layers <= layer < a.num_layers,
@@ -313,7 +320,9 @@ def _batch_shape(settings: Settings, data_size: int, found: _Findings) -> BatchS
 def _check_checkpoint(settings: Settings, found: _Findings) -> None:
     directory, start = settings.checkpoint.directory, settings.model.checkpoint
     if start is not None:
-        found.attempt("model.checkpoint", lambda: resolve_checkpoint(start))
+        state = found.attempt("model.checkpoint", lambda: read_run_state(resolve_checkpoint(start)))
+        if state is not None:
+            found.problems += adapter_problems(f"model.checkpoint={start}", state, settings.lora)
         found.require(
             directory is None or os.path.realpath(start) != os.path.realpath(directory),
             f"model.checkpoint={start} is checkpoint.directory: the start would move with every checkpoint; name one "
@@ -395,6 +404,7 @@ def describe(plan: RunPlan) -> str:
         ),
         ("steps", f"{plan.num_steps:,} ({plan.num_rows / rows_per_epoch:.3g} epochs)"),
         ("selection", _describe_selection(s)),
+        ("trained", describe_trained(a, s.lora)),
         ("precision", s.training.precision),
         ("checkpoints", s.checkpoint.directory or "none"),
     ]
@@ -412,5 +422,7 @@ def _describe_selection(settings: Settings) -> str:
     if METHODS[selection.method].needs_attention:
         text += f", gamma {selection.gamma}, layer {selection.layer}"
     if METHODS[selection.method].needs_history:
-        text += f", history {settings.history.source} ({settings.history.hf_path or 'starting weights'})"
+        text += f", history {settings.history.source}"
+        if settings.history.source == "frozen":
+            text += f" ({settings.history.hf_path or 'starting weights'})"
     return text

@@ -34,6 +34,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     export = commands.add_parser("to-hf", help="megatron checkpoint → Hugging Face folder")
     _add_checkpoint_arguments(export)
+    export.add_argument("--merge", action="store_true", help="of a LoRA run: the whole model, adapters merged in")
     export.set_defaults(run=_to_hf)
     _add_conversion_arguments(export, dtypes="fp32, bf16 or fp16", shard_size="5GB")
 
@@ -108,7 +109,8 @@ def _from_hf(arguments: argparse.Namespace) -> int:
 
 
 def _to_hf(arguments: argparse.Namespace) -> int:
-    written = to_hf(arguments.checkpoint, arguments.output, hf_path=arguments.hf, options=_options(arguments))
+    options, merge = _options(arguments), arguments.merge
+    written = to_hf(arguments.checkpoint, arguments.output, hf_path=arguments.hf, options=options, merge=merge)
     print(f"written: {written}")
     return 0
 

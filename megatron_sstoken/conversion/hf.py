@@ -6,16 +6,15 @@ At no time are there more tensors in memory than `ConversionOptions.max_memory` 
 import json
 import os
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_sstoken import __version__
+from megatron_sstoken.conversion.adapters import AdapterCheckpoint
 from megatron_sstoken.conversion.contents import Contents, Parameter, checkpoint_contents
 from megatron_sstoken.conversion.safetensors_files import INDEX, ShardWriter, index_text, plan_shards
 from megatron_sstoken.conversion.torch_dist import CheckpointReader, write_metadata, write_objects, write_parameter
@@ -34,6 +33,7 @@ from megatron_sstoken.model.families import read_architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
 from megatron_sstoken.model.weights import HuggingFaceWeights, check_weights, read_shard
 from megatron_sstoken.training.checkpoint import RunState, read_run_state, resolve_checkpoint, write_run_state
+from megatron_sstoken.training.setup import WeightsSource
 
 _WEIGHT_FILES = (
     ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", "safetensors.index.json", "bin.index.json",
@@ -43,14 +43,61 @@ _SAFETENSORS_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch
 _OBJECTS_FILE = "__0_0.distcp"
 
 
-@dataclass(frozen=True)
-class Adjustment:
-    """A change to the Hugging Face tensors on their way out of `to_hf`, merging adapters for example."""
+class FolderReader:
+    """The weights of a Hugging Face folder, parameter by parameter, as `CheckpointReader` gives those of a checkpoint."""
 
-    identity: str
-    """What the change depends on: a conversion that was stopped goes on only where it is the same."""
-    apply: Callable[[str, torch.Tensor], torch.Tensor]
-    """Name and tensor, in the checkpoint's type → the tensor to write, before `--dtype` is applied."""
+    def __init__(self, hf_path: str):
+        self.hf_path = hf_path
+        self.architecture = read_architecture(hf_path)
+        self._mine = threading.local()  # files that one worker closes must not be another's
+
+    @property
+    def weights(self) -> HuggingFaceWeights:
+        """The files as this thread has opened them."""
+        if not hasattr(self._mine, "weights"):
+            self._mine.weights = HuggingFaceWeights(self.hf_path)
+        return self._mine.weights
+
+    def identifying_files(self) -> list[Path]:
+        """The files that decide what is read."""
+        return [Path(self.hf_path, "config.json"), *map(Path, self.weights.files())]
+
+    def check(self, contents: Contents) -> None:
+        """Raise ValueError unless every tensor is there with its shape, and no others."""
+        check_weights(self.weights, self.architecture)
+
+    def dtype(self, parameter: Parameter) -> torch.dtype:
+        """The widest type of the folder's tensors."""
+        return max(_types(self.weights), key=lambda one: one.itemsize)
+
+    def read(self, parameter: Parameter) -> torch.Tensor:
+        """A whole parameter, in the type of its tensors."""
+        return read_shard(
+            self.weights, parameter.rule, parameter.layer, self.architecture, parameter.shape, 0, 1
+        )
+
+    def release(self) -> None:
+        """Give back what this thread has mapped."""
+        self.weights.close()
+
+
+def _reader_of(source: WeightsSource) -> FolderReader | CheckpointReader:
+    return FolderReader(source.hf_path) if source.checkpoint is None else CheckpointReader(Path(source.checkpoint))
+
+
+def _write_adapters(adapters: AdapterCheckpoint, source: str, named: str | None, output: str) -> Path:
+    """`named`: the base's Hugging Face folder, where the user named one."""
+    base_checkpoint = adapters.identity.base_checkpoint
+    if base_checkpoint is None:
+        adapters.base(source)
+    elif named is None:
+        raise ValueError(
+            f"the adapters of {adapters.folder} belong to the weights of {base_checkpoint}: export those with to-hf and name "
+            "their folder with --hf, or pass --merge"
+        )
+    with Workplace(output, {"operation": "adapters", "version": __version__, "source": adapters.fingerprint}) as place:
+        adapters.write_peft(place.folder, os.path.abspath(source))
+        return place.publish()
 
 
 def to_hf(
@@ -59,32 +106,35 @@ def to_hf(
     *,
     hf_path: str | None = None,
     options: ConversionOptions | None = None,
-    adjustment: Adjustment | None = None,
+    merge: bool = False,
 ) -> Path:
     """Write a Hugging Face folder (config, safetensors with index, tokenizer) from a megatron checkpoint.
 
     `checkpoint`: a checkpoint folder or a directory of them (the newest is taken), of any layout; its optimizer state is
     not read. `hf_path`: the folder that config and tokenizer are copied from; default: the one that the checkpoint
-    names. Padded vocabulary rows are left out. The output appears complete or not at all. Raises ValueError for missing
-    or unfitting input and for an output in the way.
+    names. Padded vocabulary rows are left out. Of a LoRA run the adapters are written as a PEFT folder, or, with `merge`,
+    the whole model with the adapters in its weights. The output appears complete or not at all. Raises ValueError for
+    missing or unfitting input and for an output in the way.
     """
     options = options or ConversionOptions()
     refuse_existing(output, options.overwrite)
     folder = resolve_checkpoint(checkpoint)
     source = _architecture_folder(folder, hf_path)
-    reader = CheckpointReader(folder)
+    adapters = AdapterCheckpoint(folder) if merge or read_run_state(folder).adapters else None
+    if adapters is not None and not merge:
+        return _write_adapters(adapters, source, hf_path, output)
     contents = checkpoint_contents(read_architecture(source))  # unpadded
+    reader = _reader_of(WeightsSource(source, str(folder)) if adapters is None else adapters.base(source))
     reader.check(contents)
     stored = reader.dtype(contents.parameters[0])
     dtype = DTYPES[options.dtype] if options.dtype else stored
     costs = {parameter.name: _cost(parameter, reader.dtype(parameter), dtype) for parameter in contents.parameters}
-    if adjustment:
-        costs = {name: 2 * cost for name, cost in costs.items()}
+    if adapters is not None:  # the product of the matrices and the sum, in fp32
+        costs = {parameter.name: costs[parameter.name] + 8 * parameter.numel for parameter in contents.parameters}
     check_memory(options.max_memory, costs)
-    identity = _identity("to-hf", dtype, options, [folder / ".metadata", Path(source, "config.json")])
-    identity["adjustment"] = adjustment.identity if adjustment else None
+    identity = _identity("to-hf", dtype, options, [folder / ".metadata", *reader.identifying_files()])
     with Workplace(output, identity) as place:
-        _write_safetensors(place, reader, contents, dtype, costs, options, adjustment)
+        _write_safetensors(place, reader, contents, dtype, costs, options, adapters)
         copy_companions(Path(source), place.folder, dtype=dtype)
         return place.publish()
 
@@ -100,27 +150,18 @@ def from_hf(
     options = options or ConversionOptions()
     refuse_existing(output, options.overwrite)
     architecture = read_architecture(hf_path)
-    weights = HuggingFaceWeights(hf_path)
-    check_weights(weights, architecture)
-    types = _types(weights)
+    reader = FolderReader(hf_path)
     contents = checkpoint_contents(architecture, vocabulary_multiple=vocabulary_multiple)
-    _tell_unread(weights, contents)
+    reader.check(contents)
+    types = _types(reader.weights)
     dtype = _megatron_dtype(options, torch.bfloat16 if types == {torch.bfloat16} else torch.float32)
-    source = max(types, key=lambda one: one.itemsize)
-    costs = {parameter.name: _cost(parameter, source, dtype) for parameter in contents.parameters}
-    identity = _identity("from-hf", dtype, options, [Path(hf_path, "config.json"), *map(Path, weights.files())])
+    costs = {parameter.name: _cost(parameter, reader.dtype(parameter), dtype) for parameter in contents.parameters}
+    identity = _identity("from-hf", dtype, options, reader.identifying_files())
     identity["vocabulary_multiple"] = vocabulary_multiple
-    weights.close()
-    mine = threading.local()  # files that one worker closes must not be another's
-
-    def read(parameter: Parameter) -> torch.Tensor:
-        if not hasattr(mine, "weights"):
-            mine.weights = HuggingFaceWeights(hf_path)
-        return read_shard(mine.weights, parameter.rule, parameter.layer, architecture, parameter.shape, 0, 1)
-
+    reader.release()
     state = RunState(step=0, identity=None, hf_path=os.path.abspath(hf_path))
     return _write_checkpoint(
-        output, identity, contents, dtype, costs, options, state, read, release=lambda: mine.weights.close()
+        output, identity, contents, dtype, costs, options, state, reader.read, release=reader.release
     )
 
 
@@ -189,14 +230,6 @@ def _megatron_dtype(options: ConversionOptions, default: torch.dtype) -> torch.d
     return dtype
 
 
-def _tell_unread(weights: HuggingFaceWeights, contents: Contents) -> None:
-    """Name the tensors that the architecture has no place for; transformers leaves them out as well."""
-    used = {name for name, _ in _hugging_face_shapes(contents)}
-    unread = [name for name in weights.names() if name not in used]
-    if unread:
-        print(f"not part of the model, left out: {', '.join(unread)}", file=sys.stderr)
-
-
 def _hugging_face_shapes(contents: Contents) -> Iterator[tuple[str, torch.Size]]:
     for parameter in contents.parameters:
         for name, tensor in parameter.hugging_face(parameter.meta_tensor(), contents.architecture):
@@ -235,12 +268,12 @@ def convert_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.
 
 def _write_safetensors(
     place: Workplace,
-    reader: CheckpointReader,
+    reader: FolderReader | CheckpointReader,
     contents: Contents,
     dtype: torch.dtype,
     costs: dict[str, int],
     options: ConversionOptions,
-    adjustment: Adjustment | None,
+    adapters: AdapterCheckpoint | None,
 ) -> None:
     """Write the weights of a checkpoint as safetensors files, all parameters in parallel, and the index."""
     shards = plan_shards(dict(_hugging_face_shapes(contents)), dtype, options.shard_size)
@@ -261,8 +294,8 @@ def _write_safetensors(
                 writer = writers.get(name)
                 if writer is None:  # in a file that is complete, while its siblings are in another
                     continue
-                adjusted = adjustment.apply(name, tensor) if adjustment else tensor
-                is_last = writer.write(name, convert_dtype(name, adjusted, dtype).contiguous())
+                merged = adapters.merged(name, tensor) if adapters else tensor
+                is_last = writer.write(name, convert_dtype(name, merged, dtype).contiguous())
                 bar.update(writer.plan.places[name][1])
                 if is_last:
                     place.add(writer.plan.file_name, writer.descriptor, {})

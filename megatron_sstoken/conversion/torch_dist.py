@@ -50,6 +50,10 @@ class CheckpointReader:
             if isinstance(entry, TensorStorageMetadata)
         }
 
+    def identifying_files(self) -> list[Path]:
+        """The files that decide what is read."""
+        return [self.folder / ".metadata"]
+
     def check(self, contents: Contents) -> None:
         """Raise ValueError unless every parameter is stored, with its shape, in files as long as they should be."""
         needed: dict[str, int] = {}
@@ -73,15 +77,28 @@ class CheckpointReader:
         """A whole parameter, in its stored type. `into`: where to put it (contiguous, of that shape and type)."""
         tensor = torch.empty(parameter.shape, dtype=self.dtype(parameter)) if into is None else into
         for piece in parameter.pieces(tensor):
-            for item in self._read_items(piece):
-                chunk, dtype = self._mapped_chunk(item.storage_index)
-                assert dtype is tensor.dtype, f"{piece.key} is described as {tensor.dtype} and stored as {dtype}"
-                target = piece.data[_slices(item.dest_offsets, item.lengths)]
-                # As bytes, for tensors in these files are not aligned to the size of their elements.
-                *rows, last = _slices(item.storage_offsets, item.lengths)
-                last = slice(last.start * dtype.itemsize, last.stop * dtype.itemsize)
-                target.view(torch.uint8).copy_(torch.from_numpy(chunk[(*rows, last)]))
+            self._fill(piece)
         return tensor
+
+    def read_layer(self, key: str, layer: int) -> torch.Tensor:
+        """The entry `layer` (from 0) of the stored tensor `key`, whose first axis is layers, in its stored type."""
+        if key not in self.tensors:
+            raise ValueError(f"{self.folder} holds no {key}")
+        shape, dtype = self.tensors[key].size, self.tensors[key].properties.dtype
+        tensor = torch.empty(shape[1:], dtype=dtype)
+        self._fill(Piece(key, (layer, *(0 for _ in shape[1:])), tuple(shape), False, tensor.unsqueeze(0)))
+        return tensor
+
+    def _fill(self, piece: Piece) -> None:
+        """Copy a part of a stored tensor into `piece.data`."""
+        for item in self._read_items(piece):
+            chunk, dtype = self._mapped_chunk(item.storage_index)
+            assert dtype is piece.data.dtype, f"{piece.key} is described as {piece.data.dtype} and stored as {dtype}"
+            target = piece.data[_slices(item.dest_offsets, item.lengths)]
+            # As bytes, for tensors in these files are not aligned to the size of their elements.
+            *rows, last = _slices(item.storage_offsets, item.lengths)
+            last = slice(last.start * dtype.itemsize, last.stop * dtype.itemsize)
+            target.view(torch.uint8).copy_(torch.from_numpy(chunk[(*rows, last)]))
 
     def _stored(self, piece: Piece) -> TensorStorageMetadata:
         entry = self.tensors.get(piece.key)

@@ -1,6 +1,7 @@
 """Architecture and settings → the model chunks of this rank, wrapped for training, and their optimizer."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron_sstoken.device import compute_device, have_cuda
 from megatron_sstoken.model.attention import AttentionProbe
 from megatron_sstoken.model.families import Architecture, Split, rope_inverse_frequencies
 from megatron_sstoken.model.head import NOT_SCORED, selective_head, vocabulary_parallel_loss
+from megatron_sstoken.model.lora import adapted_linears, base_parameters, prepare_adapters
 from megatron_sstoken.model.spec import block_spec
 from megatron_sstoken.model.weights import HuggingFaceWeights, load_hugging_face, rules_of_chunk
 from megatron_sstoken.parallel import Layout
@@ -97,6 +99,23 @@ class Model:
         """Empty megatron's gradient buffers, into which the backward passes of a step accumulate."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()  # type: ignore[operator]  # a DistributedDataParallel
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained, not the weights."""
+        return any(True for _ in adapted_linears(self.bare))
+
+    @contextmanager
+    def adapters_off(self) -> Iterator["Model"]:
+        """Within, the model computes what its base does; yields it as a model whose attention is not measured."""
+        linears = list(adapted_linears(self.bare))
+        for linear in linears:
+            linear.adapters_on = False
+        try:
+            yield replace(self, tapped_layers=())
+        finally:
+            for linear in linears:
+                linear.adapters_on = True
 
     def train(self, training: bool) -> None:
         """Switch all chunks between training and evaluation."""
@@ -207,7 +226,7 @@ def build_model(
         with torch.device("meta") if shapes_only else nullcontext():
             chunk = TokenLossModel(
                 config=config,
-                transformer_layer_spec=block_spec(config, tapped_layers, probe, vp_stage, layout),
+                transformer_layer_spec=block_spec(config, tapped_layers, probe, vp_stage, layout, settings.lora),
                 vocab_size=architecture.padded_vocabulary(settings.model.vocabulary_multiple, layout.tensor_size),
                 max_sequence_length=architecture.max_positions,
                 pre_process=first,
@@ -225,6 +244,9 @@ def build_model(
         if not shapes_only:
             chunk.to(compute_device())
         _mark_tensor_parallel(chunk, architecture)
+        if settings.lora.rank:
+            full_recompute = settings.training.recompute == "full"
+            prepare_adapters(chunk, settings.training.seed, full_recompute=full_recompute)
         model.bare.append(chunk)
         model.probes.append(probe)
     model.chunks = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in model.bare]
@@ -242,7 +264,7 @@ def _mark_tensor_parallel(chunk: TokenLossModel, architecture: Architecture) -> 
     are reduced over the expert data-parallel group; megatron arranges for that only with several expert ranks.
     """
     rules = rules_of_chunk(chunk, architecture)
-    for name, parameter in chunk.named_parameters():
+    for name, parameter in base_parameters(chunk):
         rule, _ = rules[name]
         if rule.expert is not None:
             parameter.allreduce = False

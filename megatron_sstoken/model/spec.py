@@ -4,7 +4,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from megatron_sstoken.config import LoraSettings
 from megatron_sstoken.model.attention import AttentionProbe, TorchCoreAttention, core_attention_builder
+from megatron_sstoken.model.lora import adapt_layer
 from megatron_sstoken.model.norm import RMSNorm
 from megatron_sstoken.parallel import Layout
 
@@ -15,8 +17,10 @@ def block_spec(
     probe: AttentionProbe,
     vp_stage: int | None,
     layout: Layout,
+    lora: LoraSettings,
 ) -> TransformerBlockSubmodules:
-    """megatron's local layer spec with our norm and core attention in place of those that need apex or refuse packs."""
+    """megatron's local layer spec with our norm and core attention in place of those that need apex or refuse packs, and
+    with adapters where `lora` asks for them."""
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
@@ -27,5 +31,7 @@ def block_spec(
     layer.self_attention.submodules.core_attention = core_attention_builder(
         TorchCoreAttention, frozenset(tapped_layers), probe
     )
+    if lora.rank:
+        adapt_layer(layer, config, lora)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=layout.pipeline_rank)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from megatron_sstoken.model.families import Architecture, Split, WeightRule
+from megatron_sstoken.model.lora import base_parameters
 
 _EMBEDDING_NAME, _HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -247,10 +248,10 @@ def load_hugging_face(
 ) -> None:
     """Fill every parameter of a model chunk (a bare GPTModel) from a Hugging Face folder, converting to its dtype.
 
-    Raises ValueError where a tensor is missing or has another shape than config.json says.
+    Adapters stay as they are. Raises ValueError where a tensor is missing or has another shape than config.json says.
     """
     table = rules_of_chunk(model, architecture)
-    for name, parameter in model.named_parameters():
+    for name, parameter in base_parameters(model):
         rule, layer = table[name]
         place = (tensor_rank, tensor_size) if rule.expert is None else (0, 1)
         shard = read_shard(tensors, rule, layer, architecture, parameter.shape, *place)

@@ -18,9 +18,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_sstoken.config import SettingsError
+from megatron_sstoken.config import LoraSettings, SettingsError
 from megatron_sstoken.device import compute_device
 from megatron_sstoken.model.build import Model
+from megatron_sstoken.model.lora import is_adapter
 
 _STATE_FILE = "sstoken.json"
 _NAME = re.compile(r"step_(\d+)")
@@ -40,6 +41,20 @@ class RunIdentity:
 
 
 @dataclass(frozen=True)
+class AdapterIdentity:
+    """What the adapters in a checkpoint are, and the weights that they belong to."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: list[str]
+    base_checkpoint: str | None
+    """megatron checkpoint that the base weights came from; None: the run's `hf_path`."""
+    base_fingerprint: str
+    """Of the files of the base weights."""
+
+
+@dataclass(frozen=True)
 class RunState:
     """Where a run stands."""
 
@@ -53,6 +68,8 @@ class RunState:
     """Rows of the whole run; the last batch may be filled up with empty ones."""
     objective: dict[str, Any] = field(default_factory=dict)
     """Settings of selection and history, and the starting weights: told where a resumed run changes them."""
+    adapters: AdapterIdentity | None = None
+    """Set where the checkpoint holds adapters (and their optimizer state) alone."""
 
 
 def checkpoint_steps(directory: str) -> dict[int, Path]:
@@ -73,7 +90,12 @@ def read_run_state(folder: Path) -> RunState:
         content = json.load(file)
     content.pop("split", None)
     identity = content.pop("identity")
-    return RunState(identity=RunIdentity(**identity) if identity else None, **content)
+    adapters = content.pop("adapters", None)
+    return RunState(
+        identity=RunIdentity(**identity) if identity else None,
+        adapters=AdapterIdentity(**adapters) if adapters else None,
+        **content,
+    )
 
 
 def write_run_state(folder: Path, state: RunState, split: list) -> None:
@@ -110,15 +132,16 @@ def save_checkpoint(
 ) -> Path:
     """Save everything that resuming needs, then drop all but the `keep` newest checkpoints (0 keeps all).
 
-    All ranks call it. Without an optimizer only the weights are saved (conversion).
+    All ranks call it. Without an optimizer only the weights are saved (conversion); of a model with adapters these alone.
     """
+    assert (state.adapters is not None) == model.has_adapters
     final = Path(directory) / f"step_{state.step:07d}"
     partial = Path(directory) / f"step_{state.step:07d}.partial"
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier(group=model.layout.control)
-    content = _sharded_state(model, optimizer, scheduler, is_loading=False)
+    content = _sharded_state(model, optimizer, scheduler, adapters=model.has_adapters, is_loading=False)
     content["random"] = _random_states(model)
     dist_checkpointing.save(content, str(partial), validate_access_integrity=True)
     dist.barrier(group=model.layout.control)
@@ -141,15 +164,18 @@ def load_checkpoint(
 ) -> RunState:
     """Load weights and, where given, optimizer and scheduler, on any layout. All ranks call it.
 
-    Random states belong to the slices of a model: they come back where tensor and pipeline sizes are as they were.
+    A checkpoint of adapters fills the adapters of a model and nothing else; any other checkpoint all but
+    these. Random states belong to processes: they come back where the layout is as it was.
     """
-    wanted = _sharded_state(model, optimizer, scheduler, is_loading=True)
+    adapters = read_run_state(folder).adapters is not None
+    wanted = _sharded_state(model, optimizer, scheduler, adapters=adapters, is_loading=True)
     same_split = read_split(folder) == _split(model)
     if optimizer is not None and same_split:
         wanted["random"] = _random_states(model)
     state: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
     for name, chunk in zip(_chunk_names(model), model.bare, strict=True):
-        chunk.load_state_dict(state[name], strict=True)
+        missing, unknown = chunk.load_state_dict(state[name], strict=False)
+        assert not unknown and all(is_adapter(name) != adapters for name in missing), (missing, unknown)
     if optimizer is not None:
         _load_optimizer(optimizer, state["optimizer"])
     if scheduler is not None:
@@ -159,7 +185,7 @@ def load_checkpoint(
     return read_run_state(folder)
 
 
-def check_identity(folder: Path, expected: RunIdentity, num_rows: int) -> None:
+def check_identity(folder: Path, expected: RunIdentity, num_rows: int, lora: LoraSettings) -> None:
     """Raise SettingsError if the checkpoint was made on other data or in another order, naming what differs.
 
     So is a longer run than the one that ended with a batch filled up with empty rows: it would miss those rows.
@@ -186,6 +212,12 @@ def check_identity(folder: Path, expected: RunIdentity, num_rows: int) -> None:
         for name, value in asdict(expected).items()
         if found[name] != value
     ]
+    differing += adapter_problems(f"cannot resume: {folder}", state, lora)
+    if lora.rank and state.adapters is None:
+        differing.append(
+            f"cannot resume from {folder}: it holds whole weights, and lora.rank={lora.rank} trains adapters: use lora.rank=0, "
+            "or another checkpoint.directory and this as model.checkpoint"
+        )
     if state.step * identity.global_batch_size > state.num_rows and num_rows > state.num_rows:
         differing.append(
             f"cannot resume from {folder}: its run of {state.num_rows} rows ended with a batch that is not full, so that "
@@ -195,18 +227,48 @@ def check_identity(folder: Path, expected: RunIdentity, num_rows: int) -> None:
         raise SettingsError(differing)
 
 
+def adapter_problems(owner: str, state: RunState, lora: LoraSettings) -> list[str]:
+    """Why adapters as `lora` sets them cannot be filled from a checkpoint of adapters; empty also if it holds none.
+
+    `owner`: what messages call the checkpoint, as "model.checkpoint=PATH".
+    """
+    saved = state.adapters
+    if saved is None:
+        return []
+    if lora.rank == 0:
+        return [
+            f"{owner} holds adapters, and lora.rank=0 makes none: set lora.rank={saved.rank}, lora.alpha={saved.alpha:g} and "
+            f"lora.targets=[{', '.join(saved.targets)}], or merge them with tools/convert_checkpoint.py to-hf --merge"
+        ]
+    pairs = {
+        "rank": (saved.rank, lora.rank),
+        "alpha": (saved.alpha, lora.alpha),
+        "targets": (sorted(saved.targets), sorted(lora.targets)),
+    }
+    return [
+        f"{owner} holds adapters made with lora.{name}={old}, now {new}: use the same"
+        for name, (old, new) in pairs.items()
+        if old != new
+    ]
+
+
 def _chunk_names(model: Model) -> list[str]:
     return [f"model{index}" for index in range(len(model.bare))]
 
 
-def _sharded_state(model, optimizer, scheduler, *, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(model, optimizer, scheduler, *, adapters: bool, is_loading: bool) -> dict[str, Any]:
+    """The state to save or load: of the adapters, or of all but them."""
     metadata = {
         # One tensor of optimizer state for each parameter: the only form that moves between all layouts.
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": model.layout.groups.dp_cp,
     }
     chunks = {
-        name: chunk.sharded_state_dict(metadata=metadata)
+        name: {
+            key: value
+            for key, value in chunk.sharded_state_dict(metadata=metadata).items()
+            if is_adapter(key) == adapters
+        }
         for name, chunk in zip(_chunk_names(model), model.bare, strict=True)
     }
     state: dict[str, Any] = dict(chunks)
@@ -219,20 +281,22 @@ def _sharded_state(model, optimizer, scheduler, *, is_loading: bool) -> dict[str
 
 
 def _split(model: Model) -> list:
-    """What random states depend on: tensor and pipeline size, and the kind of device."""
-    return [model.layout.tensor_size, model.layout.pipeline_size, compute_device().type]
+    """What random states depend on: the layout, and the kind of device."""
+    layout = model.layout
+    return [layout.tensor_size, layout.pipeline_size, layout.groups.dp_cp.size(), compute_device().type]
 
 
 def _random_states(model: Model) -> ShardedObject:
-    """The generators that dropout draws from: one set for each slice of the model."""
+    """The generators that dropout draws from: one set for each process."""
     states = {
         "torch": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
         "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
     layout = model.layout
-    sizes, place = (layout.tensor_size, layout.pipeline_size), (layout.tensor_rank, layout.pipeline_rank)
-    return ShardedObject("random", states, sizes, place, replica_id=layout.groups.dp_cp.rank())
+    sizes = (layout.tensor_size, layout.pipeline_size, layout.groups.dp_cp.size())
+    place = (layout.tensor_rank, layout.pipeline_rank, layout.groups.dp_cp.rank())
+    return ShardedObject("random", states, sizes, place)
 
 
 def _set_random_states(states: dict[str, Any]) -> None:

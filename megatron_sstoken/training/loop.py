@@ -16,16 +16,19 @@ from megatron_sstoken.parallel import Layout
 from megatron_sstoken.plan import RunPlan
 from megatron_sstoken.report.records import RecordWriter, gather_columns
 from megatron_sstoken.training.checkpoint import (
+    AdapterIdentity,
     RunIdentity,
     RunState,
     check_identity,
     checkpoint_steps,
     load_checkpoint,
+    read_run_state,
     save_checkpoint,
 )
 from megatron_sstoken.training.metrics import StepLogger, StepMetrics, summarize
 from megatron_sstoken.training.scoring import selector_of, validation_loss
 from megatron_sstoken.training.selector import train_on_selected
+from megatron_sstoken.training.setup import adapter_identity, require_base, starting_weights
 from megatron_sstoken.training.step import TokenReport
 
 
@@ -40,6 +43,8 @@ class Trainer:
     scheduler: OptimizerParamScheduler
     loader: BatchLoader
     logger: StepLogger
+    adapters: AdapterIdentity | None = None
+    """What is trained and saved, where that is adapters."""
     step: int = 0
 
     @property
@@ -78,7 +83,7 @@ def resumable_checkpoint(plan: RunPlan) -> Path | None:
     if not steps:
         return None
     newest = steps[max(steps)]
-    check_identity(newest, identity_of(plan), plan.num_rows)
+    check_identity(newest, identity_of(plan), plan.num_rows, plan.settings.lora)
     return newest
 
 
@@ -94,9 +99,13 @@ def create_trainer(plan: RunPlan, layout: Layout, model: Model, history: TokenCo
         history=history,
     )
     logger = StepLogger(plan.settings.logging_directory, plan.settings.logging.every, plan.num_steps, layout)
-    trainer = Trainer(plan, layout, model, optimizer, scheduler, loader, logger)
+    adapters = adapter_identity(plan, layout)
+    trainer = Trainer(plan, layout, model, optimizer, scheduler, loader, logger, adapters)
     newest = resumable_checkpoint(plan)
     if newest is not None:
+        saved = read_run_state(newest).adapters
+        if saved is not None:
+            require_base(str(newest), saved, starting_weights(plan).base, layout)
         state = load_checkpoint(newest, model, optimizer, scheduler)
         trainer.step = state.step
         logger.say(f"resumed from {newest}: {trainer.step} of {plan.num_steps} steps are done")
@@ -175,6 +184,7 @@ def save(trainer: Trainer) -> None:
         hf_path=os.path.abspath(settings.model.hf_path or ""),
         num_rows=plan.num_rows,
         objective=objective_of(plan),
+        adapters=trainer.adapters,
     )
     directory, keep = settings.checkpoint.directory or "", settings.checkpoint.keep
     path = save_checkpoint(directory, state, trainer.model, trainer.optimizer, trainer.scheduler, keep)

@@ -17,6 +17,7 @@ from megatron_sstoken.parallel import Layout
 from megatron_sstoken.plan import DataPlan, RunPlan
 from megatron_sstoken.report.records import RecordWriter, gather_columns
 from megatron_sstoken.scores.history import history_identity, history_path
+from megatron_sstoken.selection.methods import METHODS
 from megatron_sstoken.training.metrics import summarize
 from megatron_sstoken.training.selector import Selector, score_and_select
 from megatron_sstoken.training.setup import history_model, history_weights
@@ -48,11 +49,11 @@ def scored_batches(
 
 
 def open_history(plan: RunPlan, layout: Layout) -> TokenColumn | None:
-    """The history losses of `plan.train`, scored now if they are not there yet. All ranks call it.
+    """The stored history losses of `plan.train`, scored now if they are not there yet. All ranks call it.
 
     Raises SettingsError where a store lies in the way that belongs to other data, tokenizer, template or weights.
     """
-    if not plan.needs_history:
+    if not plan.needs_history or plan.settings.history.source != "frozen":
         return None
     weights = history_weights(plan)
     identity = broadcast_object(
@@ -156,4 +157,12 @@ def validation_loss(model: Model, data: DataPlan, plan: RunPlan, layout: Layout)
 
 def selector_of(settings: Settings, layout: Layout, *, gamma: float, draw: int) -> Selector:
     """The selector of one global batch."""
-    return Selector(settings.selection, gamma=gamma, seed=settings.training.seed, draw=draw, group=layout.data)
+    return Selector(
+        settings.selection,
+        gamma=gamma,
+        seed=settings.training.seed,
+        draw=draw,
+        group=layout.data,
+        history_by_adapters_off=settings.history.source == "adapters_off"
+        and METHODS[settings.selection.method].needs_history,
+    )

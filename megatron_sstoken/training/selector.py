@@ -32,6 +32,8 @@ class Selector:
     """Number of the global batch: random selection draws anew in each."""
     group: torch.distributed.ProcessGroup
     """The data-parallel ranks."""
+    history_by_adapters_off: bool = False
+    """Whether history losses are scored batch by batch, by the model without its adapters."""
 
     @property
     def needs_all_scores(self) -> bool:
@@ -106,6 +108,10 @@ def train_on_selected(
 ) -> list[TokenReport]:
     """Select tokens of a global batch and leave the gradient of their loss, as `train_batch` does."""
     average = selector.settings.loss_average
+    if selector.history_by_adapters_off:
+        model.train(False)
+        batches = with_history(model, batches)
+        model.train(True)
     if not selector.needs_all_scores:
         return train_batch(model, batches, selector, loss_average=average, whole_gradients=whole_gradients)
     model.train(False)
@@ -125,8 +131,17 @@ def _completed(trained: TokenReport, scored: TokenReport, rho: float) -> TokenRe
 
 def score_and_select(model: Model, batches: list[TokenBatch], selector: Selector) -> list[TokenReport]:
     """Forward only: reports that say what would be selected."""
+    if selector.history_by_adapters_off:
+        batches = with_history(model, batches)
     if not selector.needs_all_scores:
         return score_batch(model, batches, selector)
     scored = score_batch(model, batches)
     selections, rho = selector.over_batch(scored) if scored else ([], math.nan)
     return [replace(report, selection=one, rho=rho) for report, one in zip(scored, selections, strict=True)]
+
+
+def with_history(model: Model, batches: list[TokenBatch]) -> list[TokenBatch]:
+    """The batches with the history losses of the model without its adapters, on the last stage; as they are elsewhere."""
+    with model.adapters_off() as base:
+        reports = score_batch(base, batches)
+    return [replace(report.batch, history_loss=report.loss) for report in reports] or batches

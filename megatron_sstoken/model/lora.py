@@ -1,0 +1,278 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on megatron's parallel linears, as PEFT computes them.
+
+A linear with weight W that is named in `lora.targets` computes W·x + alpha / rank · B·(A·dropout(x)), with A [rank, in]
+and B [out, rank]; W is frozen. megatron fuses q, k and v into one linear and gate and up into another; each of them keeps
+an A and a B of its own, in the row order of the Hugging Face model, and its own dropout mask. Adapters are parameters
+`<linear>.adapters.<target>.lora_A` and `.lora_B`; the names of the base stay what they are.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from megatron_sstoken.config import LoraSettings
+from megatron_sstoken.model.families import Architecture
+
+_MARK = ".adapters."
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the linear that PEFT knows by one name lies."""
+
+    megatron: str
+    """The (fused) linear in a megatron layer."""
+    hugging_face: str
+    """The linear in a Hugging Face layer."""
+
+
+TARGETS = {
+    "q_proj": Target("self_attention.linear_qkv", "self_attn.q_proj"),
+    "k_proj": Target("self_attention.linear_qkv", "self_attn.k_proj"),
+    "v_proj": Target("self_attention.linear_qkv", "self_attn.v_proj"),
+    "o_proj": Target("self_attention.linear_proj", "self_attn.o_proj"),
+    "gate_proj": Target("mlp.linear_fc1", "mlp.gate_proj"),
+    "up_proj": Target("mlp.linear_fc1", "mlp.up_proj"),
+    "down_proj": Target("mlp.linear_fc2", "mlp.down_proj"),
+}
+
+
+class Adapter(torch.nn.Module):
+    """This rank's slices of one target's A and B.
+
+    Column-parallel: A whole, B split by rows. Row-parallel: A split by columns, B whole. Whole matrices are the same on all
+    tensor parallel ranks.
+    """
+
+    def __init__(self, num_inputs: int, num_outputs: int, rank: int, config: TransformerConfig):
+        super().__init__()
+        self.lora_A = torch.nn.Parameter(torch.zeros(rank, num_inputs, dtype=config.params_dtype))
+        self.lora_B = torch.nn.Parameter(torch.zeros(num_outputs, rank, dtype=config.params_dtype))
+
+
+class AdaptedLinear(torch.nn.Module):
+    """What the adapted column- and row-parallel linears share; mixed into megatron's classes."""
+
+    lora: LoraSettings
+    adapters: torch.nn.ModuleDict
+    adapters_on: bool = True
+    adapter_axis: dict[str, int]
+    """Which parameter of each adapter tensor parallel splits → along which axis."""
+
+    def _add_adapters(self, lora: LoraSettings, sizes: dict[str, tuple[int, int]], axis: dict[str, int]) -> None:
+        """`sizes`: target → (inputs, outputs) on this rank."""
+        self.lora, self.adapter_axis = lora, axis
+        self.adapters = torch.nn.ModuleDict(
+            {name: Adapter(*size, lora.rank, self.config) for name, size in sizes.items()}
+        )
+        for adapter in self.adapters.values():
+            for name, parameter in adapter.named_parameters():
+                if name in axis:
+                    set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=axis[name], stride=1)
+                elif self.sequence_parallel:
+                    # Each rank sees its share of the tokens: megatron sums such gradients over the tensor ranks.
+                    parameter.sequence_parallel = True
+
+    def _drop(self, inputs: torch.Tensor, *, replicated: bool) -> torch.Tensor:
+        """Dropout whose masks agree over the tensor ranks where the inputs do, and differ where they differ.
+
+        Under sequence parallel megatron runs whole layers inside its tracker's fork (a fork in a fork would draw the
+        same again and again).
+        """
+        if not self.training or self.lora.dropout == 0:
+            return inputs
+        if replicated or self.sequence_parallel:
+            return F.dropout(inputs, self.lora.dropout)
+        with get_cuda_rng_tracker().fork():
+            return F.dropout(inputs, self.lora.dropout)
+
+    def _shrink(self, inputs: torch.Tensor, *, replicated: bool) -> torch.Tensor:
+        """Scaled A·dropout(x) of all targets side by side: [tokens, batch, targets · rank]."""
+        parts = [F.linear(self._drop(inputs, replicated=replicated), a.lora_A) for a in self.adapters.values()]
+        return torch.cat(parts, dim=-1) * (self.lora.alpha / self.lora.rank)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """megatron's own entry for the base, and one for each adapter matrix."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        ours = {name: value for name, value in self.state_dict(keep_vars=True).items() if name.startswith("adapters.")}
+        axes = {name: axis for name in ours for last, axis in self.adapter_axis.items() if name.endswith(last)}
+        state |= make_sharded_tensors_for_checkpoint(
+            ours, prefix, axes, sharded_offsets, tp_group=self.tp_group, dp_cp_group=(metadata or {})["dp_cp_group"]
+        )
+        return state
+
+
+class AdaptedColumnParallelLinear(AdaptedLinear, ColumnParallelLinear):
+    """Column-parallel linear, one output or several fused ones, with an adapter for each target.
+
+    `blocks`: in the order of the output, for each fused linear its name and its share of the output. With `num_groups`
+    (over all ranks) the output is made of that many groups, each holding a block of every linear: q, k and v by query group.
+    """
+
+    def __init__(self, *args, lora: LoraSettings, blocks: dict[str, int], num_groups: int | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        tensor = self.tp_group.size()
+        assert num_groups is None or num_groups % tensor == 0, "checked by the plan"
+        self.num_groups = 1 if num_groups is None else num_groups // tensor
+        rows = self.output_size_per_partition // self.num_groups
+        self.block_rows = {name: rows * share // sum(blocks.values()) for name, share in blocks.items()}
+        sizes = {
+            name: (self.input_size, size * self.num_groups)
+            for name, size in self.block_rows.items()
+            if name in lora.targets
+        }
+        self._add_adapters(lora, sizes, {"lora_B": 0})
+
+    def forward(self, input_, *args, **kwargs):
+        output, bias = super().forward(input_, *args, **kwargs)
+        return (output + self._delta(input_), bias) if self.adapters_on else (output, bias)
+
+    def _delta(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[tokens (of this rank under sequence parallel), batch, in] → [tokens, batch, out / tensor size]."""
+        small = self._shrink(inputs, replicated=not self.sequence_parallel)
+        if self.sequence_parallel:  # gathered here the tokens are `rank` wide, not as wide as the model
+            small = gather_from_sequence_parallel_region(small, group=self.tp_group)
+        else:
+            small = copy_to_tensor_model_parallel_region(small, group=self.tp_group)
+        pieces = dict(zip(self.adapters, small.split(self.lora.rank, dim=-1), strict=True))
+        shape = (*small.shape[:-1], self.num_groups)
+        blocks = [
+            F.linear(pieces[name], self.adapters[name].lora_B).view(*shape, rows)
+            if name in pieces
+            else small.new_zeros(*shape, rows)
+            for name, rows in self.block_rows.items()
+        ]
+        return torch.cat(blocks, dim=-1).flatten(-2)
+
+
+class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
+    """Row-parallel linear with an adapter; `target` names it."""
+
+    def __init__(self, *args, lora: LoraSettings, target: str, **kwargs):
+        super().__init__(*args, **kwargs)
+        size = (self.input_size_per_partition, self.output_size)
+        self._add_adapters(lora, {target: size}, {"lora_A": 1})
+
+    def forward(self, input_):
+        output, bias = super().forward(input_)
+        return (output + self._delta(input_), bias) if self.adapters_on else (output, bias)
+
+    def _delta(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[tokens, batch, in / tensor size] → [tokens (of this rank under sequence parallel), batch, out]."""
+        small = self._shrink(inputs, replicated=False)
+        if self.sequence_parallel:
+            small = reduce_scatter_to_sequence_parallel_region(small, group=self.tp_group)
+        else:
+            small = reduce_from_tensor_model_parallel_region(small, group=self.tp_group)
+        (adapter,) = self.adapters.values()
+        return F.linear(small, adapter.lora_B)
+
+
+def adapt_layer(layer: TransformerLayerSubmodules, config: TransformerConfig, lora: LoraSettings) -> None:
+    """Put adapted linears into a layer's spec wherever `lora.targets` names them; attention and dense feed-forward."""
+    attention = layer.self_attention.submodules
+    heads_per_group = config.num_attention_heads // config.num_query_groups
+    if {"q_proj", "k_proj", "v_proj"} & set(lora.targets):
+        attention.linear_qkv = partial(
+            AdaptedColumnParallelLinear,
+            lora=lora,
+            blocks={"q_proj": heads_per_group, "k_proj": 1, "v_proj": 1},
+            num_groups=config.num_query_groups,
+        )
+    if "o_proj" in lora.targets:
+        attention.linear_proj = ModuleSpec(AdaptedRowParallelLinear, params={"lora": lora, "target": "o_proj"})
+    mlp = layer.mlp.submodules
+    if not isinstance(mlp, MLPSubmodules):
+        return
+    if {"gate_proj", "up_proj"} & set(lora.targets):
+        mlp.linear_fc1 = ModuleSpec(
+            AdaptedColumnParallelLinear, params={"lora": lora, "blocks": {"gate_proj": 1, "up_proj": 1}}
+        )
+    if "down_proj" in lora.targets:
+        mlp.linear_fc2 = ModuleSpec(AdaptedRowParallelLinear, params={"lora": lora, "target": "down_proj"})
+
+
+def num_adapter_parameters(a: Architecture, lora: LoraSettings) -> int:
+    """Parameters of all adapters of a model."""
+    queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+    widths = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}  # and hidden_size on the other side
+    return a.num_layers * lora.rank * sum(a.hidden_size + widths.get(name, a.ffn_hidden_size) for name in lora.targets)
+
+
+def describe_trained(a: Architecture, lora: LoraSettings) -> str:
+    """What a run trains, for people."""
+    if lora.rank == 0:
+        return "all weights"
+    return (
+        f"{num_adapter_parameters(a, lora):,} parameters in adapters of rank {lora.rank}, alpha {lora.alpha:g}, "
+        f"dropout {lora.dropout:g}, on {', '.join(lora.targets)}"
+    )
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return _MARK in name
+
+
+def base_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The named parameters of a model chunk that come from the Hugging Face model."""
+    return ((name, parameter) for name, parameter in chunk.named_parameters() if not is_adapter(name))
+
+
+def prepare_adapters(chunk: torch.nn.Module, seed: int, *, full_recompute: bool) -> None:
+    """Freeze the base of a model chunk (a bare GPTModel) and draw its adapters, for training.
+
+    A is drawn as PEFT draws it (uniform, kaiming with a = √5), B is zero. Each A is drawn whole from a generator of its
+    own, seeded by `seed`, layer and target, so that it is the same on every layout.
+    """
+    for _, parameter in base_parameters(chunk):
+        parameter.requires_grad_(False)
+    for layer in chunk.decoder.layers:
+        for linear in adapted_linears([layer]):
+            for target, adapter in linear.adapters.items():
+                _draw(adapter.lora_A, linear, f"{seed}/{layer.layer_number}/{target}")
+    if full_recompute and chunk.pre_process:
+        # megatron recomputes layers through an autograd function, which drops all gradients inside it where no input asks
+        # for one; the output of a frozen embedding does not.
+        chunk.embedding.register_forward_hook(_ask_for_gradient)
+
+
+def _ask_for_gradient(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_(True)
+
+
+@torch.no_grad()
+def _draw(parameter: torch.nn.Parameter, linear: AdaptedLinear, name: str) -> None:
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+    bound = 1 / math.sqrt(linear.input_size)  # kaiming_uniform_(a=√5): √(6 / ((1 + 5) · inputs))
+    whole = torch.empty(parameter.shape[0], linear.input_size).uniform_(
+        -bound, bound, generator=torch.Generator().manual_seed(seed)
+    )
+    width = parameter.shape[1]
+    first = linear.tp_group.rank() * width if width < linear.input_size else 0
+    parameter.copy_(whole[:, first : first + width])
+
+
+def adapted_linears(chunks: Iterable[torch.nn.Module]) -> Iterator[AdaptedLinear]:
+    """All linears with adapters."""
+    return (module for chunk in chunks for module in chunk.modules() if isinstance(module, AdaptedLinear))
