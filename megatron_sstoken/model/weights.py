@@ -14,10 +14,15 @@ from safetensors import safe_open
 from megatron_sstoken.model.families import Architecture, Split, WeightRule
 
 
+class NoWeights(ValueError):
+    """A folder holds no safetensors at all."""
+
+
 class HuggingFaceWeights:
     """The tensors of a Hugging Face folder, by name, read lazily.
 
-    Raises ValueError where the folder has no safetensors, a file of the index is missing or a tensor is unknown.
+    Raises ValueError where the folder has no safetensors (`NoWeights`), a file of the index is missing or a tensor is
+    unknown.
     """
 
     def __init__(self, hf_path: str):
@@ -31,7 +36,7 @@ class HuggingFaceWeights:
         elif os.path.isfile(single):
             self._file_of = dict.fromkeys(self._opened("model.safetensors").keys(), "model.safetensors")
         else:
-            raise ValueError(
+            raise NoWeights(
                 f"{hf_path} has neither model.safetensors nor model.safetensors.index.json: save the model with "
                 "save_pretrained (pickled .bin weights are not read)"
             )
@@ -180,7 +185,17 @@ def rules_of_chunk(model: Any, architecture: Architecture) -> dict[str, tuple[We
             table[rule.megatron] = (rule, 0)
     if architecture.tied_embeddings:  # the last of several pipeline stages holds a copy of the embedding as its head
         table["output_layer.weight"] = table["embedding.word_embeddings.weight"]
-    return table
+    held = {name for name, _ in model.named_parameters()}
+    return {_name_with_fused_norms(name, held): entry for name, entry in table.items()}
+
+
+def _name_with_fused_norms(name: str, held: set[str]) -> str:
+    """`name` as the chunk has it: Transformer Engine keeps a norm inside the linear layer that follows it."""
+    for norm, linear in (("input_layernorm.", "self_attention.linear_qkv."), ("pre_mlp_layernorm.", "mlp.linear_fc1.")):
+        fused = name.replace(norm, f"{linear}layer_norm_")
+        if fused in held:
+            return fused
+    return name
 
 
 @torch.no_grad()

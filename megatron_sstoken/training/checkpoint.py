@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -24,6 +25,7 @@ from megatron_sstoken.model.build import Model
 
 _STATE_FILE = "sstoken.json"
 _NAME = re.compile(r"step_(\d+)")
+_EXTRA = "_extra_state"  # Transformer Engine's name for the scales and largest values of FP8 training
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,10 @@ def load_checkpoint(
     same_split = read_split(folder) == _split(model)
     if optimizer is not None and same_split:
         wanted["random"] = _random_states(model)
-    state: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
+    state, _, absent = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RETURN_UNEXPECTED)
+    _require_only_extra(absent, folder)
     for name, chunk in zip(_chunk_names(model), model.bare, strict=True):
-        chunk.load_state_dict(state[name], strict=True)
+        _load_chunk(chunk, state[name])
     if optimizer is not None:
         _load_optimizer(optimizer, state["optimizer"])
     if scheduler is not None:
@@ -152,6 +155,19 @@ def load_checkpoint(
     if "random" in wanted:
         _set_random_states(state["random"])
     return read_run_state(folder)
+
+
+def _load_chunk(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Load every weight of a chunk. Transformer Engine's state of FP8 scaling is taken where it is there."""
+    keys = chunk.load_state_dict(state, strict=False)
+    wrong = [*keys.unexpected_keys, *(name for name in keys.missing_keys if not name.endswith(_EXTRA))]
+    assert not wrong, f"weights that do not fit the model: {wrong}"
+
+
+def _require_only_extra(absent: set[str], folder: Path) -> None:
+    """Raise SettingsError where a checkpoint lacks more than state of FP8 scaling, which not every run has."""
+    if lacking := sorted(name for name in absent if not name.endswith(_EXTRA)):
+        raise SettingsError([f"{folder} lacks {', '.join(lacking[:5])}: it is of another model, or damaged"])
 
 
 def check_identity(folder: Path, expected: RunIdentity, num_rows: int) -> None:
