@@ -55,6 +55,9 @@ class Model:
     tapped_layers: tuple[int, ...] = ()
     """Layer numbers (from 1) whose attention is measured."""
 
+    needs_calibration: bool = False
+    """FP8's delayed recipe knows no scales yet: the first pass must be one that only finds them."""
+
     @property
     def tapped_chunks(self) -> list[tuple[int, int]]:
         """Where the measured layers lie: (pipeline stage, model chunk on that stage), each once.
@@ -137,6 +140,7 @@ def build_model(
     """
     config = transformer_config(architecture, settings, layout)
     model = Model(architecture, config, layout, bare=[], tapped_layers=tapped_layers)
+    model.needs_calibration = bool(config.fp8) and config.fp8_recipe == "delayed"
     virtual = layout.virtual_pipeline
     for index in range(virtual):
         vp_stage = index if virtual > 1 else None

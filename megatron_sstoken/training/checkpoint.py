@@ -149,6 +149,7 @@ def load_checkpoint(
     for name, chunk in zip(_chunk_names(model), model.bare, strict=True):
         _load_chunk(chunk, state[name])
     if optimizer is not None:
+        model.needs_calibration = False  # the scales of the run are in its checkpoint
         _load_optimizer(optimizer, state["optimizer"])
     if scheduler is not None:
         scheduler.load_state_dict(state["scheduler"])
