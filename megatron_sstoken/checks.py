@@ -83,6 +83,23 @@ def problems_of(settings: Settings) -> list[str]:
     at_least("training.seed", settings.training.seed, 0)
     if settings.training.steps is not None:
         at_least("training.steps", settings.training.steps, 1)
+    layers_choose = settings.training.precision == "fp8" and settings.training.fp8_recipe != "delayed"
+    for name in ("fp8_first_bf16_layers", "fp8_last_bf16_layers"):
+        value = getattr(settings.training, name)
+        at_least(f"training.{name}", value, 0)
+        require(
+            value == 0 or layers_choose,
+            f"training.{name}={value} needs training.precision=fp8 and a training.fp8_recipe other than delayed: use 0",
+        )
+    require(
+        settings.model.implementation != "transformer_engine" or settings.training.precision != "fp32",
+        "model.implementation=transformer_engine computes in bf16 and fp8, not in training.precision=fp32: use "
+        "implementation=auto, or another precision",
+    )
+    require(
+        settings.model.implementation != "torch" or settings.training.precision != "fp8",
+        "model.implementation=torch cannot compute in training.precision=fp8: use implementation=auto",
+    )
     for name, value in (
         ("training.validate_every", settings.training.validate_every),
         ("checkpoint.save_every", settings.checkpoint.save_every),
@@ -119,6 +136,12 @@ def _check_lora(settings: Settings, require: Callable[[bool, str], None]) -> Non
     require(
         len(set(lora.targets)) == len(lora.targets), f"lora.targets={lora.targets} names a linear twice: use each once"
     )
+    for name, value in (("model.implementation", settings.model.implementation), ("training.precision", settings.training.precision)):
+        require(
+            lora.rank == 0 or value not in ("transformer_engine", "fp8"),
+            f"{name}={value} has no adapters, and lora.rank={lora.rank} asks for them: Transformer Engine fuses the norm into "
+            "the linears they would sit on; use model.implementation=auto and training.precision=bf16",
+        )
     if history.source != "adapters_off":
         return
     require(

@@ -34,6 +34,10 @@ class ModelSettings:
     vocabulary_multiple: int = 128
     """The vocabulary is padded to a multiple of this (and of the tensor parallel size); padded entries get no probability."""
 
+    implementation: Literal["auto", "transformer_engine", "torch"] = "auto"
+    """What layers are made of: NVIDIA's Transformer Engine (fused kernels, FlashAttention or cuDNN attention; needs a GPU) or
+    torch. auto: Transformer Engine where it can run and `training.precision` is not fp32."""
+
 
 @dataclass
 class ParallelSettings:
@@ -214,8 +218,21 @@ class TrainingSettings:
     seed: int = 1234
     """Seed of the data order, of random selection and of dropout."""
 
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Arithmetic of the model; losses, scores and optimizer state are fp32 in any case."""
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """Arithmetic of the model; losses, scores and optimizer state are fp32 in any case.
+
+    fp8: matrix products of the layers in FP8, all else as in bf16; needs Transformer Engine and a GPU that has FP8.
+    """
+
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 values are scaled: by the largest value of passes before (delayed), of the tensor itself (tensorwise), of
+    tiles of 128 (blockwise; Hopper and CUDA 12.9) or of 32 values (mxfp8; Blackwell)."""
+
+    fp8_first_bf16_layers: int = 0
+    """With fp8: so many of the first layers stay in bf16. Not with the delayed recipe."""
+
+    fp8_last_bf16_layers: int = 0
+    """With fp8: so many of the last layers stay in bf16. Not with the delayed recipe."""
 
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: none, attention only, or whole layers."""

@@ -4,6 +4,7 @@ import datetime
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -199,12 +200,18 @@ def agree_on_problems(problems: list[str]) -> None:
         raise SettingsError(union)
 
 
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether torch.distributed failed because of another process. gloo has no type for it but names its source file."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+
+
 def run_to_exit_code(body: Callable[[], None]) -> int:
     """Run `body()` and turn its outcome into an exit code; mistakes of users are printed once, without a traceback.
 
     SettingsError is raised alike on all processes and printed by rank 0; the others leave after that, for torchrun
     ends all processes as soon as one fails. Any other exception keeps its traceback: the others may be waiting in a
-    collective, and torchrun ends them.
+    collective, and torchrun ends them. Where the fault is another process that went away, perhaps on another node, that
+    is said below the traceback.
     """
     try:
         body()
@@ -218,5 +225,17 @@ def run_to_exit_code(body: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
+    except Exception as error:
+        if not is_lost_connection(error):
+            raise
+        traceback.print_exc()
+        print(
+            f"error: process {os.environ.get('RANK', '0')} lost the connection to another one, which has ended or cannot "
+            "be reached; the output of its node says why. Checkpoints so far are whole: start the same command on all "
+            "nodes again to go on from the newest.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1  # without leaving the groups, which would wait for the one that is gone
     stop_processes()
     return 0

@@ -16,8 +16,15 @@ from megatron_sstoken.data.batches import BatchShape, RowOrder, SampleSelection,
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.data.tokenizer import load_tokenizer
 from megatron_sstoken.model.families import Architecture, read_architecture
+from megatron_sstoken.model.implementation import (
+    arithmetic_of,
+    implementation_of,
+    machine_problems,
+    token_multiple,
+    transformer_engine_problem,
+)
 from megatron_sstoken.model.lora import describe_trained
-from megatron_sstoken.model.weights import HuggingFaceWeights, check_weights
+from megatron_sstoken.model.weights import HuggingFaceWeights, NoWeights, check_weights
 from megatron_sstoken.parallel import processes_problem
 from megatron_sstoken.selection.methods import METHODS
 from megatron_sstoken.training.checkpoint import adapter_problems, checkpoint_steps, read_run_state, resolve_checkpoint
@@ -48,6 +55,8 @@ class RunPlan:
     """Rows that training sees, over all epochs."""
     tapped_layers: tuple[int, ...]
     """Layers (from 1) whose attention is measured; empty if the method does not use it."""
+    notes: tuple[str, ...] = ()
+    """What a dry run lets pass: weights or devices that are not here yet."""
 
     @property
     def num_steps(self) -> int:
@@ -59,14 +68,23 @@ class RunPlan:
 
 
 class _Findings:
-    """Collects problems; a part that fails to open is None and what depends on it goes unchecked."""
+    """Collects problems; a part that fails to open is None and what depends on it goes unchecked.
 
-    def __init__(self, problems: list[str]):
+    In a dry run what this machine lacks is a note: the run may be meant for another machine.
+    """
+
+    def __init__(self, problems: list[str], dry_run: bool = False):
         self.problems = list(problems)
+        self.notes: list[str] = []
+        self._lacking = self.notes if dry_run else self.problems
 
     def require(self, holds: bool, message: str) -> None:
         if not holds:
             self.problems.append(message)
+
+    def lacks(self, messages: list[str]) -> None:
+        """Add what this machine lacks."""
+        self._lacking.extend(messages)
 
     def attempt(self, setting: str, action: Callable[[], T]) -> T | None:
         try:
@@ -76,14 +94,18 @@ class _Findings:
             return None
 
 
-def plan_run(settings: Settings, world_size: int) -> RunPlan:
-    """Check everything and work out the run. Raises SettingsError with every problem found."""
-    found = _Findings(problems_of(settings))
+def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> RunPlan:
+    """Check everything and work out the run. Raises SettingsError with every problem found.
+
+    With `dry_run` weights that are not there yet and devices that this machine lacks are notes of the plan instead.
+    """
+    found = _Findings(problems_of(settings), dry_run)
     found.require(world_size >= 1, f"world_size={world_size} is too small: use 1 or more")
     if found.problems:
         raise SettingsError(found.problems)
     architecture = found.attempt("model.hf_path", lambda: read_architecture(settings.model.hf_path or ""))
     data_size = _check_processes(settings, world_size, found)
+    found.lacks(machine_problems(settings))
     if architecture:
         _check_model(settings, architecture, found)
     train = _open_data("data.train", settings.data.train, settings, architecture, found, shuffle=settings.data.shuffle)
@@ -115,6 +137,7 @@ def plan_run(settings: Settings, world_size: int) -> RunPlan:
         shape=shape,
         num_rows=num_rows,
         tapped_layers=_tapped_layers(settings, architecture),
+        notes=tuple(found.notes),
     )
 
 
@@ -212,14 +235,55 @@ def _check_model(settings: Settings, a: Architecture, found: _Findings) -> None:
         f"selection.layer={settings.selection.layer} names a layer twice in a model of {a.num_layers} layers: "
         f"use each once",
     )
+    _check_fp8(settings, a, found)
     if settings.model.checkpoint is None:
-        found.attempt("model.hf_path", lambda: check_weights(HuggingFaceWeights(settings.model.hf_path or ""), a))
+        _check_weights("model.hf_path", settings.model.hf_path or "", a, found)
     if settings.history.hf_path and METHODS[settings.selection.method].needs_history:
         path = settings.history.hf_path
         history = found.attempt("history.hf_path", lambda: read_architecture(path))
         if history is not None:
             _check_split("history", history, settings, found)
-            found.attempt("history.hf_path", lambda: check_weights(HuggingFaceWeights(path), history))
+            _check_weights("history.hf_path", path, history, found)
+
+
+def _check_weights(setting: str, path: str, a: Architecture, found: _Findings) -> None:
+    try:
+        weights = HuggingFaceWeights(path)
+    except NoWeights as error:
+        found.lacks([f"{setting}: {error}"])
+    except (ValueError, OSError) as error:
+        found.problems.append(f"{setting}: {error}")
+    else:
+        found.attempt(setting, lambda: check_weights(weights, a))
+
+
+def _check_fp8(settings: Settings, a: Architecture, found: _Findings) -> None:
+    """Whether FP8's tiles fit the matrices that a rank holds, and enough layers are left."""
+    training, parallel = settings.training, settings.parallel
+    if training.precision != "fp8":
+        return
+    multiple, tensor = token_multiple(training), parallel.tensor
+    widths = {
+        "hidden_size": a.hidden_size,
+        "intermediate_size": a.ffn_hidden_size // tensor,
+        "num_attention_heads × head_dim": a.num_attention_heads * a.head_dim // tensor,
+        "(num_attention_heads + 2 · num_key_value_heads) × head_dim": (a.num_attention_heads + 2 * a.num_query_groups)
+        * a.head_dim
+        // tensor,
+    }
+    for name, width in widths.items():
+        found.require(
+            width % multiple == 0,
+            f"training.fp8_recipe={training.fp8_recipe} needs multiples of {multiple}; model.{name} leaves a rank "
+            f"{width} with parallel.tensor={tensor}: use a smaller parallel.tensor or another recipe",
+        )
+    per_stage = a.num_layers // parallel.pipeline
+    for name in ("fp8_first_bf16_layers", "fp8_last_bf16_layers"):
+        value = getattr(training, name)
+        found.require(
+            value <= per_stage,
+            f"training.{name}={value} is more than the {per_stage} layers of a pipeline stage: use {per_stage} or less",
+        )
 
 
 def _open_data(
@@ -314,6 +378,7 @@ def _batch_shape(settings: Settings, data_size: int, found: _Findings) -> BatchS
         tensor=parallel.tensor,
         context=parallel.context,
         sequence=parallel.sequence,
+        tokens_multiple=token_multiple(training),
     )
 
 
@@ -405,11 +470,23 @@ def describe(plan: RunPlan) -> str:
         ("steps", f"{plan.num_steps:,} ({plan.num_rows / rows_per_epoch:.3g} epochs)"),
         ("selection", _describe_selection(s)),
         ("trained", describe_trained(a, s.lora)),
-        ("precision", s.training.precision),
+        ("layers", _describe_layers(s)),
+        ("precision", arithmetic_of(s)),
         ("checkpoints", s.checkpoint.directory or "none"),
     ]
+    rows += [("note", note) for note in plan.notes]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _describe_layers(settings: Settings) -> str:
+    """What the layers are made of and, where nobody said, why."""
+    implementation = implementation_of(settings)
+    if settings.model.implementation != "auto":
+        return implementation
+    if settings.training.precision == "fp32":
+        return f"{implementation} (fp32)"
+    return f"{implementation} ({transformer_engine_problem() or 'transformer_engine can run'})"
 
 
 def _describe_selection(settings: Settings) -> str:

@@ -183,14 +183,25 @@ class BatchShape:
 
 
 def batch_shape(
-    micro_batch_size: int, global_batch_size: int, data_size: int, *, tensor: int, context: int, sequence: bool
+    micro_batch_size: int,
+    global_batch_size: int,
+    data_size: int,
+    *,
+    tensor: int,
+    context: int,
+    sequence: bool,
+    tokens_multiple: int = 1,
 ) -> BatchShape:
-    """The shape for a layout. Rows are multiples of 64 at least, so that the number of shapes stays small."""
+    """The shape for a layout. Rows are multiples of 64 at least, so that the number of shapes stays small.
+
+    What one rank holds of a row is a multiple of `tokens_multiple`.
+    """
+    parts = context * (tensor if sequence else 1)
     return BatchShape(
         micro_batch_size,
         global_batch_size,
         data_size,
-        row_multiple=math.lcm(64, 2 * context * (tensor if sequence else 1)),
+        row_multiple=math.lcm(64, 2 * parts, tokens_multiple * parts),
         sample_multiple=2 * context if context > 1 else 1,
     )
 

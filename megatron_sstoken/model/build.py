@@ -23,6 +23,7 @@ from megatron_sstoken.device import compute_device, have_cuda
 from megatron_sstoken.model.attention import AttentionProbe
 from megatron_sstoken.model.families import Architecture, Split, rope_inverse_frequencies
 from megatron_sstoken.model.head import NOT_SCORED, selective_head, vocabulary_parallel_loss
+from megatron_sstoken.model.implementation import fp8_options, fusion_options, implementation_of
 from megatron_sstoken.model.lora import adapted_linears, base_parameters, prepare_adapters
 from megatron_sstoken.model.spec import block_spec
 from megatron_sstoken.model.weights import HuggingFaceWeights, load_hugging_face, rules_of_chunk
@@ -85,6 +86,9 @@ class Model:
     scores_context: bool = False
     """Whether losses of context tokens are wanted, too."""
 
+    needs_calibration: bool = False
+    """FP8's delayed recipe knows no scales yet: the first pass must be one that only finds them."""
+
     @property
     def tapped_chunks(self) -> list[tuple[int, int]]:
         """Where the measured layers lie: (pipeline stage, model chunk on that stage), each once.
@@ -124,9 +128,10 @@ class Model:
 
 
 def transformer_config(architecture: Architecture, settings: Settings, layout: Layout) -> TransformerConfig:
-    """megatron's configuration for this architecture, layout and precision."""
+    """megatron's configuration for this architecture, layout, implementation and precision."""
     a, parallel, training = architecture, settings.parallel, settings.training
-    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+    dtype = torch.float32 if training.precision == "fp32" else torch.bfloat16
+    implementation = implementation_of(settings)
     recompute_settings: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -162,13 +167,9 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
         # The weights are read from a checkpoint: nothing is drawn at random.
         perform_initialization=False,
         use_cpu_initialization=not have_cuda(),
-        # Fusions need apex or Transformer Engine.
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        persist_layer_norm=False,
-        apply_rope_fusion=False,
+        transformer_impl="local" if implementation == "torch" else implementation,
+        **fusion_options(implementation),
+        **fp8_options(training),
         # Σ over selected ÷ number selected in the global batch: megatron divides once, after the last micro-batch.
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
@@ -216,6 +217,7 @@ def build_model(
         bare=[],
         tapped_layers=tapped_layers,
         scores_context=settings.logging.context_loss,
+        needs_calibration=bool(config.fp8) and config.fp8_recipe == "delayed",
     )
     virtual = layout.virtual_pipeline
     for index in range(virtual):

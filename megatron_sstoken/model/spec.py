@@ -1,6 +1,9 @@
 """Which modules the layers are made of: megatron's own specs with our parts in the places made for that."""
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
@@ -19,19 +22,27 @@ def block_spec(
     layout: Layout,
     lora: LoraSettings,
 ) -> TransformerBlockSubmodules:
-    """megatron's local layer spec with our norm and core attention in place of those that need apex or refuse packs, and
-    with adapters where `lora` asks for them."""
-    spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
-    )
-    layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    if config.qk_layernorm:
-        layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = RMSNorm
-    layer.self_attention.submodules.core_attention = core_attention_builder(
-        TorchCoreAttention, frozenset(tapped_layers), probe
-    )
+    """The layers of one model chunk, made as `config.transformer_impl` says, with a tap around the core attention.
+
+    `transformer_engine`: megatron's spec for it. `local`: megatron's spec for torch, with our norm and core attention in
+    place of those that need apex or refuse packs, and with adapters where `lora` asks for them.
+    """
+    kind = {"num_experts": config.num_moe_experts, "qk_layernorm": config.qk_layernorm}
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        spec, norm = get_gpt_layer_with_transformer_engine_spec(**kind), TENorm
+        core_attention = spec.submodules.self_attention.submodules.core_attention
+    else:
+        spec, norm = get_gpt_layer_local_spec(normalization="RMSNorm", **kind), RMSNorm
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+        if config.qk_layernorm:
+            spec.submodules.self_attention.submodules.q_layernorm = norm
+            spec.submodules.self_attention.submodules.k_layernorm = norm
+        core_attention = TorchCoreAttention
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = core_attention_builder(core_attention, frozenset(tapped_layers), probe)
     if lora.rank:
-        adapt_layer(layer, config, lora)
+        adapt_layer(spec.submodules, config, lora)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=layout.pipeline_rank)
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)

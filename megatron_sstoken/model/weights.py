@@ -17,10 +17,15 @@ from megatron_sstoken.model.lora import base_parameters
 _EMBEDDING_NAME, _HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 
 
+class NoWeights(ValueError):
+    """A folder holds no safetensors at all."""
+
+
 class HuggingFaceWeights:
     """The tensors of a Hugging Face folder, by name, read lazily.
 
-    Raises ValueError where the folder has no safetensors, a file of the index is missing or a tensor is unknown.
+    Raises ValueError where the folder has no safetensors (`NoWeights`), a file of the index is missing or a tensor is
+    unknown.
     """
 
     def __init__(self, hf_path: str):
@@ -34,7 +39,7 @@ class HuggingFaceWeights:
         elif os.path.isfile(single):
             self._file_of = dict.fromkeys(self._opened("model.safetensors").keys(), "model.safetensors")
         else:
-            raise ValueError(
+            raise NoWeights(
                 f"{hf_path} has neither model.safetensors nor model.safetensors.index.json: save the model with "
                 "save_pretrained (pickled .bin weights are not read)"
             )
@@ -239,7 +244,17 @@ def rules_of_chunk(model: Any, architecture: Architecture) -> dict[str, tuple[We
             table[name] = (rule, 0)
     if architecture.tied_embeddings:  # the last of several pipeline stages holds a copy of the embedding as its head
         table["output_layer.weight"] = table["embedding.word_embeddings.weight"]
-    return {name: entry for name, entry in table.items() if name in held}
+    named = {_name_with_fused_norms(name, held): entry for name, entry in table.items()}
+    return {name: entry for name, entry in named.items() if name in held}
+
+
+def _name_with_fused_norms(name: str, held: set[str]) -> str:
+    """`name` as the chunk has it: Transformer Engine keeps a norm inside the linear layer that follows it."""
+    for norm, linear in (("input_layernorm.", "self_attention.linear_qkv."), ("pre_mlp_layernorm.", "mlp.linear_fc1.")):
+        fused = name.replace(norm, f"{linear}layer_norm_")
+        if fused in held:
+            return fused
+    return name
 
 
 @torch.no_grad()

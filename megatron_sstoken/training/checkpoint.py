@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -25,6 +26,7 @@ from megatron_sstoken.model.lora import is_adapter
 
 _STATE_FILE = "sstoken.json"
 _NAME = re.compile(r"step_(\d+)")
+_EXTRA = "_extra_state"  # Transformer Engine's name for the scales and largest values of FP8 training
 
 
 @dataclass(frozen=True)
@@ -172,17 +174,35 @@ def load_checkpoint(
     same_split = read_split(folder) == _split(model)
     if optimizer is not None and same_split:
         wanted["random"] = _random_states(model)
-    state: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
+    state, _, absent = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RETURN_UNEXPECTED)
+    _require_only_extra(absent, folder)
     for name, chunk in zip(_chunk_names(model), model.bare, strict=True):
-        missing, unknown = chunk.load_state_dict(state[name], strict=False)
-        assert not unknown and all(is_adapter(name) != adapters for name in missing), (missing, unknown)
+        _load_chunk(chunk, state[name], adapters=adapters)
     if optimizer is not None:
+        model.needs_calibration = False  # the scales of the run are in its checkpoint
         _load_optimizer(optimizer, state["optimizer"])
     if scheduler is not None:
         scheduler.load_state_dict(state["scheduler"])
     if "random" in wanted:
         _set_random_states(state["random"])
     return read_run_state(folder)
+
+
+def _load_chunk(chunk: torch.nn.Module, state: dict[str, Any], *, adapters: bool) -> None:
+    """Load the adapters of a chunk, or every weight but them.
+
+    Transformer Engine's state of FP8 scaling is taken where it is there.
+    """
+    keys = chunk.load_state_dict(state, strict=False)
+    needed = [name for name in keys.missing_keys if is_adapter(name) == adapters and not name.endswith(_EXTRA)]
+    wrong = [*keys.unexpected_keys, *needed]
+    assert not wrong, f"weights that do not fit the model: {wrong}"
+
+
+def _require_only_extra(absent: set[str], folder: Path) -> None:
+    """Raise SettingsError where a checkpoint lacks more than state of FP8 scaling, which not every run has."""
+    if lacking := sorted(name for name in absent if not name.endswith(_EXTRA)):
+        raise SettingsError([f"{folder} lacks {', '.join(lacking[:5])}: it is of another model, or damaged"])
 
 
 def check_identity(folder: Path, expected: RunIdentity, num_rows: int, lora: LoraSettings) -> None:

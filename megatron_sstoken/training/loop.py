@@ -25,6 +25,7 @@ from megatron_sstoken.training.checkpoint import (
     read_run_state,
     save_checkpoint,
 )
+from megatron_sstoken.training.interrupt import StopRequest
 from megatron_sstoken.training.metrics import StepLogger, StepMetrics, summarize
 from megatron_sstoken.training.scoring import selector_of, validation_loss
 from megatron_sstoken.training.selector import train_on_selected
@@ -115,7 +116,16 @@ def create_trainer(plan: RunPlan, layout: Layout, model: Model, history: TokenCo
 
 
 def train(trainer: Trainer) -> None:
-    """Run the remaining steps; validate, write records and save as the settings say. All ranks call it."""
+    """Run the remaining steps; validate, write records and save as the settings say. All ranks call it.
+
+    Asked to stop by SIGTERM or SIGUSR1, it ends after the step it is in, with a checkpoint of it.
+    """
+    with StopRequest() as stop:
+        _train_until_asked_to_stop(trainer, stop)
+    trainer.logger.close()
+
+
+def _train_until_asked_to_stop(trainer: Trainer, stop: StopRequest) -> None:
     settings, plan = trainer.settings, trainer.plan
     trainer.model.train(True)
     trainer.logger.pause()
@@ -125,16 +135,19 @@ def train(trainer: Trainer) -> None:
         trainer.step = done = number + 1
         trainer.logger.step(done, metrics, gradient_norm, rate)
         last = done == plan.num_steps
+        stopping = stop.agreed(trainer.layout) and not last
         if is_due(done, settings.logging.records_every):
             _write_step_records(trainer, reports, done)
-        if plan.validation and (last or is_due(done, settings.training.validate_every)):
+        if plan.validation and not stopping and (last or is_due(done, settings.training.validate_every)):
             loss = validation_loss(trainer.model, plan.validation, plan, trainer.layout)
             trainer.logger.say(f"validation after step {done}: loss {loss:.4f}")
             trainer.logger.scalars(done, {"loss/validation": loss})
-        if settings.checkpoint.directory and (last or is_due(done, settings.checkpoint.save_every)):
+        if settings.checkpoint.directory and (last or stopping or is_due(done, settings.checkpoint.save_every)):
             save(trainer)
+        if stopping:
+            trainer.logger.say(f"asked to stop: ended after step {done} of {plan.num_steps}; start again to go on")
+            return
         trainer.logger.pause()
-    trainer.logger.close()
 
 
 def is_due(step: int, every: int) -> bool:

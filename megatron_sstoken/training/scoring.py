@@ -13,6 +13,7 @@ from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.data.batches import BatchLoader, Packing, RowOrder
 from megatron_sstoken.data.store import TokenColumn, TokenColumnWriter
 from megatron_sstoken.model.build import Model, broadcast_object
+from megatron_sstoken.model.implementation import arithmetic_of
 from megatron_sstoken.parallel import Layout
 from megatron_sstoken.plan import DataPlan, RunPlan
 from megatron_sstoken.report.records import RecordWriter, gather_columns
@@ -60,7 +61,7 @@ def open_history(plan: RunPlan, layout: Layout) -> TokenColumn | None:
         history_identity(
             plan.train.store.manifest,
             weights_fingerprint=weights.fingerprint() if layout.rank == 0 else "",
-            precision=plan.settings.training.precision,
+            precision=arithmetic_of(plan.settings),
             scored_length=int(plan.train.samples.lengths.max()),
             num_scored=len(plan.train.samples.indices),
         ),

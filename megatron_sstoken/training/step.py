@@ -97,6 +97,22 @@ def score_batch(model: Model, batches: list[TokenBatch], select: SelectMicroBatc
         return _run(model, batches, loss_function, forward_only=True)
 
 
+def _calibrate(model: Model, batches: list[TokenBatch]) -> None:
+    """Pass once through the batches for the scales of FP8's delayed recipe alone.
+
+    They start at 1, too coarse for weights around 0.02, and Transformer Engine renews them only after passes with gradients
+    on: a history pass, which has none, would never leave the start.
+    """
+    model.needs_calibration = False
+    with torch.enable_grad():
+        _run(
+            model,
+            batches,
+            lambda losses, report, index: (losses.sum(), losses.new_zeros((), dtype=torch.int), {}),
+            forward_only=True,
+        )
+
+
 def _run(
     model: Model,
     batches: list[TokenBatch],
@@ -105,6 +121,8 @@ def _run(
     **schedule_options: Any,
 ) -> list[TokenReport]:
     """One pass through the schedule. `scored`: bool [T] a micro-batch, the tokens with a loss; default: all responses."""
+    if model.needs_calibration:
+        _calibrate(model, batches)
     device, layout = compute_device(), model.layout
     batches = [batch.to(device) for batch in batches]
     scored = scored or [_scored_tokens(batch, model.scores_context) for batch in batches]

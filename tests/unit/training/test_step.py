@@ -193,7 +193,7 @@ def run_as_megatron(monkeypatch, chunk: Chunk, **model):
     monkeypatch.setattr(step, "get_forward_backward_func", lambda: schedule)
     layout = SimpleNamespace(context_size=1, context_rank=0, is_last_stage=True, pipeline_rank=0)
     whole = {"chunks": [chunk], "probes": [AttentionProbe()], "tapped_layers": (), "layout": layout}
-    return SimpleNamespace(**(whole | {"scores_context": False} | model)), handed
+    return SimpleNamespace(**(whole | {"scores_context": False, "needs_calibration": False} | model)), handed
 
 
 def select_these(*masks: list[int]) -> list[Selection]:
@@ -359,3 +359,19 @@ def test_attention_is_the_mean_over_heads_and_measured_layers(monkeypatch, alone
         assert torch.equal(contexts[number], batch.context)
         torch.testing.assert_close(report.attention, (masses[number, 0] + masses[number, 1]) / 8)
     assert probe.context is None and probe.masses == {}
+
+
+def test_delayed_scales_are_found_once_before_the_first_pass_with_gradients_on(monkeypatch):
+    batch = make_batch(TURNS, 8)
+    with_gradients = []
+
+    class Recording(Chunk):
+        def __call__(self, *arguments, **keywords):
+            with_gradients.append(torch.is_grad_enabled())
+            return super().__call__(*arguments, **keywords)
+
+    model, _ = run_as_megatron(monkeypatch, Recording([torch.rand(24)] * 4), needs_calibration=True)
+    for _ in range(2):
+        (report,) = score_batch(model, [batch])
+        assert isinstance(report, TokenReport)
+    assert with_gradients == [True, False, False]

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Fine-tune on the GPUs of one machine.
+#
+#   bash pretrain_scripts/node.sh Llama-3.1-8B [--section.key=value …] [--dry_run]
+#
+# GPUS: how many (default: 8).
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+
+GPUS="${GPUS:-8}"
+launch "$GPUS" --standalone --nproc-per-node="$GPUS" -- "$@"

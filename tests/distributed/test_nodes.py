@@ -1,0 +1,121 @@
+"""Two "nodes" on one machine: two torchrun agents that meet through a rendezvous, as on two machines; and being stopped."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from megatron_sstoken.training.checkpoint import checkpoint_steps
+from tests import cli
+from tests.distributed_runner import run_distributed
+from tests.workbench import free_port, make_model, make_samples, make_settings, make_store, make_trainer
+
+NUM_STEPS, SAVE_EVERY, PATIENCE = 12, 4, 100
+
+
+def make_run(folder, directory, **changes):
+    """Settings of a run that saves often, on the model and data in `folder`."""
+    return make_settings(
+        str(folder / "model"),
+        str(folder / "data"),
+        training__global_batch_size=4,
+        training__steps=NUM_STEPS,
+        checkpoint__directory=str(directory),
+        checkpoint__save_every=SAVE_EVERY,
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nodes")
+    make_model(folder / "model")
+    make_store(folder / "data", make_samples(24, seed=3))
+    return folder
+
+
+def start_nodes(settings) -> list[subprocess.Popen]:
+    """Two agents of two processes, started as users start them on two machines; output is captured."""
+    shared = {"GPUS": "2", "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"GLOO_SOCKET_IFNAME": "lo", "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    command = ["bash", "pretrain_scripts/nodes.sh", "quickstart", *cli.settings_arguments(settings)]
+    return [
+        subprocess.Popen(
+            command,
+            env=cli.environment() | shared | {"NODE_RANK": str(number)},
+            cwd=cli.ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+
+
+def finish(nodes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Exit code and output of each agent; none may hang."""
+    try:
+        return [(node.wait(PATIENCE), output) for node in nodes for output in [node.communicate(timeout=PATIENCE)[0]]]
+    finally:
+        for node in nodes:
+            node.kill()
+
+
+def wait_for_step(directory, step: int, nodes: list[subprocess.Popen]) -> None:
+    """Return once a checkpoint of at least `step` is complete."""
+    deadline = time.monotonic() + PATIENCE
+    while max(checkpoint_steps(directory), default=0) < step:
+        assert time.monotonic() < deadline and all(node.poll() is None for node in nodes), "nodes should be training"
+        time.sleep(0.005)
+
+
+def test_a_lost_node_ends_the_other_and_a_restart_equals_one_agent(folder, tmp_path):
+    directory = tmp_path / "nodes"
+    settings = make_run(folder, directory, parallel__tensor=2)
+    nodes = start_nodes(settings)
+    wait_for_step(directory, SAVE_EVERY, nodes)
+    for process in [*psutil.Process(nodes[1].pid).children(recursive=True), nodes[1]]:
+        process.kill()  # as when the machine is gone: no agent is left to tell the other
+    since = time.monotonic()
+    (code, output), _ = finish(nodes)
+    assert code != 0 and time.monotonic() - since < PATIENCE / 2
+    assert re.search(r"error: process \d lost the connection to another one", output), output[-3000:]
+    assert "start the same command on all nodes again" in output
+    assert max(checkpoint_steps(directory)) < NUM_STEPS, "killed too late to show anything"
+
+    for code, output in finish(start_nodes(settings)):
+        assert code == 0, output[-3000:]
+    alone = make_run(folder, tmp_path / "alone", parallel__tensor=2)
+    result = cli.run(cli.torchrun_command(4, "megatron_sstoken.train", *cli.settings_arguments(alone)))
+    assert result.returncode == 0, result.stderr
+    found, whole = (cli.scalars(tmp_path / name / "logs", "loss/selected") for name in ("nodes", "alone"))
+    assert set(found) == set(range(1, NUM_STEPS + 1))
+    assert found == whole
+
+
+def train_until_signal(rank, settings, at_step):
+    """On each rank: train, the second rank being sent SIGTERM in the middle of a step; the number of steps done."""
+    from megatron_sstoken.training.loop import train
+
+    trainer = make_trainer(settings)
+    load = trainer.loader.load
+
+    def load_and_signal(number):
+        if rank == 1 and number == at_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load(number)
+
+    trainer.loader.load = load_and_signal
+    train(trainer)
+    return trainer.step, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_sigterm_to_one_process_ends_all_after_the_same_step_with_a_checkpoint(folder, tmp_path):
+    results = run_distributed(train_until_signal, 2, make_run(folder, tmp_path / "run"), SAVE_EVERY + 1)
+    assert results == [(SAVE_EVERY + 2, True)] * 2
+    assert max(checkpoint_steps(tmp_path / "run")) == SAVE_EVERY + 2
