@@ -119,6 +119,18 @@ def create_layout(settings: ParallelSettings, seed: int) -> Layout:
 
     Raises SettingsError if the sizes do not divide the number of processes.
     """
+    groups = create_groups(settings, seed)
+    return Layout(
+        groups=groups,
+        data=groups.dp,
+        control=dist.new_group(backend="gloo"),
+        virtual_pipeline=settings.virtual_pipeline,
+        handover=_stage_groups(groups.pp, settings.virtual_pipeline) if settings.pipeline > 1 else (),
+    )
+
+
+def create_groups(settings: ParallelSettings, seed: int) -> ProcessGroupCollection:
+    """megatron's own process groups and random states; the part of `create_layout` that works on any backend."""
     model_processes = settings.tensor * settings.pipeline * settings.context
     if dist.get_world_size() % model_processes:
         raise SettingsError([processes_problem(settings, dist.get_world_size())])
@@ -130,14 +142,7 @@ def create_layout(settings: ParallelSettings, seed: int) -> Layout:
         create_gloo_process_groups=have_cuda(),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    return Layout(
-        groups=groups,
-        data=parallel_state.get_data_parallel_group(),
-        control=dist.new_group(backend="gloo"),
-        virtual_pipeline=settings.virtual_pipeline,
-        handover=_stage_groups(groups.pp, settings.virtual_pipeline) if settings.pipeline > 1 else (),
-    )
+    return ProcessGroupCollection.use_mpu_process_groups()
 
 
 def _stage_groups(own: dist.ProcessGroup, number: int) -> tuple[dist.ProcessGroup, ...]:
