@@ -89,7 +89,12 @@ class TorchCoreAttention(torch.nn.Module):
         return gathered.index_select(0, order)
 
     def _attend_to_sample(self, query, key, value):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
+        return self._attend(query, key, value, is_causal=True)
+
+    def _attend(self, query, key, value, **which):
+        """SDPA of [heads, tokens, head_dim]. Its kernels that do not build S×S want a batch dimension."""
+        query, key, value = (tensor.unsqueeze(0) for tensor in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value, scale=self.scale, **which).squeeze(0)
 
     def _attend_in_chunks(self, query, key, value):
         """This rank's two chunks of a sample, each to all that stands before it."""
@@ -98,11 +103,7 @@ class TorchCoreAttention(torch.nn.Module):
         for chunk, part in zip((rank, 2 * self.context_group.size() - 1 - rank), query.split(size, dim=1), strict=True):
             first, last = chunk * size, (chunk + 1) * size
             visible = torch.ones(size, last, dtype=torch.bool, device=query.device).tril(diagonal=first)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    part, key[:, :last], value[:, :last], attn_mask=visible, scale=self.scale
-                )
-            )
+            outputs.append(self._attend(part, key[:, :last], value[:, :last], attn_mask=visible))
         return torch.cat(outputs, dim=1)
 
 

@@ -246,3 +246,18 @@ def test_a_checkpoint_does_not_see_the_tap(tapped):
 
     wrapped = TappedCoreAttention(Stateful(), LAYER, AttentionProbe())
     assert wrapped.sharded_state_dict("layer.", (1,), {"a": 2}) == {"layer.scale": ((1,), {"a": 2})}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_quadratic_is_kept_for_the_backward_pass(dtype):
+    tokens, heads = 256, 2
+    qkv = [torch.randn(tokens, heads, HEAD_DIM, dtype=dtype).requires_grad_() for _ in range(3)]
+    kept: list[int] = []
+
+    def note(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        make_core()(*qkv, None, packed_seq_params=sample_bounds([tokens], CPU))
+    assert kept and max(kept) <= tokens * heads * HEAD_DIM
