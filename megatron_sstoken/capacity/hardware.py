@@ -52,8 +52,8 @@ GPUS: dict[str, GPU] = {
 class Assumptions:
     """What of the datasheets is reached, and what cannot be worked out. All are printed beside a result.
 
-    `matmul` and `attention` were set so that Llama-3-8B on 8 H100 in FP8 gives its published throughput (see
-    docs/planning.md); the others are customary values, not measured by this project.
+    `matmul_fp8` was set so that Llama-3-8B on 8 H100 in FP8 comes within 2 % of its published throughput (see
+    docs/planning.md); the others are customary values. None was measured by this project.
     """
 
     matmul: float = 0.68

@@ -1,5 +1,6 @@
 """Plans for people, in 120 columns."""
 
+import textwrap
 from dataclasses import asdict, fields
 
 from megatron_sstoken.capacity.hardware import GIB, Assumptions
@@ -20,7 +21,7 @@ def verdict(plan: Plan) -> str:
     text = f"stage {plan.peak.stage} needs {peak:.1f} GiB of the {limit:.1f} GiB of a {plan.gpu.name}"
     if plan.excess <= 0:
         return f"fits: {text}, {-plan.excess / GIB:.1f} GiB to spare"
-    return f"does not fit: {text}, {plan.excess / GIB:.1f} GiB too much; --propose lists layouts that fit"
+    return f"does not fit: {text}, {plan.excess / GIB:.1f} GiB too much\n(--propose lists layouts that fit)"
 
 
 def describe_layout(w: Workload) -> str:
@@ -88,15 +89,14 @@ def _speed(plan: Plan) -> str:
 def describe_assumptions(plan: Plan) -> str:
     """Every assumption in force, and the datasheet."""
     gpu, values = plan.gpu, asdict(plan.assumptions)
-    shares = ", ".join(
-        f"{field.name} {values[field.name]:.3g}" for field in fields(Assumptions) if field.name != "framework_bytes"
+    shares = [f"{field.name} {values[field.name]:.3g}" for field in fields(Assumptions)]
+    shares[-2] = f"framework_bytes {values['framework_bytes'] / GIB:.3g} GiB"
+    rates = (
+        f"bf16 {gpu.bf16 / 1e12:.0f}, FP8 {gpu.fp8 / 1e12:.0f} TFLOP/s dense; memory "
+        f"{gpu.memory_bandwidth / 1e12:.2f} TB/s; NVLink {gpu.nvlink / 1e9:.0f}, network {gpu.network / 1e9:.0f} GB/s"
     )
-    return (
-        f"Assumed  {shares}, framework_bytes {values['framework_bytes'] / GIB:.3g} GiB\n"
-        f"         bf16 {gpu.bf16 / 1e12:.0f}, FP8 {gpu.fp8 / 1e12:.0f} TFLOP/s dense; memory "
-        f"{gpu.memory_bandwidth / 1e12:.2f} TB/s; NVLink {gpu.nvlink / 1e9:.0f}, network {gpu.network / 1e9:.0f} GB/s\n"
-        f"         {gpu.source}"
-    )
+    lines = [line for text in (", ".join(shares), rates, gpu.source) for line in textwrap.wrap(text, 110)]
+    return "\n".join(f"{'' if number else 'Assumed':<9}{line}" for number, line in enumerate(lines))
 
 
 def describe_proposals(plans: list[Plan]) -> str:
