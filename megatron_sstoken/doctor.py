@@ -24,7 +24,9 @@ PACKAGES = (
     "torch megatron-core transformer-engine transformer-engine-torch apex flash-attn triton transformers tokenizers "
     "safetensors sentencepiece pyarrow jsonargparse tensorboard psutil numpy".split()
 )
-REQUIRED = "torch megatron-core transformers safetensors sentencepiece pyarrow jsonargparse tensorboard psutil numpy".split()
+REQUIRED = (
+    "torch megatron-core transformers safetensors sentencepiece pyarrow jsonargparse tensorboard psutil numpy".split()
+)
 INTERFACES = (
     "GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME NCCL_IB_HCA NCCL_IB_DISABLE NCCL_P2P_DISABLE NCCL_DEBUG MASTER_ADDR "
     "MASTER_PORT CUDA_DEVICE_MAX_CONNECTIONS OMP_NUM_THREADS SSTOKEN_DEVICE".split()
@@ -168,7 +170,9 @@ def diagnose(machine: Machine) -> Diagnosis:
             "start the container with --shm-size=16g"
         )
     if machine.disk < LITTLE_DISK:
-        found.warnings.append(f"the disk has {machine.disk / 2**30:.1f} GiB free: checkpoints need 14 bytes a parameter")
+        found.warnings.append(
+            f"the disk has {machine.disk / 2**30:.1f} GiB free: checkpoints need 14 bytes a parameter"
+        )
     if machine.environment.get("SSTOKEN_DEVICE") == "cpu" and machine.gpus:
         found.warnings.append("SSTOKEN_DEVICE=cpu hides the GPUs: unset it to use them")
     found.components = _components(machine)

@@ -68,6 +68,8 @@ class Assumptions:
     """Share of the link rates that collectives reach."""
     tensor_exposed: float = 1.0
     """Share of the tensor parallel communication that computation does not hide (1: no overlap)."""
+    context_exposed: float = 0.2
+    """The same of context parallel transfers in Transformer Engine; the torch path hides none."""
     framework_bytes: float = 3 * GIB
     """CUDA context, libraries' workspaces, NCCL buffers."""
     fragmentation: float = 0.05

@@ -248,4 +248,6 @@ def memory_of(w: Workload, assumptions: Assumptions) -> list[StageMemory]:
     return [stage_memory(w, stage, assumptions) for stage in range(w.pipeline)]
 
 
-BYTE_FIELDS = tuple(field.name for field in fields(StageMemory) if field.name not in ("stage", "parameters", "trainable"))
+BYTE_FIELDS = tuple(
+    field.name for field in fields(StageMemory) if field.name not in ("stage", "parameters", "trainable")
+)

@@ -101,11 +101,13 @@ def describe_assumptions(plan: Plan) -> str:
 
 def describe_proposals(plans: list[Plan]) -> str:
     """A table, best first."""
-    header = f"{'layout':<62}{'micro':>6} {'recompute':<10}{'GiB':>7}{'step s':>8}{'tokens/s/GPU':>13}{'TFLOP/s':>9}"
-    rows = [
-        f"{describe_layout(plan.workload):<62}{plan.workload.micro_batch_size:>6} {plan.workload.recompute:<10}"
-        f"{plan.peak.total / GIB:>7.1f}{plan.speed.step:>8.2f}{plan.speed.tokens_per_gpu:>13,.0f}"
-        f"{plan.speed.tflops_per_gpu:>9.0f}"
-        for plan in plans
-    ]
-    return "\n".join([header, *rows])
+    columns = ("tensor", "pipeline", "virtual_pipeline", "context", "data", "micro_batch_size", "recompute")
+    header = "".join(f"{name:>{len(name) + 2}}" for name in columns)
+    rows = [f"{header}{'GiB':>8}{'step s':>9}{'tokens/s/GPU':>14}{'TFLOP/s':>9}"]
+    for plan in plans:
+        cells = "".join(f"{getattr(plan.workload, name):>{len(name) + 2}}" for name in columns)
+        rows.append(
+            f"{cells}{plan.peak.total / GIB:>8.1f}{plan.speed.step:>9.2f}{plan.speed.tokens_per_gpu:>14,.0f}"
+            f"{plan.speed.tflops_per_gpu:>9.0f}"
+        )
+    return "\n".join([*rows, "(tensor parallel with sequence parallel)"])

@@ -131,7 +131,8 @@ def speed_of(w: Workload, gpu: GPU, assumptions: Assumptions) -> Speed:
             name = traffic.kind if traffic.kind != "data" else f"data {traffic.operation}"
             seconds[name] = seconds.get(name, 0.0) + transfer_seconds(traffic, gpu, assumptions)
         seconds["tensor"] = seconds.get("tensor", 0.0) * assumptions.tensor_exposed
-        seconds["context"] = seconds.get("context", 0.0) * (1.0 if w.implementation == "torch" else 0.2)
+        exposed = 1.0 if w.implementation == "torch" else assumptions.context_exposed
+        seconds["context"] = seconds.get("context", 0.0) * exposed
         stages.append(seconds)
     busy = [sum(one[kind] for kind in ("compute", "tensor", "context")) for one in stages]
     worst = max(range(w.pipeline), key=busy.__getitem__)
