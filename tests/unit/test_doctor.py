@@ -82,6 +82,7 @@ def test_a_module_that_fails_does_so_in_its_own_process():
     assert try_import("json") == ""
 
 
+@pytest.mark.timeout(300)  # five processes that import torch, on a machine that may be busy
 def test_this_machine():
     command = [sys.executable, "-m", "megatron_sstoken.doctor", "--json"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)

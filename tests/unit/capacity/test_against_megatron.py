@@ -22,6 +22,8 @@ TINY = [
     for rank in (0, 7)
 ]
 
+pytestmark = pytest.mark.timeout(300)  # a process that imports megatron-core, on a machine that may be busy
+
 
 def answers(requests: list[dict], device: str) -> list[dict]:
     """Of `tests.plan_reference`, in order."""
