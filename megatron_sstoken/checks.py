@@ -136,7 +136,10 @@ def _check_lora(settings: Settings, require: Callable[[bool, str], None]) -> Non
     require(
         len(set(lora.targets)) == len(lora.targets), f"lora.targets={lora.targets} names a linear twice: use each once"
     )
-    for name, value in (("model.implementation", settings.model.implementation), ("training.precision", settings.training.precision)):
+    for name, value in (
+        ("model.implementation", settings.model.implementation),
+        ("training.precision", settings.training.precision),
+    ):
         require(
             lora.rank == 0 or value not in ("transformer_engine", "fp8"),
             f"{name}={value} has no adapters, and lora.rank={lora.rank} asks for them: Transformer Engine fuses the norm into "

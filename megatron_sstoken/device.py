@@ -14,12 +14,17 @@ from torch.utils._device import _device_constructors
 
 def have_cuda() -> bool:
     """Whether this process computes on a GPU. `SSTOKEN_DEVICE=cpu` hides GPUs."""
-    return os.environ.get("SSTOKEN_DEVICE") != "cpu" and torch.cuda.is_available()
+    return os.environ.get("SSTOKEN_DEVICE") not in ("cpu", "meta") and torch.cuda.is_available()
 
 
 def compute_device() -> torch.device:
-    """The device of this process: the GPU that torchrun's LOCAL_RANK names, or the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if have_cuda() else torch.device("cpu")
+    """The device of this process: the GPU that torchrun's LOCAL_RANK names, or the CPU.
+
+    `SSTOKEN_DEVICE=meta`: torch's meta device, on which models of any size are built without memory or values.
+    """
+    if have_cuda():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("meta" if os.environ.get("SSTOKEN_DEVICE") == "meta" else "cpu")
 
 
 def communication_backend() -> str:
@@ -48,10 +53,8 @@ def adapt_megatron_to_cpu() -> None:
     if have_cuda():
         torch.cuda.set_device(compute_device())
         return
-    cpu = torch.device("cpu")
-
     # megatron asks for the current device to place buffers on, and waits for it before it times or saves.
-    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
+    torch.cuda.current_device = compute_device  # type: ignore[assignment,return-value]
     torch.cuda.set_device = lambda device: None  # type: ignore[assignment]
     torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
 
@@ -64,7 +67,7 @@ def adapt_megatron_to_cpu() -> None:
     # transformers loads models under, knows factories by identity from a list made at first use: make it from torch's own.
     _device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like"):
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+        setattr(torch, name, _instead_of_cuda(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
 
@@ -86,12 +89,12 @@ def adapt_megatron_to_cpu() -> None:
         moe_utils.te_general_gemm = None
 
 
-def _on_cpu(factory):
+def _instead_of_cuda(factory):
     @functools.wraps(factory)
     def make(*args, **kwargs):
         device = kwargs.get("device")
         if device is not None and str(device).startswith("cuda"):
-            kwargs["device"] = "cpu"
+            kwargs["device"] = compute_device()
         return factory(*args, **kwargs)
 
     return make
@@ -101,6 +104,6 @@ def _type_as_on_cuda(original):
     @functools.wraps(original)
     def type_(self, *args, **kwargs):
         result = original(self, *args, **kwargs)
-        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+        return f"torch.cuda.{result.split('.')[-1]}" if isinstance(result, str) else result
 
     return type_

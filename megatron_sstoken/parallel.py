@@ -124,6 +124,18 @@ def create_layout(settings: ParallelSettings, seed: int) -> Layout:
 
     Raises SettingsError if the sizes do not divide the number of processes.
     """
+    groups = create_groups(settings, seed)
+    return Layout(
+        groups=groups,
+        data=groups.dp,
+        control=dist.new_group(backend="gloo"),
+        virtual_pipeline=settings.virtual_pipeline,
+        handover=_stage_groups(groups.pp, settings.virtual_pipeline) if settings.pipeline > 1 else (),
+    )
+
+
+def create_groups(settings: ParallelSettings, seed: int) -> ProcessGroupCollection:
+    """megatron's own process groups and random states; the part of `create_layout` that works on any backend."""
     model_processes = settings.tensor * settings.pipeline * settings.context
     if dist.get_world_size() % model_processes:
         raise SettingsError([processes_problem(settings, dist.get_world_size())])
@@ -141,13 +153,7 @@ def create_layout(settings: ParallelSettings, seed: int) -> Layout:
     # megatron keeps a second generator.
     place = groups.pp.rank() + groups.pp.size() * groups.dp_cp.rank()
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 100_003 * place, force_reset_rng=True)
-    return Layout(
-        groups=groups,
-        data=parallel_state.get_data_parallel_group(),
-        control=dist.new_group(backend="gloo"),
-        virtual_pipeline=settings.virtual_pipeline,
-        handover=_stage_groups(groups.pp, settings.virtual_pipeline) if settings.pipeline > 1 else (),
-    )
+    return groups
 
 
 def _stage_groups(own: dist.ProcessGroup, number: int) -> tuple[dist.ProcessGroup, ...]:

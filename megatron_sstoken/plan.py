@@ -141,6 +141,16 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
     )
 
 
+def layout_problems(settings: Settings, architecture: Architecture, world_size: int) -> list[str]:
+    """What keeps the layout and the batch of `settings` from fitting the model and the number of processes."""
+    found = _Findings([])
+    data_size = _check_processes(settings, world_size, found)
+    _check_split("model", architecture, settings, found)
+    if data_size and not found.problems:
+        _batch_shape(settings, data_size, found)
+    return found.problems
+
+
 def _check_processes(settings: Settings, world_size: int, found: _Findings) -> int:
     """Data parallel size; 0 if the processes cannot be divided."""
     parallel = settings.parallel

@@ -4,7 +4,10 @@ From the models' own config.json on huggingface.co (base models), without what d
 """
 
 import copy
+import os
 from typing import Any
+
+from megatron_sstoken.model.families import Architecture, parse_architecture, read_architecture
 
 _LLAMA3: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -70,3 +73,15 @@ def model_config(name: str) -> dict[str, Any]:
     if name not in _CONFIGS:
         raise ValueError(f"{name} is not in the catalogue: use one of {', '.join(MODELS)}")
     return copy.deepcopy(_CONFIGS[name])
+
+
+def find_architecture(model: str) -> Architecture:
+    """The architecture of a Hugging Face folder, or of a model of the catalogue by name.
+
+    Raises ValueError where it is neither.
+    """
+    if model in MODELS:
+        return parse_architecture(model_config(model), model)
+    if not os.path.isdir(model):
+        raise ValueError(f"the model {model!r} is neither a folder nor in the catalogue: use one of {', '.join(MODELS)}")
+    return read_architecture(model)

@@ -250,6 +250,14 @@ def read_architecture(hf_path: str) -> Architecture:
             raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a JSON object: it is damaged")
+    return parse_architecture(config, path)
+
+
+def parse_architecture(config: dict[str, Any], path: str) -> Architecture:
+    """The architecture that the content of a config.json describes; `path` is what messages call it.
+
+    Raises ValueError as `read_architecture` does.
+    """
     name = config.get("model_type")
     if name not in _FAMILIES:
         raise ValueError(f"{path}: model_type={name!r} is not supported: use one of {', '.join(_FAMILIES)}")

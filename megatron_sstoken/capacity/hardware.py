@@ -1,0 +1,76 @@
+"""GPUs as their datasheets describe them, and what of that is assumed to be reached."""
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One GPU and its share of a node; rates per GPU, one direction, in units a second."""
+
+    name: str
+    memory: float
+    """Bytes."""
+    memory_bandwidth: float
+    """Bytes a second."""
+    bf16: float
+    """Dense matrix FLOP a second in bf16."""
+    fp8: float
+    """Dense matrix FLOP a second in FP8; 0 where there is none."""
+    fp32: float
+    """Matrix FLOP a second of fp32 as torch computes it by default (no TF32)."""
+    nvlink: float
+    """Bytes a second to the GPUs of its node."""
+    network: float
+    """Bytes a second to other nodes."""
+    source: str
+    gpus_per_node: int = 8
+
+
+GPUS: dict[str, GPU] = {
+    "h100": GPU(
+        "H100 SXM 80 GB", 80e9, 3.35e12, 989e12, 1979e12, 67e12, 450e9, 50e9,
+        "NVIDIA H100 datasheet (SXM; dense is half of the figure with sparsity); DGX H100: 400 Gb/s a GPU",
+    ),
+    "h200": GPU(
+        "H200 SXM 141 GB", 141e9, 4.8e12, 989e12, 1979e12, 67e12, 450e9, 50e9,
+        "NVIDIA H200 datasheet (SXM); DGX H200: 400 Gb/s a GPU",
+    ),
+    "a100-80": GPU(
+        "A100 SXM 80 GB", 80e9, 2.039e12, 312e12, 0.0, 19.5e12, 300e9, 25e9,
+        "NVIDIA A100 datasheet (SXM, 80 GB); DGX A100: 200 Gb/s a GPU",
+    ),
+    "b200": GPU(
+        "B200 180 GB", 180e9, 8e12, 2250e12, 4500e12, 75e12, 900e9, 50e9,
+        "NVIDIA DGX B200 datasheet, an eighth of it (1,440 GB, 64 TB/s, 72 PFLOP/s FP8 with sparsity); 400 Gb/s a GPU",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What of the datasheets is reached, and what cannot be worked out. All are printed beside a result.
+
+    `matmul_fp8` was set so that Llama-3-8B on 8 H100 in FP8 comes within 2 % of its published throughput (see
+    docs/planning.md); the others are customary values. None was measured by this project.
+    """
+
+    matmul: float = 0.68
+    """Share of the dense peak that linear layers reach in bf16 and fp32."""
+    matmul_fp8: float = 0.56
+    """The same in FP8; casts and transposes of the operands are counted here."""
+    attention: float = 0.50
+    """Share of the bf16 peak that causal attention reaches, forward and backward."""
+    memory: float = 0.75
+    """Share of the memory bandwidth that element-wise work reaches."""
+    links: float = 0.75
+    """Share of the link rates that collectives reach."""
+    tensor_exposed: float = 1.0
+    """Share of the tensor parallel communication that computation does not hide (1: no overlap)."""
+    context_exposed: float = 0.2
+    """The same of context parallel transfers in Transformer Engine; the torch path hides none."""
+    framework_bytes: float = 3 * GIB
+    """CUDA context, libraries' workspaces, NCCL buffers."""
+    fragmentation: float = 0.05
+    """Share of the rest that the allocator loses."""

@@ -1,0 +1,292 @@
+"""What this machine can run: `python -m megatron_sstoken.doctor [--json]`.
+
+Versions, devices, what each component will run on, what is missing and the command that brings it. Exit code 0 if the
+torch path can run, 2 if not. megatron-core and Transformer Engine are never imported here: a broken installation of one
+raises on import. Versions are read from package metadata; imports are tried in processes of their own.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+TESTED_MEGATRON = "0.16.1"
+PACKAGES = (
+    "torch megatron-core transformer-engine transformer-engine-torch apex flash-attn triton transformers tokenizers "
+    "safetensors sentencepiece pyarrow jsonargparse tensorboard psutil numpy".split()
+)
+REQUIRED = (
+    "torch megatron-core transformers safetensors sentencepiece pyarrow jsonargparse tensorboard psutil numpy".split()
+)
+INTERFACES = (
+    "GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME NCCL_IB_HCA NCCL_IB_DISABLE NCCL_P2P_DISABLE NCCL_DEBUG MASTER_ADDR "
+    "MASTER_PORT CUDA_DEVICE_MAX_CONNECTIONS OMP_NUM_THREADS SSTOKEN_DEVICE".split()
+)
+RENDEZVOUS = """
+import sys, datetime, torch, torch.distributed as dist
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[2]}", rank=int(sys.argv[1]), world_size=2,
+                        timeout=datetime.timedelta(seconds=30))
+value = torch.ones(1); dist.all_reduce(value); assert value.item() == 2; dist.destroy_process_group()
+"""
+LITTLE_SHARED_MEMORY = 1 << 30
+LITTLE_DISK = 10 << 30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was found, before anything is concluded from it. Tests make their own."""
+
+    versions: dict[str, str | None]
+    """Package → version, None if it is not installed."""
+    gpus: list[tuple[str, tuple[int, int], int]] = field(default_factory=list)
+    """Name, compute capability and bytes of each GPU."""
+    cuda: str | None = None
+    """CUDA version of the torch build; None is a CPU build."""
+    nccl: bool = False
+    imports: dict[str, str] = field(default_factory=dict)
+    """Module → why it does not import; '' if it does. Only installed ones are tried."""
+    rendezvous: str = ""
+    """Why two gloo processes did not meet; '' if they did."""
+    shared_memory: int = LITTLE_SHARED_MEMORY
+    disk: int = LITTLE_DISK
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def has(self, package: str) -> bool:
+        return self.versions.get(package) is not None
+
+    def works(self, module: str) -> bool:
+        return self.imports.get(module) == ""
+
+
+@dataclass
+class Diagnosis:
+    """What follows for a run."""
+
+    components: dict[str, str] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    """Nothing runs before these are mended."""
+    warnings: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    """Optional parts that would help on this machine, each with its command."""
+
+
+def version_of(package: str) -> str | None:
+    """From its metadata; does not import it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def try_import(module: str, timeout: float = 120) -> str:
+    """Why `module` does not import in a process of its own; '' if it does."""
+    command = [sys.executable, "-W", "ignore", "-c", f"import {module}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return f"did not import within {timeout:.0f} s"
+    lines = done.stderr.strip().splitlines()
+    return "" if done.returncode == 0 else (lines[-1] if lines else f"exit code {done.returncode}")
+
+
+def try_rendezvous(timeout: float = 90) -> str:
+    """Why two processes of this machine do not meet over gloo; '' if they do."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-W", "ignore", "-c", RENDEZVOUS]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(port)], stderr=subprocess.PIPE, text=True) for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=timeout)[1].strip().splitlines() for process in processes]
+    except subprocess.TimeoutExpired:
+        return f"no connection within {timeout:.0f} s"
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    failed = [number for number, process in enumerate(processes) if process.returncode]
+    return "" if not failed else (errors[failed[0]] or [f"exit code {processes[failed[0]].returncode}"])[-1]
+
+
+def examine(folder: str = ".") -> Machine:
+    """Look at this machine; starts a few processes, for seconds. `folder`: where disk space is looked at."""
+    versions = {package: version_of(package) for package in PACKAGES}
+    gpus: list[tuple[str, tuple[int, int], int]] = []
+    cuda, nccl, rendezvous = None, False, "torch is not installed"
+    if versions["torch"]:
+        import torch
+
+        cuda, nccl = torch.version.cuda, torch.distributed.is_nccl_available()
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            properties = torch.cuda.get_device_properties(index)
+            gpus.append((properties.name, (properties.major, properties.minor), properties.total_memory))
+        rendezvous = try_rendezvous()
+    modules = {
+        "transformer_engine.pytorch": versions["transformer-engine"] or versions["transformer-engine-torch"],
+        "amp_C": versions["apex"],
+        "apex.multi_tensor_apply": versions["apex"],
+        "flash_attn": versions["flash-attn"],
+        "megatron.core": versions["megatron-core"],
+    }
+    shared = Path("/dev/shm")
+    return Machine(
+        versions=versions,
+        gpus=gpus,
+        cuda=cuda,
+        nccl=nccl,
+        imports={module: try_import(module) for module, version in modules.items() if version},
+        rendezvous=rendezvous,
+        shared_memory=shutil.disk_usage(shared).free if shared.exists() else 0,
+        disk=shutil.disk_usage(folder).free,
+        environment={name: os.environ[name] for name in INTERFACES if name in os.environ},
+    )
+
+
+def diagnose(machine: Machine) -> Diagnosis:
+    """What runs on what, what hinders, what is missing."""
+    found = Diagnosis()
+    _check_packages(machine, found)
+    _check_transformer_engine(machine, found)
+    _check_apex(machine, found)
+    if machine.rendezvous:
+        found.errors.append(
+            f"two gloo processes on this machine do not meet ({machine.rendezvous}): "
+            "export GLOO_SOCKET_IFNAME=lo, or the network interface's name"
+        )
+    if machine.shared_memory < LITTLE_SHARED_MEMORY:
+        found.warnings.append(
+            f"/dev/shm has {machine.shared_memory / 2**30:.2f} GiB free; NCCL and workers want 1 GiB or more: "
+            "start the container with --shm-size=16g"
+        )
+    if machine.disk < LITTLE_DISK:
+        found.warnings.append(
+            f"the disk has {machine.disk / 2**30:.1f} GiB free: checkpoints need 14 bytes a parameter"
+        )
+    if machine.environment.get("SSTOKEN_DEVICE") == "cpu" and machine.gpus:
+        found.warnings.append("SSTOKEN_DEVICE=cpu hides the GPUs: unset it to use them")
+    found.components = _components(machine)
+    return found
+
+
+def _check_packages(machine: Machine, found: Diagnosis) -> None:
+    absent = [package for package in REQUIRED if not machine.has(package)]
+    if absent:
+        found.errors.append(f"{', '.join(absent)} not installed: pip install -c constraints.txt -e '.[dev]'")
+    installed = machine.versions.get("megatron-core")
+    if installed and installed != TESTED_MEGATRON:
+        found.warnings.append(
+            f"megatron-core {installed} is not the tested {TESTED_MEGATRON}: pip install megatron-core=={TESTED_MEGATRON}"
+        )
+    if machine.imports.get("megatron.core"):
+        found.errors.append(f"megatron.core does not import: {machine.imports['megatron.core']}")
+
+
+def _check_transformer_engine(machine: Machine, found: Diagnosis) -> None:
+    installed = machine.has("transformer-engine") or machine.has("transformer-engine-torch")
+    if installed and machine.cuda is None:
+        found.errors.append(
+            "Transformer Engine is installed beside a CPU build of torch: it raises RuntimeError on import and "
+            "megatron-core dies with it: pip uninstall transformer-engine transformer-engine-torch, or install a CUDA "
+            "build of torch"
+        )
+    elif reason := machine.imports.get("transformer_engine.pytorch"):
+        found.warnings.append(
+            f"Transformer Engine does not import ({reason}): "
+            "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9,<2.12'"
+        )
+    elif machine.gpus and not installed:
+        found.missing.append(
+            "Transformer Engine (fused layers, FlashAttention, FP8): "
+            "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9,<2.12'"
+        )
+
+
+def _check_apex(machine: Machine, found: Diagnosis) -> None:
+    if machine.has("apex") and not (machine.works("amp_C") and machine.works("apex.multi_tensor_apply")):
+        found.warnings.append(
+            f"apex {machine.versions['apex']} lacks apex.multi_tensor_apply or amp_C: PyPI's apex is another project: "
+            "pip uninstall apex; NVIDIA's is at https://github.com/NVIDIA/apex and is not needed"
+        )
+
+
+def _components(machine: Machine) -> dict[str, str]:
+    """Component → what it will run on."""
+    gpu = bool(machine.gpus) and machine.environment.get("SSTOKEN_DEVICE") != "cpu"
+    engine = gpu and machine.works("transformer_engine.pytorch")
+    apex = gpu and machine.works("amp_C") and machine.works("apex.multi_tensor_apply")
+    fused = "Transformer Engine"
+    return {
+        "device": f"{len(machine.gpus)} × {machine.gpus[0][0]}" if gpu else f"CPU ({platform.machine()})",
+        "communication": "NCCL, and gloo for messages" if gpu and machine.nccl else "gloo",
+        "attention": "torch scaled_dot_product_attention" + (f" ({fused} is installed)" if engine else ""),
+        "norm": "torch RMSNorm, fp32 inside",
+        "linear": "torch, sharded by megatron-core",
+        "optimizer": f"{fused} fused Adam" if engine else "apex fused Adam" if apex else "torch AdamW",
+        "gradient accumulation": "separate addition (no fusion)",
+        "head and loss": "vocabulary-parallel, model/head.py",
+        "FP8 recipes": ", ".join(fp8_recipes(machine)) or "none" + (" (needs Transformer Engine)" if gpu else ""),
+    }
+
+
+def fp8_recipes(machine: Machine) -> list[str]:
+    """Recipes that the GPUs and Transformer Engine run: Hopper delayed, tensorwise, blockwise; Blackwell mxfp8 too."""
+    if not machine.gpus or not machine.works("transformer_engine.pytorch"):
+        return []
+    capability = min(capability for _, capability, _ in machine.gpus)
+    recipes = ["delayed", "tensorwise"] if capability >= (8, 9) else []
+    if capability >= (9, 0) and _at_least(machine.cuda, (12, 9)):
+        recipes.append("blockwise")
+    return [*recipes, "mxfp8"] if capability >= (10, 0) else recipes
+
+
+def _at_least(version: str | None, least: tuple[int, int]) -> bool:
+    return version is not None and tuple(int(part) for part in version.split(".")[:2]) >= least
+
+
+def describe(machine: Machine, diagnosis: Diagnosis) -> str:
+    """For people."""
+    lines = [f"python {platform.python_version()} on {platform.system()} {platform.release()}", ""]
+    lines += [f"{package:<25}{version or '-'}" for package, version in machine.versions.items()]
+    lines += [f"{'CUDA of torch':<25}{machine.cuda or '- (CPU build)'}", ""]
+    lines += [
+        f"GPU {number}: {name}, compute capability {major}.{minor}, {size / 2**30:.0f} GiB"
+        for number, (name, (major, minor), size) in enumerate(machine.gpus)
+    ]
+    lines += [f"{name:<25}{value}" for name, value in diagnosis.components.items()]
+    lines += ["", f"{'two gloo processes':<25}{machine.rendezvous or 'meet'}"]
+    lines += [f"{'free':<25}disk {machine.disk / 2**30:.1f} GiB, /dev/shm {machine.shared_memory / 2**30:.1f} GiB"]
+    lines += [f"{name:<25}{value}" for name, value in machine.environment.items()]
+    for kind in ("missing", "warnings", "errors"):
+        lines += [f"{kind.removesuffix('s')}: {text}" for text in getattr(diagnosis, kind)]
+    lines += ["", "the torch path cannot run" if diagnosis.errors else "the torch path can run"]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None, look: Callable[[], Machine] = examine) -> int:
+    """Entry point; returns the exit code: 0 the torch path can run, 2 it cannot."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_sstoken.doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    machine = look()
+    diagnosis = diagnose(machine)
+    if options.json:
+        result: dict[str, Any] = asdict(machine) | asdict(diagnosis) | {"torch_path": not diagnosis.errors}
+        print(json.dumps(result, indent=2))
+    else:
+        print(describe(machine, diagnosis))
+    return 2 if diagnosis.errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

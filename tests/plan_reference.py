@@ -1,0 +1,128 @@
+"""What real megatron-core models hold, keep and communicate: the planner's reference.
+
+    python -m tests.plan_reference '{"kind": "step", …}' …
+
+Each request is answered by a forked process, for a process can be one rank once, with a line `RESULT {…}`.
+"""
+
+import json
+import os
+import sys
+from typing import Any
+
+from megatron_sstoken.capacity.hardware import GPUS
+from megatron_sstoken.capacity.memory import activation_bytes, head_kept_bytes, layer_activations
+from megatron_sstoken.capacity.traffic import traffic_of
+from megatron_sstoken.capacity.workload import Workload
+from megatron_sstoken.model.build import build_optimizer
+from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.model.catalog import MODELS, find_architecture
+from megatron_sstoken.selection.methods import Selection
+from megatron_sstoken.training.step import train_batch
+from tests.fake_world import CountCollectives, fake_model, make_batch, measure_saved
+
+RESULT = "RESULT "
+SEQUENCE = 128
+CASES: list[dict[str, Any]] = [
+    {"global_batch_size": 1},
+    {"global_batch_size": 2, "micro_batch_size": 2, "precision": "fp32"},
+    {"global_batch_size": 1, "groups": 8},
+    {"global_batch_size": 1, "recompute": "selective"},
+    {"global_batch_size": 1, "recompute": "full", "world_size": 2, "tensor": 2},
+    {"global_batch_size": 1, "world_size": 2, "tensor": 2, "sequence": True},
+    {"global_batch_size": 1, "world_size": 2, "tensor": 2, "precision": "fp32"},
+    {"global_batch_size": 1, "world_size": 2, "context": 2},
+    {"global_batch_size": 8, "world_size": 4, "pipeline": 4, "rank": 1},
+    {"global_batch_size": 4, "world_size": 2, "pipeline": 2, "virtual_pipeline": 2, "rank": 1},
+    {"global_batch_size": 4, "world_size": 4, "tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2},
+]
+"""Layouts of a Llama of 4 layers; `rank` is the one that is measured."""
+
+
+def tiny_workload(case: dict[str, Any]) -> tuple[Workload, int]:
+    """The workload of a case, and the rank; `family: qwen2` has biases, `tied: True` ties the embeddings."""
+    case = dict(case)
+    rank, groups = case.pop("rank", 0), case.pop("groups", 4)
+    family, tied = case.pop("family", "llama"), case.pop("tied", False)
+    architecture = Architecture(
+        family, 64, 4, 8, groups, 8, 160, 99, 512, 1e-5, 10000.0, None, tied_embeddings=tied, qkv_bias=family == "qwen2"
+    )
+    return Workload(architecture, implementation="torch", sequence_length=SEQUENCE, selects=False, **case), rank
+
+
+def run_step(case: dict[str, Any]) -> dict[str, Any]:
+    """Bytes kept and collectives of one plain training step, planned and measured, on the CPU."""
+    w, rank = tiny_workload(case)
+    model = fake_model(w.architecture, w.settings(), rank, w.world_size)
+    stage = model.layout.pipeline_rank
+    batches = [make_batch(SEQUENCE, w.micro_batch_size) for _ in range(w.num_micro_batches)]
+    with measure_saved(model) as kept, CountCollectives() as collectives:
+        train_batch(model, batches, lambda report: Selection(report.batch.response, *[report.loss] * 3))
+    planned: dict[str, list[int]] = {}
+    for traffic in traffic_of(w, stage, GPUS["h100"]):
+        if traffic.kind != "data":  # outside of train_batch, or in calls of another name
+            count, size = planned.get(traffic.operation, [0, 0])
+            planned[traffic.operation] = [count + traffic.count, size + traffic.size]
+    total = activation_bytes(w, stage)
+    if stage == w.pipeline - 1:
+        total += head_kept_bytes(w)
+    if w.recompute == "full":  # the peak is in the last layer's backward, when the loss has been freed
+        inputs = w.chunk_layers * w.split_tokens * w.architecture.hidden_size * w.width
+        total = inputs + sum(layer_activations(w).values())
+    return {
+        "stage": stage,
+        "planned_bytes": total,
+        "measured_bytes": kept.peak,
+        "left_bytes": kept.now,
+        "planned": planned,
+        "measured": collectives.counts,
+    }
+
+
+def build(request: dict[str, Any]) -> dict[str, Any]:
+    """Parameters, gradient buffer and the optimizer's shard of one rank, in values; on the meta device."""
+    name = request.pop("model", None)
+    if name in MODELS:
+        rank = request.pop("rank")
+        w = Workload(find_architecture(name), **request)
+    else:
+        w, rank = tiny_workload(request)
+    settings = w.settings()
+    model = fake_model(w.architecture, settings, rank, w.world_size)
+    optimizer, _ = build_optimizer(model, settings.optimizer, num_steps=10)
+    shards = 0
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        groups = [*part.shard_fp32_from_float16_groups, *part.shard_fp32_groups]
+        shards += sum(parameter.numel() for group in groups for parameter in group)
+    return {
+        "stage": model.layout.pipeline_rank,
+        "parameters": sum(parameter.numel() for chunk in model.bare for parameter in chunk.parameters()),
+        "gradient_buffer": sum(buffer.grad_data.numel() for chunk in model.chunks for buffer in chunk.buffers),
+        "optimizer_shard": shards,
+    }
+
+
+def answer(request: dict[str, Any]) -> None:
+    """Print the result of one request."""
+    kind = request.pop("kind")
+    print(RESULT + json.dumps(run_step(request) if kind == "step" else build(request)), flush=True)
+
+
+def main() -> int:
+    """Answer all requests, each in a process of its own."""
+    for text in sys.argv[1:]:
+        child = os.fork()
+        if child == 0:
+            try:
+                answer(json.loads(text))
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+                os._exit(1)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
