@@ -15,8 +15,8 @@ from megatron_sstoken.capacity.memory import activation_bytes, head_kept_bytes, 
 from megatron_sstoken.capacity.traffic import traffic_of
 from megatron_sstoken.capacity.workload import Workload
 from megatron_sstoken.model.build import build_optimizer
-from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.catalog import MODELS, find_architecture
+from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.selection.methods import Selection
 from megatron_sstoken.training.step import train_batch
 from tests.fake_world import CountCollectives, fake_model, make_batch, measure_saved
