@@ -3,33 +3,21 @@
 Everything that cannot work is found here and told at once; nothing here needs process groups or a GPU.
 """
 
-import math
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from megatron_sstoken.checks import problems_of
 from megatron_sstoken.config import Settings, SettingsError
-from megatron_sstoken.data.batches import BatchShape, RowOrder, SampleSelection, batch_shape, choose_samples
+from megatron_sstoken.data.batches import BatchShape, RowOrder, SampleSelection, choose_samples
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.fit import Findings, batch_shape_of, check_adapters, check_fp8, check_processes, check_split
 from megatron_sstoken.model.families import Architecture, read_architecture
-from megatron_sstoken.model.implementation import (
-    arithmetic_of,
-    implementation_of,
-    machine_problems,
-    token_multiple,
-    transformer_engine_problem,
-)
-from megatron_sstoken.model.lora import describe_trained
+from megatron_sstoken.model.implementation import machine_problems
 from megatron_sstoken.model.weights import HuggingFaceWeights, NoWeights, check_weights
-from megatron_sstoken.parallel import processes_problem
 from megatron_sstoken.selection.methods import METHODS
 from megatron_sstoken.training.checkpoint import adapter_problems, checkpoint_steps, read_run_state, resolve_checkpoint
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,44 +55,17 @@ class RunPlan:
         return METHODS[self.settings.selection.method].needs_history
 
 
-class _Findings:
-    """Collects problems; a part that fails to open is None and what depends on it goes unchecked.
-
-    In a dry run what this machine lacks is a note: the run may be meant for another machine.
-    """
-
-    def __init__(self, problems: list[str], dry_run: bool = False):
-        self.problems = list(problems)
-        self.notes: list[str] = []
-        self._lacking = self.notes if dry_run else self.problems
-
-    def require(self, holds: bool, message: str) -> None:
-        if not holds:
-            self.problems.append(message)
-
-    def lacks(self, messages: list[str]) -> None:
-        """Add what this machine lacks."""
-        self._lacking.extend(messages)
-
-    def attempt(self, setting: str, action: Callable[[], T]) -> T | None:
-        try:
-            return action()
-        except (ValueError, OSError) as error:
-            self.problems.append(f"{setting}: {error}")
-            return None
-
-
 def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> RunPlan:
     """Check everything and work out the run. Raises SettingsError with every problem found.
 
     With `dry_run` weights that are not there yet and devices that this machine lacks are notes of the plan instead.
     """
-    found = _Findings(problems_of(settings), dry_run)
+    found = Findings(problems_of(settings), dry_run)
     found.require(world_size >= 1, f"world_size={world_size} is too small: use 1 or more")
     if found.problems:
         raise SettingsError(found.problems)
     architecture = found.attempt("model.hf_path", lambda: read_architecture(settings.model.hf_path or ""))
-    data_size = _check_processes(settings, world_size, found)
+    data_size = check_processes(settings, world_size, found)
     found.lacks(machine_problems(settings))
     if architecture:
         _check_model(settings, architecture, found)
@@ -121,7 +82,7 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
                 f"data.validation={settings.data.validation} was prepared with another tokenizer than "
                 f"data.train={settings.data.train}: prepare both with the same",
             )
-    shape = _batch_shape(settings, data_size, found) if data_size else None
+    shape = batch_shape_of(settings, data_size, found) if data_size else None
     _check_checkpoint(settings, found)
     if found.problems or not (architecture and train and shape):
         raise SettingsError(found.problems)
@@ -141,98 +102,9 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
     )
 
 
-def layout_problems(settings: Settings, architecture: Architecture, world_size: int) -> list[str]:
-    """What keeps the layout and the batch of `settings` from fitting the model and the number of processes."""
-    found = _Findings([])
-    data_size = _check_processes(settings, world_size, found)
-    _check_split("model", architecture, settings, found)
-    if data_size and not found.problems:
-        _batch_shape(settings, data_size, found)
-    return found.problems
-
-
-def _check_processes(settings: Settings, world_size: int, found: _Findings) -> int:
-    """Data parallel size; 0 if the processes cannot be divided."""
-    parallel = settings.parallel
-    product = parallel.tensor * parallel.pipeline * parallel.context
-    if world_size % product:
-        found.problems.append(processes_problem(parallel, world_size))
-        return 0
-    stage = world_size // parallel.pipeline
-    found.require(
-        stage % parallel.expert == 0,
-        f"parallel.expert={parallel.expert} does not divide the {stage} processes of a pipeline stage: "
-        f"use {divisors(stage)}",
-    )
-    return world_size // product
-
-
-def divisors(number: int, limit: int = 64) -> str:
-    """The divisors of `number` up to `limit`, for messages: '1, 2 or 4'."""
-    values = [str(value) for value in range(1, min(number, limit) + 1) if number % value == 0]
-    return " or ".join([", ".join(values[:-1]), values[-1]]) if len(values) > 1 else values[0]
-
-
-def _check_split(name: str, a: Architecture, settings: Settings, found: _Findings) -> None:
-    """Whether the layout and the sequence length fit `a`; `name` is what messages call it: model or history."""
-    parallel = settings.parallel
-    tensor = parallel.tensor
-    for field, number in (("num_attention_heads", a.num_attention_heads), ("intermediate_size", a.ffn_hidden_size)):
-        found.require(
-            number % tensor == 0,
-            f"parallel.tensor={tensor} does not divide {name}.{field}={number}: use {divisors(number)}",
-        )
-    groups = a.num_query_groups
-    found.require(
-        groups % tensor == 0 or tensor % groups == 0,
-        f"parallel.tensor={tensor} neither divides nor is a multiple of {name}.num_key_value_heads={groups}: "
-        f"use {divisors(groups)}",
-    )
-    chunks = parallel.pipeline * parallel.virtual_pipeline
-    found.require(
-        a.num_layers % chunks == 0,
-        f"parallel.pipeline={parallel.pipeline} × parallel.virtual_pipeline={parallel.virtual_pipeline} = {chunks} "
-        f"does not divide {name}.num_hidden_layers={a.num_layers}: use a product of {divisors(a.num_layers)}",
-    )
-    _check_experts(name, a, settings, found)
-    owner = "the model" if name == "model" else f"the {name} model"
-    found.require(
-        settings.data.sequence_length <= a.max_positions,
-        f"data.sequence_length={settings.data.sequence_length} is longer than {owner}'s "
-        f"max_position_embeddings={a.max_positions}: use {a.max_positions} or less",
-    )
-
-
-def _check_experts(name: str, a: Architecture, settings: Settings, found: _Findings) -> None:
-    """Whether the experts can be dealt out."""
-    parallel = settings.parallel
-    if not a.num_experts:
-        found.require(
-            parallel.expert == 1 or name != "model",
-            f"parallel.expert={parallel.expert} needs a mixture of experts, which {name}.model_type={a.family} is not: "
-            "use 1",
-        )
-        return
-    found.require(
-        a.num_experts % parallel.expert == 0,
-        f"parallel.expert={parallel.expert} does not divide {name}.num_experts={a.num_experts}: "
-        f"use {divisors(a.num_experts)}",
-    )
-    found.require(
-        parallel.tensor == 1 or parallel.sequence,
-        f"parallel.sequence=false with parallel.tensor={parallel.tensor} would compute the experts of every token "
-        f"{parallel.tensor} times: use parallel.sequence=true",
-    )
-
-
-def _check_model(settings: Settings, a: Architecture, found: _Findings) -> None:
-    _check_split("model", a, settings, found)
-    fused = [name for name in settings.lora.targets if name in ("q_proj", "k_proj", "v_proj")]
-    found.require(
-        settings.lora.rank == 0 or not fused or a.num_query_groups % settings.parallel.tensor == 0,
-        f"parallel.tensor={settings.parallel.tensor} does not divide model.num_key_value_heads={a.num_query_groups}, which "
-        f"adapters on {', '.join(fused)} need: use {divisors(a.num_query_groups)}, or leave them out of lora.targets",
-    )
+def _check_model(settings: Settings, a: Architecture, found: Findings) -> None:
+    check_split("model", a, settings, found)
+    check_adapters(settings, a, found)
     for layer in layers_of(settings):
         found.require(
             -a.num_layers <= layer < a.num_layers,
@@ -245,18 +117,18 @@ def _check_model(settings: Settings, a: Architecture, found: _Findings) -> None:
         f"selection.layer={settings.selection.layer} names a layer twice in a model of {a.num_layers} layers: "
         f"use each once",
     )
-    _check_fp8(settings, a, found)
+    check_fp8(settings, a, found)
     if settings.model.checkpoint is None:
         _check_weights("model.hf_path", settings.model.hf_path or "", a, found)
     if settings.history.hf_path and METHODS[settings.selection.method].needs_history:
         path = settings.history.hf_path
         history = found.attempt("history.hf_path", lambda: read_architecture(path))
         if history is not None:
-            _check_split("history", history, settings, found)
+            check_split("history", history, settings, found)
             _check_weights("history.hf_path", path, history, found)
 
 
-def _check_weights(setting: str, path: str, a: Architecture, found: _Findings) -> None:
+def _check_weights(setting: str, path: str, a: Architecture, found: Findings) -> None:
     try:
         weights = HuggingFaceWeights(path)
     except NoWeights as error:
@@ -267,37 +139,8 @@ def _check_weights(setting: str, path: str, a: Architecture, found: _Findings) -
         found.attempt(setting, lambda: check_weights(weights, a))
 
 
-def _check_fp8(settings: Settings, a: Architecture, found: _Findings) -> None:
-    """Whether FP8's tiles fit the matrices that a rank holds, and enough layers are left."""
-    training, parallel = settings.training, settings.parallel
-    if training.precision != "fp8":
-        return
-    multiple, tensor = token_multiple(training), parallel.tensor
-    widths = {
-        "hidden_size": a.hidden_size,
-        "intermediate_size": a.ffn_hidden_size // tensor,
-        "num_attention_heads × head_dim": a.num_attention_heads * a.head_dim // tensor,
-        "(num_attention_heads + 2 · num_key_value_heads) × head_dim": (a.num_attention_heads + 2 * a.num_query_groups)
-        * a.head_dim
-        // tensor,
-    }
-    for name, width in widths.items():
-        found.require(
-            width % multiple == 0,
-            f"training.fp8_recipe={training.fp8_recipe} needs multiples of {multiple}; model.{name} leaves a rank "
-            f"{width} with parallel.tensor={tensor}: use a smaller parallel.tensor or another recipe",
-        )
-    per_stage = a.num_layers // parallel.pipeline
-    for name in ("fp8_first_bf16_layers", "fp8_last_bf16_layers"):
-        value = getattr(training, name)
-        found.require(
-            value <= per_stage,
-            f"training.{name}={value} is more than the {per_stage} layers of a pipeline stage: use {per_stage} or less",
-        )
-
-
 def _open_data(
-    setting: str, path: str | None, settings: Settings, a: Architecture | None, found: _Findings, *, shuffle: bool
+    setting: str, path: str | None, settings: Settings, a: Architecture | None, found: Findings, *, shuffle: bool
 ) -> DataPlan | None:
     store = found.attempt(setting, lambda: SampleStore(path or ""))
     if store is None:
@@ -326,7 +169,7 @@ def _open_data(
 
 
 def _check_vocabulary(
-    setting: str, path: str | None, store: SampleStore, settings: Settings, a: Architecture | None, found: _Findings
+    setting: str, path: str | None, store: SampleStore, settings: Settings, a: Architecture | None, found: Findings
 ) -> None:
     """The models must know every token of the data. Padded vocabularies of one tokenizer differ between sizes."""
     models = [("model.hf_path", settings.model.hf_path, a)]
@@ -341,7 +184,7 @@ def _check_vocabulary(
             )
 
 
-def _check_tokenizer(setting: str, path: str | None, store: SampleStore, settings: Settings, found: _Findings) -> None:
+def _check_tokenizer(setting: str, path: str | None, store: SampleStore, settings: Settings, found: Findings) -> None:
     """The tokenizer beside the model, where there is one, must be the one that made the data."""
     folder = settings.model.hf_path or ""
     present = [os.path.join(folder, name) for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
@@ -361,38 +204,7 @@ def _check_tokenizer(setting: str, path: str | None, store: SampleStore, setting
         )
 
 
-def _batch_shape(settings: Settings, data_size: int, found: _Findings) -> BatchShape | None:
-    training, parallel = settings.training, settings.parallel
-    step = training.micro_batch_size * data_size
-    if training.global_batch_size % step:
-        near = sorted(
-            {max(training.global_batch_size // step, 1) * step, -(-training.global_batch_size // step) * step}
-        )
-        found.problems.append(
-            f"training.global_batch_size={training.global_batch_size} is not a multiple of "
-            f"training.micro_batch_size={training.micro_batch_size} × data parallel size {data_size} = {step}: "
-            f"use {' or '.join(map(str, near))}"
-        )
-        return None
-    num_micro_batches = training.global_batch_size // step
-    found.require(
-        parallel.virtual_pipeline == 1 or num_micro_batches % parallel.pipeline == 0,
-        f"training.global_batch_size={training.global_batch_size} gives {num_micro_batches} micro-batches; the "
-        f"interleaved schedule needs a multiple of parallel.pipeline={parallel.pipeline}: "
-        f"use a multiple of {step * parallel.pipeline}",
-    )
-    return batch_shape(
-        training.micro_batch_size,
-        training.global_batch_size,
-        data_size,
-        tensor=parallel.tensor,
-        context=parallel.context,
-        sequence=parallel.sequence,
-        tokens_multiple=token_multiple(training),
-    )
-
-
-def _check_checkpoint(settings: Settings, found: _Findings) -> None:
+def _check_checkpoint(settings: Settings, found: Findings) -> None:
     directory, start = settings.checkpoint.directory, settings.model.checkpoint
     if start is not None:
         state = found.attempt("model.checkpoint", lambda: read_run_state(resolve_checkpoint(start)))
@@ -433,83 +245,3 @@ def _tapped_layers(settings: Settings, a: Architecture) -> tuple[int, ...]:
     if not METHODS[settings.selection.method].needs_attention:
         return ()
     return tuple(sorted(layer % a.num_layers + 1 for layer in layers_of(settings)))
-
-
-def describe(plan: RunPlan) -> str:
-    """The plan and its batch arithmetic, for people."""
-    s, a, shape = plan.settings, plan.architecture, plan.shape
-    parallel = s.parallel
-    samples = plan.train.samples
-    used = samples.lengths[samples.indices]
-    rows_per_epoch = plan.train.order.num_rows(1)
-    rows: list[tuple[str, Any]] = [
-        ("model", f"{a.family}, {a.num_parameters():,} parameters, {a.num_layers} layers ({s.model.hf_path})"),
-        (
-            "vocabulary",
-            f"{a.vocabulary_size:,}, padded to {a.padded_vocabulary(s.model.vocabulary_multiple, parallel.tensor):,}",
-        ),
-        (
-            "processes",
-            f"{plan.world_size} = tensor {parallel.tensor} × pipeline {parallel.pipeline}"
-            + (f" (× {parallel.virtual_pipeline} chunks)" if parallel.virtual_pipeline > 1 else "")
-            + f" × context {parallel.context} × data {shape.data_size}"
-            + (", sequence parallel" if parallel.sequence else ""),
-        ),
-        (
-            "data",
-            f"{len(used):,} samples, {int(used.sum()):,} tokens, longest {int(used.max())} "
-            f"({samples.num_truncated} truncated, {samples.num_dropped} dropped, "
-            f"{samples.num_without_response} left without response)",
-        ),
-        (
-            "batch",
-            f"{shape.global_batch_size} rows = micro-batch {shape.micro_batch_size} × data {shape.data_size} × "
-            f"accumulation {shape.num_micro_batches}; about "
-            f"{math.ceil(used.sum() / rows_per_epoch * shape.global_batch_size):,} real tokens a step",
-        ),
-        (
-            "rows",
-            f"{rows_per_epoch:,} of up to {s.data.sequence_length} tokens an epoch, "
-            + (
-                f"packed {len(used) / rows_per_epoch:.1f} samples a row, "
-                f"{100 * used.sum() / rows_per_epoch / s.data.sequence_length:.1f} % full"
-                if s.data.packing
-                else "one sample a row, padded to the longest of its batch"
-            ),
-        ),
-        ("steps", f"{plan.num_steps:,} ({plan.num_rows / rows_per_epoch:.3g} epochs)"),
-        ("selection", _describe_selection(s)),
-        ("trained", describe_trained(a, s.lora)),
-        ("layers", _describe_layers(s)),
-        ("precision", arithmetic_of(s)),
-        ("checkpoints", s.checkpoint.directory or "none"),
-    ]
-    rows += [("note", note) for note in plan.notes]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-def _describe_layers(settings: Settings) -> str:
-    """What the layers are made of and, where nobody said, why."""
-    implementation = implementation_of(settings)
-    if settings.model.implementation != "auto":
-        return implementation
-    if settings.training.precision == "fp32":
-        return f"{implementation} (fp32)"
-    return f"{implementation} ({transformer_engine_problem() or 'transformer_engine can run'})"
-
-
-def _describe_selection(settings: Settings) -> str:
-    selection = settings.selection
-    if selection.method == "full":
-        return "full: every response token"
-    text = (
-        f"{selection.method}, rho {selection.rho}, scope {selection.scope}, loss averaged by {selection.loss_average}"
-    )
-    if METHODS[selection.method].needs_attention:
-        text += f", gamma {selection.gamma}, layer {selection.layer}"
-    if METHODS[selection.method].needs_history:
-        text += f", history {settings.history.source}"
-        if settings.history.source == "frozen":
-            text += f" ({settings.history.hf_path or 'starting weights'})"
-    return text

@@ -6,7 +6,8 @@ import sys
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import Settings
 from megatron_sstoken.parallel import create_layout, run_to_exit_code, start_processes
-from megatron_sstoken.plan import describe, plan_run
+from megatron_sstoken.plan import plan_run
+from megatron_sstoken.report.run_plan import describe
 from megatron_sstoken.training.loop import create_trainer, resumable_checkpoint, train
 from megatron_sstoken.training.scoring import open_history
 from megatron_sstoken.training.setup import current_model

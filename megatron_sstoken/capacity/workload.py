@@ -6,8 +6,8 @@ from typing import Literal
 
 from megatron_sstoken.checks import problems_of
 from megatron_sstoken.config import Settings
+from megatron_sstoken.fit import layout_problems
 from megatron_sstoken.model.families import Architecture
-from megatron_sstoken.plan import layout_problems
 
 Precision = Literal["bf16", "fp32", "fp8"]
 

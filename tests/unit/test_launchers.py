@@ -10,7 +10,8 @@ import pytest
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.model.catalog import MODELS
-from megatron_sstoken.plan import describe, plan_run
+from megatron_sstoken.plan import plan_run
+from megatron_sstoken.report.run_plan import describe
 from tests import cli
 from tools.make_config import make_config, make_stand_in_data
 

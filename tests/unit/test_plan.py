@@ -12,7 +12,9 @@ import pytest
 
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.data.store import StoreWriter
-from megatron_sstoken.plan import describe, divisors, plan_run
+from megatron_sstoken.fit import divisors
+from megatron_sstoken.plan import plan_run
+from megatron_sstoken.report.run_plan import describe
 from megatron_sstoken.train import main
 from megatron_sstoken.training.loop import identity_of
 from tests.cli import settings_arguments
