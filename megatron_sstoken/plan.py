@@ -20,7 +20,7 @@ from megatron_sstoken.model.lora import describe_trained
 from megatron_sstoken.model.weights import HuggingFaceWeights, check_weights
 from megatron_sstoken.parallel import processes_problem
 from megatron_sstoken.selection.methods import METHODS
-from megatron_sstoken.training.checkpoint import adapter_problems, checkpoint_steps, read_run_state, resolve_checkpoint
+from megatron_sstoken.training.checkpoint import adapter_problems, checkpoint_steps, read_adapters, resolve_checkpoint
 
 T = TypeVar("T")
 
@@ -291,9 +291,8 @@ def _batch_shape(settings: Settings, data_size: int, found: _Findings) -> BatchS
 def _check_checkpoint(settings: Settings, found: _Findings) -> None:
     directory, start = settings.checkpoint.directory, settings.model.checkpoint
     if start is not None:
-        state = found.attempt("model.checkpoint", lambda: read_run_state(resolve_checkpoint(start)))
-        if state is not None:
-            found.problems += adapter_problems(f"model.checkpoint={start}", state, settings.lora)
+        saved = found.attempt("model.checkpoint", lambda: read_adapters(resolve_checkpoint(start)))
+        found.problems += adapter_problems(f"model.checkpoint={start}", saved, settings.lora)
         found.require(
             directory is None or os.path.realpath(start) != os.path.realpath(directory),
             f"model.checkpoint={start} is checkpoint.directory: the start would move with every checkpoint; name one "

@@ -558,3 +558,18 @@ def test_model_checkpoint_below_a_folder(settings, tmp_path):
     assert problem.startswith(f"model.checkpoint: {tmp_path} holds no complete checkpoint")
     (tmp_path / "step_0000012" / "sstoken.json").write_text("{}")
     assert plan_run(settings(model__checkpoint=str(tmp_path)), 1)
+
+
+def test_adapters_settings_that_cannot_work(settings):
+    wrong = settings(
+        history__source="adapters_off", history__store="x", lora__targets=[], lora__dropout=1.0, lora__alpha=0.0
+    )
+    with pytest.raises(SettingsError) as caught:
+        plan_run(wrong, 1)
+    assert caught.value.problems == [
+        "lora.alpha=0.0 must be above 0",
+        "lora.dropout=1.0 is outside [0, 1)",
+        "lora.targets=[] names no linear: leave it out for all, or use lora.rank=0",
+        "history.source=adapters_off needs lora.rank > 0, which is 0: set it, or use history.source=frozen",
+        "history.store=x is not used by history.source=adapters_off: leave it out, or use source=frozen",
+    ]
