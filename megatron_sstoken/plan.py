@@ -17,7 +17,7 @@ from megatron_sstoken.model.families import Architecture, read_architecture
 from megatron_sstoken.model.implementation import machine_problems
 from megatron_sstoken.model.weights import HuggingFaceWeights, NoWeights, check_weights
 from megatron_sstoken.selection.methods import METHODS
-from megatron_sstoken.training.checkpoint import adapter_problems, checkpoint_steps, read_run_state, resolve_checkpoint
+from megatron_sstoken.training.checkpoint import adapter_problems, checkpoint_steps, read_adapters, resolve_checkpoint
 
 
 @dataclass(frozen=True)
@@ -207,9 +207,8 @@ def _check_tokenizer(setting: str, path: str | None, store: SampleStore, setting
 def _check_checkpoint(settings: Settings, found: Findings) -> None:
     directory, start = settings.checkpoint.directory, settings.model.checkpoint
     if start is not None:
-        state = found.attempt("model.checkpoint", lambda: read_run_state(resolve_checkpoint(start)))
-        if state is not None:
-            found.problems += adapter_problems(f"model.checkpoint={start}", state, settings.lora)
+        saved = found.attempt("model.checkpoint", lambda: read_adapters(resolve_checkpoint(start)))
+        found.problems += adapter_problems(f"model.checkpoint={start}", saved, settings.lora)
         found.require(
             directory is None or os.path.realpath(start) != os.path.realpath(directory),
             f"model.checkpoint={start} is checkpoint.directory: the start would move with every checkpoint; name one "

@@ -92,11 +92,8 @@ def read_run_state(folder: Path) -> RunState:
         content = json.load(file)
     content.pop("split", None)
     identity = content.pop("identity")
-    adapters = content.pop("adapters", None)
     return RunState(
-        identity=RunIdentity(**identity) if identity else None,
-        adapters=AdapterIdentity(**adapters) if adapters else None,
-        **content,
+        identity=RunIdentity(**identity) if identity else None, **(content | {"adapters": read_adapters(folder)})
     )
 
 
@@ -106,6 +103,13 @@ def write_run_state(folder: Path, state: RunState, split: list) -> None:
         json.dump(asdict(state) | {"split": split}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+
+
+def read_adapters(folder: Path) -> AdapterIdentity | None:
+    """The adapters that a checkpoint folder holds; None if it holds whole weights."""
+    with open(folder / _STATE_FILE, encoding="utf-8") as file:
+        adapters = json.load(file).get("adapters")
+    return AdapterIdentity(**adapters) if adapters else None
 
 
 def read_split(folder: Path) -> list:
@@ -169,7 +173,7 @@ def load_checkpoint(
     A checkpoint of adapters fills the adapters of a model and nothing else; any other checkpoint all but
     these. Random states belong to processes: they come back where the layout is as it was.
     """
-    adapters = read_run_state(folder).adapters is not None
+    adapters = read_adapters(folder) is not None
     wanted = _sharded_state(model, optimizer, scheduler, adapters=adapters, is_loading=True)
     same_split = read_split(folder) == _split(model)
     if optimizer is not None and same_split:
@@ -232,7 +236,7 @@ def check_identity(folder: Path, expected: RunIdentity, num_rows: int, lora: Lor
         for name, value in asdict(expected).items()
         if found[name] != value
     ]
-    differing += adapter_problems(f"cannot resume: {folder}", state, lora)
+    differing += adapter_problems(f"cannot resume: {folder}", state.adapters, lora)
     if lora.rank and state.adapters is None:
         differing.append(
             f"cannot resume from {folder}: it holds whole weights, and lora.rank={lora.rank} trains adapters: use lora.rank=0, "
@@ -247,12 +251,11 @@ def check_identity(folder: Path, expected: RunIdentity, num_rows: int, lora: Lor
         raise SettingsError(differing)
 
 
-def adapter_problems(owner: str, state: RunState, lora: LoraSettings) -> list[str]:
+def adapter_problems(owner: str, saved: AdapterIdentity | None, lora: LoraSettings) -> list[str]:
     """Why adapters as `lora` sets them cannot be filled from a checkpoint of adapters; empty also if it holds none.
 
     `owner`: what messages call the checkpoint, as "model.checkpoint=PATH".
     """
-    saved = state.adapters
     if saved is None:
         return []
     if lora.rank == 0:

@@ -22,7 +22,7 @@ from megatron_sstoken.training.checkpoint import (
     check_identity,
     checkpoint_steps,
     load_checkpoint,
-    read_run_state,
+    read_adapters,
     save_checkpoint,
 )
 from megatron_sstoken.training.interrupt import StopRequest
@@ -104,7 +104,7 @@ def create_trainer(plan: RunPlan, layout: Layout, model: Model, history: TokenCo
     trainer = Trainer(plan, layout, model, optimizer, scheduler, loader, logger, adapters)
     newest = resumable_checkpoint(plan)
     if newest is not None:
-        saved = read_run_state(newest).adapters
+        saved = read_adapters(newest)
         if saved is not None:
             require_base(str(newest), saved, starting_weights(plan).base, layout)
         state = load_checkpoint(newest, model, optimizer, scheduler)

@@ -10,7 +10,7 @@ from megatron_sstoken.model.fingerprint import fingerprint_files
 from megatron_sstoken.model.weights import HuggingFaceWeights
 from megatron_sstoken.parallel import Layout
 from megatron_sstoken.plan import RunPlan
-from megatron_sstoken.training.checkpoint import AdapterIdentity, load_checkpoint, read_run_state, resolve_checkpoint
+from megatron_sstoken.training.checkpoint import AdapterIdentity, load_checkpoint, read_adapters, resolve_checkpoint
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class WeightsSource:
     @property
     def adapters(self) -> AdapterIdentity | None:
         """The adapters that the checkpoint holds, if that is what it holds."""
-        return read_run_state(resolve_checkpoint(self.checkpoint)).adapters if self.checkpoint else None
+        return read_adapters(resolve_checkpoint(self.checkpoint)) if self.checkpoint else None
 
     @property
     def base(self) -> "WeightsSource":

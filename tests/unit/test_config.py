@@ -12,13 +12,14 @@ from megatron_sstoken.config import Settings, SettingsError
 # jsonargparse 4.49 renamed what `parse_settings` calls; the old name goes with version 5.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-# What issue 2 fixes: other tools rely on these names.
+# What issues 2 and 4 fix: other tools rely on these names.
 FIXED_NAMES = {
     "model": "hf_path checkpoint",
     "parallel": "tensor pipeline virtual_pipeline context sequence",
     "data": "train validation sequence_length",
     "selection": "method rho gamma layer scope rel_floor warmup_samples",
     "history": "source hf_path",
+    "lora": "rank alpha dropout targets",
     "optimizer": "learning_rate",
     "training": "micro_batch_size global_batch_size steps epochs seed precision",
     "checkpoint": "directory save_every keep resume",
@@ -36,7 +37,7 @@ MORE_NAMES = {
 CHOICES = {
     "selection.scope": ("sample", "microbatch", "batch"),
     "selection.loss_average": ("token", "sample", "microbatch"),
-    "history.source": ("frozen",),
+    "history.source": ("frozen", "adapters_off"),
     "training.precision": ("fp32", "bf16"),
     "data.too_long": ("truncate", "drop"),
     "optimizer.schedule": ("linear", "cosine", "constant"),

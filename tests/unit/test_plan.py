@@ -596,3 +596,18 @@ def test_a_dense_model_has_no_experts(settings):
     assert only_problem(settings(parallel__expert=2), 2) == (
         "parallel.expert=2 needs a mixture of experts, which model.model_type=llama is not: use 1"
     )
+
+
+def test_adapters_settings_that_cannot_work(settings):
+    wrong = settings(
+        history__source="adapters_off", history__store="x", lora__targets=[], lora__dropout=1.0, lora__alpha=0.0
+    )
+    with pytest.raises(SettingsError) as caught:
+        plan_run(wrong, 1)
+    assert caught.value.problems == [
+        "lora.alpha=0.0 must be above 0",
+        "lora.dropout=1.0 is outside [0, 1)",
+        "lora.targets=[] names no linear: leave it out for all, or use lora.rank=0",
+        "history.source=adapters_off needs lora.rank > 0, which is 0: set it, or use history.source=frozen",
+        "history.store=x is not used by history.source=adapters_off: leave it out, or use source=frozen",
+    ]
