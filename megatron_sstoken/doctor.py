@@ -226,14 +226,16 @@ def _components(machine: Machine) -> dict[str, str]:
     engine = gpu and machine.works("transformer_engine.pytorch")
     apex = gpu and machine.works("amp_C") and machine.works("apex.multi_tensor_apply")
     fused = "Transformer Engine"
+    where = f"{fused} in bf16 and fp8, else " if engine else ""  # model/implementation.py: not in fp32, not with adapters
+    added_inside = gpu and machine.works("fused_weight_gradient_mlp_cuda")
     return {
         "device": f"{len(machine.gpus)} × {machine.gpus[0][0]}" if gpu else f"CPU ({platform.machine()})",
         "communication": "NCCL, and gloo for messages" if gpu and machine.nccl else "gloo",
-        "attention": "torch scaled_dot_product_attention" + (f" ({fused} is installed)" if engine else ""),
-        "norm": "torch RMSNorm, fp32 inside",
-        "linear": "torch, sharded by megatron-core",
+        "attention": where + "torch scaled_dot_product_attention",
+        "norm": where + "torch RMSNorm, fp32 inside",
+        "linear": where + "torch, sharded by megatron-core",
         "optimizer": f"{fused} fused Adam" if engine else "apex fused Adam" if apex else "torch AdamW",
-        "gradient accumulation": "separate addition (no fusion)",
+        "gradient accumulation": "inside the matrix product" if added_inside else "separate addition (no fusion)",
         "head and loss": "vocabulary-parallel, model/head.py",
         "FP8 recipes": ", ".join(fp8_recipes(machine)) or "none" + (" (needs Transformer Engine)" if gpu else ""),
     }

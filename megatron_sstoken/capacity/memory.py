@@ -178,9 +178,10 @@ def final_norm_bytes(w: Workload) -> int:
 
 
 def head_kept_bytes(w: Workload) -> int:
-    """Kept by the loss for its backward pass: fp32 probabilities; targets, whether they lie elsewhere, and log-sums."""
+    """Kept by the loss for its backward pass: fp32 probabilities, targets and whether they lie elsewhere; by the selective
+    head the hidden states of the scored tokens (here: of all), their targets, log-sums and places."""
     if w.head == "selective":
-        return w.tokens * (8 + 1 + 4)
+        return w.tokens * (w.architecture.hidden_size * w.width + 8 + 4 + 8)
     return w.tokens * (4 * w.vocabulary + 8 + 1)
 
 

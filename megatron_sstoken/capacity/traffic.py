@@ -75,14 +75,14 @@ def tensor_traffic(w: Workload, stage: int) -> dict[str, tuple[int, int]]:
     A layer has two column-parallel linears (qkv, fc1) and two row-parallel ones (proj, fc2). Without sequence parallel
     each pair costs an all-reduce forward (row) and backward (column). With it, all-gathers before the column linears,
     again in backward for the weight's gradient, and before the row linears' backward; reduce-scatters at the other ends.
-    Recomputing whole layers repeats the forward part.
+    Recomputing whole layers repeats the forward part. Of the selective head all tokens are counted, scored or not.
     """
     layers, micro = w.chunk_layers * w.virtual_pipeline, w.num_micro_batches
     hidden = w.tokens * w.architecture.hidden_size * w.width
     again = w.recompute == "full"
     scoring = _scoring_passes(w)
     first, last = stage == 0, stage == w.pipeline - 1
-    trains_weights = w.lora_rank == 0
+    trains_weights, selective = w.lora_rank == 0, w.head == "selective"
     counts = {"all_reduce": 0, "all_gather": 0, "reduce_scatter": 0}
     if w.sequence:
         forward = 2 * (1 + again + scoring)
@@ -91,17 +91,20 @@ def tensor_traffic(w: Workload, stage: int) -> dict[str, tuple[int, int]]:
         if first:
             counts["reduce_scatter"] += 1 + scoring
             counts["all_gather"] += 1 if trains_weights else 0
-        if last:
+        if last and selective:  # gathers the hidden states once; their gradient comes out whole on every rank
+            counts["all_gather"] += 1 + scoring
+            counts["all_reduce"] += 1
+        elif last:
             counts["all_gather"] += 1 + scoring + (1 if trains_weights else 0)
             counts["reduce_scatter"] += 1
     else:
         counts["all_reduce"] += layers * 2 * (2 + again + scoring)
         counts["all_reduce"] += (1 + scoring) * first + last
     result = {name: (count * micro, count * micro * hidden) for name, count in counts.items()}
-    if last:  # the largest logit; sum of exponentials and target logit: fp32 a token
+    if last:  # the largest logit; sum of exponentials and target logit (and the selective head's entropy): fp32 a token
         count, size = result["all_reduce"]
         calls = micro * (1 + scoring)
-        result["all_reduce"] = (count + 2 * calls, size + calls * 3 * 4 * w.tokens)
+        result["all_reduce"] = (count + 2 * calls, size + calls * (4 if selective else 3) * 4 * w.tokens)
     return result
 
 

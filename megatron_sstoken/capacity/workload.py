@@ -29,7 +29,7 @@ class Workload:
     precision: Precision = "bf16"
     recompute: Literal["none", "selective", "full"] = "none"
     implementation: Literal["transformer_engine", "torch"] = "transformer_engine"
-    head: Literal["standard", "selective"] = "standard"
+    head: Literal["standard", "selective"] = "selective"
     """selective: logits of response tokens only, in chunks; kept and trained only for the selected ones."""
     response: float = 1.0
     """Share of the tokens that are response."""

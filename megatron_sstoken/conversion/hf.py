@@ -48,8 +48,9 @@ class FolderReader:
 
     def __init__(self, hf_path: str):
         self.hf_path = hf_path
-        self.architecture = read_architecture(hf_path)
         self._mine = threading.local()  # files that one worker closes must not be another's
+        self.weights.close()  # a folder without weights is told before all else
+        self.architecture = read_architecture(hf_path)
 
     @property
     def weights(self) -> HuggingFaceWeights:
@@ -149,9 +150,8 @@ def from_hf(
     """
     options = options or ConversionOptions()
     refuse_existing(output, options.overwrite)
-    architecture = read_architecture(hf_path)
     reader = FolderReader(hf_path)
-    contents = checkpoint_contents(architecture, vocabulary_multiple=vocabulary_multiple)
+    contents = checkpoint_contents(reader.architecture, vocabulary_multiple=vocabulary_multiple)
     reader.check(contents)
     types = _types(reader.weights)
     dtype = _megatron_dtype(options, torch.bfloat16 if types == {torch.bfloat16} else torch.float32)

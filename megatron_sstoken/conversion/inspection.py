@@ -17,7 +17,7 @@ def describe_checkpoint(checkpoint: str) -> dict[str, Any]:
     there is no readable checkpoint.
     """
     folder = resolve_checkpoint(checkpoint)
-    state, (tensor, pipeline, device) = read_run_state(folder), read_split(folder)
+    state, (tensor, pipeline, *_, device) = read_run_state(folder), read_split(folder)
     tensors: list[dict[str, Any]] = [
         {
             "name": key,

@@ -74,6 +74,8 @@ def wait_for_step(directory, step: int, nodes: list[subprocess.Popen]) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_lost_node_ends_the_other_and_a_restart_equals_one_agent(folder, tmp_path):
     directory = tmp_path / "nodes"
     settings = make_run(folder, directory, parallel__tensor=2)

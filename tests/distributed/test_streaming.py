@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_sstoken.conversion import hf
 from megatron_sstoken.conversion.hf import from_hf, reshard, to_hf
@@ -130,7 +130,9 @@ def convert_more(rank: int, folder: Path) -> dict:
     bf16 = ConversionOptions(dtype="bf16")
     reshard(str(folder / "llama-tensor"), str(folder / "resharded-bf16"), vocabulary_multiple=64, options=bf16)
     to_hf(str(folder / "resharded-bf16"), str(folder / "resharded-bf16-hf"))
-    make_model(folder / "huge", initializer_range=1e6)
+    make_model(folder / "huge")
+    huge = {name: tensor * 1e6 for name, tensor in read_weights(folder / "llama").items()}
+    save_file(huge, folder / "huge" / "model.safetensors", metadata={"format": "pt"})
     from_hf(str(folder / "huge"), str(folder / "huge-megatron"))
     found["fp16"] = error_of(
         to_hf, str(folder / "huge-megatron"), str(folder / "fp16"), options=ConversionOptions(dtype="fp16")
@@ -256,7 +258,8 @@ def test_reshard_changes_padding_and_type_alone(folder, found):
 def test_memory_stays_below_the_bound(folder, found):
     assert differing(read_weights(folder / "large"), read_weights(folder / "large-back")) == []
     assert sum(one.nbytes for one in read_weights(folder / "large").values()) > 2 * BOUND
-    assert max(found["growth"]) < 1.1 * BOUND, found["growth"]  # a tenth for Python and malloc
+    others = 16_000_000  # what is no tensor: the model on the meta device, threads, malloc
+    assert max(found["growth"]) < BOUND + others, found["growth"]
 
 
 def test_what_does_not_fit_is_named(folder, found):

@@ -119,6 +119,8 @@ def test_arithmetics_of_a_cpu(config, tmp_path, pair):
     check(found)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_step_benchmark_runs_to_its_table(tmp_path):
     command = [sys.executable, "benchmarks/gpu_step.py", "--tiny", "--device", "cpu", "--rounds", "1"]
     result = cli.run([*command, "--output", str(tmp_path)])
