@@ -26,7 +26,7 @@ from megatron_sstoken.model.weights import (
     to_hugging_face,
 )
 from megatron_sstoken.parallel import create_layout, start_processes
-from megatron_sstoken.training.checkpoint import load_checkpoint, resolve_checkpoint
+from megatron_sstoken.training.checkpoint import load_checkpoint, read_adapters, resolve_checkpoint
 
 REAL_TEXT = """Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips
 did Natalia sell altogether in April and May? She sold 48 / 2 = 24 clips in May, and 48 + 24 = 72 altogether. #### 72
@@ -97,16 +97,19 @@ def verify(
     the whole model of transformers in fp32. Raises ValueError for input that cannot be read.
     """
     start_processes()
+    folder = None if checkpoint is None else resolve_checkpoint(checkpoint)
+    if folder is not None and read_adapters(folder) is not None:
+        raise ValueError(f"{folder} holds adapters alone: export it with to-hf --merge, and verify what comes out")
     settings = Settings(parallel=parallel or ParallelSettings())
     settings.training.precision = "fp32"
     layout = create_layout(settings.parallel, seed=0)
     architecture = read_architecture(hf_path)
     tensors = HuggingFaceWeights(hf_path)
     model = build_model(architecture, settings, layout, trainable=False)
-    if checkpoint is None:
+    if folder is None:
         load_weights(model, hf_path)
     else:
-        load_checkpoint(resolve_checkpoint(checkpoint), model)
+        load_checkpoint(folder, model)
     model.train(False)
     result = Verification(len(tensors.names()), compare_tensors(model, tensors), tolerance=tolerance)
     if positions is None:
