@@ -61,7 +61,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def read_workload(options: argparse.Namespace) -> Workload:
     """The workload of the command line. Raises ValueError for a model that cannot be read."""
     values = {name: getattr(options, name) for name in (*NUMBERS, *CHOICES, "response", "rho", "sequence")}
-    return Workload(find_architecture(options.model), selects=not options.plain, **values)
+    architecture = find_architecture(options.model)
+    if architecture.num_experts:
+        raise ValueError(f"the model {options.model!r} is a mixture of experts, which is not planned: name a dense model")
+    return Workload(architecture, selects=not options.plain, **values)
 
 
 def read_assumptions(changes: list[str]) -> Assumptions:

@@ -29,6 +29,7 @@ ALL_LAYOUTS = LAYOUTS | {
     "tp2-pp2": (4, {"parallel.tensor": 2, "parallel.pipeline": 2}),
 }
 SHARDED = [name for name in ALL_LAYOUTS if name != "single"]
+SLOW = ("tp2-pp2", "dp2-cp2")  # four processes, and nothing that the other layouts do not show
 SCOPES = ("sample", "microbatch", "batch")
 LAYER = [1, -1]  # with two stages the first lies on the earlier one
 GLOBAL_BATCH = 8
@@ -158,7 +159,9 @@ def global_batch(folder, packed):
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("layout", SHARDED)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SHARDED]
+)
 def test_sharded_runs_equal_the_unsharded(bench, layout):
     folder, _, unsharded = bench
     num_ranks, parallel = ALL_LAYOUTS[layout]

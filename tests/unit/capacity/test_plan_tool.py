@@ -13,6 +13,7 @@ from megatron_sstoken.capacity.speed import model_flops_per_token
 from megatron_sstoken.capacity.traffic import Traffic
 from megatron_sstoken.capacity.workload import Workload, problems_of_workload
 from megatron_sstoken.model.catalog import find_architecture
+from tests.workbench import make_model
 from tools.plan import main
 
 EIGHT = find_architecture("Llama-3.1-8B")
@@ -108,3 +109,8 @@ def test_exit_codes_and_output(capsys):
 def test_mistakes_are_told_in_the_words_of_a_run(capsys, options, message):
     assert main(["--model", "Llama-3.1-8B", *options.split()]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_mixture_of_experts_is_refused(tmp_path, capsys):
+    assert main(["--model", make_model(tmp_path / "mixture", "mixtral")]) == 2
+    assert "is a mixture of experts, which is not planned: name a dense model" in capsys.readouterr().err
