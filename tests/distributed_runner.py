@@ -1,5 +1,6 @@
 """One helper: run a function on N processes joined by gloo, and get what each returned."""
 
+import functools
 import os
 import pickle
 import socket
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+_PRELOADED = ["tests.workbench", "megatron_sstoken.training.loop", "megatron_sstoken.conversion.hf"]
+
 
 def run_distributed(function: Callable[..., Any], num_ranks: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Call `function(rank, *args)` on `num_ranks` fresh processes with torch.distributed (gloo) initialised.
@@ -22,10 +25,7 @@ def run_distributed(function: Callable[..., Any], num_ranks: int, *args: Any, ti
     the others down at once and its traceback is in the AssertionError; so is the time limit (`timeout` in seconds).
     """
     with tempfile.TemporaryDirectory() as folder:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        context = mp.get_context("spawn")
+        port, context = free_port(), _context()
         processes = [
             context.Process(target=_rank_main, args=(rank, num_ranks, port, folder, function, args), daemon=False)
             for rank in range(num_ranks)
@@ -40,6 +40,24 @@ def run_distributed(function: Callable[..., Any], num_ranks: int, *args: Any, ti
                     process.kill()
                 process.join()
         return [_load(os.path.join(folder, f"result-{rank}")) for rank in range(num_ranks)]
+
+
+def free_port() -> int:
+    """A port on which nothing listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@functools.lru_cache(maxsize=1)
+def _context() -> Any:
+    """Processes forked from a server that has imported the libraries once: imports take longer than most tests.
+
+    The server has no threads and no process groups. It starts with the environment of this moment.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
 def _wait(processes: list, folder: str, timeout: float) -> None:

@@ -1,6 +1,5 @@
 """Tiny models, prepared data and settings that integration tests share."""
 
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,13 +43,6 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     ),
 }
 """Configuration class and what is particular: rope scaling, tied embeddings, windows, heads wider than hidden ÷ heads."""
-
-
-def free_port() -> int:
-    """A port on which nothing listens now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def make_model(folder: str | Path, family: str = "llama", *, seed: int = 0, **changes: Any) -> str:

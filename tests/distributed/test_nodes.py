@@ -12,8 +12,8 @@ import pytest
 
 from megatron_sstoken.training.checkpoint import checkpoint_steps
 from tests import cli
-from tests.distributed_runner import run_distributed
-from tests.workbench import free_port, make_model, make_samples, make_settings, make_store, make_trainer
+from tests.distributed_runner import free_port, run_distributed
+from tests.workbench import make_model, make_samples, make_settings, make_store, make_trainer
 
 NUM_STEPS, SAVE_EVERY, PATIENCE = 12, 4, 100
 
