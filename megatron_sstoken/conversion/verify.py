@@ -96,15 +96,14 @@ def verify(
     the folder has a tokenizer). `positions`: tokens of each; default 256, or more than the sliding window. Rank 0 holds
     the whole model of transformers in fp32. Raises ValueError for input that cannot be read.
     """
-    start_processes()
+    architecture, tensors = read_architecture(hf_path), HuggingFaceWeights(hf_path)
     folder = None if checkpoint is None else resolve_checkpoint(checkpoint)
     if folder is not None and read_adapters(folder) is not None:
         raise ValueError(f"{folder} holds adapters alone: export it with to-hf --merge, and verify what comes out")
     settings = Settings(parallel=parallel or ParallelSettings())
     settings.training.precision = "fp32"
+    start_processes()
     layout = create_layout(settings.parallel, seed=0)
-    architecture = read_architecture(hf_path)
-    tensors = HuggingFaceWeights(hf_path)
     model = build_model(architecture, settings, layout, trainable=False)
     if folder is None:
         load_weights(model, hf_path)
