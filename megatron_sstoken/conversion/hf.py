@@ -99,8 +99,8 @@ def from_hf(
     """
     options = options or ConversionOptions()
     refuse_existing(output, options.overwrite)
-    architecture = read_architecture(hf_path)
     weights = HuggingFaceWeights(hf_path)
+    architecture = read_architecture(hf_path)
     check_weights(weights, architecture)
     types = _types(weights)
     contents = checkpoint_contents(architecture, vocabulary_multiple=vocabulary_multiple)
