@@ -151,9 +151,9 @@ def from_hf(
     options = options or ConversionOptions()
     refuse_existing(output, options.overwrite)
     reader = FolderReader(hf_path)
-    contents = checkpoint_contents(reader.architecture, vocabulary_multiple=vocabulary_multiple)
-    reader.check(contents)
+    check_weights(reader.weights, reader.architecture)
     types = _types(reader.weights)
+    contents = checkpoint_contents(reader.architecture, vocabulary_multiple=vocabulary_multiple)
     dtype = _megatron_dtype(options, torch.bfloat16 if types == {torch.bfloat16} else torch.float32)
     costs = {parameter.name: _cost(parameter, reader.dtype(parameter), dtype) for parameter in contents.parameters}
     identity = _identity("from-hf", dtype, options, reader.identifying_files())
