@@ -3,6 +3,7 @@
 At no time are there more tensors in memory than `ConversionOptions.max_memory` allows, whatever the model's size.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -69,7 +70,12 @@ class FolderReader:
 
     def dtype(self, parameter: Parameter) -> torch.dtype:
         """The widest type of the folder's tensors."""
-        return max(_types(self.weights), key=lambda one: one.itemsize)
+        return max(self.types, key=lambda one: one.itemsize)
+
+    @functools.cached_property
+    def types(self) -> set[torch.dtype]:
+        """The types of all tensors; asked once, for a mixture has tens of thousands of them."""
+        return _types(self.weights)
 
     def read(self, parameter: Parameter) -> torch.Tensor:
         """A whole parameter, in the type of its tensors."""
@@ -152,7 +158,7 @@ def from_hf(
     refuse_existing(output, options.overwrite)
     reader = FolderReader(hf_path)
     check_weights(reader.weights, reader.architecture)
-    types = _types(reader.weights)
+    types = reader.types
     contents = checkpoint_contents(reader.architecture, vocabulary_multiple=vocabulary_multiple)
     dtype = _megatron_dtype(options, torch.bfloat16 if types == {torch.bfloat16} else torch.float32)
     costs = {parameter.name: _cost(parameter, reader.dtype(parameter), dtype) for parameter in contents.parameters}
