@@ -4,6 +4,7 @@ With CUDA present nothing here changes anything. Without it, megatron-core 0.16 
 places; `adapt_megatron_to_cpu` answers those with the CPU. Each substitution stands with its reason.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -87,6 +88,28 @@ def adapt_megatron_to_cpu() -> None:
     # The router asks whether Transformer Engine's matrix product is there, by a name that exists only where it is.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+    from megatron.core.distributed import param_and_grad_buffer
+
+    # gloo has neither of these, nor coalescing: torch makes a reduce-scatter of an all-reduce and three copies of all
+    # gradients, and copies parameters even where nobody is there to exchange them with.
+    param_and_grad_buffer._coalescing_manager = lambda group, async_ops: contextlib.nullcontext()
+    param_and_grad_buffer.dist_reduce_scatter_func = _reduce_in_place
+    param_and_grad_buffer.dist_all_gather_func = _gather_from_others
+
+
+def _reduce_in_place(output, input, *, op, group, async_op):
+    """A reduce-scatter whose `output` is this rank's part of `input`, as megatron's buffers are."""
+    assert not async_op and output.untyped_storage().data_ptr() == input.untyped_storage().data_ptr()
+    if group.size() > 1:
+        torch.distributed.all_reduce(input, op=op, group=group)
+
+
+def _gather_from_others(output, input, *, group, async_op):
+    """An all-gather whose `input` is this rank's part of `output`."""
+    assert not async_op and output.untyped_storage().data_ptr() == input.untyped_storage().data_ptr()
+    if group.size() > 1:
+        torch.distributed.all_gather_into_tensor(output, input, group=group)
 
 
 def _instead_of_cuda(factory):

@@ -324,6 +324,9 @@ def build_optimizer(
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(config, model.chunks, use_gloo_process_groups=have_cuda(), pg_collection=None)
+    for group in optimizer.param_groups:
+        if "fused" in group:  # torch's AdamW, for want of Transformer Engine's or apex's
+            group["fused"] = True  # one pass over the state instead of a dozen
     warmup = round(settings.warmup_fraction * num_steps)
     scheduler = OptimizerParamScheduler(
         optimizer,
