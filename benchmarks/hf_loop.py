@@ -1,81 +1,110 @@
-"""ssToken as a user would write it today with transformers, after the way of the official code (read, not copied).
+"""ssToken as a user would write it today with transformers: what github.com/jianke0604/ssToken does in a step (2a0c57d; read,
+not copied), in fp32, in one process, without LoRA.
 
-One process, samples padded to the longest, logits of all positions; the last layer's attention computed a second time as a
-dense matrix for every head; scores sample by sample in Python, asking tensors for numbers; the loss a mean over the
-micro-batch's selected tokens. The model itself runs on torch SDPA.
+Micro-batches of three samples, padded to the longest. transformers is given the labels, so it computes the loss of all
+response tokens; the losses that select come sample by sample from a second cross-entropy, those that train from a third. The
+attention of the last layer is a dense matrix for every head: either computed again from the layer's input, while the model
+runs on SDPA (`scripts/finetune_with_hook.py`), or returned by a model in eager mode, which then keeps that of every layer
+(`scripts/finetune.py`). History losses are lists of Python floats. The loss is a mean over micro-batches of means.
 """
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 GAMMA, RHO = 0.5, 0.6
+MICRO_BATCH = 3
 
 
 class HuggingFaceLoop:
     """The model, its AdamW, and one optimizer step a call."""
 
-    def __init__(self, folder: Path, learning_rate: float = 1e-5):
-        self.model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
+    def __init__(self, folder: Path, attention: Literal["recomputed", "returned"], learning_rate: float = 1e-5):
+        self.returned = attention == "returned"
+        implementation = "eager" if self.returned else "sdpa"
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation=implementation, dtype=torch.float32
+        )
+        self.model.train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate)
         self.last = self.model.model.layers[-1].self_attn
-        self.last.register_forward_pre_hook(self._keep_input, with_kwargs=True)
-        self.generator = torch.Generator().manual_seed(0)
+        if not self.returned:
+            self.last.register_forward_pre_hook(self._keep_input, with_kwargs=True)
+        self.generator = np.random.default_rng(0)
 
     def _keep_input(self, module, args, kwargs) -> None:
-        self.hidden, self.rope = kwargs["hidden_states"].detach(), kwargs["position_embeddings"]
+        self.last_input = {name: kwargs[name] for name in ("hidden_states", "position_embeddings")}
 
     @torch.no_grad()
-    def _dense_attention(self) -> torch.Tensor:
-        """Mean over heads of the last layer's attention, fp32 [batch, tokens, tokens]."""
-        layer, (batch, length, _) = self.last, self.hidden.shape
-        shape = (batch, length, -1, layer.head_dim)
-        query = layer.q_proj(self.hidden).view(shape).transpose(1, 2)
-        key = layer.k_proj(self.hidden).view(shape).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *self.rope)
-        weights = query @ repeat_kv(key, layer.num_key_value_groups).transpose(2, 3) / math.sqrt(layer.head_dim)
-        later = torch.full((length, length), -math.inf).triu(1)
-        return (weights + later).softmax(-1).mean(1)
+    def _recomputed_attention(self) -> torch.Tensor:
+        """The last layer's attention once more, in eager mode: fp32 [batch, heads, tokens, tokens]."""
+        inputs, self.last_input = self.last_input, {}
+        length = inputs["hidden_states"].shape[1]
+        causal = torch.full((1, 1, length, length), torch.finfo(torch.float32).min).triu(1)
+        config = self.last.config
+        config._attn_implementation = "eager"
+        try:
+            return self.last.forward(attention_mask=causal, **inputs)[1]  # not through the hook
+        finally:
+            config._attn_implementation = "sdpa"
 
     def step(self, samples: list[np.ndarray], roles: list[np.ndarray]) -> float:
-        """One step on a padded batch; the loss."""
-        tokens = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(s.astype(np.int64)) for s in samples], True)
-        labels = torch.nn.utils.rnn.pad_sequence(
-            [torch.from_numpy(np.where(r == 1, s, -100).astype(np.int64)) for s, r in zip(samples, roles, strict=True)],
-            batch_first=True,
-            padding_value=-100,
-        )
-        mask = torch.arange(tokens.shape[1]) < torch.tensor([len(sample) for sample in samples]).unsqueeze(1)
-        logits = self.model(tokens, attention_mask=mask.long()).logits[:, :-1]
-        shifted = labels[:, 1:]
-        losses = F.cross_entropy(logits.flatten(0, 1), shifted.flatten(), reduction="none").view(shifted.shape)
-        attention = self._dense_attention()
-        selected = torch.zeros_like(shifted, dtype=torch.bool)
-        for number in range(len(samples)):
-            self._select(losses[number].detach(), attention[number], shifted[number], selected[number])
-        loss = losses[selected].mean()
-        self.optimizer.zero_grad()
-        loss.backward()
+        """One step on these samples; the mean of the micro-batches' losses."""
+        history = [self.generator.uniform(0, 12, len(sample)).tolist() for sample in samples]
+        starts = range(0, len(samples), MICRO_BATCH)
+        total = 0.0
+        for start in starts:
+            part = slice(start, start + MICRO_BATCH)
+            loss = self._loss(samples[part], roles[part], history[part])
+            (loss / len(starts)).backward()
+            total += loss.item() / len(starts)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        return float(loss)
+        self.optimizer.zero_grad()
+        return total
 
-    def _select(self, losses, attention, labels, selected) -> None:
-        """Mark the positions of one sample that predict its selected tokens."""
-        positions = (labels != -100).nonzero().flatten()
-        first = int(positions[0].item()) + 1
-        history = 12 * torch.rand(len(losses), generator=self.generator)
-        rel, mass = [], []
-        for position in positions:
-            rel.append(history[position].item() - losses[position].item())
-            mass.append(attention[position + 1, :first].sum().item())
-        low, high = min(rel), max(rel)
-        scores = torch.tensor(
-            [GAMMA * (r - low) / (high - low + 1e-8) + (1 - GAMMA) * m for r, m in zip(rel, mass, strict=True)]
+    def _loss(self, samples, roles, history) -> torch.Tensor:
+        """Mean loss over the selected tokens of a micro-batch."""
+        tokens = _padded([torch.from_numpy(sample.astype(np.int64)) for sample in samples], 0)
+        labels = _padded(
+            [torch.from_numpy(np.where(r == 1, s, -100).astype(np.int64)) for s, r in zip(samples, roles, strict=True)],
+            -100,
         )
-        selected[positions[scores.topk(math.ceil(RHO * len(scores))).indices]] = True
+        lengths = torch.tensor([len(sample) for sample in samples])
+        mask = (torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)).long()
+        outputs = self.model(
+            tokens, attention_mask=mask, labels=labels, use_cache=False, output_attentions=self.returned
+        )
+        attention = outputs.attentions[-1] if self.returned else self._recomputed_attention()
+        mean_attention = attention.mean(1)
+        kept = labels.clone()
+        for number, length in enumerate(lengths.tolist()):
+            kept[number, :length] = self._select(
+                outputs.logits[number, :length],
+                labels[number, :length],
+                mean_attention[number, :length, :length],
+                torch.tensor(history[number]),
+            )
+        logits = outputs.logits[:, :-1].contiguous()
+        return F.cross_entropy(logits.flatten(0, 1), kept[:, 1:].flatten())
+
+    @staticmethod
+    def _select(logits, labels, attention, history) -> torch.Tensor:
+        """The labels of one sample, −100 where not selected. The prompt is as long as there are labels of −100."""
+        prompt = int((labels == -100).sum().item())
+        losses = F.cross_entropy(logits[:-1], labels[1:], reduction="none")[prompt - 1 :]
+        rel = history[prompt:] - losses
+        normalized = (rel - rel.min()) / (rel.max() - rel.min() + 1e-8)
+        scores = GAMMA * normalized + (1 - GAMMA) * attention[prompt:, :prompt].sum(-1)
+        dropped = torch.ones(len(scores), dtype=torch.bool)
+        dropped[scores.topk(math.ceil(RHO * len(scores))).indices] = False
+        return labels.index_fill(0, prompt + dropped.nonzero().flatten(), -100)
+
+
+def _padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)

@@ -2,20 +2,19 @@
 
 import shutil
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks import workload
+from benchmarks.file_suites import conversion, preparation
 from benchmarks.hf_loop import HuggingFaceLoop
 from benchmarks.measure import Rows, alternate, count
-from benchmarks.workload import FIELDS, LENGTHS, Shape, make, make_trainer, settings_for, typical_batch, use
+from benchmarks.workload import Options, make, make_trainer, settings_for, typical_batch, use
 from megatron_sstoken.data.batches import TokenBatch
-from megatron_sstoken.data.prepare import prepare
-from megatron_sstoken.data.tokenizer import load_tokenizer
 from megatron_sstoken.model.attention import sample_bounds
 from megatron_sstoken.model.head import NOT_SCORED
 from megatron_sstoken.selection.methods import Selection
@@ -24,24 +23,8 @@ from megatron_sstoken.training.scoring import build_history, selector_of
 from megatron_sstoken.training.selector import signals_of, train_on_selected
 from megatron_sstoken.training.step import labels_of, score_batch, train_batch
 
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line says."""
-
-    gsm8k: Path
-    work: Path
-    rounds: int
-    shape: Shape
-    num_problems: int
-
-    @property
-    def tensor(self) -> int:
-        """All processes are tensor parallel."""
-        return dist.get_world_size()
-
-    def config(self, **more) -> dict:
-        return vars(self.shape) | {"num_problems": self.num_problems, "tensor": self.tensor} | more
+STEP_ROWS = 8  # the paper's recipe has global batches of 48 samples; eight rows hold about 40
+COMPARED_ROWS = 4  # with transformers: some 20 samples
 
 
 def prepared(options: Options) -> None:
@@ -62,8 +45,8 @@ def _shares(trainer: Trainer, number: int) -> dict[str, float]:
 
 
 def step(options: Options) -> None:
-    """Whole optimizer steps of two rows: plain fine-tuning and ssToken, each head."""
-    trainer = make_trainer(settings_for(options.work, tensor=options.tensor, training__global_batch_size=2))
+    """Whole optimizer steps of eight rows: plain fine-tuning and ssToken, each head."""
+    trainer = make_trainer(settings_for(options.work, tensor=options.tensor, training__global_batch_size=STEP_ROWS))
     number = typical_batch(trainer)
     cases = {
         "full, standard head": ("full", "standard"),
@@ -105,9 +88,7 @@ def head(options: Options) -> None:
 
     rows = Rows("head", options.config(tokens=num_tokens))
     for response, kept in ((0.6, 0.6), (0.3, 0.6), (0.6, 0.3), (1.0, 0.6), (1.0, 1.0)):
-        variants = {
-            kind: (lambda kind=kind, r=response, k=kept: run(kind, r, k)) for kind in ("standard", "selective")
-        }
+        variants = {kind: (lambda kind=kind, r=response, k=kept: run(kind, r, k)) for kind in ("standard", "selective")}
         timings = alternate(variants, options.rounds)
         for kind, timing in timings.items():
             formula = 1.0 if kind == "standard" else round(response * (1 + 3 * kept) / 3, 4)
@@ -143,7 +124,10 @@ def scoring(options: Options) -> None:
         rows.add("forward and backward", name, timing, **_shares(trainer, number))
     # The two parts by themselves, free of the noise of the rest: many runs each, as a share of the step.
     whole = timings["ssToken"].seconds
-    for name, run in (("attention mass", _mass(trainer, batches[0])), ("score and selection", lambda: selector(report))):
+    for name, run in (
+        ("attention mass", _mass(trainer, batches[0])),
+        ("score and selection", lambda: selector(report)),
+    ):
         parts = alternate({name: lambda run=run: [run() for _ in range(10)]}, options.rounds)[name]
         share = replace(parts, seconds=parts.seconds / 10, baseline=whole)
         rows.add("share of the step", name, share, **_shares(trainer, number))
@@ -219,7 +203,9 @@ def history(options: Options) -> None:
             for batch in batches:
                 labels = labels_of(batch, batch.response).unsqueeze(0)
                 bounds = sample_bounds(batch.lengths, labels.device)
-                model.chunks[0](batch.tokens, batch.position.unsqueeze(0), None, labels=labels, packed_seq_params=bounds)
+                model.chunks[0](
+                    batch.tokens, batch.position.unsqueeze(0), None, labels=labels, packed_seq_params=bounds
+                )
 
     def score():
         for chunk in model.bare:
@@ -239,18 +225,22 @@ def history(options: Options) -> None:
 
 
 def huggingface(options: Options) -> None:
-    """An optimizer step of ours and of a Hugging Face loop on the same samples; then one sample of growing length."""
+    """An optimizer step of ours and of a Hugging Face loop on the same samples; then one sample of growing length.
+
+    Ours packs the samples into rows; the loop takes them shuffled, as its data loader would.
+    """
     assert options.tensor == 1, "one process"
-    loop = HuggingFaceLoop(options.work / "model")
+    loops = {kind: HuggingFaceLoop(options.work / "model", kind) for kind in ("recomputed", "returned")}
     rows = Rows("huggingface", options.config())
 
     def compare(trainer: Trainer, number: int, case: str, rounds: int) -> None:
-        store, index = trainer.loader.store, trainer.loader.rows(number)[0].tolist()
+        index = np.concatenate([row.tolist() for row in trainer.loader.rows(number)]).astype(int)
+        np.random.default_rng(0).shuffle(index)
+        store = trainer.loader.store
         samples, roles = [store.tokens(i) for i in index], [store.roles(i) for i in index]
-        variants = {
-            "Hugging Face loop": lambda: loop.step(samples, roles),
-            "megatron_sstoken": lambda: training_step(trainer, number),
-        }
+        variants = {"megatron_sstoken": lambda: training_step(trainer, number)}
+        for kind, loop in loops.items():
+            variants[f"Hugging Face, attention {kind}"] = lambda loop=loop: loop.step(samples, roles)
         num_tokens = sum(map(len, samples))
         for name, timing in alternate(variants, rounds).items():
             speed = round(num_tokens / timing.columns()["seconds"], 1)
@@ -258,59 +248,12 @@ def huggingface(options: Options) -> None:
         rows.append()  # now: the longest samples take minutes
         rows.rows.clear()
 
-    trainer = make_trainer(settings_for(options.work))
+    trainer = make_trainer(settings_for(options.work, training__global_batch_size=COMPARED_ROWS))
     compare(trainer, typical_batch(trainer), "GSM8K", options.rounds)
-    alone = {"data__packing": False, "data__shuffle": False, "data__sequence_length": max(LENGTHS)}
+    alone = {"data__packing": False, "data__shuffle": False, "data__sequence_length": max(workload.LENGTHS)}
     trainer = make_trainer(settings_for(options.work, data="lengths", **alone))
-    for number, length in enumerate(LENGTHS):
-        compare(trainer, number, f"one sample of {length}", 1)
-
-
-def preparation(options: Options) -> None:
-    """Preparing GSM8K with two workers against a plain loop over `tokenizers` with as many, both from file to arrays."""
-    assert options.tensor == 1, "one process"
-    source, model, workers = options.gsm8k / "train.jsonl", options.work / "model", 2
-    output = options.work / "prepared"
-    variants = {
-        "plain loop": lambda: plain_loop(source, model, workers),
-        "tools/prepare_data.py": lambda: prepare(
-            [source], model, output, fields=FIELDS, workers=workers, overwrite=True, progress=False
-        ),
-    }
-    rows = Rows("prepare", options.config(workers=workers))
-    for name, timing in alternate(variants, options.rounds).items():
-        rows.add("GSM8K train", name, timing)
-    rows.append()
-
-
-def plain_loop(source: Path, model: Path, workers: int) -> int:
-    """Number of tokens: render every line with the chat template and encode it; roles, checks and files left out."""
-    with open(source, "rb") as file:
-        lines = file.readlines()
-    parts = [lines[first : first + 512] for first in range(0, len(lines), 512)]
-    with ProcessPoolExecutor(workers, get_context("forkserver"), initializer=_load, initargs=(str(model),)) as pool:
-        return sum(pool.map(_encode, parts))
-
-
-def _load(model: str) -> None:
-    global _tokenizer
-    import os
-
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _tokenizer = load_tokenizer(model)
-
-
-def _encode(lines: list[bytes]) -> int:
-    import json
-
-    rows = [json.loads(line) for line in lines]
-    texts = [
-        _tokenizer.render(
-            [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
-        ).text
-        for row in rows
-    ]
-    return sum(len(encoding.ids) for encoding in _tokenizer.encode_batch(texts, positions=False))
+    for number, length in enumerate(workload.LENGTHS):
+        compare(trainer, number, f"one sample of {length}", options.rounds)
 
 
 SUITES = {
@@ -321,4 +264,5 @@ SUITES = {
     "history": history,
     "huggingface": huggingface,
     "prepare": preparation,
+    "convert": conversion,
 }

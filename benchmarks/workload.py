@@ -37,6 +37,26 @@ class Shape:
     groups: int = 4
 
 
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    gsm8k: Path
+    work: Path
+    rounds: int
+    shape: Shape
+    num_problems: int
+
+    @property
+    def tensor(self) -> int:
+        """All processes are tensor parallel."""
+        return dist.get_world_size()
+
+    def config(self, **more: Any) -> dict[str, Any]:
+        """What the rows say of the configuration."""
+        return vars(self.shape) | {"num_problems": self.num_problems, "tensor": self.tensor} | more
+
+
 class DrawnHistory:
     """History losses drawn at random, so that nothing has to be scored before something else is timed."""
 

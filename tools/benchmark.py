@@ -17,11 +17,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks.suites import SUITES, Options, prepared  # noqa: E402
-from benchmarks.workload import Shape  # noqa: E402
+from benchmarks.suites import SUITES, prepared  # noqa: E402
+from benchmarks.workload import Options, Shape  # noqa: E402
 from megatron_sstoken.parallel import start_processes, stop_processes  # noqa: E402
 
-ONE_PROCESS = ("huggingface", "prepare")
+ONE_PROCESS = ("huggingface", "prepare", "convert")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -17,19 +17,21 @@ def run_suites(rank, folder, suites):
     from pathlib import Path
 
     from benchmarks import suites as suite_module
+    from benchmarks import workload
     from benchmarks.measure import Rows
     from tools import benchmark
 
     original = Rows.append
     Rows.append = lambda rows: original(rows, Path(folder) / "results")
     assert suite_module.Rows is Rows
+    workload.LENGTHS = (64, 1024)
     return benchmark.main(["--suite", *suites, "--gsm8k", folder, "--work", f"{folder}/work", *TINY])
 
 
 def test_rows(tmp_path):
     problems = [{"question": f"What is {n} plus {n}?", "answer": f"It is {2 * n}. " * (n % 5 + 2)} for n in range(40)]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, problems)), encoding="utf-8")
-    suites = ["step", "head", "scoring", "selection", "history"]
+    suites = ["step", "head", "scoring", "selection", "history", "huggingface", "prepare", "convert"]
     assert run_distributed(run_suites, 1, str(tmp_path), suites) == [0]
     rows = {}
     for suite in suites:
@@ -43,6 +45,8 @@ def test_rows(tmp_path):
     for standard, selective in zip(rows["head"][::2], rows["head"][1::2], strict=True):
         counted = int(selective["product_flops"]) / int(standard["product_flops"])
         assert counted == pytest.approx(float(selective["formula"]), abs=0.08), "r(1 + 3ρ) ÷ 3, up to sampling"
+    assert [row["case"] for row in rows["huggingface"][::3]] == ["GSM8K", "one sample of 64", "one sample of 1024"]
+    assert len({row["tokens"] for row in rows["huggingface"][:3]}) == 1, "the same samples"
 
 
 def test_counts():
