@@ -26,7 +26,8 @@ def draw_head(path: Path) -> None:
     """Selective ÷ standard head: time and memory over the formula r(1 + 3ρ) ÷ 3."""
     rows = newest("head")
     figure, axes = plt.subplots(figsize=(6, 4))
-    pairs = list(zip(rows[::2], rows[1::2], strict=True))
+    standard, selective = ([row for row in rows if row["variant"] == name] for name in ("standard", "selective"))
+    pairs = list(zip(standard, selective, strict=True))
     formula = [float(selective["formula"]) for _, selective in pairs]
     middle = [float(selective["ratio"]) for _, selective in pairs]
     below = [float(s["ratio"]) - float(s["ratio_p20"]) for _, s in pairs]

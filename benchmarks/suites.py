@@ -17,6 +17,7 @@ from benchmarks.workload import Options, make, make_trainer, settings_for, typic
 from megatron_sstoken.data.batches import TokenBatch
 from megatron_sstoken.model.attention import sample_bounds
 from megatron_sstoken.model.head import NOT_SCORED
+from megatron_sstoken.model.implementation import compiler_problem
 from megatron_sstoken.selection.methods import Selection
 from megatron_sstoken.training.loop import Trainer, training_step
 from megatron_sstoken.training.scoring import build_history, selector_of
@@ -78,8 +79,10 @@ def head(options: Options) -> None:
     words = torch.randint(chunk.num_real_words, (1, num_tokens), generator=generator)
     place = torch.rand(num_tokens, generator=generator)
 
+    kinds = ["standard", "selective", *([] if compiler_problem() else ["selective, compiled"])]
+
     def run(kind: str, response: float, kept: float):
-        chunk.selective = kind == "selective"
+        chunk.selective, chunk.compiled_head = kind != "standard", kind == "selective, compiled"
         labels = words.masked_fill(place >= response, NOT_SCORED)
         leaf = hidden.clone().requires_grad_()
         nothing = dict.fromkeys(("input_ids", "position_ids", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin"))
@@ -88,7 +91,7 @@ def head(options: Options) -> None:
 
     rows = Rows("head", options.config(tokens=num_tokens))
     for response, kept in ((0.6, 0.6), (0.3, 0.6), (0.6, 0.3), (1.0, 0.6), (1.0, 1.0)):
-        variants = {kind: (lambda kind=kind, r=response, k=kept: run(kind, r, k)) for kind in ("standard", "selective")}
+        variants = {kind: (lambda kind=kind, r=response, k=kept: run(kind, r, k)) for kind in kinds}
         timings = alternate(variants, options.rounds)
         for kind, timing in timings.items():
             formula = 1.0 if kind == "standard" else round(response * (1 + 3 * kept) / 3, 4)

@@ -113,6 +113,10 @@ def problems_of(settings: Settings) -> list[str]:
         f"logging.entropy=true needs model.head=selective, which is {settings.model.head}: use entropy=false",
     )
     require(
+        not settings.model.compiled_head or settings.model.head == "selective",
+        f"model.compiled_head=true needs model.head=selective, which is {settings.model.head}: use compiled_head=false",
+    )
+    require(
         settings.checkpoint.save_every == 0 or settings.checkpoint.directory is not None,
         f"checkpoint.save_every={settings.checkpoint.save_every} needs checkpoint.directory",
     )

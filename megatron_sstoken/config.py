@@ -31,6 +31,10 @@ class ModelSettings:
     """How losses are computed: selective makes logits of response tokens only, and gradients of selected tokens only, a
     chunk at a time; standard keeps the logits of every token. The losses and gradients are the same."""
 
+    compiled_head: bool = False
+    """Let torch.compile make one kernel of what the selective head does to logits between its matrix products. Needs Triton on
+    a GPU, a C++ compiler without one. Off: it has not been measured on a GPU yet."""
+
     vocabulary_multiple: int = 128
     """The vocabulary is padded to a multiple of this (and of the tensor parallel size); padded entries get no probability."""
 

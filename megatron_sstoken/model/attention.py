@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_sstoken.data.context_parallel import zigzag_index
+from megatron_sstoken.model.last_layer import HeadRows
 
 
 @dataclass
@@ -28,6 +29,9 @@ class SampleBounds(PackedSeqParams):
 
     gathered_order: torch.Tensor | None = None
     """int64 [T]: where each token lies in the ranks' tokens one after another."""
+
+    head_rows: HeadRows | None = None
+    """Which rows the head reads; None: all."""
 
 
 def sample_bounds(

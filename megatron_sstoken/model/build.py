@@ -24,6 +24,7 @@ from megatron_sstoken.model.attention import AttentionProbe
 from megatron_sstoken.model.families import Architecture, Split, rope_inverse_frequencies
 from megatron_sstoken.model.head import NOT_SCORED, selective_head, vocabulary_parallel_loss
 from megatron_sstoken.model.implementation import fp8_options, fusion_options, implementation_of
+from megatron_sstoken.model.last_layer import HeadRows, head_rows
 from megatron_sstoken.model.lora import adapted_linears, base_parameters, prepare_adapters
 from megatron_sstoken.model.spec import block_spec
 from megatron_sstoken.model.weights import HuggingFaceWeights, load_hugging_face, rules_of_chunk
@@ -41,6 +42,8 @@ class TokenLossModel(GPTModel):
     selective: bool
     """Whether losses come from the selective head, else from megatron's output layer."""
     with_entropy: bool
+    compiled_head: bool
+    """Whether the selective head's elementwise steps are compiled."""
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels int64 [batch, tokens] and logits [tokens, batch, words / tensor size] → fp32 [batch, tokens]."""
@@ -60,7 +63,13 @@ class TokenLossModel(GPTModel):
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         return selective_head(
-            hidden_states.squeeze(1), weight, labels[0], self.num_real_words, group, with_entropy=self.with_entropy
+            hidden_states.squeeze(1),
+            weight,
+            labels[0],
+            self.num_real_words,
+            group,
+            with_entropy=self.with_entropy,
+            compiled=self.compiled_head,
         )
 
 
@@ -98,6 +107,18 @@ class Model:
         per_chunk = self.config.num_layers // (self.layout.pipeline_size * self.layout.virtual_pipeline)
         places = {divmod((layer - 1) // per_chunk, self.layout.pipeline_size) for layer in self.tapped_layers}
         return sorted((stage, chunk) for chunk, stage in places)
+
+    def head_rows(self, labels: torch.Tensor) -> HeadRows | None:
+        """Which rows of this rank's hidden states the head reads; None: all, or there is no head here.
+
+        `labels`: int64 [tokens of this context parallel rank], `NOT_SCORED` where there is no loss.
+        """
+        layout = self.layout
+        if not layout.is_last_stage or not self.bare[-1].selective:
+            return None
+        if self.config.sequence_parallel:
+            return head_rows(labels, layout.tensor_size, layout.tensor_rank)
+        return head_rows(labels, 1, 0)
 
     def zero_gradients(self) -> None:
         """Empty megatron's gradient buffers, into which the backward passes of a step accumulate."""
@@ -228,7 +249,7 @@ def build_model(
         with torch.device("meta") if shapes_only else nullcontext():
             chunk = TokenLossModel(
                 config=config,
-                transformer_layer_spec=block_spec(config, tapped_layers, probe, vp_stage, layout, settings.lora),
+                transformer_layer_spec=block_spec(config, tapped_layers, probe, vp_stage, layout, settings.lora, last),
                 vocab_size=architecture.padded_vocabulary(settings.model.vocabulary_multiple, layout.tensor_size),
                 max_sequence_length=architecture.max_positions,
                 pre_process=first,
@@ -242,6 +263,7 @@ def build_model(
         chunk.num_real_words = architecture.vocabulary_size
         chunk.selective = settings.model.head == "selective"
         chunk.with_entropy = settings.logging.entropy
+        chunk.compiled_head = settings.model.compiled_head
         chunk.rotary_pos_emb.inv_freq = rope_inverse_frequencies(architecture).to(compute_device())
         if not shapes_only:
             chunk.to(compute_device())

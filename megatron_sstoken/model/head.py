@@ -4,6 +4,7 @@
 `vocabulary_parallel_loss` takes the logits of every token, from megatron's own output layer (`model.head=standard`).
 """
 
+import functools
 from itertools import pairwise
 
 import torch
@@ -75,6 +76,7 @@ def selective_head(
     group: dist.ProcessGroup,
     *,
     with_entropy: bool = False,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """Loss of the labelled tokens straight from hidden states, computing only what is asked for.
 
@@ -89,10 +91,13 @@ def selective_head(
     selects what the backward pass costs. With n of T tokens scored and k trained on, the products are n + 3k rows of
     2·hidden·vocabulary operations, where logits for all take 3T. The gradient of `hidden` is complete on every rank; that
     of `weight` is summed in fp32, into its `main_grad` where megatron's DDP has made one.
+
+    `compiled`: what is done to a chunk of logits between the products runs as one kernel made by torch.compile, which reads
+    the logits once or twice where the plain version reads and writes them half a dozen times.
     """
     rows = (labels != NOT_SCORED).nonzero().squeeze(-1)
     scored = _SelectiveHead.apply(
-        hidden.index_select(0, rows), weight, labels.index_select(0, rows), vocabulary_size, group, with_entropy
+        hidden.index_select(0, rows), weight, labels.index_select(0, rows), vocabulary_size, group, with_entropy, compiled
     )
     everywhere = scored.new_full((scored.shape[0], labels.shape[0]), torch.nan)
     return everywhere.index_copy(1, rows, scored)
@@ -102,25 +107,20 @@ class _SelectiveHead(torch.autograd.Function):
     """hidden [n, h], weight [w, h], labels [n] → fp32 [1 or 3, n]. p = exp(logit − largest) / total, over all ranks."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, vocabulary_size, group, with_entropy):
+    def forward(ctx, hidden, weight, labels, vocabulary_size, group, with_entropy, compiled):
         real = _real_rows(weight, vocabulary_size, group)
         local, elsewhere = _local_labels(labels, weight, group)
         # A rank that holds padding only has no logits: a largest one below all others, and nothing to add.
         largest = torch.full_like(labels, -1e30, dtype=torch.float32)
         total, target, weighted = torch.zeros(3, len(labels), device=labels.device)
+        measure = _compiled(_statistics) if compiled else _statistics
         for rows in _chunks(len(labels), len(real), labels.device):
-            logits = (hidden[rows] @ real.t()).float()
-            target[rows] = logits.gather(1, local[rows].unsqueeze(1)).squeeze(1)
-            largest[rows] = logits.amax(1)
-            logits.sub_(largest[rows].unsqueeze(1))
-            exponentials = logits.exp() if with_entropy else logits.exp_()
-            total[rows] = exponentials.sum(1)
-            if with_entropy:
-                weighted[rows] = torch.linalg.vecdot(exponentials, logits)
-            del logits, exponentials  # before the next chunk is made: one at a time
+            # One expression: the logits of a chunk are gone before the next one's are made.
+            found = measure(hidden[rows] @ real.t(), local[rows], with_entropy)
+            largest[rows], total[rows], target[rows], weighted[rows] = found
         largest, total, target, weighted = _combine(largest, total, target, weighted, elsewhere, group)
         ctx.save_for_backward(hidden, weight, local, elsewhere, largest, total)
-        ctx.vocabulary_size, ctx.group = vocabulary_size, group
+        ctx.vocabulary_size, ctx.group, ctx.compiled = vocabulary_size, group, compiled
         # Taken now: megatron's own linear layer does so, because a saved weight may come back without its attributes.
         ctx.main_grad = getattr(weight, "main_grad", None)
         loss = total.log() - target
@@ -136,14 +136,15 @@ class _SelectiveHead(torch.autograd.Function):
         trained = gradient.nonzero().squeeze(-1)
         parts = hidden.new_zeros(len(trained), hidden.shape[1])
         summed = _weight_sum(weight, ctx.main_grad) if ctx.needs_input_grad[1] else None
+        differentiate = _compiled(_logit_gradients) if ctx.compiled else _logit_gradients
         for rows in _chunks(len(trained), len(real), hidden.device):
             index = trained[rows]
-            inputs, upstream = hidden[index], gradient[index]
-            products = (inputs @ real.t()).float().sub_(largest[index].unsqueeze(1)).exp_()
-            products.mul_((upstream / total[index]).unsqueeze(1))
-            at_target = torch.where(elsewhere[index], 0.0, -upstream)
-            products.scatter_add_(1, local[index].unsqueeze(1), at_target.unsqueeze(1))
-            products = products.to(hidden.dtype)
+            inputs, upstream, columns = hidden[index], gradient[index], local[index].unsqueeze(1)
+            missing = torch.where(elsewhere[index], 0.0, upstream)
+            products, at_target = differentiate(
+                inputs @ real.t(), columns, largest[index], upstream / total[index], missing
+            )
+            products.scatter_(1, columns, at_target)
             torch.mm(products, real, out=parts[rows])
             if summed is not None:
                 _add_product(summed[: len(real)], products, inputs)
@@ -151,7 +152,34 @@ class _SelectiveHead(torch.autograd.Function):
         dist.all_reduce(parts, group=ctx.group)
         hidden_gradient = torch.zeros_like(hidden).index_copy_(0, trained, parts)
         weight_gradient = None if summed is None else _weight_gradient(weight, ctx.main_grad, summed)
-        return hidden_gradient, weight_gradient, None, None, None, None
+        return hidden_gradient, weight_gradient, None, None, None, None, None
+
+
+def _statistics(logits: torch.Tensor, columns: torch.Tensor, with_entropy: bool):
+    """Logits [c, w] of any type, which may be overwritten, and the labels' columns int64 [c] → four of fp32 [c]: the largest
+    logit, Σ exp(logit − largest), the label's logit, and, if asked for, Σ exp(logit − largest) · (logit − largest)."""
+    logits = logits.float()
+    target = logits.gather(1, columns.unsqueeze(1)).squeeze(1)
+    largest = logits.amax(1)
+    logits = logits.sub_(largest.unsqueeze(1))
+    if not with_entropy:
+        return largest, logits.exp_().sum(1), target, torch.zeros_like(target)
+    exponentials = logits.exp()
+    return largest, exponentials.sum(1), target, (exponentials * logits).sum(1)
+
+
+def _logit_gradients(logits, columns, largest, scale, missing):
+    """Gradients of the logits [c, w], in their type: exp(logit − largest) · scale; and apart, [c, 1], those at the labels'
+    columns [c, 1], where `missing` is taken away. The logits may be overwritten; the others are fp32 [c]."""
+    gradients = logits.float().sub_(largest.unsqueeze(1)).exp_().mul_(scale.unsqueeze(1))
+    at_target = gradients.gather(1, columns) - missing.unsqueeze(1)
+    return gradients.to(logits.dtype), at_target.to(logits.dtype)
+
+
+@functools.cache
+def _compiled(function):
+    """`function` through torch.compile, once in a process."""
+    return torch.compile(function)
 
 
 def _real_rows(weight: torch.Tensor, vocabulary_size: int, group: dist.ProcessGroup) -> torch.Tensor:

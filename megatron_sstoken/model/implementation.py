@@ -2,6 +2,8 @@
 
 import functools
 import importlib.util
+import os
+import shutil
 from typing import Any, Literal
 
 import torch
@@ -64,7 +66,19 @@ def machine_problems(settings: Settings) -> list[str]:
                 f"training.precision=fp8 with training.fp8_recipe={training.fp8_recipe} cannot run: {reason}; "
                 "or use training.precision=bf16"
             )
+    if settings.model.compiled_head and (missing := compiler_problem()):
+        problems.append(f"model.compiled_head=true cannot run: {missing}; or use compiled_head=false")
     return problems
+
+
+def compiler_problem() -> str | None:
+    """What torch.compile lacks here: Triton for GPUs, a C++ compiler for CPUs."""
+    if have_cuda():
+        return None if importlib.util.find_spec("triton") else "triton is not installed: pip install triton"
+    wanted = os.environ.get("CXX")  # what torch's Inductor asks for first
+    if any(shutil.which(name) for name in ([wanted] if wanted else ["g++", "clang++"])):
+        return None
+    return f"there is no C++ compiler ({wanted or 'g++ or clang++'}): install one"
 
 
 def _fp8_problem(recipe: str) -> str | None:

@@ -1,5 +1,7 @@
 """Which modules the layers are made of: megatron's own specs with our parts in the places made for that."""
 
+from dataclasses import replace
+
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -9,6 +11,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_sstoken.config import LoraSettings
 from megatron_sstoken.model.attention import AttentionProbe, TorchCoreAttention, core_attention_builder
+from megatron_sstoken.model.last_layer import LastLayer
 from megatron_sstoken.model.lora import adapt_layer
 from megatron_sstoken.model.norm import RMSNorm
 from megatron_sstoken.parallel import Layout
@@ -21,11 +24,13 @@ def block_spec(
     vp_stage: int | None,
     layout: Layout,
     lora: LoraSettings,
+    with_last_layer: bool,
 ) -> TransformerBlockSubmodules:
     """The layers of one model chunk, made as `config.transformer_impl` says, with a tap around the core attention.
 
     `transformer_engine`: megatron's spec for it. `local`: megatron's spec for torch, with our norm and core attention in
-    place of those that need apex or refuse packs, and with adapters where `lora` asks for them.
+    place of those that need apex or refuse packs, and with adapters where `lora` asks for them. `with_last_layer`: whether
+    the model ends in this chunk.
     """
     kind = {"num_experts": config.num_moe_experts, "qk_layernorm": config.qk_layernorm}
     if config.transformer_impl == "transformer_engine":
@@ -45,4 +50,8 @@ def block_spec(
     if lora.rank:
         adapt_layer(spec.submodules, config, lora)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=layout.pipeline_rank)
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)
+    layers = [spec] * num_layers
+    # Not in a mixture, whose experts take tokens of many ranks, nor in FP8, whose tiles want certain numbers of rows.
+    if with_last_layer and not config.num_moe_experts and not config.fp8:
+        layers[-1] = replace(spec, module=LastLayer)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

@@ -118,7 +118,8 @@ def train_on_selected(
     scored = score_batch(model, batches)
     model.train(True)
     selections, rho = selector.over_batch(scored) if scored else ([], math.nan)
-    reports = train_batch(model, batches, selections, loss_average=average, whole_gradients=whole_gradients)
+    measured = replace(model, tapped_layers=())  # attention is known by now
+    reports = train_batch(measured, batches, selections, loss_average=average, whole_gradients=whole_gradients)
     return [_completed(report, one, rho) for report, one in zip(reports, scored, strict=True)]
 
 

@@ -134,13 +134,15 @@ def _run(
         batch, labels = next(iterator)
         number = chunk_number[id(chunk)]
         bounds = sample_bounds(batch.lengths, device, layout.context_size, layout.context_rank)
+        labels = of_this_rank(labels, bounds.index)
+        bounds.head_rows = model.head_rows(labels)
         if model.tapped_layers:
             model.probes[number].arm(of_this_rank(batch.context, bounds.index))
         losses = chunk(
             of_this_rank(batch.tokens[0], bounds.index).unsqueeze(0),
             of_this_rank(batch.position, bounds.index).unsqueeze(0),
             None,
-            labels=of_this_rank(labels, bounds.index).unsqueeze(0),
+            labels=labels.unsqueeze(0),
             packed_seq_params=bounds,
         )
         handover.give(number, model.probes[number].take())

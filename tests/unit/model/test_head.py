@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from megatron_sstoken.model import head
 from megatron_sstoken.model.head import NOT_SCORED, selective_head, vocabulary_parallel_loss
+from megatron_sstoken.model.implementation import compiler_problem
 from tests.distributed_runner import run_distributed
 
 WORDS, PADDED = 99, 128
@@ -37,9 +38,7 @@ def make_case(dtype=torch.float32, scale: float = 3.0, seed: int = 0):
 def reference(logits, targets, upstream):
     """Losses and gradient of the logits in double precision, over the real words alone; 0 for the padding."""
     wide = logits.double().requires_grad_()
-    losses = F.cross_entropy(wide[..., :WORDS].flatten(0, -2), targets.flatten(), reduction="none").view(
-        SHAPE
-    )
+    losses = F.cross_entropy(wide[..., :WORDS].flatten(0, -2), targets.flatten(), reduction="none").view(SHAPE)
     losses.backward(upstream.double())
     return losses.detach(), wide.grad
 
@@ -78,9 +77,7 @@ def test_extreme_logits(alone):
     targets = torch.full(SHAPE, 5)
     targets[1], targets[2] = 6, 7
     losses, gradient = measure(logits, targets, torch.ones(SHAPE), alone)
-    torch.testing.assert_close(
-        losses, torch.tensor([0.0, 2e4, 1e4]).unsqueeze(1).expand(SHAPE), rtol=0, atol=1e-2
-    )
+    torch.testing.assert_close(losses, torch.tensor([0.0, 2e4, 1e4]).unsqueeze(1).expand(SHAPE), rtol=0, atol=1e-2)
     wanted = torch.zeros_like(logits)
     wanted[1:, :, 5], wanted[1, :, 6], wanted[2, :, 7] = 1.0, -1.0, -1.0
     torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-6)
@@ -227,6 +224,19 @@ def test_selective_head(alone, monkeypatch, counts, chunk_rows):
     assert (weight_gradient[WORDS:] == 0).all() and (hidden_gradient[case[3] == 0] == 0).all()
     without = run_head(*case, alone)
     assert torch.equal(without[0][0].nan_to_num(-1), found[0].nan_to_num(-1)) and len(without[0]) == 1
+
+
+@pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
+def test_a_compiled_head_is_the_same(alone, monkeypatch):
+    """In both types, over chunks of several sizes: losses, entropies and gradients within rounding of the plain one's."""
+    monkeypatch.setitem(head._CHUNK_BYTES, "cpu", 4 * WORDS * 4)
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 8e-3)):
+        case = head_case(dtype)
+        for with_entropy in (False, True):
+            plain = run_head(*case, alone, with_entropy=with_entropy)
+            compiled = run_head(*case, alone, with_entropy=with_entropy, compiled=True)
+            for one, other in zip(compiled, plain, strict=True):
+                torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def test_the_selective_head_keeps_precision(alone):

@@ -113,3 +113,13 @@ def test_fused_weight_gradients_only_with_apex_extension(gpu, monkeypatch):
     monkeypatch.setattr(implementation, "have_cuda", lambda: True)
     monkeypatch.setattr(implementation.importlib.util, "find_spec", lambda name: name)
     assert fusion_options("torch")["gradient_accumulation_fusion"]
+
+
+def test_a_compiled_head_without_a_compiler_is_refused(monkeypatch):
+    settings = Settings()
+    settings.model.compiled_head = True
+    monkeypatch.setattr(implementation, "have_cuda", lambda: False)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    (problem,) = implementation.machine_problems(settings)
+    assert "model.compiled_head=true" in problem and "no C++ compiler" in problem

@@ -193,7 +193,8 @@ def run_as_megatron(monkeypatch, chunk: Chunk, **model):
     monkeypatch.setattr(step, "get_forward_backward_func", lambda: schedule)
     layout = SimpleNamespace(context_size=1, context_rank=0, is_last_stage=True, pipeline_rank=0)
     whole = {"chunks": [chunk], "probes": [AttentionProbe()], "tapped_layers": (), "layout": layout}
-    return SimpleNamespace(**(whole | {"scores_context": False, "needs_calibration": False} | model)), handed
+    defaults = {"scores_context": False, "needs_calibration": False, "head_rows": lambda labels: None}
+    return SimpleNamespace(**(whole | defaults | model)), handed
 
 
 def select_these(*masks: list[int]) -> list[Selection]:
