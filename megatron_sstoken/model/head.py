@@ -13,11 +13,10 @@ import torch.distributed as dist
 NOT_SCORED = -100
 """Label of positions whose loss nobody wants: torch's `ignore_index`."""
 
-_CHUNK_BYTES = {"cpu": 7 << 23, "cuda": 1 << 29}
-"""fp32 logits held at once, 56 and 512 MiB. A chunk of c rows costs 4·c·hidden·vocabulary operations for gradients and
-8·hidden·vocabulary bytes to read and write the summed gradient of the weight, so that c must be well above twice the
-machine's operations a byte: about 20 for a core, 400 for an H100. These hold 448 and 4,096 rows of 32,768 words; MKL's
-products, too, are slower for fewer rows (by a sixth for 256)."""
+_CHUNK_ROWS = {"cpu": 416, "cuda": 1024}
+"""Tokens whose logits are held at once, at most. c of them cost 4·c·hidden·vocabulary operations for gradients and
+8·hidden·vocabulary bytes to read and write the summed gradient of the weight, so that c must be above twice the machine's
+operations a byte (about 20 for a core, 300 for an H100); and MKL's products are a sixth slower for 256 rows than for 1,024."""
 
 
 def vocabulary_parallel_loss(
@@ -97,7 +96,13 @@ def selective_head(
     """
     rows = (labels != NOT_SCORED).nonzero().squeeze(-1)
     scored = _SelectiveHead.apply(
-        hidden.index_select(0, rows), weight, labels.index_select(0, rows), vocabulary_size, group, with_entropy, compiled
+        hidden.index_select(0, rows),
+        weight,
+        labels.index_select(0, rows),
+        vocabulary_size,
+        group,
+        with_entropy,
+        compiled,
     )
     everywhere = scored.new_full((scored.shape[0], labels.shape[0]), torch.nan)
     return everywhere.index_copy(1, rows, scored)
@@ -140,9 +145,9 @@ class _SelectiveHead(torch.autograd.Function):
         for rows in _chunks(len(trained), len(real), hidden.device):
             index = trained[rows]
             inputs, upstream, columns = hidden[index], gradient[index], local[index].unsqueeze(1)
-            missing = torch.where(elsewhere[index], 0.0, upstream)
+            own_upstream = torch.where(elsewhere[index], 0.0, upstream)
             products, at_target = differentiate(
-                inputs @ real.t(), columns, largest[index], upstream / total[index], missing
+                inputs @ real.t(), columns, largest[index], upstream / total[index], own_upstream
             )
             products.scatter_(1, columns, at_target)
             torch.mm(products, real, out=parts[rows])
@@ -165,14 +170,14 @@ def _statistics(logits: torch.Tensor, columns: torch.Tensor, with_entropy: bool)
     if not with_entropy:
         return largest, logits.exp_().sum(1), target, torch.zeros_like(target)
     exponentials = logits.exp()
-    return largest, exponentials.sum(1), target, (exponentials * logits).sum(1)
+    return largest, exponentials.sum(1), target, torch.linalg.vecdot(exponentials, logits)
 
 
-def _logit_gradients(logits, columns, largest, scale, missing):
+def _logit_gradients(logits, columns, largest, scale, own_upstream):
     """Gradients of the logits [c, w], in their type: exp(logit − largest) · scale; and apart, [c, 1], those at the labels'
-    columns [c, 1], where `missing` is taken away. The logits may be overwritten; the others are fp32 [c]."""
+    columns [c, 1], where `own_upstream` is taken away. The logits may be overwritten; the others are fp32 [c]."""
     gradients = logits.float().sub_(largest.unsqueeze(1)).exp_().mul_(scale.unsqueeze(1))
-    at_target = gradients.gather(1, columns) - missing.unsqueeze(1)
+    at_target = gradients.gather(1, columns) - own_upstream.unsqueeze(1)
     return gradients.to(logits.dtype), at_target.to(logits.dtype)
 
 
@@ -195,11 +200,9 @@ def _local_labels(labels: torch.Tensor, weight: torch.Tensor, group: dist.Proces
 
 
 def _chunks(num_rows: int, width: int, device: torch.device) -> list[slice]:
-    """Even slices of rows whose fp32 logits, `width` a row, fill at most `_CHUNK_BYTES`; none where there are no logits."""
-    if not num_rows or not width:
-        return []
-    number = -(-num_rows // max(_CHUNK_BYTES[device.type] // (4 * width), 1))
-    borders = [num_rows * index // number for index in range(number + 1)]
+    """Even slices of at most `_CHUNK_ROWS` rows; none where there are no logits (`width` 0)."""
+    number = -(-num_rows // _CHUNK_ROWS[device.type]) if width else 0
+    borders = [num_rows * index // max(number, 1) for index in range(number + 1)]
     return [slice(*pair) for pair in pairwise(borders)]
 
 
