@@ -12,6 +12,7 @@ import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import NullLocator  # noqa: E402
 
 
 def newest(suite: str) -> list[dict[str, str]]:
@@ -57,6 +58,9 @@ def draw_lengths(path: Path) -> None:
         memory.plot(lengths, [int(row["peak_bytes"]) / 2**20 for row in mine], "o-", label=variant)
     speed.set(xlabel="tokens of the sample", ylabel="tokens a second", xscale="log", ylim=0)
     memory.set(xlabel="tokens of the sample", ylabel="peak memory of a step, MiB", xscale="log", yscale="log")
+    for axes in (speed, memory):
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(lengths, map(str, lengths))
     speed.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
