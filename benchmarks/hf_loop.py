@@ -31,7 +31,7 @@ class HuggingFaceLoop:
             folder, attn_implementation=implementation, dtype=torch.float32
         )
         self.model.train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate, fused=True)  # as ours
         self.last = self.model.model.layers[-1].self_attn
         if not self.returned:
             self.last.register_forward_pre_hook(self._keep_input, with_kwargs=True)

@@ -204,11 +204,11 @@ def history(options: Options) -> None:
         model.train(False)
         with torch.no_grad():
             for batch in batches:
-                labels = labels_of(batch, batch.response).unsqueeze(0)
+                labels = labels_of(batch, batch.response)
                 bounds = sample_bounds(batch.lengths, labels.device)
-                model.chunks[0](
-                    batch.tokens, batch.position.unsqueeze(0), None, labels=labels, packed_seq_params=bounds
-                )
+                bounds.head_rows = model.head_rows(0, labels)
+                position = batch.position.unsqueeze(0)
+                model.chunks[0](batch.tokens, position, None, labels=labels.unsqueeze(0), packed_seq_params=bounds)
 
     def score():
         for chunk in model.bare:

@@ -11,7 +11,7 @@ from megatron_sstoken.capacity.hardware import Assumptions
 from megatron_sstoken.capacity.workload import Workload
 
 HEAD_CHUNK = 1024
-"""Tokens whose logits the selective head holds at once."""
+"""Tokens whose logits the selective head holds at once: `_CHUNK_ROWS` of model/head.py."""
 BATCH_BYTES = 5 * 8 + 2 + 4
 """Of a token on its way: tokens, labels, position, segment and sample (int64), two roles (bool), history loss (fp32)."""
 REPORT_BYTES = 5 * 4 + 1

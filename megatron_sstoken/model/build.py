@@ -24,7 +24,7 @@ from megatron_sstoken.model.attention import AttentionProbe
 from megatron_sstoken.model.families import Architecture, Split, rope_inverse_frequencies
 from megatron_sstoken.model.head import NOT_SCORED, selective_head, vocabulary_parallel_loss
 from megatron_sstoken.model.implementation import fp8_options, fusion_options, implementation_of
-from megatron_sstoken.model.last_layer import HeadRows, head_rows
+from megatron_sstoken.model.last_layer import HeadRows, LastLayer, head_rows
 from megatron_sstoken.model.lora import adapted_linears, base_parameters, prepare_adapters
 from megatron_sstoken.model.spec import block_spec
 from megatron_sstoken.model.weights import HuggingFaceWeights, load_hugging_face, rules_of_chunk
@@ -108,13 +108,13 @@ class Model:
         places = {divmod((layer - 1) // per_chunk, self.layout.pipeline_size) for layer in self.tapped_layers}
         return sorted((stage, chunk) for chunk, stage in places)
 
-    def head_rows(self, labels: torch.Tensor) -> HeadRows | None:
-        """Which rows of this rank's hidden states the head reads; None: all, or there is no head here.
+    def head_rows(self, chunk: int, labels: torch.Tensor) -> HeadRows | None:
+        """Which rows of this rank's hidden states the head reads, where chunk number `chunk` can leave out others; else None.
 
         `labels`: int64 [tokens of this context parallel rank], `NOT_SCORED` where there is no loss.
         """
-        layout = self.layout
-        if not layout.is_last_stage or not self.bare[-1].selective:
+        layout, layers = self.layout, self.bare[chunk].decoder.layers
+        if not self.bare[chunk].selective or not isinstance(layers[-1], LastLayer):
             return None
         if self.config.sequence_parallel:
             return head_rows(labels, layout.tensor_size, layout.tensor_rank)
@@ -346,9 +346,7 @@ def build_optimizer(
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(config, model.chunks, use_gloo_process_groups=have_cuda(), pg_collection=None)
-    for group in optimizer.param_groups:
-        if "fused" in group:  # torch's AdamW, for want of Transformer Engine's or apex's
-            group["fused"] = True  # one pass over the state instead of a dozen
+    fuse_adamw(optimizer)
     warmup = round(settings.warmup_fraction * num_steps)
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -368,6 +366,13 @@ def build_optimizer(
     )
     model.config.grad_scale_func = optimizer.scale_loss
     return optimizer, scheduler
+
+
+def fuse_adamw(optimizer: MegatronOptimizer) -> None:
+    """Let torch's AdamW, which runs for want of Transformer Engine's or apex's, pass over its state once, not a dozen times."""
+    for group in optimizer.param_groups:
+        if "fused" in group:
+            group["fused"] = True
 
 
 def broadcast_object(value, source: int, group: dist.ProcessGroup | None = None):

@@ -91,8 +91,8 @@ def selective_head(
     2·hidden·vocabulary operations, where logits for all take 3T. The gradient of `hidden` is complete on every rank; that
     of `weight` is summed in fp32, into its `main_grad` where megatron's DDP has made one.
 
-    `compiled`: what is done to a chunk of logits between the products runs as one kernel made by torch.compile, which reads
-    the logits once or twice where the plain version reads and writes them half a dozen times.
+    `compiled`: what is done to a chunk of logits between the products runs as one kernel made by torch.compile, which in
+    bf16 reads the logits once or twice where the plain version reads and writes them half a dozen times.
     """
     rows = (labels != NOT_SCORED).nonzero().squeeze(-1)
     scored = _SelectiveHead.apply(

@@ -21,7 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sstoken.config import LoraSettings, SettingsError
 from megatron_sstoken.device import compute_device
-from megatron_sstoken.model.build import Model
+from megatron_sstoken.model.build import Model, fuse_adamw
 from megatron_sstoken.model.lora import is_adapter
 
 _STATE_FILE = "sstoken.json"
@@ -342,7 +342,7 @@ def _prepare_adam_state(optimizer: MegatronOptimizer) -> None:
                 inner.state.setdefault(
                     parameter,
                     {
-                        "step": torch.zeros(()),
+                        "step": torch.zeros((), device=parameter.device),  # there, because AdamW is fused
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     },
@@ -363,9 +363,10 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
     states = [state] if len(on_torch) == 1 else [state[index] for index in range(len(on_torch))]
     tensors = [part_state.pop("param_state") for part_state in states]
     optimizer.load_state_dict(state)
+    fuse_adamw(optimizer)  # whatever the checkpoint's groups say
     for (part, inner), part_tensors in zip(on_torch, tensors, strict=True):
         steps = {parameter: entry.pop("step") for parameter, entry in inner.state.items()}
         part.load_parameter_state_from_fully_reshardable(part_tensors)
         for parameter, step in steps.items():
             # A copy each: megatron hands one tensor to all, which AdamW would count up once for every parameter.
-            inner.state[parameter]["step"] = step.clone()
+            inner.state[parameter]["step"] = step.to(parameter.device, copy=True)

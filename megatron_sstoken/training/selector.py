@@ -118,8 +118,8 @@ def train_on_selected(
     scored = score_batch(model, batches)
     model.train(True)
     selections, rho = selector.over_batch(scored) if scored else ([], math.nan)
-    measured = replace(model, tapped_layers=())  # attention is known by now
-    reports = train_batch(measured, batches, selections, loss_average=average, whole_gradients=whole_gradients)
+    untapped = replace(model, tapped_layers=())  # attention is known by now
+    reports = train_batch(untapped, batches, selections, loss_average=average, whole_gradients=whole_gradients)
     return [_completed(report, one, rho) for report, one in zip(reports, scored, strict=True)]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from megatron_sstoken.config import Settings, SettingsError
+from megatron_sstoken.model.implementation import arithmetic_of
 from megatron_sstoken.parallel import agree_on_problems
 from megatron_sstoken.plan import RunPlan, plan_run
 
@@ -23,4 +24,19 @@ def agreed_plan(settings: Settings, check: Callable[[RunPlan], object] | None = 
         problems = error.problems
     agree_on_problems(problems)
     assert plan is not None
+    _require_equal(arithmetic_of(settings))
     return plan
+
+
+def _require_equal(arithmetic: str) -> None:
+    """SettingsError on every process if their layers would round differently: `auto` depends on what a node has installed."""
+    found: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(found, arithmetic)
+    other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
+    if other is not None:
+        raise SettingsError(
+            [
+                f"layers would compute in {found[0]} on process 0 and in {found[other]} on process {other}: give all nodes the "
+                "same settings and packages, or set model.implementation (auto takes what a node has)"
+            ]
+        )

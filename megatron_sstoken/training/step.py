@@ -135,7 +135,7 @@ def _run(
         number = chunk_number[id(chunk)]
         bounds = sample_bounds(batch.lengths, device, layout.context_size, layout.context_rank)
         labels = of_this_rank(labels, bounds.index)
-        bounds.head_rows = model.head_rows(labels)
+        bounds.head_rows = model.head_rows(number, labels)
         if model.tapped_layers:
             model.probes[number].arm(of_this_rank(batch.context, bounds.index))
         losses = chunk(

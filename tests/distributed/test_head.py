@@ -117,3 +117,26 @@ def test_selective_equals_standard(tmp_path):
         assert gradient < TOLERANCE[precision], where
         assert (sum(counts) == 0) == (selection == "none"), where
         assert (counts[0] == 0) == (selection.startswith("none") or layout == "pp2"), where
+
+
+def passes_that_measure(rank, folder):
+    """How many micro-batches there are, and in how many forward passes their attention is measured, by scope."""
+    from megatron_sstoken.model.attention import AttentionProbe
+
+    armed = []
+    arm = AttentionProbe.arm
+    AttentionProbe.arm = lambda probe, context: (armed.append(1), arm(probe, context))[1]
+    trainer = make_trainer(settings_of(folder, ("llama", True, "fp32"), {}))
+    found = {}
+    for scope in ("sample", "batch"):
+        armed.clear()
+        one_step(trainer, scope, True)
+        found[scope] = len(armed)
+    return len(trainer.loader.load(0)), found
+
+
+def test_attention_is_measured_once_whatever_the_number_of_passes(tmp_path):
+    make_model(tmp_path / "llama", "llama", num_hidden_layers=2)
+    make_store(tmp_path / "data", make_samples(40, seed=5, longest=40))
+    ((number, found),) = run_distributed(passes_that_measure, 1, str(tmp_path))
+    assert found == {"sample": number, "batch": number}

@@ -5,6 +5,7 @@ import pytest
 
 from megatron_sstoken.data.store import StoreWriter
 from tests import cli
+from tests.distributed_runner import run_distributed
 from tests.workbench import make_model, make_samples, make_settings, make_store
 
 
@@ -76,3 +77,21 @@ def test_nothing_is_half_written(folder):
         result, "2 processes cannot be split into parallel.tensor=3 × parallel.pipeline=1 × parallel.context=1 = 3"
     )
     assert sorted(path for path in folder.rglob("*")) == before
+
+
+def plan_on_uneven_nodes(rank, model, data):
+    """What each process is told where `auto` means something else on the second."""
+    from megatron_sstoken.config import SettingsError
+    from megatron_sstoken.training import start
+
+    start.arithmetic_of = lambda settings: ("bf16", "bf16 on transformer_engine")[rank]
+    try:
+        start.agreed_plan(make_settings(model, data))
+    except SettingsError as error:
+        return error.problems
+    return []
+
+
+def test_nodes_that_would_compute_differently_are_told(folder):
+    told = run_distributed(plan_on_uneven_nodes, 2, str(folder / "model"), str(folder / "data"))
+    assert told[0] == told[1] and "in bf16 on process 0 and in bf16 on transformer_engine on process 1" in told[0][0]

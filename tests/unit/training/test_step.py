@@ -193,7 +193,7 @@ def run_as_megatron(monkeypatch, chunk: Chunk, **model):
     monkeypatch.setattr(step, "get_forward_backward_func", lambda: schedule)
     layout = SimpleNamespace(context_size=1, context_rank=0, is_last_stage=True, pipeline_rank=0)
     whole = {"chunks": [chunk], "probes": [AttentionProbe()], "tapped_layers": (), "layout": layout}
-    defaults = {"scores_context": False, "needs_calibration": False, "head_rows": lambda labels: None}
+    defaults = {"scores_context": False, "needs_calibration": False, "head_rows": lambda chunk, labels: None}
     return SimpleNamespace(**(whole | defaults | model)), handed
 
 
