@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.measure import Rows, alternate
 from benchmarks.workload import FIELDS, Options
 from megatron_sstoken.conversion.hf import from_hf, to_hf
-from megatron_sstoken.conversion.work import ConversionOptions
+from megatron_sstoken.conversion.work import ConversionOptions, sync
 from megatron_sstoken.data.prepare import prepare
 from megatron_sstoken.data.tokenizer import load_tokenizer
 from megatron_sstoken.parallel import reset_layout
@@ -74,22 +74,20 @@ def conversion(options: Options) -> None:
     assert options.tensor == 1, "one process"
     reset_layout()  # a suite before this one has left its process groups; conversion makes its own
     model, megatron = options.work / "model", options.work / "megatron"
-    for_all = ConversionOptions(workers=WORKERS, overwrite=True)
-    from_hf(str(model), str(megatron), options=for_all)
-    num_bytes = _size(model)
+    how = ConversionOptions(workers=WORKERS, overwrite=True)
+    from_hf(str(model), str(megatron), options=how)
+    num_bytes = sum(path.stat().st_size for path in model.rglob("*.safetensors"))
     target = options.work / "converted"
 
-    def measured(write: Callable[[], object]) -> Callable[[], None]:
-        def run():
-            write()
-            _flush(target)
-
-        return run
+    def copy() -> None:
+        shutil.copytree(model, target, dirs_exist_ok=True)
+        for path in target.iterdir():
+            sync(path)  # as conversion does with all that it writes
 
     variants = {
-        "copy": measured(lambda: shutil.copytree(model, target, dirs_exist_ok=True)),
-        "from-hf": measured(lambda: from_hf(str(model), str(target), options=for_all)),
-        "to-hf": measured(lambda: to_hf(str(megatron), str(target), options=for_all)),
+        "copy": copy,
+        "from-hf": lambda: from_hf(str(model), str(target), options=how),
+        "to-hf": lambda: to_hf(str(megatron), str(target), options=how),
     }
     rows = Rows("convert", options.config(workers=WORKERS, bytes=num_bytes))
     for name, timing in alternate(variants, options.rounds).items():
@@ -98,15 +96,3 @@ def conversion(options: Options) -> None:
     rows.append()
     for folder in (target, megatron):
         shutil.rmtree(folder)
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-
-
-def _flush(folder: Path) -> None:
-    """Wait until the files of a folder are on disk."""
-    for path in (path for path in folder.rglob("*") if path.is_file()):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

@@ -213,15 +213,15 @@ class Workplace:
     def publish(self) -> Path:
         """Make the output appear, in one rename."""
         for path in (path for path in self.folder.rglob("*") if path.is_file()):
-            _sync(path)
+            sync(path)
         for path in (self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())):
-            _sync(path)
+            sync(path)
         replaced = self.target.with_name(self.target.name + ".replaced")
         if self.target.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             os.replace(self.target, replaced)
         os.replace(self.folder, self.target)
-        _sync(self.target.parent)
+        sync(self.target.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         shutil.rmtree(self._partial)
         return self.target
@@ -237,7 +237,8 @@ def write_durably(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

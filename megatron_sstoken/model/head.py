@@ -5,7 +5,6 @@
 """
 
 import functools
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -200,10 +199,9 @@ def _local_labels(labels: torch.Tensor, weight: torch.Tensor, group: dist.Proces
 
 
 def _chunks(num_rows: int, width: int, device: torch.device) -> list[slice]:
-    """Even slices of at most `_CHUNK_ROWS` rows; none where there are no logits (`width` 0)."""
-    number = -(-num_rows // _CHUNK_ROWS[device.type]) if width else 0
-    borders = [num_rows * index // max(number, 1) for index in range(number + 1)]
-    return [slice(*pair) for pair in pairwise(borders)]
+    """Slices of at most `_CHUNK_ROWS` rows; none where there are no logits (`width` 0)."""
+    size = _CHUNK_ROWS[device.type]
+    return [slice(first, min(first + size, num_rows)) for first in range(0, num_rows if width else 0, size)]
 
 
 def _combine(largest, total, target, weighted, elsewhere, group):

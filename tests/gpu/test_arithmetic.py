@@ -94,7 +94,7 @@ def shift(config, tmp_path, first: list[str], other: list[str], device: str) -> 
     return {name: value if name in ("first", "other") else float(value) for name, value in row.items()}
 
 
-def check(found: dict) -> None:
+def assert_within_bounds(found: dict) -> None:
     """Differences are as large as the coarser arithmetic makes them, and no larger."""
     coarser = next(name for name in BOUNDS if name in found["other"] or name in found["first"])
     overlap, loss, attention = BOUNDS[coarser]
@@ -109,14 +109,14 @@ def check(found: dict) -> None:
 def test_arithmetics_of_a_gpu(config, tmp_path, pair):
     found = shift(config, tmp_path, *ON_GPU[pair], device="")
     print(found)
-    check(found)
+    assert_within_bounds(found)
 
 
 @pytest.mark.parametrize("pair", ON_CPU)
 def test_arithmetics_of_a_cpu(config, tmp_path, pair):
     found = shift(config, tmp_path, *ON_CPU[pair], device="cpu")
     assert ("bf16" in found["other"]) == (found["loss_mean"] > 1e-4), "two arithmetics, and not one twice"
-    check(found)
+    assert_within_bounds(found)
 
 
 @pytest.mark.slow

@@ -218,9 +218,8 @@ def test_selective_head(alone, monkeypatch, counts, chunk_rows):
     scored = case[2] != NOT_SCORED
     assert found.dtype == torch.float32 and found[:, ~scored].isnan().all()
     torch.testing.assert_close(found[:, scored].double(), wanted, rtol=1e-6, atol=2e-6)
-    for gradient, wanted_gradient in zip((hidden_gradient, weight_gradient), wanted_gradients, strict=True):
-        largest = float(wanted_gradient.abs().max())
-        torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=0, atol=2e-6 * max(largest, 1))
+    torch.testing.assert_close(hidden_gradient.double(), wanted_gradients[0], rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(weight_gradient.double(), wanted_gradients[1], rtol=1e-5, atol=2e-6)
     assert (weight_gradient[WORDS:] == 0).all() and (hidden_gradient[case[3] == 0] == 0).all()
     without = run_head(*case, alone)
     assert torch.equal(without[0][0].nan_to_num(-1), found[0].nan_to_num(-1)) and len(without[0]) == 1
