@@ -63,7 +63,9 @@ def check_parameters() -> list[dict[str, Any]]:
     for stage in range(workload.pipeline):
         planned = sum(parameter_sizes(workload, stage).values())
         for rank in (0, per_stage // 2 - 1, per_stage - 1):
-            real = run_rank({"kind": "build", "model": "Llama-3.1-70B", "rank": rank + stage * per_stage} | LARGE, "meta")
+            real = run_rank(
+                {"kind": "build", "model": "Llama-3.1-70B", "rank": rank + stage * per_stage} | LARGE, "meta"
+            )
             state = 3 * planned / (workload.data * workload.context)
             rows.append(
                 {

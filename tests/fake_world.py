@@ -51,7 +51,16 @@ def make_batch(num_tokens: int, rows: int = 1, vocabulary: int = 99) -> TokenBat
     segment = torch.arange(rows).repeat_interleave(num_tokens)
     tokens = torch.randint(vocabulary, (1, rows * num_tokens))
     return TokenBatch(
-        tokens, tokens.roll(-1), position, segment, segment, position == 0, position > 0, None, [num_tokens] * rows, rows
+        tokens,
+        tokens.roll(-1),
+        position,
+        segment,
+        segment,
+        position == 0,
+        position > 0,
+        None,
+        [num_tokens] * rows,
+        rows,
     )
 
 

@@ -20,9 +20,7 @@ _LLAMA_HEAD = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
 )
-_LLAMA_PROMPT = (
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
+_LLAMA_PROMPT = "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 
 
 def _marked(inside: str, rest: str) -> str:
@@ -77,9 +75,7 @@ def make_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator([f"{sentence}. {sentence}\n" for sentence in SENTENCES] * 4, trainer)
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=eos_token, bos_token=bos_token, pad_token=pad_token
     )

@@ -62,11 +62,17 @@ def _add_verify(commands) -> None:
         "at every position. With several processes: torchrun --nproc-per-node N tools/convert_checkpoint.py verify …",
     )
     proof.add_argument("--hf", required=True, help="Hugging Face folder")
-    proof.add_argument("--checkpoint", help="megatron checkpoint that must hold the same weights (default: --hf converted)")
+    proof.add_argument(
+        "--checkpoint", help="megatron checkpoint that must hold the same weights (default: --hf converted)"
+    )
     for name in ("tensor", "pipeline", "expert"):
-        proof.add_argument(f"--{name}", type=int, default=1, help=f"{name} parallel size of the layout to prove (default: 1)")
+        proof.add_argument(
+            f"--{name}", type=int, default=1, help=f"{name} parallel size of the layout to prove (default: 1)"
+        )
     proof.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of logits (default: 1e-4)")
-    proof.add_argument("--positions", type=int, help="tokens of each text (default: 256, or more than the sliding window)")
+    proof.add_argument(
+        "--positions", type=int, help="tokens of each text (default: 256, or more than the sliding window)"
+    )
     proof.add_argument("--text", type=Path, help="UTF-8 file with the real text (default: some lines of our own)")
     proof.set_defaults(run=_verify)
 

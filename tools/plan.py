@@ -63,7 +63,9 @@ def read_workload(options: argparse.Namespace) -> Workload:
     values = {name: getattr(options, name) for name in (*NUMBERS, *CHOICES, "response", "rho", "sequence")}
     architecture = find_architecture(options.model)
     if architecture.num_experts:
-        raise ValueError(f"the model {options.model!r} is a mixture of experts, which is not planned: name a dense model")
+        raise ValueError(
+            f"the model {options.model!r} is a mixture of experts, which is not planned: name a dense model"
+        )
     return Workload(architecture, selects=not options.plain, **values)
 
 

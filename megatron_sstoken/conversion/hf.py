@@ -79,9 +79,7 @@ class FolderReader:
 
     def read(self, parameter: Parameter) -> torch.Tensor:
         """A whole parameter, in the type of its tensors."""
-        return read_shard(
-            self.weights, parameter.rule, parameter.layer, self.architecture, parameter.shape, 0, 1
-        )
+        return read_shard(self.weights, parameter.rule, parameter.layer, self.architecture, parameter.shape, 0, 1)
 
     def release(self) -> None:
         """Give back what this thread has mapped."""

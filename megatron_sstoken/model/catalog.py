@@ -83,5 +83,7 @@ def find_architecture(model: str) -> Architecture:
     if model in MODELS:
         return parse_architecture(model_config(model), model)
     if not os.path.isdir(model):
-        raise ValueError(f"the model {model!r} is neither a folder nor in the catalogue: use one of {', '.join(MODELS)}")
+        raise ValueError(
+            f"the model {model!r} is neither a folder nor in the catalogue: use one of {', '.join(MODELS)}"
+        )
     return read_architecture(model)

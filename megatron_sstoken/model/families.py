@@ -136,7 +136,9 @@ _QKV_BIAS = WeightRule(
     _LAYER + "self_attention.linear_qkv.bias", tuple(_HF + f"self_attn.{name}_proj.bias" for name in "qkv"), Split.QKV
 )
 _QK_NORMS = tuple(
-    WeightRule(_LAYER + f"self_attention.{name}_layernorm.weight", (_HF + f"self_attn.{name}_norm.weight",), Split.WHOLE)
+    WeightRule(
+        _LAYER + f"self_attention.{name}_layernorm.weight", (_HF + f"self_attn.{name}_norm.weight",), Split.WHOLE
+    )
     for name in "qk"
 )
 _EMBEDDING = WeightRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Split.VOCABULARY)
@@ -228,8 +230,7 @@ _FAMILIES: dict[str, Family] = {
         qk_norm=True,
         mixture=True,
         optional_window=True,
-        absent=_QWEN_DEFAULTS
-        | {"num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts_per_tok": 8},
+        absent=_QWEN_DEFAULTS | {"num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts_per_tok": 8},
     ),
 }
 

@@ -96,9 +96,7 @@ def attention_mass(
     layers = [layer] if isinstance(layer, int) else list(layer)
     num_layers = len(attentions)
     if not layers or not all(-num_layers <= index < num_layers for index in layers):
-        raise ValueError(
-            f"layer is {layer} but the model has {num_layers} layers: use {-num_layers}..{num_layers - 1}"
-        )
+        raise ValueError(f"layer is {layer} but the model has {num_layers} layers: use {-num_layers}..{num_layers - 1}")
     masses = [_context_mass(attentions[index][0].double(), roles) for index in layers]
     return [sum(of_token) / len(layers) for of_token in zip(*masses, strict=True)]
 
@@ -192,9 +190,7 @@ def select_global(samples: Sequence[Sequence[Record]], rho: str | float) -> list
             if score is None:
                 continue
             if not math.isfinite(score):
-                raise ValueError(
-                    f"sample {index}, position {record['position']}: score is {score}; it must be finite"
-                )
+                raise ValueError(f"sample {index}, position {record['position']}: score is {score}; it must be finite")
             candidates.append((-score, index, record["position"]))
 
     chosen = set(sorted(candidates)[: selection_size(rho, len(candidates))])
@@ -360,9 +356,7 @@ def _micro_batches(batch: Batch, objective: Objective) -> list[list[Sample]]:
     return [samples]
 
 
-def _learning_rate(
-    schedule: Callable[[int], float] | Sequence[float] | None, step: int, constant: float
-) -> float:
+def _learning_rate(schedule: Callable[[int], float] | Sequence[float] | None, step: int, constant: float) -> float:
     if schedule is None:
         return constant
     return schedule(step) if callable(schedule) else schedule[step]
@@ -413,9 +407,7 @@ def _check_roles(tokens: Sequence[int], roles: Sequence[int]) -> None:
         raise ValueError(f"{len(tokens)} tokens but {len(roles)} roles: give one role per token")
     for i, role in enumerate(roles):
         if role not in (CONTEXT, RESPONSE):
-            raise ValueError(
-                f"position {i}: role is {role}; use {CONTEXT} for context, {RESPONSE} for response"
-            )
+            raise ValueError(f"position {i}: role is {role}; use {CONTEXT} for context, {RESPONSE} for response")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

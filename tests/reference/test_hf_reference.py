@@ -72,9 +72,7 @@ def logits_of(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
 def test_token_losses_are_cross_entropies_of_shifted_logits(family, dtype):
     model = tiny(family).to(dtype)
     tokens = SAMPLES[2].tokens
-    expected = functional.cross_entropy(
-        logits_of(model, tokens)[:-1], torch.tensor(tokens[1:]), reduction="none"
-    )
+    expected = functional.cross_entropy(logits_of(model, tokens)[:-1], torch.tensor(tokens[1:]), reduction="none")
     losses = token_losses(model, tokens)
     assert losses[0] is None
     assert losses[1:] == pytest.approx(expected.tolist(), rel=1e-6)
@@ -97,9 +95,7 @@ def rotated(states: torch.Tensor) -> torch.Tensor:
     """RoPE as complex rotation. `states`: (heads, n, d); elements i and i + d/2 are a pair (Hugging Face)."""
     half = states.shape[-1] // 2
     angles = torch.outer(torch.arange(states.shape[1]), THETA ** (-torch.arange(half) / half))
-    turned = torch.complex(states[..., :half], states[..., half:]) * torch.polar(
-        torch.ones_like(angles), angles
-    )
+    turned = torch.complex(states[..., :half], states[..., half:]) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([turned.real, turned.imag], dim=-1)
 
 
@@ -202,9 +198,7 @@ def test_equal_scores_go_to_the_lower_positions():
 def test_a_response_token_at_position_0_has_attention_but_no_score():
     records = score_sample(tiny(), tiny(seed=1), SAMPLES[2])
     assert records[0]["role"] == 1 and records[0]["attention"] == 0
-    assert all(
-        records[0][name] is None for name in ("loss", "history_loss", "rel", "rel_norm", "score", "selected")
-    )
+    assert all(records[0][name] is None for name in ("loss", "history_loss", "rel", "rel_norm", "score", "selected"))
 
 
 def test_score_sample_puts_the_models_signals_together():
@@ -240,9 +234,7 @@ def test_selection_size_is_exact(rho, num_tokens, size):
     assert size - 1 < Fraction(str(rho)) * num_tokens <= size
 
 
-@pytest.mark.parametrize(
-    ("rho", "num_tokens", "size"), [("0.07", 100, 7), ("0.55", 100, 55), ("0.55", 180, 99)]
-)
+@pytest.mark.parametrize(("rho", "num_tokens", "size"), [("0.07", 100, 7), ("0.55", 100, 55), ("0.55", 180, 99)])
 def test_selection_size_is_exact_where_double_precision_is_not(rho, num_tokens, size):
     assert math.ceil(float(rho) * num_tokens) == size + 1
     assert selection_size(rho, num_tokens) == selection_size(float(rho), num_tokens) == size
@@ -350,9 +342,7 @@ def test_loss_weights_by_hand_with_a_sample_that_has_nothing_selected():
 def test_sstoken_trains_on_the_selected_tokens_of_its_scope(scope):
     model, history = tiny(), tiny(seed=1)
     records = [score_sample(model, history, sample, gamma=0.4, rho="0.3") for sample in SAMPLES]
-    groups = {"sample": [[r] for r in records], "microbatch": [records[:1], records[1:]], "batch": [records]}[
-        scope
-    ]
+    groups = {"sample": [[r] for r in records], "microbatch": [records[:1], records[1:]], "batch": [records]}[scope]
     chosen = [record for group in groups for sample in select_global(group, "0.3") for record in sample]
     losses = [record["loss"] for record in chosen if record["selected"]]
     # |R| = 4, 3, 4: k = ceil(1.2) + ceil(0.9) + ceil(1.2), ceil(1.2) + ceil(2.1), ceil(3.3)

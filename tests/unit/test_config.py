@@ -72,13 +72,10 @@ def test_names_are_frozen():
         for section in dataclasses.fields(Settings)
     }
     wanted = {
-        section: set(names.split()) | set(MORE_NAMES.get(section, "").split())
-        for section, names in FIXED_NAMES.items()
+        section: set(names.split()) | set(MORE_NAMES.get(section, "").split()) for section, names in FIXED_NAMES.items()
     }
     assert found.keys() == wanted.keys()
-    assert {section: wanted[section] - names for section, names in found.items()} == dict.fromkeys(
-        wanted, set()
-    )
+    assert {section: wanted[section] - names for section, names in found.items()} == dict.fromkeys(wanted, set())
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -224,17 +221,14 @@ def test_rho_with_too_many_decimals():
 
 
 def test_impossible_virtual_pipeline_and_negative_rate_are_named():
-    assert (
-        "parallel.virtual_pipeline=0 is too small: use 1 or more"
-        in problems_of(settings_with(parallel__virtual_pipeline=0))
+    assert "parallel.virtual_pipeline=0 is too small: use 1 or more" in problems_of(
+        settings_with(parallel__virtual_pipeline=0)
     )
-    assert (
-        "optimizer.learning_rate=-1.0 is too small: use 0 or more"
-        in problems_of(settings_with(optimizer__learning_rate=-1.0))
+    assert "optimizer.learning_rate=-1.0 is too small: use 0 or more" in problems_of(
+        settings_with(optimizer__learning_rate=-1.0)
     )
-    assert (
-        "optimizer.learning_rate=nan is too small: use 0 or more"
-        in problems_of(settings_with(optimizer__learning_rate=math.nan))
+    assert "optimizer.learning_rate=nan is too small: use 0 or more" in problems_of(
+        settings_with(optimizer__learning_rate=math.nan)
     )
 
 
@@ -309,9 +303,7 @@ def test_a_share_is_a_number_or_auto_and_a_layer_a_number_or_a_list():
 
 
 def test_values_are_typed():
-    settings = parse(
-        "--parallel.sequence=true", "--training.steps=null", "--model.hf_path=12", "--selection.layer=-2"
-    )
+    settings = parse("--parallel.sequence=true", "--training.steps=null", "--model.hf_path=12", "--selection.layer=-2")
     assert settings.parallel.sequence is True and settings.training.steps is None
     assert settings.model.hf_path == "12" and settings.selection.layer == -2
 
@@ -357,9 +349,7 @@ def test_printed_configuration_reads_back(tmp_path, capsys):
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     (tmp_path / "printed.yaml").write_text(printed)
-    assert parse("--config", str(tmp_path / "printed.yaml"), extra=DRY_RUN) == parse(
-        *arguments, extra=DRY_RUN
-    )
+    assert parse("--config", str(tmp_path / "printed.yaml"), extra=DRY_RUN) == parse(*arguments, extra=DRY_RUN)
     assert parse(*arguments, extra=DRY_RUN) != parse(extra=DRY_RUN)
 
 

@@ -438,14 +438,10 @@ def test_description(settings, folder):
     assert facts["batch"] == (
         f"8 rows = micro-batch 2 × data 2 × accumulation 2; about {math.ceil(mean * 8)} real tokens a step"
     )
-    assert (
-        facts["rows"]
-        == "20 of up to 50 tokens an epoch, one sample a row, padded to the longest of its batch"
-    )
+    assert facts["rows"] == "20 of up to 50 tokens an epoch, one sample a row, padded to the longest of its batch"
     assert facts["steps"] == "5 (2 epochs)"
     assert facts["selection"] == (
-        "sstoken, rho 0.6, scope sample, loss averaged by token, gamma 0.5, layer -1, "
-        "history frozen (starting weights)"
+        "sstoken, rho 0.6, scope sample, loss averaged by token, gamma 0.5, layer -1, history frozen (starting weights)"
     )
     assert facts["precision"] == "fp32" and facts["checkpoints"] == "none"
 
@@ -464,9 +460,7 @@ def test_description_of_other_runs(settings, folder):
         4,
     )
     facts = facts_of(describe(plan))
-    assert facts["processes"] == (
-        "4 = tensor 2 × pipeline 2 (× 2 chunks) × context 1 × data 1, sequence parallel"
-    )
+    assert facts["processes"] == ("4 = tensor 2 × pipeline 2 (× 2 chunks) × context 1 × data 1, sequence parallel")
     assert facts["steps"] == "5 (2 epochs)" and facts["checkpoints"] == "runs/1"
     assert facts["selection"] == "full: every response token"
     random = plan_run(settings(selection__method="random", selection__rho=0.25), 1)
@@ -514,11 +508,7 @@ def test_dry_run_tells_all_problems_once(settings, monkeypatch, capsys):
     assert dry_run(run, "--world_size=1") == 2
     printed = capsys.readouterr()
     lines = printed.err.strip().splitlines()
-    assert (
-        printed.out == ""
-        and lines == [f"error: {problem}" for problem in problems_of(run)]
-        and len(lines) == 2
-    )
+    assert printed.out == "" and lines == [f"error: {problem}" for problem in problems_of(run)] and len(lines) == 2
     monkeypatch.setenv("RANK", "1")
     assert dry_run(run, "--world_size=1") == 2
     assert capsys.readouterr() == ("", "")
@@ -545,10 +535,7 @@ def test_dry_run_of_a_resumable_run(settings, tmp_path, capsys):
     (newest / "sstoken.json").write_text(json.dumps(state))
     run.training.seed = 5
     assert dry_run(run, "--world_size=1") == 2
-    assert (
-        f"error: cannot resume from {newest}: it was made with training.seed=1234, now 5"
-        in capsys.readouterr().err
-    )
+    assert f"error: cannot resume from {newest}: it was made with training.seed=1234, now 5" in capsys.readouterr().err
     run.checkpoint.resume = False
     assert dry_run(run, "--world_size=1") == 2
     assert "holds checkpoints of another run (step 3)" in capsys.readouterr().err
@@ -571,7 +558,11 @@ def mixture(folder) -> str:
 @pytest.mark.parametrize(
     ("world_size", "parallel", "message"),
     [
-        (2, {"parallel__expert": 3}, "parallel.expert=3 does not divide the 2 processes of a pipeline stage: use 1 or 2"),
+        (
+            2,
+            {"parallel__expert": 3},
+            "parallel.expert=3 does not divide the 2 processes of a pipeline stage: use 1 or 2",
+        ),
         (6, {"parallel__expert": 3}, "parallel.expert=3 does not divide model.num_experts=4: use 1, 2 or 4"),
         (
             2,

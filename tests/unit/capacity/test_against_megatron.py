@@ -18,7 +18,10 @@ LARGE = {"world_size": 128, "tensor": 8, "pipeline": 4, "sequence": True, "globa
 TINY = [
     {"family": family, "tied": tied, "rank": rank, "global_batch_size": 4, "world_size": 8} | layout
     for family, tied in (("llama", False), ("qwen2", True))
-    for layout in ({"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}, {"tensor": 2, "context": 2, "precision": "fp32"})
+    for layout in (
+        {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2},
+        {"tensor": 2, "context": 2, "precision": "fp32"},
+    )
     for rank in (0, 7)
 ]
 

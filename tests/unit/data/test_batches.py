@@ -36,9 +36,7 @@ def store(tmp_path_factory) -> SampleStore:
     writer = StoreWriter(folder)
     for row, (tokens, roles) in zip(ROWS, SAMPLES, strict=True):
         writer.add(np.array(tokens, dtype=np.int32), np.array(roles, dtype=np.uint8), row)
-    writer.finalize(
-        vocabulary_size=50, eos_token_id=1, tokenizer_fingerprint="", tokenizer_path="", template=None
-    )
+    writer.finalize(vocabulary_size=50, eos_token_id=1, tokenizer_fingerprint="", tokenizer_path="", template=None)
     return SampleStore(folder)
 
 
@@ -55,15 +53,11 @@ class History:
         return np.arange(start, stop, dtype=np.float32) / 4
 
 
-def make_loader(
-    store, shape=(2, 4, 1, 4), data_rank=0, length=100, num_rows=None, history=None, shuffle=False
-):
+def make_loader(store, shape=(2, 4, 1, 4), data_rank=0, length=100, num_rows=None, history=None, shuffle=False):
     """A loader of the store's rows; `shape` is micro-batch, global batch, data size, row multiple."""
     order = RowOrder(choose_samples(store, length, "truncate"), seed=7, shuffle=shuffle)
     num_rows = order.num_rows(1) if num_rows is None else num_rows
-    return BatchLoader(
-        store, order, BatchShape(*shape), data_rank=data_rank, num_rows=num_rows, history=history
-    )
+    return BatchLoader(store, order, BatchShape(*shape), data_rank=data_rank, num_rows=num_rows, history=history)
 
 
 def naive(rows: list[list[int]], row_length: int, length: int = 100) -> dict[str, list]:
@@ -196,9 +190,7 @@ def test_multiples_of_a_layout(tensor, context, sequence, row, sample):
 
 
 def test_samples_are_aligned_for_context_parallel(store):
-    order = RowOrder(
-        choose_samples(store, 100, "truncate"), seed=0, shuffle=False, packing="next_fit", capacity=9
-    )
+    order = RowOrder(choose_samples(store, 100, "truncate"), seed=0, shuffle=False, packing="next_fit", capacity=9)
     shape = BatchShape(3, 3, 1, row_multiple=8, sample_multiple=4)
     loader = BatchLoader(store, order, shape, data_rank=0, num_rows=2, history=History())
     (batch,) = loader.load(0)
@@ -265,9 +257,7 @@ LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=40)
 PACKINGS = st.sampled_from(["none", "next_fit", "first_fit"])
 
 
-@given(
-    lengths=LENGTHS, packing=PACKINGS, seed=st.integers(0, 2**32), epochs=st.integers(1, 4), data=st.data()
-)
+@given(lengths=LENGTHS, packing=PACKINGS, seed=st.integers(0, 2**32), epochs=st.integers(1, 4), data=st.data())
 @settings(max_examples=60)
 def test_order_is_a_function_of_seed_and_number(lengths, packing, seed, epochs, data):
     chosen = selection_of(lengths)
@@ -318,17 +308,13 @@ def test_order_without_shuffling():
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60)
-def test_every_sample_once_an_epoch(
-    many, num, packing, micro, data_size, accumulation, epochs, multiples, seed
-):
+def test_every_sample_once_an_epoch(many, num, packing, micro, data_size, accumulation, epochs, multiples, seed):
     chosen = choose_samples(many, 100, "truncate")
     mine = SampleSelection(chosen.indices[:num], chosen.lengths, 0, 0, 0)
     order = RowOrder(mine, seed=seed, shuffle=True, packing=packing, capacity=100)
     num_rows = order.num_rows(epochs)
     shape = BatchShape(micro, micro * data_size * accumulation, data_size, *multiples)
-    loaders = [
-        BatchLoader(many, order, shape, data_rank=rank, num_rows=num_rows) for rank in range(data_size)
-    ]
+    loaders = [BatchLoader(many, order, shape, data_rank=rank, num_rows=num_rows) for rank in range(data_size)]
     seen: list[int] = []
     for number in range(loaders[0].num_batches):
         assert loaders[0].num_samples_before(number) == len(seen)

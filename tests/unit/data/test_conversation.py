@@ -164,14 +164,10 @@ text = st.text(st.characters(codec="utf-8"), max_size=20)
 @given(st.lists(st.tuples(text, text), min_size=1, max_size=3))
 def test_roles_follow_the_characters(tokenizer, turns):
     """Whatever the text, a token is response if it starts in a turn or is the end token after it."""
-    messages = [message for user, assistant in turns for message in exchange(user, assistant)] + exchange(
-        "", "7"
-    )
+    messages = [message for user, assistant in turns for message in exchange(user, assistant)] + exchange("", "7")
     sample = tokenize(tokenizer, "generation", messages)
     chat = tokenizer.render(messages)
-    offsets = tokenizer._tokenizer(chat.text, add_special_tokens=False, return_offsets_mapping=True)[
-        "offset_mapping"
-    ]
+    offsets = tokenizer._tokenizer(chat.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     end = len("<|im_end|>")
     inside = [any(start <= first < stop + end for start, stop in chat.spans) for first, _ in offsets]
     np.testing.assert_array_equal(sample.roles, np.array(inside, dtype=np.uint8))
@@ -179,9 +175,7 @@ def test_roles_follow_the_characters(tokenizer, turns):
 
 def test_a_straddling_token_belongs_to_where_it_starts(tokenizer):
     """ " the" with its space is one token; the border lies between the space and the word."""
-    template = (
-        "{{ messages[0].content }} {% generation %}{{ messages[1].content }}{% endgeneration %}<|im_end|>"
-    )
+    template = "{{ messages[0].content }} {% generation %}{{ messages[1].content }}{% endgeneration %}<|im_end|>"
     sample = tokenize(tokenizer, template, exchange("the", "the lazy"))
     assert response_texts(tokenizer, sample) == [" lazy<|im_end|>"]
 
@@ -225,10 +219,7 @@ def test_marks_without_effect_are_refused(tokenizer):
 
 
 def test_template_that_refuses_gives_the_reason(tokenizer):
-    template = (
-        "{{ raise_exception('no system role') if messages[0].role == 'system' }}"
-        + CHAT_TEMPLATES["generation"]
-    )
+    template = "{{ raise_exception('no system role') if messages[0].role == 'system' }}" + CHAT_TEMPLATES["generation"]
     assert "no system role" in str(tokenize(tokenizer, template, MULTI_TURN))
     assert response_texts(tokenizer, tokenize(tokenizer, template, MULTI_TURN[3:])) == ["7<|im_end|>"]
 
@@ -241,9 +232,7 @@ def test_half_a_surrogate_pair_is_refused(tokenizer):
 
 def test_one_bad_conversation_leaves_the_others(tokenizer):
     tokenizer.set_template(None)
-    first, second, third = tokenize_conversations(
-        tokenizer, [exchange("a", "b"), MULTI_TURN, exchange("c", "d")]
-    )
+    first, second, third = tokenize_conversations(tokenizer, [exchange("a", "b"), MULTI_TURN, exchange("c", "d")])
     assert isinstance(second, BadRow) and "--chat_template" in str(second)
     assert [response_texts(tokenizer, sample) for sample in (first, third)] == [
         ["b<|endoftext|>"],

@@ -124,9 +124,7 @@ def test_bad_rows_are_skipped_and_kept(tokenizer, tmp_path):
 
 def test_rows_bad_for_the_template_are_in_line_order(tokenizer, tmp_path):
     template = tmp_path / "template.jinja"
-    template.write_text(
-        "{{ raise_exception('no') if messages[0].content == 'x' }}" + CHAT_TEMPLATES["generation"]
-    )
+    template.write_text("{{ raise_exception('no') if messages[0].content == 'x' }}" + CHAT_TEMPLATES["generation"])
     rows = [{"messages": exchange("x", "a")}, {"wrong": 1}, {"messages": exchange("x", "b")}, ROWS[0]]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     run([path], tokenizer, tmp_path / "out", chat_template=template, on_bad_row="skip")
@@ -239,9 +237,7 @@ def test_plain_text_with_sentencepiece(tmp_path):
     assert manifest.template == manifest.template_source == "none (plain text)"
     store = SampleStore(tmp_path / "out")
     assert store.tokens(0)[-1] == manifest.eos_token_id and store.roles(0)[-1] == 1
-    with pytest.raises(
-        ValueError, match=r"rows.jsonl:1: the tokenizer has no chat template.*--chat_template"
-    ):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: the tokenizer has no chat template.*--chat_template"):
         run(
             [write_rows(path, ROWS[:1] if len(ROWS[0]["messages"]) > 2 else ROWS[1:2])],
             model,

@@ -25,9 +25,7 @@ def test_hugging_face_tokenizer(folder):
     vocabulary = tokenizer._tokenizer.get_vocab()
     assert tokenizer.marked and tokenizer.template == CHAT_TEMPLATES["generation"]
     assert tokenizer.eos_id == vocabulary["<|endoftext|>"] and tokenizer.bos_id is None
-    assert tokenizer.end_of_turn_ids == {
-        vocabulary[end] for end in ("<|endoftext|>", "<|im_end|>", "<|eot_id|>")
-    }
+    assert tokenizer.end_of_turn_ids == {vocabulary[end] for end in ("<|endoftext|>", "<|im_end|>", "<|eot_id|>")}
     assert tokenizer.special_ids == {i for token, i in vocabulary.items() if token.startswith("<|")}
     assert tokenizer.vocabulary_size == len(vocabulary)
 

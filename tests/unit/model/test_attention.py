@@ -75,9 +75,7 @@ def test_core_attention(heads, groups, scale):
     output.backward(upstream)
     wanted.backward(upstream)
     for name, found, expected in zip("qkv", ours, theirs, strict=True):
-        torch.testing.assert_close(
-            found.grad, expected.grad, rtol=0, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("window", [1, 2, 4, 9, 100])
@@ -212,9 +210,7 @@ def test_arming_forgets_what_nobody_took(tapped):
     attend(tap, q, k, v)
     probe.arm(make_context())
     attend(tap, q, k, v)
-    torch.testing.assert_close(
-        probe.take()[LAYER].double(), dense_mass(q, k, make_context()), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(probe.take()[LAYER].double(), dense_mass(q, k, make_context()), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -231,9 +227,7 @@ def test_recomputation_does_not_fire_again(tapped, reentrant, taken_before_backw
     output.square().sum().backward()
     assert tap.inner.calls == 3, "the recomputation runs the layer, and not the tap"
     masses = masses or probe.take()
-    torch.testing.assert_close(
-        masses[LAYER].double(), dense_mass(*recomputed[:2], context), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(masses[LAYER].double(), dense_mass(*recomputed[:2], context), rtol=0, atol=1e-5)
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain, recomputed, strict=True))
 
 
@@ -252,9 +246,7 @@ def test_several_layers_share_a_probe():
     masses = probe.take()
     assert sorted(masses) == [2, 4]
     for layer, mass in masses.items():
-        torch.testing.assert_close(
-            mass.double(), dense_mass(*inputs[layer - 1][:2], context), rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(mass.double(), dense_mass(*inputs[layer - 1][:2], context), rtol=0, atol=1e-5)
 
 
 def test_a_checkpoint_does_not_see_the_tap(tapped):

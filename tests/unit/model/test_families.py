@@ -263,7 +263,9 @@ def names_on_disk(a, parameters):
             names.append(name.replace(".mlp.gate.", ".block_sparse_moe.gate.") if a.family == "mixtral" else name)
             continue
         head, kind = name.split("mlp.experts.")
-        block, tensors = ("block_sparse_moe", "w1 w3 w2") if a.family == "mixtral" else ("mlp", "gate_proj up_proj down_proj")
+        block, tensors = (
+            ("block_sparse_moe", "w1 w3 w2") if a.family == "mixtral" else ("mlp", "gate_proj up_proj down_proj")
+        )
         chosen = tensors.split()[:2] if kind == "gate_up_proj" else tensors.split()[2:]
         names += [f"{head}{block}.experts.{expert}.{t}.weight" for expert in range(a.num_experts) for t in chosen]
     return names
@@ -372,9 +374,7 @@ def test_configurations_that_transformers_writes(tmp_path):
 
 
 def test_missing_and_broken_files(tmp_path):
-    with pytest.raises(
-        ValueError, match="absent has no config.json: name the folder of a Hugging Face checkpoint"
-    ):
+    with pytest.raises(ValueError, match="absent has no config.json: name the folder of a Hugging Face checkpoint"):
         read_architecture(str(tmp_path / "absent"))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is not JSON"):

@@ -244,9 +244,7 @@ def test_bf16_files_fill_fp32_parameters(folder, tmp_path):
     chunk = Chunk(a, range(4), ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight"])
     load_hugging_face(chunk, HuggingFaceWeights(str(tmp_path)), a, 0, 1)
     assert {parameter.dtype for parameter in chunk.parameters()} == {torch.float32}
-    assert torch.equal(
-        chunk.embedding.word_embeddings.weight[:99], expected["model.embed_tokens.weight"].float()
-    )
+    assert torch.equal(chunk.embedding.word_embeddings.weight[:99], expected["model.embed_tokens.weight"].float())
     gate, up = chunk.decoder.layers[1].mlp.linear_fc1.weight.chunk(2)
     assert torch.equal(gate, expected["model.layers.1.mlp.gate_proj.weight"].float())
     assert torch.equal(up, expected["model.layers.1.mlp.up_proj.weight"].float())

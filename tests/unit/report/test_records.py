@@ -68,9 +68,7 @@ def test_columns_token_by_token():
                 ("entropy", entropy, True),  # as the report has it: NaN where nothing was predicted
                 ("top1", top1, True),
             ):
-                np.testing.assert_equal(
-                    found[name], float(values[t]) if defined else np.nan, err_msg=f"{name} {row}"
-                )
+                np.testing.assert_equal(found[name], float(values[t]) if defined else np.nan, err_msg=f"{name} {row}")
             row += 1
     assert {len(values) for values in columns.values()} == {row}
     assert columns.keys() == set(SCHEMA.names) and columns["selected"].any()
@@ -122,9 +120,7 @@ def columns_with(**changes) -> dict[str, np.ndarray]:
         "role": np.array([0, 1], dtype=np.int8),
         "selected": np.array([False, True]),
     }
-    columns |= {
-        name: np.array([np.nan, 0.25], dtype=np.float32) for name in SCHEMA.names if name not in columns
-    }
+    columns |= {name: np.array([np.nan, 0.25], dtype=np.float32) for name in SCHEMA.names if name not in columns}
     return columns | changes
 
 
@@ -142,9 +138,7 @@ def test_undefined_is_null_and_nothing_is_nan(tmp_path):
 
 def test_round_trip_of_several_parts(tmp_path):
     path = tmp_path / "a" / "new" / "folder" / "records.parquet"
-    reports = [
-        make_report(make_batch(TURNS, 7, first_sample=first, seed=first), seed=first) for first in (0, 10)
-    ]
+    reports = [make_report(make_batch(TURNS, 7, first_sample=first, seed=first), seed=first) for first in (0, 10)]
     parts = [columns_of(report) for report in reports]
     with RecordWriter(path) as writer:
         for part in parts:

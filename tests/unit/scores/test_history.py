@@ -57,9 +57,7 @@ def test_all_identities_have_their_own_folders():
 
 
 def test_what_does_not_change_the_losses_does_not_count():
-    renamed = identity_with(
-        {"tokenizer_path": "elsewhere", "num_skipped": 3, "sources": [{"path": "a.jsonl"}]}
-    )
+    renamed = identity_with({"tokenizer_path": "elsewhere", "num_skipped": 3, "sources": [{"path": "a.jsonl"}]})
     assert renamed == identity_with()
 
 

@@ -11,9 +11,7 @@ attentions = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.floats(0, 1, w
 
 DENORMAL = 2.0**-149
 scores = st.one_of(
-    st.sampled_from(
-        [0.0, -0.0, 0.5, -0.5, 1.0, float("inf"), float("-inf"), DENORMAL, -DENORMAL, 2 * DENORMAL]
-    ),
+    st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, float("inf"), float("-inf"), DENORMAL, -DENORMAL, 2 * DENORMAL]),
     st.floats(width=32, allow_nan=False),
 )
 """fp32 values with many equals and every special one but NaN."""

@@ -76,9 +76,7 @@ def test_what_lies_outside_counts_as_0_or_1():
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.floats(0, 1, width=32), max_size=60), st.integers(2, 64), st.randoms())
 def test_the_layout_does_not_matter(values, num_ranks, random):
-    alone = choose_rho(
-        torch.tensor(values, dtype=torch.float32), torch.arange(len(values)), "0.1", "0.9", None
-    )
+    alone = choose_rho(torch.tensor(values, dtype=torch.float32), torch.arange(len(values)), "0.1", "0.9", None)
     shards = [[] for _ in range(num_ranks)]
     for number in random.sample(range(len(values)), len(values)):
         shards[random.randrange(num_ranks)].append(number)

@@ -84,9 +84,7 @@ def test_batch_scope_selects_over_joined_micro_batches(parts, rho):
     for part, mask, values in zip(parts, found.mask.split(sizes), found.score.split(sizes), strict=True):
         score |= by_key(part, values)
         selected |= keys_of(part, mask)
-    assert score == pytest.approx(
-        brute_force.scores([t for part in parts for t in part], 0.5, REL_FLOOR), abs=5e-6
-    )
+    assert score == pytest.approx(brute_force.scores([t for part in parts for t in part], 0.5, REL_FLOOR), abs=5e-6)
     assert selected == brute_force.best(score, rho)
 
 
@@ -118,16 +116,12 @@ def test_nan_in_what_it_needs_names_the_token(method, scope):
             with pytest.raises(ValueError, match=r"sample 8 \(row number in the input\), position 2, is NaN"):
                 select(poisoned, method, scope=scope)
         else:
-            assert torch.equal(
-                select(poisoned, method, scope=scope).mask, select(signals, method, scope=scope).mask
-            )
+            assert torch.equal(select(poisoned, method, scope=scope).mask, select(signals, method, scope=scope).mask)
 
 
 def test_full_takes_every_response_token_and_never_communicates():
     signals = example()
-    found = select(
-        signals, "full", scope="microbatch", group=object()
-    )  # any use of it as a group would raise
+    found = select(signals, "full", scope="microbatch", group=object())  # any use of it as a group would raise
     assert torch.equal(found.mask, signals.response)
     assert found.mask is not signals.response
     assert found.score.isnan().all()
@@ -213,9 +207,7 @@ class TestRandom:
     def test_the_reference_is_splitmix64(self):
         assert self.splitmix64(0) == 0xE220A8397B1DCDAF  # published first output of seed 0
 
-    @given(
-        st.integers(-(2**63), 2**63 - 1), st.integers(0, 10**6), st.integers(-1, 2**39), st.integers(0, 2**24)
-    )
+    @given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 10**6), st.integers(-1, 2**39), st.integers(0, 2**24))
     def test_equals_python_integers(self, seed, draw, sample, position):
         state = 0
         for part in (seed, draw, sample, position):
@@ -235,9 +227,7 @@ class TestRandom:
         assert ((counts - 1000) ** 2 / 1000).sum() < 50  # chi-square of 19 degrees: beyond 50 is one in 7,000
         grid = values.reshape(100, 200)
         others = [random_scores(sample, position, 4, 0), random_scores(sample, position, 3, 1)]
-        pairs = [(grid[:, 1:], grid[:, :-1]), (grid[1:], grid[:-1])] + [
-            (values, other.double()) for other in others
-        ]
+        pairs = [(grid[:, 1:], grid[:, :-1]), (grid[1:], grid[:-1])] + [(values, other.double()) for other in others]
         for a, b in pairs:
             assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.035  # five sigma
 

@@ -64,9 +64,7 @@ def in_group(group: dist.ProcessGroup) -> dict:
         "top": (ids[top.mask].tolist(), top.threshold, top.num_candidates, top.num_selected),
         "traffic": (traffic.collectives, traffic.num_bytes),
         "rho": choose_rho(score[response], ids, "0.01", "0.99", group),
-        "error": error_of(
-            lambda: select_tokens(broken, "attention", RHO, "microbatch", group=group, **SCORING)
-        ),
+        "error": error_of(lambda: select_tokens(broken, "attention", RHO, "microbatch", group=group, **SCORING)),
         "rho_error": error_of(lambda: choose_rho(nan, torch.arange(rank) + rank, "0.1", "0.9", group)),
     }
 

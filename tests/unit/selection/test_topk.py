@@ -161,9 +161,7 @@ class TestSegments:
     @given(st.data())
     def test_equals_sorting_each_segment(self, data):
         num_segments = data.draw(st.integers(1, 5))
-        tokens = data.draw(
-            st.lists(st.tuples(scores, st.booleans(), st.integers(0, num_segments - 1)), max_size=40)
-        )
+        tokens = data.draw(st.lists(st.tuples(scores, st.booleans(), st.integers(0, num_segments - 1)), max_size=40))
         k = data.draw(st.lists(st.integers(0, 12), min_size=num_segments, max_size=num_segments))
         values = [value if candidate else NAN for value, candidate, _ in tokens]
         segment = [s if candidate else -1 for _, candidate, s in tokens]
@@ -210,9 +208,7 @@ def sharded_scores(draw):
     num_ranks = draw(st.integers(2, 64))
     values = draw(st.lists(scores, max_size=80))
     shuffle = random.Random(draw(st.integers(0, 2**32)))
-    spacing = draw(
-        st.sampled_from([1, 2**24 + 1, 2**56 - 1])
-    )  # ids that differ in the lowest, middle, highest bits
+    spacing = draw(st.sampled_from([1, 2**24 + 1, 2**56 - 1]))  # ids that differ in the lowest, middle, highest bits
     ids = [spacing * number for number in shuffle.sample(range(128), len(values))]
     skew = draw(st.sampled_from([1, 4, 50]))
     owner = [int(num_ranks * shuffle.random() ** skew) for _ in values]
@@ -326,9 +322,7 @@ class TestAcrossRanks:
     def test_what_cannot_be_is_refused_before_any_collective(self, arguments, message):
         traffic = Traffic()
         with pytest.raises(ValueError, match=message):
-            distributed_topk(
-                torch.zeros(1), torch.zeros(1, dtype=torch.int64), None, traffic=traffic, **arguments
-            )
+            distributed_topk(torch.zeros(1), torch.zeros(1, dtype=torch.int64), None, traffic=traffic, **arguments)
         assert traffic == Traffic()
 
     def test_the_same_token_twice_is_our_mistake(self):
@@ -342,9 +336,7 @@ class TestRounds:
     def test_kth_smallest(self, keys, data):
         k = data.draw(st.integers(1, len(keys)))
         excluded = data.draw(st.integers(0, 3))
-        rounds = kth_smallest(
-            torch.tensor(keys + [-1] * excluded), lambda total: total.clamp(max=k), SCORE_DIGITS
-        )
+        rounds = kth_smallest(torch.tensor(keys + [-1] * excluded), lambda total: total.clamp(max=k), SCORE_DIGITS)
         (found,) = run_rounds([rounds], sum_over(None))
         expected = sorted(keys)[k - 1]
         assert (found.key, found.num_wanted) == (expected, k)

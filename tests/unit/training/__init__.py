@@ -54,9 +54,7 @@ def make_batch(
     )
 
 
-def make_report(
-    batch: TokenBatch, *, seed: int = 0, selected: bool = True, attention: bool = True
-) -> TokenReport:
+def make_report(batch: TokenBatch, *, seed: int = 0, selected: bool = True, attention: bool = True) -> TokenReport:
     """Random losses and attention; with `selected` a random half of the response tokens is."""
     generator = torch.Generator().manual_seed(100 + seed)
     size = len(batch.position)

@@ -50,9 +50,7 @@ def make_reports(seed: int = 0, scale: int = 1, **options):
     """Two micro-batches of different numbers of tokens."""
     roles = [[[0] * 3 + [1] * 20 * scale, [0, 1, 0, 1, 1]], [[1] + [0] * 2 + [1] * 9 * scale]]
     return [
-        make_report(
-            make_batch(part, 32 * scale, num_rows=2, seed=seed + number), seed=seed + number, **options
-        )
+        make_report(make_batch(part, 32 * scale, num_rows=2, seed=seed + number), seed=seed + number, **options)
         for number, part in enumerate(roles)
     ]
 
@@ -87,9 +85,7 @@ def test_one_process(layout):
     check_sums(metrics, values)
     assert (metrics.num_tokens, metrics.num_positions) == (23 + 5 + 12, 4 * 32)
     assert metrics.model_flops == sum(training_flops(report.batch, TINY) for report in reports)
-    np.testing.assert_allclose(
-        metrics.rel_quantiles, np.quantile(values["rel"], QUANTILES), rtol=0, atol=1e-5
-    )
+    np.testing.assert_allclose(metrics.rel_quantiles, np.quantile(values["rel"], QUANTILES), rtol=0, atol=1e-5)
     np.testing.assert_allclose(
         metrics.attention_quantiles, np.quantile(values["attention"], QUANTILES), rtol=0, atol=1e-6
     )
@@ -238,9 +234,7 @@ def test_log_prints_every_few_steps_and_the_last(tmp_path, capsys):
     assert scalars(tmp_path, "attention/q95")[2] == pytest.approx(1.0)
     speed = scalars(tmp_path, "speed/tokens_per_second")[4] * scalars(tmp_path, "speed/step_seconds")[4]
     assert speed == pytest.approx(100, rel=1e-3), "real tokens, not positions"
-    ratio = (
-        scalars(tmp_path, "speed/model_tflops")[4] / scalars(tmp_path, "speed/model_tflops_per_process")[4]
-    )
+    ratio = scalars(tmp_path, "speed/model_tflops")[4] / scalars(tmp_path, "speed/model_tflops_per_process")[4]
     assert ratio == pytest.approx(2.0, rel=1e-3)
 
 

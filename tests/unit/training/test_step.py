@@ -47,18 +47,14 @@ def test_shifts_are_inverse_and_stay_inside_samples(roles, spare, data):
     chosen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
     mask = chosen & batch.response
     predicting = to_predicting(mask)
-    assert torch.equal(losses[predicting], predicted[mask]), (
-        "the trained losses are those of the selected tokens"
-    )
+    assert torch.equal(losses[predicting], predicted[mask]), "the trained losses are those of the selected tokens"
     last_of_sample = torch.cat([batch.segment[1:] != batch.segment[:-1], torch.tensor([True])])
     assert not (predicting & ((batch.segment < 0) | last_of_sample)).any()
 
 
 def test_values_of_other_samples_do_not_leak():
     batch = make_batch(TURNS, 6)
-    losses = torch.full(
-        (18,), torch.inf
-    )  # the first row is full: its last position borders on the next sample
+    losses = torch.full((18,), torch.inf)  # the first row is full: its last position borders on the next sample
     losses[:5] = torch.arange(5)
     predicted = to_predicted(losses, batch)
     assert predicted[:6].isnan().tolist() == [True] + [False] * 5
@@ -318,9 +314,7 @@ def test_score_batch_selects_only_on_demand(monkeypatch):
         (report,) = score_batch(model, [batch], choose)
         assert isinstance(report, TokenReport) and int(handed[0][1]) == 0
         assert report.selection is None if selected is None else torch.equal(report.selection.mask, selected)
-        assert torch.equal(
-            report.loss[batch.response], to_predicted(chunk.losses[0][0], batch)[batch.response]
-        )
+        assert torch.equal(report.loss[batch.response], to_predicted(chunk.losses[0][0], batch)[batch.response])
 
 
 @pytest.fixture
