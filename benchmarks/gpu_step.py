@@ -60,7 +60,7 @@ def matmul_ceiling(size: int) -> float:
 def make_case(folder: Path, shape: str, length: int, arithmetic: tuple[str, str | None], tiny: bool):
     """Settings of one measurement; writes config.json and data where they are missing."""
     from megatron_sstoken.config import Settings
-    from megatron_sstoken.model.catalog import model_config
+    from megatron_sstoken.model.presets import model_config
     from tools.make_config import make_stand_in_data
 
     name, layers = SHAPES[shape]
@@ -90,7 +90,7 @@ def randomize(model) -> None:
     import torch
 
     torch.manual_seed(0)
-    for chunk in model.bare:
+    for chunk in model.unwrapped:
         for name, parameter in chunk.named_parameters():
             with torch.no_grad():
                 parameter.fill_(1.0) if "norm" in name else parameter.normal_(std=0.02)
@@ -102,17 +102,17 @@ def measure(settings, rounds: int) -> list[dict]:
 
     from megatron_sstoken.data.batches import BatchLoader
     from megatron_sstoken.device import have_cuda, peak_memory_bytes, synchronize
+    from megatron_sstoken.model.backend import numerics_of
     from megatron_sstoken.model.build import build_model, build_optimizer
-    from megatron_sstoken.model.implementation import arithmetic_of
     from megatron_sstoken.parallel import create_layout
-    from megatron_sstoken.plan import plan_run
+    from megatron_sstoken.passes.scoring import selector_of
     from megatron_sstoken.training.metrics import training_flops
-    from megatron_sstoken.training.scoring import selector_of
     from megatron_sstoken.training.selector import train_on_selected
+    from megatron_sstoken.validate.run import plan_run
 
     plan = plan_run(settings, 1, dry_run=True)  # a dry run: these models have no weights on disk
     layout = create_layout(settings.parallel, 0)
-    model = build_model(plan.architecture, settings, layout, tapped_layers=plan.tapped_layers, trainable=True)
+    model = build_model(plan.architecture, settings, layout, captured_layers=plan.captured_layers, trainable=True)
     randomize(model)
     optimizer, _ = build_optimizer(model, settings.optimizer, 100)
     loader = BatchLoader(
@@ -126,7 +126,7 @@ def measure(settings, rounds: int) -> list[dict]:
     for round_number in range(rounds + 2):  # two warm up
         for method in METHODS:
             settings.selection.method = method
-            model.tapped_layers = plan.tapped_layers if method == "sstoken" else ()
+            model.captured_layers = plan.captured_layers if method == "sstoken" else ()
             if have_cuda():
                 torch.cuda.reset_peak_memory_stats()
             synchronize()
@@ -142,7 +142,7 @@ def measure(settings, rounds: int) -> list[dict]:
     plain = statistics.median(seconds["full"])
     return [
         {
-            "arithmetic": arithmetic_of(settings),
+            "arithmetic": numerics_of(settings),
             "method": method,
             "median_s": statistics.median(values),
             "ratio_to_full": statistics.median(v / f for v, f in zip(values, seconds["full"], strict=True)),
@@ -193,7 +193,7 @@ def main() -> int:
     import torch
 
     from megatron_sstoken.device import have_cuda
-    from megatron_sstoken.model.implementation import machine_problems
+    from megatron_sstoken.model.backend import machine_problems
     from megatron_sstoken.parallel import start_processes, stop_processes
 
     if options.device == "cuda" and not have_cuda():

@@ -55,12 +55,12 @@ def torchrun(*arguments: str) -> tuple[str, ...]:
 
 def compare_logits(checkpoint: str, exported: str, data: str) -> None:
     """On both processes: logits of megatron under tensor parallel 2 against transformers, at every position."""
+    from megatron_sstoken.checkpoint.save_load import load_checkpoint, resolve_checkpoint
     from megatron_sstoken.config import Settings
     from megatron_sstoken.model.attention import sample_bounds
     from megatron_sstoken.model.build import build_model
     from megatron_sstoken.model.families import read_architecture
     from megatron_sstoken.parallel import create_layout, start_processes, stop_processes
-    from megatron_sstoken.training.checkpoint import load_checkpoint, resolve_checkpoint
 
     start_processes()
     settings = Settings()
@@ -76,7 +76,7 @@ def compare_logits(checkpoint: str, exported: str, data: str) -> None:
         length = tokens.shape[1]
         with torch.no_grad():
             bounds = sample_bounds([length], torch.device("cpu"))
-            mine = model.bare[0](tokens, torch.arange(length).unsqueeze(0), None, packed_seq_params=bounds)[0]
+            mine = model.unwrapped[0](tokens, torch.arange(length).unsqueeze(0), None, packed_seq_params=bounds)[0]
             parts = [torch.empty_like(mine) for _ in range(2)]
             torch.distributed.all_gather(parts, mine.contiguous(), group=layout.groups.tp)
             wanted = reference(tokens).logits[0]

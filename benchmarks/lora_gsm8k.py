@@ -30,8 +30,8 @@ from peft import PeftModel  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from benchmarks.gsm8k_epoch import make_start, run, torchrun  # noqa: E402
+from megatron_sstoken.checkpoint.save_load import checkpoint_steps, read_run_state  # noqa: E402
 from megatron_sstoken.data.store import SampleStore  # noqa: E402
-from megatron_sstoken.training.checkpoint import checkpoint_steps, read_run_state  # noqa: E402
 
 NUM_COMPARED, NUM_HELD_OUT = 8, 64
 RECIPE = ("--lora.rank=64", "--lora.alpha=16", "--lora.dropout=0.1", "--history.source=adapters_off")
@@ -85,12 +85,12 @@ def held_out_loss(model, store: SampleStore) -> float:
 
 def compare_logits(work: Path) -> None:
     """On both processes: megatron's logits, adapters on, against transformers with the merged weights and against peft."""
+    from megatron_sstoken.checkpoint.weights_source import WeightsSource
     from megatron_sstoken.config import Settings
     from megatron_sstoken.model.attention import sample_bounds
     from megatron_sstoken.model.build import build_model
     from megatron_sstoken.model.families import read_architecture
     from megatron_sstoken.parallel import create_layout, start_processes, stop_processes
-    from megatron_sstoken.training.setup import WeightsSource
 
     start_processes()
     base = f"{work}/base"
@@ -113,7 +113,7 @@ def compare_logits(work: Path) -> None:
         positions += length
         with torch.no_grad():
             bounds = sample_bounds([length], torch.device("cpu"))
-            mine = model.bare[0](tokens, torch.arange(length).unsqueeze(0), None, packed_seq_params=bounds)[0]
+            mine = model.unwrapped[0](tokens, torch.arange(length).unsqueeze(0), None, packed_seq_params=bounds)[0]
             parts = [torch.empty_like(mine) for _ in range(2)]
             torch.distributed.all_gather(parts, mine.contiguous(), group=layout.groups.tp)
             for name, reference in (("merged", merged), ("peft", adapted), ("base", untuned)):

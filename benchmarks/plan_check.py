@@ -23,11 +23,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megatron_sstoken.capacity.hardware import GPUS, Assumptions  # noqa: E402
-from megatron_sstoken.capacity.memory import parameter_sizes  # noqa: E402
-from megatron_sstoken.capacity.propose import make_plan  # noqa: E402
-from megatron_sstoken.capacity.workload import Workload  # noqa: E402
-from megatron_sstoken.model.catalog import find_architecture  # noqa: E402
+from megatron_sstoken.model.presets import find_architecture  # noqa: E402
+from megatron_sstoken.planner.hardware import GPUS, Assumptions  # noqa: E402
+from megatron_sstoken.planner.memory import parameter_sizes  # noqa: E402
+from megatron_sstoken.planner.search import make_plan  # noqa: E402
+from megatron_sstoken.planner.workload import Workload  # noqa: E402
 from tests.plan_reference import CASES, RESULT  # noqa: E402
 
 LARGE = {"tensor": 8, "pipeline": 4, "sequence": True, "world_size": 128, "global_batch_size": 16}

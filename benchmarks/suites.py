@@ -16,13 +16,13 @@ from benchmarks.measure import Rows, alternate, count
 from benchmarks.workload import Options, make, make_trainer, settings_for, typical_batch, use
 from megatron_sstoken.data.batches import TokenBatch
 from megatron_sstoken.model.attention import sample_bounds
-from megatron_sstoken.model.head import NOT_SCORED
-from megatron_sstoken.model.implementation import compiler_problem
+from megatron_sstoken.model.backend import compiler_problem
+from megatron_sstoken.model.head import IGNORE_INDEX
+from megatron_sstoken.passes.scoring import build_history, selector_of
+from megatron_sstoken.passes.step import labels_of, score_batch, train_batch
 from megatron_sstoken.selection.methods import Selection
 from megatron_sstoken.training.loop import Trainer, training_step
-from megatron_sstoken.training.scoring import build_history, selector_of
 from megatron_sstoken.training.selector import signals_of, train_on_selected
-from megatron_sstoken.training.step import labels_of, score_batch, train_batch
 
 STEP_ROWS = 8  # the paper's recipe has global batches of 48 samples; eight rows hold about 40
 COMPARED_ROWS = 4  # with transformers: some 20 samples
@@ -73,17 +73,17 @@ def step(options: Options) -> None:
 def head(options: Options) -> None:
     """The head alone, forward and backward, over shares of response and of kept tokens."""
     trainer = make_trainer(settings_for(options.work, tensor=options.tensor))
-    chunk, num_tokens = trainer.model.bare[-1], 1024
+    chunk, num_tokens = trainer.model.unwrapped[-1], 1024
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_tokens, 1, options.shape.hidden, generator=generator)
-    words = torch.randint(chunk.num_real_words, (1, num_tokens), generator=generator)
+    words = torch.randint(chunk.vocabulary_size, (1, num_tokens), generator=generator)
     place = torch.rand(num_tokens, generator=generator)
 
     kinds = ["standard", "selective", *([] if compiler_problem() else ["selective, compiled"])]
 
     def run(kind: str, response: float, kept: float):
         chunk.selective, chunk.compiled_head = kind != "standard", kind == "selective, compiled"
-        labels = words.masked_fill(place >= response, NOT_SCORED)
+        labels = words.masked_fill(place >= response, IGNORE_INDEX)
         leaf = hidden.clone().requires_grad_()
         nothing = dict.fromkeys(("input_ids", "position_ids", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin"))
         losses = chunk._postprocess(hidden_states=leaf, labels=labels, **nothing)
@@ -112,12 +112,12 @@ def scoring(options: Options) -> None:
     fixed = {"select": lambda _: masks[0]}
 
     def with_scoring():
-        model.tapped_layers = trainer.plan.tapped_layers
+        model.captured_layers = trainer.plan.captured_layers
         model.zero_gradients()
         train_on_selected(model, batches, selector)
 
     def without():
-        model.tapped_layers = ()
+        model.captured_layers = ()
         model.zero_gradients()
         train_batch(model, batches, fixed["select"])
 
@@ -139,7 +139,7 @@ def scoring(options: Options) -> None:
 
 def _mass(trainer: Trainer, batch: TokenBatch):
     """One measurement of the attention to the context in the tapped layer, on queries and keys of the right shape."""
-    layer = trainer.model.bare[-1].decoder.layers[-1].self_attention
+    layer = trainer.model.unwrapped[-1].decoder.layers[-1].self_attention
     config = trainer.model.config
     size = trainer.layout.tensor_size
     num_tokens = batch.position.numel()
@@ -190,7 +190,7 @@ def history(options: Options) -> None:
     """History scoring, files and all, against forward passes alone."""
     trainer = make_trainer(settings_for(options.work, tensor=options.tensor))
     model, plan, layout = trainer.model, trainer.plan, trainer.layout
-    model.tapped_layers = ()
+    model.captured_layers = ()
     batches = [trainer.loader.load(number)[0] for number in range(plan.train.order.num_rows(1))]
     rows = Rows("history", options.config())
     positions = sum(batch.response.numel() for batch in batches)
@@ -199,7 +199,7 @@ def history(options: Options) -> None:
     folder = Path(tempfile.mkdtemp(dir=options.work)) if dist.get_rank() == 0 else options.work
 
     def forward(kind: str):
-        for chunk in model.bare:
+        for chunk in model.unwrapped:
             chunk.selective = kind == "selective"
         model.train(False)
         with torch.no_grad():
@@ -211,7 +211,7 @@ def history(options: Options) -> None:
                 model.chunks[0](batch.tokens, position, None, labels=labels.unsqueeze(0), packed_seq_params=bounds)
 
     def score():
-        for chunk in model.bare:
+        for chunk in model.unwrapped:
             chunk.selective = True
         build_history(model, plan, layout, str(folder / str(next(counter))), {})
 

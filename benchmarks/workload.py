@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron_sstoken.checkpoint.weights_source import model_to_train
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.conversation import FieldNames
 from megatron_sstoken.data.prepare import prepare
 from megatron_sstoken.data.store import SampleStore, StoreWriter
 from megatron_sstoken.parallel import create_layout, reset_layout
 from megatron_sstoken.training.loop import Trainer, create_trainer
-from megatron_sstoken.training.setup import current_model
-from megatron_sstoken.training.start import agreed_plan
+from megatron_sstoken.validate.agree import agreed_plan
 from tools.make_toy import make_tokenizer
 
 FIELDS = FieldNames.parse("prompt=question,response=answer")
@@ -128,7 +128,7 @@ def make_trainer(settings: Settings) -> Trainer:
         reset_layout()
     plan = agreed_plan(settings)
     layout = create_layout(settings.parallel, 0)
-    trainer = create_trainer(plan, layout, current_model(plan, layout, trainable=True), DrawnHistory())  # type: ignore[arg-type]
+    trainer = create_trainer(plan, layout, model_to_train(plan, layout, trainable=True), DrawnHistory())  # type: ignore[arg-type]
     trainer.model.train(True)
     return trainer
 
@@ -149,6 +149,6 @@ def typical_batch(trainer: Trainer) -> int:
 def use(trainer: Trainer, method: str, head: str) -> None:
     """Switch a trainer to another selection method and head, without building the model again."""
     trainer.settings.selection.method = method
-    trainer.model.tapped_layers = () if method == "full" else trainer.plan.tapped_layers
-    for chunk in trainer.model.bare:
+    trainer.model.captured_layers = () if method == "full" else trainer.plan.captured_layers
+    for chunk in trainer.model.unwrapped:
         chunk.selective = head == "selective"

@@ -1,7 +1,7 @@
 """Every setting of a run: typed, documented once, read from YAML and the command line.
 
-`megatron_sstoken.command_line` reads them. Rules that need only the settings are in `megatron_sstoken.checks`; rules that
-need the model, the data or the number of processes are in `megatron_sstoken.plan`.
+`megatron_sstoken.command_line` reads them. Rules that need only the settings are in `megatron_sstoken.validate`. Others need
+the model, the data or the number of processes.
 """
 
 import os
@@ -38,7 +38,7 @@ class ModelSettings:
     vocabulary_multiple: int = 128
     """The vocabulary is padded to a multiple of this (and of the tensor parallel size); padded entries get no probability."""
 
-    implementation: Literal["auto", "transformer_engine", "torch"] = "auto"
+    backend: Literal["auto", "transformer_engine", "torch"] = "auto"
     """What layers are made of: NVIDIA's Transformer Engine (fused kernels, FlashAttention or cuDNN attention; needs a GPU) or
     torch. auto: Transformer Engine where it can run and `training.precision` is not fp32."""
 

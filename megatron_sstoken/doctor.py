@@ -226,9 +226,7 @@ def _components(machine: Machine) -> dict[str, str]:
     engine = gpu and machine.works("transformer_engine.pytorch")
     apex = gpu and machine.works("amp_C") and machine.works("apex.multi_tensor_apply")
     fused = "Transformer Engine"
-    where = (
-        f"{fused} in bf16 and fp8, else " if engine else ""
-    )  # model/implementation.py: not in fp32, not with adapters
+    where = f"{fused} in bf16 and fp8, else " if engine else ""  # model/backend.py: not in fp32, not with adapters
     added_inside = gpu and machine.works("fused_weight_gradient_mlp_cuda")
     return {
         "device": f"{len(machine.gpus)} × {machine.gpus[0][0]}" if gpu else f"CPU ({platform.machine()})",

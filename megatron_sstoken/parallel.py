@@ -29,7 +29,7 @@ class Layout:
     data: dist.ProcessGroup
     control: dist.ProcessGroup
     virtual_pipeline: int
-    handover: tuple[dist.ProcessGroup, ...] = ()
+    side_channel: tuple[dist.ProcessGroup, ...] = ()
     """For every virtual pipeline chunk a group of this pipeline's stages, apart from the schedule's own traffic."""
 
     @property
@@ -92,14 +92,14 @@ class Layout:
         return dist.get_global_rank(self.groups.pp, self.pipeline_size - 1)
 
     @property
-    def speaks_for_replica(self) -> bool:
+    def is_replica_leader(self) -> bool:
         """True on one process of each data-parallel replica: the first of the last stage's tensor and context ranks."""
         return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
 
     @property
-    def writes_results(self) -> bool:
+    def is_writer(self) -> bool:
         """True on exactly one process, which sees losses and writes files made from them."""
-        return self.speaks_for_replica and self.data_rank == 0
+        return self.is_replica_leader and self.data_rank == 0
 
 
 def start_processes(timeout_minutes: float = 30) -> None:
@@ -130,7 +130,7 @@ def create_layout(settings: ParallelSettings, seed: int) -> Layout:
         data=groups.dp,
         control=dist.new_group(backend="gloo"),
         virtual_pipeline=settings.virtual_pipeline,
-        handover=_stage_groups(groups.pp, settings.virtual_pipeline) if settings.pipeline > 1 else (),
+        side_channel=_stage_groups(groups.pp, settings.virtual_pipeline) if settings.pipeline > 1 else (),
     )
 
 

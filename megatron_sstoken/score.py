@@ -3,13 +3,13 @@
 import os
 import sys
 
+from megatron_sstoken.checkpoint.weights_source import model_to_train
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.parallel import agree_on_problems, create_layout, run_to_exit_code, start_processes
-from megatron_sstoken.plan import writing_problem
-from megatron_sstoken.training.scoring import open_history, selector_of, write_records
-from megatron_sstoken.training.setup import current_model
-from megatron_sstoken.training.start import agreed_plan
+from megatron_sstoken.passes.scoring import open_history, selector_of, write_records
+from megatron_sstoken.validate.agree import agreed_plan
+from megatron_sstoken.validate.run import writing_problem
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def run(settings: Settings, output: str) -> None:
     plan = agreed_plan(settings)
     layout = create_layout(settings.parallel, settings.training.seed)
     history = open_history(plan, layout)
-    model = current_model(plan, layout, trainable=False)
+    model = model_to_train(plan, layout, trainable=False)
     selector = selector_of(settings, layout, gamma=settings.selection.gamma, draw=0)
     write_records(model, plan, layout, selector, history, output)
     if layout.rank == 0:

@@ -3,15 +3,15 @@
 import os
 import sys
 
+from megatron_sstoken.checkpoint.weights_source import model_to_train
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import Settings
 from megatron_sstoken.parallel import create_layout, run_to_exit_code, start_processes
-from megatron_sstoken.plan import plan_run
-from megatron_sstoken.report.run_plan import describe
+from megatron_sstoken.passes.scoring import open_history
 from megatron_sstoken.training.loop import create_trainer, resumable_checkpoint, train
-from megatron_sstoken.training.scoring import open_history
-from megatron_sstoken.training.setup import current_model
-from megatron_sstoken.training.start import agreed_plan
+from megatron_sstoken.validate.agree import agreed_plan
+from megatron_sstoken.validate.describe import describe
+from megatron_sstoken.validate.run import plan_run
 
 DRY_RUN: dict[str, dict] = {
     "dry_run": {
@@ -54,7 +54,7 @@ def run(settings: Settings) -> None:
     if layout.rank == 0:
         print(describe(plan), flush=True)
     history = open_history(plan, layout)
-    model = current_model(plan, layout, trainable=True)
+    model = model_to_train(plan, layout, trainable=True)
     trainer = create_trainer(plan, layout, model, history)
     train(trainer)
 

@@ -39,7 +39,7 @@ def fake_model(architecture: Architecture, settings: Settings, rank: int, world_
     with torch.device("meta") if compute_device().type == "meta" else nullcontext():
         model = build_model(architecture, settings, layout, trainable=True)
     if compute_device().type == "cpu":
-        for chunk in model.bare:
+        for chunk in model.unwrapped:
             for parameter in chunk.parameters():
                 torch.nn.init.normal_(parameter, std=0.02)
     return model

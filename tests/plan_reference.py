@@ -10,15 +10,15 @@ import os
 import sys
 from typing import Any
 
-from megatron_sstoken.capacity.hardware import GPUS
-from megatron_sstoken.capacity.memory import activation_bytes, head_kept_bytes, layer_activations
-from megatron_sstoken.capacity.traffic import traffic_of
-from megatron_sstoken.capacity.workload import Workload
 from megatron_sstoken.model.build import build_optimizer
-from megatron_sstoken.model.catalog import MODELS, find_architecture
 from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.model.presets import MODELS, find_architecture
+from megatron_sstoken.passes.step import train_batch
+from megatron_sstoken.planner.communication import traffic_of
+from megatron_sstoken.planner.hardware import GPUS
+from megatron_sstoken.planner.memory import activation_bytes, head_kept_bytes, layer_activations
+from megatron_sstoken.planner.workload import Workload
 from megatron_sstoken.selection.methods import Selection
-from megatron_sstoken.training.step import train_batch
 from tests.fake_world import CountCollectives, fake_model, make_batch, measure_saved
 
 RESULT = "RESULT "
@@ -47,7 +47,7 @@ def tiny_workload(case: dict[str, Any]) -> tuple[Workload, int]:
     architecture = Architecture(
         family, 64, 4, 8, groups, 8, 160, 99, 512, 1e-5, 10000.0, None, tied_embeddings=tied, qkv_bias=family == "qwen2"
     )
-    return Workload(architecture, implementation="torch", sequence_length=SEQUENCE, selects=False, **case), rank
+    return Workload(architecture, backend="torch", sequence_length=SEQUENCE, selects=False, **case), rank
 
 
 def run_step(case: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         shards += sum(parameter.numel() for group in groups for parameter in group)
     return {
         "stage": model.layout.pipeline_rank,
-        "parameters": sum(parameter.numel() for chunk in model.bare for parameter in chunk.parameters()),
+        "parameters": sum(parameter.numel() for chunk in model.unwrapped for parameter in chunk.parameters()),
         "gradient_buffer": sum(buffer.grad_data.numel() for chunk in model.chunks for buffer in chunk.buffers),
         "optimizer_shard": shards,
     }

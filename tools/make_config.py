@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sstoken.data.store import StoreWriter
-from megatron_sstoken.model.catalog import MODELS, model_config
+from megatron_sstoken.model.presets import MODELS, model_config
 
 
 def make_config(name: str, folder: Path) -> None:
@@ -48,7 +48,7 @@ def make_stand_in_data(folder: Path, num_samples: int = 1000, vocabulary_size: i
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 2 for a mistake of the user."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=MODELS, help="model of the catalogue")
+    parser.add_argument("model", choices=MODELS, help="model of the presets")
     parser.add_argument("--output", type=Path, required=True, help="folder for config.json")
     parser.add_argument("--data", type=Path, help="also make stand-in data in this folder, unless it is there")
     options = parser.parse_args(arguments)

@@ -18,11 +18,11 @@ try:
 except ModuleNotFoundError:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_sstoken.capacity.hardware import GPUS, Assumptions
-from megatron_sstoken.capacity.propose import make_plan, precision_problems, propose, smallest_excess
-from megatron_sstoken.capacity.report import describe_assumptions, describe_plan, describe_proposals, verdict
-from megatron_sstoken.capacity.workload import Workload, problems_of_workload
-from megatron_sstoken.model.catalog import MODELS, find_architecture
+from megatron_sstoken.model.presets import MODELS, find_architecture
+from megatron_sstoken.planner.describe import describe_assumptions, describe_plan, describe_proposals, verdict
+from megatron_sstoken.planner.hardware import GPUS, Assumptions
+from megatron_sstoken.planner.search import make_plan, precision_problems, propose, smallest_excess
+from megatron_sstoken.planner.workload import Workload, problems_of_workload
 
 NUMBERS = (
     "world_size tensor pipeline virtual_pipeline context micro_batch_size global_batch_size sequence_length lora_rank "
@@ -31,7 +31,7 @@ NUMBERS = (
 CHOICES = {
     "precision": ("bf16", "fp32", "fp8"),
     "recompute": ("none", "selective", "full"),
-    "implementation": ("transformer_engine", "torch"),
+    "backend": ("transformer_engine", "torch"),
     "head": ("standard", "selective"),
     "scope": ("sample", "microbatch", "batch"),
 }

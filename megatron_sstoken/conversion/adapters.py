@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from megatron_sstoken.checkpoint.save_load import AdapterIdentity, read_run_state
+from megatron_sstoken.checkpoint.weights_source import WeightsSource
 from megatron_sstoken.conversion.torch_dist import CheckpointReader
 from megatron_sstoken.model.fingerprint import fingerprint_files
 from megatron_sstoken.model.lora import TARGETS
-from megatron_sstoken.training.checkpoint import AdapterIdentity, read_run_state
-from megatron_sstoken.training.setup import WeightsSource
 
 _WEIGHT = re.compile(r"model\.layers\.(\d+)\.\w+\.(\w+)\.weight")
 

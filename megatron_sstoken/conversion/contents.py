@@ -92,7 +92,7 @@ def checkpoint_contents(architecture: Architecture, *, vocabulary_multiple: int 
     layout = create_layout(settings.parallel, seed=0)
     try:
         model = build_model(architecture, settings, layout, trainable=False, shapes_only=True)
-        (chunk,) = model.bare
+        (chunk,) = model.unwrapped
         stored = chunk.sharded_state_dict(metadata={"dp_cp_group": layout.groups.dp_cp})
         rules = rules_of_chunk(chunk, architecture)
         parameters = tuple(

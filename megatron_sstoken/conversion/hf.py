@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from megatron_sstoken import __version__
+from megatron_sstoken.checkpoint.save_load import RunState, read_run_state, resolve_checkpoint, write_run_state
+from megatron_sstoken.checkpoint.weights_source import WeightsSource
 from megatron_sstoken.conversion.adapters import AdapterCheckpoint
 from megatron_sstoken.conversion.contents import Contents, Parameter, checkpoint_contents
 from megatron_sstoken.conversion.safetensors_files import INDEX, ShardWriter, index_text, plan_shards
@@ -33,8 +35,6 @@ from megatron_sstoken.conversion.work import (
 from megatron_sstoken.model.families import read_architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
 from megatron_sstoken.model.weights import HuggingFaceWeights, check_weights, read_shard
-from megatron_sstoken.training.checkpoint import RunState, read_run_state, resolve_checkpoint, write_run_state
-from megatron_sstoken.training.setup import WeightsSource
 
 _WEIGHT_FILES = (
     ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", "safetensors.index.json", "bin.index.json",

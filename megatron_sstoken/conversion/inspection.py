@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from megatron_sstoken.checkpoint.save_load import read_run_state, read_split, resolve_checkpoint
 from megatron_sstoken.conversion.torch_dist import CheckpointReader
 from megatron_sstoken.conversion.work import format_bytes
-from megatron_sstoken.training.checkpoint import read_run_state, read_split, resolve_checkpoint
 
 _OPTIMIZER = "optimizer."
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_sstoken.checkpoint.save_load import load_checkpoint, read_adapters, resolve_checkpoint
 from megatron_sstoken.config import ParallelSettings, Settings
 from megatron_sstoken.device import compute_device
 from megatron_sstoken.model.attention import sample_bounds
@@ -26,7 +27,6 @@ from megatron_sstoken.model.weights import (
     to_hugging_face,
 )
 from megatron_sstoken.parallel import create_layout, start_processes
-from megatron_sstoken.training.checkpoint import load_checkpoint, read_adapters, resolve_checkpoint
 
 REAL_TEXT = """Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips
 did Natalia sell altogether in April and May? She sold 48 / 2 = 24 clips in May, and 48 + 24 = 72 altogether. #### 72
@@ -127,7 +127,7 @@ def compare_tensors(model: Model, tensors: HuggingFaceWeights) -> list[str]:
 
     Each stage's first tensor rank puts its parameters together and reads the folder for itself.
     """
-    (chunk,) = model.bare
+    (chunk,) = model.unwrapped
     layout, architecture = model.layout, model.architecture
     found: dict[str, str | None] = {}
     rules = rules_of_chunk(chunk, architecture)
@@ -225,7 +225,7 @@ def _differs(ours: torch.Tensor, theirs: torch.Tensor, name: str, tolerance: flo
 
 def _megatron_states(model: Model, tokens: list[int]) -> dict:
     """Name → fp32 [tokens, hidden] of what this rank's stage computes; logits [tokens, words] under ("logits", rank)."""
-    (chunk,) = model.bare
+    (chunk,) = model.unwrapped
     layout, device = model.layout, compute_device()
     hidden = None
     if not layout.is_first_stage:

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from megatron_sstoken.data.packing import first_fit_decreasing, next_fit, one_per_row
+from megatron_sstoken.data.packing import first_fit_decreasing, next_fit, one_per_pack
 from megatron_sstoken.data.store import SampleStore
 
 
@@ -60,7 +60,7 @@ class TokenBatch:
 
 
 @dataclass(frozen=True)
-class SampleSelection:
+class SampleFilter:
     """The samples of a store that a run uses, and how long they are in it."""
 
     indices: np.ndarray
@@ -73,7 +73,7 @@ class SampleSelection:
     """Left out because truncation took all their response tokens."""
 
 
-def choose_samples(store: SampleStore, sequence_length: int, too_long: str) -> SampleSelection:
+def filter_samples(store: SampleStore, sequence_length: int, too_long: str) -> SampleFilter:
     """Apply `data.sequence_length` and `data.too_long`. Raises ValueError if no sample is left."""
     long = store.lengths > sequence_length
     keep = ~long if too_long == "drop" else np.ones(len(store), dtype=bool)
@@ -89,7 +89,7 @@ def choose_samples(store: SampleStore, sequence_length: int, too_long: str) -> S
             f"{store.path}: no sample is left with data.sequence_length={sequence_length} and "
             f"data.too_long={too_long}: the shortest sample has {store.lengths.min()} tokens; use a larger length"
         )
-    return SampleSelection(
+    return SampleFilter(
         indices=np.flatnonzero(keep),
         lengths=lengths,
         num_truncated=int(long.sum()) - without_response if too_long == "truncate" else 0,
@@ -101,7 +101,7 @@ def choose_samples(store: SampleStore, sequence_length: int, too_long: str) -> S
 Packing = Literal["none", "next_fit", "first_fit"]
 
 
-class RowOrder:
+class PackOrder:
     """The endless sequence of rows of a run: epoch after epoch, each in its own order.
 
     A row is an array of sample numbers whose lengths sum to at most `capacity`. Row n is a function of the arguments
@@ -109,7 +109,7 @@ class RowOrder:
     """
 
     def __init__(
-        self, samples: SampleSelection, *, seed: int, shuffle: bool, packing: Packing = "none", capacity: int = 0
+        self, samples: SampleFilter, *, seed: int, shuffle: bool, packing: Packing = "none", capacity: int = 0
     ):
         self.samples = samples
         self._seed, self._shuffle, self._packing, self._capacity = seed, shuffle, packing, capacity
@@ -156,7 +156,7 @@ class RowOrder:
         elif self._packing == "next_fit":
             self._rows = next_fit(order, self.samples.lengths, self._capacity)
         else:
-            self._rows = one_per_row(order)
+            self._rows = one_per_pack(order)
         self._epoch = epoch
         self._samples_before = np.cumsum([0, *map(len, self._rows)])
         if epoch == len(self._first_row) - 1:
@@ -171,7 +171,7 @@ class BatchShape:
     micro_batch_size: int
     global_batch_size: int
     data_size: int
-    row_multiple: int = 64
+    pack_multiple: int = 64
     """Row lengths are multiples of this: what sequence and context parallel divide."""
     sample_multiple: int = 1
     """Samples are padded to multiples of this: 2 chunks for every context parallel rank."""
@@ -201,7 +201,7 @@ def batch_shape(
         micro_batch_size,
         global_batch_size,
         data_size,
-        row_multiple=math.lcm(64, 2 * parts, tokens_multiple * parts),
+        pack_multiple=math.lcm(64, 2 * parts, tokens_multiple * parts),
         sample_multiple=2 * context if context > 1 else 1,
     )
 
@@ -216,7 +216,7 @@ class BatchLoader:
     def __init__(
         self,
         store: SampleStore,
-        order: RowOrder,
+        order: PackOrder,
         shape: BatchShape,
         *,
         data_rank: int,
@@ -243,7 +243,7 @@ class BatchLoader:
     def load(self, batch: int) -> list[TokenBatch]:
         """This rank's micro-batches of a global batch, on the CPU, all of one length T."""
         rows = self.rows(batch)
-        length = self._row_length(rows)
+        length = self._pack_length(rows)
         step = self.shape.micro_batch_size * self.shape.data_size
         result = []
         for micro_step in range(self.shape.num_micro_batches):
@@ -258,9 +258,9 @@ class BatchLoader:
         multiple = self.shape.sample_multiple
         return -(-lengths // multiple) * multiple
 
-    def _row_length(self, rows: list[np.ndarray]) -> int:
+    def _pack_length(self, rows: list[np.ndarray]) -> int:
         longest = max((int(self._aligned(self.order.samples.lengths[row]).sum()) for row in rows), default=1)
-        return -(-longest // self.shape.row_multiple) * self.shape.row_multiple
+        return -(-longest // self.shape.pack_multiple) * self.shape.pack_multiple
 
     def _assemble(self, rows: list[np.ndarray], row_length: int) -> TokenBatch:
         total = len(rows) * row_length

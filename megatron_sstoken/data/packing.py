@@ -6,7 +6,7 @@ WINDOW = 2048
 """Samples that first-fit decreasing sees at once: larger packs tighter, smaller shuffles better."""
 
 
-def one_per_row(order: np.ndarray) -> list[np.ndarray]:
+def one_per_pack(order: np.ndarray) -> list[np.ndarray]:
     """Every sample in a row of its own."""
     return list(order[:, None])
 

@@ -124,7 +124,7 @@ class TorchCoreAttention(torch.nn.Module):
 
 
 @dataclass
-class AttentionProbe:
+class AttentionCapture:
     """Hand-over between the training step and the taps of one model chunk.
 
     The step sets `context` before a forward pass; each tapped layer then adds its mass once and ignores the
@@ -147,7 +147,7 @@ class AttentionProbe:
         return masses
 
 
-class TappedCoreAttention(torch.nn.Module):
+class CapturingCoreAttention(torch.nn.Module):
     """A core attention that also measures how much each query attends to the context.
 
     With the indicator "x_j is context" as value, attention's output is Σ_{j context} softmax_j, so the kernel that
@@ -155,19 +155,19 @@ class TappedCoreAttention(torch.nn.Module):
     along (design page, section 2). One attention forward, without gradient.
     """
 
-    def __init__(self, inner: torch.nn.Module, layer_number: int, probe: AttentionProbe):
+    def __init__(self, inner: torch.nn.Module, layer_number: int, capture: AttentionCapture):
         super().__init__()
         self.inner = inner
         self.layer_number = layer_number
-        self.probe = probe
+        self.capture = capture
 
     def forward(self, query, key, value, attention_mask, **kwargs):
-        if self.probe.context is not None and self.layer_number not in self.probe.masses:
+        if self.capture.context is not None and self.layer_number not in self.capture.masses:
             with torch.no_grad():
-                indicator = self.probe.context.to(value.dtype)[:, None, None].expand(value.shape).contiguous()
+                indicator = self.capture.context.to(value.dtype)[:, None, None].expand(value.shape).contiguous()
                 output = self.inner(query.detach(), key.detach(), indicator, attention_mask, **kwargs)
                 mass = output.reshape(query.shape[0], -1, value.shape[-1])[:, :, 0]
-                self.probe.masses[self.layer_number] = mass.float().sum(dim=1)
+                self.capture.masses[self.layer_number] = mass.float().sum(dim=1)
         return self.inner(query, key, value, attention_mask, **kwargs)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
@@ -176,11 +176,13 @@ class TappedCoreAttention(torch.nn.Module):
         return state(prefix, sharded_offsets, metadata) if state else {}
 
 
-def core_attention_builder(inner: type, tapped_layers: frozenset[int], probe: AttentionProbe):
+def core_attention_builder(inner: type, captured_layers: frozenset[int], capture: AttentionCapture):
     """What megatron's layer spec calls for `core_attention`: `inner`, wrapped in a tap on the layers named."""
 
     def build(*, layer_number: int, **kwargs):
         attention = inner(layer_number=layer_number, **kwargs)
-        return TappedCoreAttention(attention, layer_number, probe) if layer_number in tapped_layers else attention
+        return (
+            CapturingCoreAttention(attention, layer_number, capture) if layer_number in captured_layers else attention
+        )
 
     return build

@@ -20,10 +20,10 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_sstoken.config import OptimizerSettings, Settings
 from megatron_sstoken.device import compute_device, have_cuda
-from megatron_sstoken.model.attention import AttentionProbe
+from megatron_sstoken.model.attention import AttentionCapture
+from megatron_sstoken.model.backend import backend_of, fp8_options, fusion_options
 from megatron_sstoken.model.families import Architecture, Split, rope_inverse_frequencies
-from megatron_sstoken.model.head import NOT_SCORED, selective_head, vocabulary_parallel_loss
-from megatron_sstoken.model.implementation import fp8_options, fusion_options, implementation_of
+from megatron_sstoken.model.head import IGNORE_INDEX, selective_head, vocabulary_parallel_loss
 from megatron_sstoken.model.last_layer import HeadRows, LastLayer, head_rows
 from megatron_sstoken.model.lora import adapted_linears, base_parameters, prepare_adapters
 from megatron_sstoken.model.spec import block_spec
@@ -34,10 +34,10 @@ from megatron_sstoken.parallel import Layout
 class TokenLossModel(GPTModel):
     """GPTModel whose loss is per token, ignores the padded vocabulary and takes its group explicitly.
 
-    With labels it returns fp32 [1, tokens], NaN where the label is `NOT_SCORED`; [3, tokens] with entropy.
+    With labels it returns fp32 [1, tokens], NaN where the label is `IGNORE_INDEX`; [3, tokens] with entropy.
     """
 
-    num_real_words: int
+    vocabulary_size: int
     """Vocabulary size without padding."""
     selective: bool
     """Whether losses come from the selective head, else from megatron's output layer."""
@@ -47,8 +47,8 @@ class TokenLossModel(GPTModel):
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels int64 [batch, tokens] and logits [tokens, batch, words / tensor size] → fp32 [batch, tokens]."""
-        losses = vocabulary_parallel_loss(logits, labels.transpose(0, 1), self.num_real_words, self.pg_collection.tp)
-        return losses.transpose(0, 1).masked_fill(labels == NOT_SCORED, torch.nan)
+        losses = vocabulary_parallel_loss(logits, labels.transpose(0, 1), self.vocabulary_size, self.pg_collection.tp)
+        return losses.transpose(0, 1).masked_fill(labels == IGNORE_INDEX, torch.nan)
 
     def _postprocess(self, hidden_states, *, labels=None, **options):
         """megatron's last step of the forward pass; with the selective head, losses take the place of logits."""
@@ -66,7 +66,7 @@ class TokenLossModel(GPTModel):
             hidden_states.squeeze(1),
             weight,
             labels[0],
-            self.num_real_words,
+            self.vocabulary_size,
             group,
             with_entropy=self.with_entropy,
             compiled=self.compiled_head,
@@ -80,16 +80,16 @@ class Model:
     architecture: Architecture
     config: TransformerConfig
     layout: Layout
-    bare: list[TokenLossModel]
+    unwrapped: list[TokenLossModel]
     """The chunks themselves."""
 
     chunks: list[torch.nn.Module] = field(default_factory=list)
     """The chunks as the schedules take them: with precision and data-parallel wrappers."""
 
-    probes: list[AttentionProbe] = field(default_factory=list)
-    """One attention probe for each chunk."""
+    captures: list[AttentionCapture] = field(default_factory=list)
+    """One attention capture for each chunk."""
 
-    tapped_layers: tuple[int, ...] = ()
+    captured_layers: tuple[int, ...] = ()
     """Layer numbers (from 1) whose attention is measured."""
 
     scores_context: bool = False
@@ -99,22 +99,22 @@ class Model:
     """FP8's delayed recipe knows no scales yet: the first pass must be one that only finds them."""
 
     @property
-    def tapped_chunks(self) -> list[tuple[int, int]]:
+    def capturing_chunks(self) -> list[tuple[int, int]]:
         """Where the measured layers lie: (pipeline stage, model chunk on that stage), each once.
 
         Layers are dealt out evenly, chunk by chunk over the stages (megatron's interleaved assignment).
         """
         per_chunk = self.config.num_layers // (self.layout.pipeline_size * self.layout.virtual_pipeline)
-        places = {divmod((layer - 1) // per_chunk, self.layout.pipeline_size) for layer in self.tapped_layers}
+        places = {divmod((layer - 1) // per_chunk, self.layout.pipeline_size) for layer in self.captured_layers}
         return sorted((stage, chunk) for chunk, stage in places)
 
     def head_rows(self, chunk: int, labels: torch.Tensor) -> HeadRows | None:
         """Which rows of this rank's hidden states the head reads, where chunk number `chunk` can leave out others; else None.
 
-        `labels`: int64 [tokens of this context parallel rank], `NOT_SCORED` where there is no loss.
+        `labels`: int64 [tokens of this context parallel rank], `IGNORE_INDEX` where there is no loss.
         """
-        layout, layers = self.layout, self.bare[chunk].decoder.layers
-        if not self.bare[chunk].selective or not isinstance(layers[-1], LastLayer):
+        layout, layers = self.layout, self.unwrapped[chunk].decoder.layers
+        if not self.unwrapped[chunk].selective or not isinstance(layers[-1], LastLayer):
             return None
         if self.config.sequence_parallel:
             return head_rows(labels, layout.tensor_size, layout.tensor_rank)
@@ -128,16 +128,16 @@ class Model:
     @property
     def has_adapters(self) -> bool:
         """Whether adapters are trained, not the weights."""
-        return any(True for _ in adapted_linears(self.bare))
+        return any(True for _ in adapted_linears(self.unwrapped))
 
     @contextmanager
     def adapters_off(self) -> Iterator["Model"]:
         """Within, the model computes what its base does; yields it as a model whose attention is not measured."""
-        linears = list(adapted_linears(self.bare))
+        linears = list(adapted_linears(self.unwrapped))
         for linear in linears:
             linear.adapters_on = False
         try:
-            yield replace(self, tapped_layers=())
+            yield replace(self, captured_layers=())
         finally:
             for linear in linears:
                 linear.adapters_on = True
@@ -149,10 +149,10 @@ class Model:
 
 
 def transformer_config(architecture: Architecture, settings: Settings, layout: Layout) -> TransformerConfig:
-    """megatron's configuration for this architecture, layout, implementation and precision."""
+    """megatron's configuration for this architecture, layout, backend and precision."""
     a, parallel, training = architecture, settings.parallel, settings.training
     dtype = torch.float32 if training.precision == "fp32" else torch.bfloat16
-    implementation = implementation_of(settings)
+    backend = backend_of(settings)
     recompute_settings: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -188,8 +188,8 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
         # The weights are read from a checkpoint: nothing is drawn at random.
         perform_initialization=False,
         use_cpu_initialization=not have_cuda(),
-        transformer_impl="local" if implementation == "torch" else implementation,
-        **fusion_options(implementation),
+        transformer_impl="local" if backend == "torch" else backend,
+        **fusion_options(backend),
         **fp8_options(training),
         # Σ over selected ÷ number selected in the global batch: megatron divides once, after the last micro-batch.
         calculate_per_token_loss=True,
@@ -221,13 +221,13 @@ def build_model(
     settings: Settings,
     layout: Layout,
     *,
-    tapped_layers: tuple[int, ...] = (),
+    captured_layers: tuple[int, ...] = (),
     trainable: bool,
     shapes_only: bool = False,
 ) -> Model:
     """Build this rank's chunks, with uninitialised weights. With `trainable`, wrap them in megatron's DDP.
 
-    `tapped_layers`: numbers from 1 of the layers whose attention to the context is measured. `shapes_only`: parameters
+    `captured_layers`: numbers from 1 of the layers whose attention to the context is measured. `shapes_only`: parameters
     on the meta device, which take no memory (conversion asks only what they are called and how large they are).
     """
     config = transformer_config(architecture, settings, layout)
@@ -235,21 +235,23 @@ def build_model(
         architecture,
         config,
         layout,
-        bare=[],
-        tapped_layers=tapped_layers,
+        unwrapped=[],
+        captured_layers=captured_layers,
         scores_context=settings.logging.context_loss,
         needs_calibration=bool(config.fp8) and config.fp8_recipe == "delayed",
     )
     virtual = layout.virtual_pipeline
     for index in range(virtual):
         vp_stage = index if virtual > 1 else None
-        probe = AttentionProbe()
+        capture = AttentionCapture()
         first = layout.is_first_stage and index == 0
         last = layout.is_last_stage and index == virtual - 1
         with torch.device("meta") if shapes_only else nullcontext():
             chunk = TokenLossModel(
                 config=config,
-                transformer_layer_spec=block_spec(config, tapped_layers, probe, vp_stage, layout, settings.lora, last),
+                transformer_layer_spec=block_spec(
+                    config, captured_layers, capture, vp_stage, layout, settings.lora, last
+                ),
                 vocab_size=architecture.padded_vocabulary(settings.model.vocabulary_multiple, layout.tensor_size),
                 max_sequence_length=architecture.max_positions,
                 pre_process=first,
@@ -260,7 +262,7 @@ def build_model(
                 pg_collection=layout.groups,
                 vp_stage=vp_stage,
             )
-        chunk.num_real_words = architecture.vocabulary_size
+        chunk.vocabulary_size = architecture.vocabulary_size
         chunk.selective = settings.model.head == "selective"
         chunk.with_entropy = settings.logging.entropy
         chunk.compiled_head = settings.model.compiled_head
@@ -271,9 +273,9 @@ def build_model(
         if settings.lora.rank:
             full_recompute = settings.training.recompute == "full"
             prepare_adapters(chunk, settings.training.seed, full_recompute=full_recompute)
-        model.bare.append(chunk)
-        model.probes.append(probe)
-    model.chunks = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in model.bare]
+        model.unwrapped.append(chunk)
+        model.captures.append(capture)
+    model.chunks = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in model.unwrapped]
     if trainable:
         model.chunks = _data_parallel(config, model.chunks, layout)
         config.finalize_model_grads_func = finalize_model_grads
@@ -320,7 +322,7 @@ def _data_parallel(config, chunks, layout: Layout) -> list[torch.nn.Module]:
 def load_weights(model: Model, hf_path: str) -> None:
     """Fill the model from a Hugging Face folder; each rank reads only its slices."""
     tensors = HuggingFaceWeights(hf_path)
-    for chunk in model.bare:
+    for chunk in model.unwrapped:
         load_hugging_face(chunk, tensors, model.architecture, model.layout.tensor_rank, model.layout.tensor_size)
 
 

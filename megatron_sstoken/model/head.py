@@ -9,7 +9,7 @@ import functools
 import torch
 import torch.distributed as dist
 
-NOT_SCORED = -100
+IGNORE_INDEX = -100
 """Label of positions whose loss nobody wants: torch's `ignore_index`."""
 
 _CHUNK_ROWS = {"cpu": 416, "cuda": 1024}
@@ -79,7 +79,7 @@ def selective_head(
     """Loss of the labelled tokens straight from hidden states, computing only what is asked for.
 
     `hidden`: [tokens, hidden size], whole and the same on all ranks of `group`; `weight`: [padded vocabulary / group
-    size, hidden size], this rank's consecutive rows; `labels`: int64 [tokens], the same on all ranks, `NOT_SCORED` where
+    size, hidden size], this rank's consecutive rows; `labels`: int64 [tokens], the same on all ranks, `IGNORE_INDEX` where
     no loss is wanted. Returns fp32 [1, tokens], the losses in nats, NaN where not scored. With `with_entropy` two more
     rows, without gradient: the entropy in nats and the probability of the likeliest word. Every rank of `group` must call
     it, forward and backward; how many collectives run depends on nothing.
@@ -93,7 +93,7 @@ def selective_head(
     `compiled`: what is done to a chunk of logits between the products runs as one kernel made by torch.compile, which in
     bf16 reads the logits once or twice where the plain version reads and writes them half a dozen times.
     """
-    rows = (labels != NOT_SCORED).nonzero().squeeze(-1)
+    rows = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
     scored = _SelectiveHead.apply(
         hidden.index_select(0, rows),
         weight,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_sstoken.model.head import NOT_SCORED
+from megatron_sstoken.model.head import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def head_rows(labels: torch.Tensor, sequence_ranks: int, sequence_rank: int) -> 
     to `sequence_ranks` (1 without it), whose collectives want equally many rows of each: as many as the fullest has, and one
     at least.
     """
-    scored = (labels != NOT_SCORED).view(sequence_ranks, -1)
+    scored = (labels != IGNORE_INDEX).view(sequence_ranks, -1)
     own = scored[sequence_rank].nonzero().squeeze(1)
     most = max(int(scored.sum(1).max()), 1)
     padded = torch.zeros(most, dtype=torch.int64, device=labels.device)

@@ -239,7 +239,7 @@ def base_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Para
 
 
 def prepare_adapters(chunk: torch.nn.Module, seed: int, *, full_recompute: bool) -> None:
-    """Freeze the base of a model chunk (a bare GPTModel) and draw its adapters, for training.
+    """Freeze the base of a model chunk (an unwrapped GPTModel) and draw its adapters, for training.
 
     A is drawn as PEFT draws it (uniform, kaiming with a = √5), B is zero. Each A is drawn whole from a generator of its
     own, seeded by `seed`, layer and target, so that it is the same on every layout.

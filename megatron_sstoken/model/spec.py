@@ -10,7 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_sstoken.config import LoraSettings
-from megatron_sstoken.model.attention import AttentionProbe, TorchCoreAttention, core_attention_builder
+from megatron_sstoken.model.attention import AttentionCapture, TorchCoreAttention, core_attention_builder
 from megatron_sstoken.model.last_layer import LastLayer
 from megatron_sstoken.model.lora import adapt_layer
 from megatron_sstoken.model.norm import RMSNorm
@@ -19,8 +19,8 @@ from megatron_sstoken.parallel import Layout
 
 def block_spec(
     config: TransformerConfig,
-    tapped_layers: tuple[int, ...],
-    probe: AttentionProbe,
+    captured_layers: tuple[int, ...],
+    capture: AttentionCapture,
     vp_stage: int | None,
     layout: Layout,
     lora: LoraSettings,
@@ -46,7 +46,7 @@ def block_spec(
             spec.submodules.self_attention.submodules.k_layernorm = norm
         core_attention = TorchCoreAttention
     attention = spec.submodules.self_attention.submodules
-    attention.core_attention = core_attention_builder(core_attention, frozenset(tapped_layers), probe)
+    attention.core_attention = core_attention_builder(core_attention, frozenset(captured_layers), capture)
     if lora.rank:
         adapt_layer(spec.submodules, config, lora)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=layout.pipeline_rank)

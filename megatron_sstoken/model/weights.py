@@ -227,7 +227,7 @@ def join_shards(rule: WeightRule, shards: list[torch.Tensor]) -> torch.Tensor:
 
 
 def rules_of_chunk(model: Any, architecture: Architecture) -> dict[str, tuple[WeightRule, int]]:
-    """For a model chunk (a bare GPTModel): its parameter names → (rule, number of the layer from 0)."""
+    """For a model chunk (an unwrapped GPTModel): its parameter names → (rule, number of the layer from 0)."""
     layers = model.decoder.layers
     first_layer = layers[0].layer_number - 1 if len(layers) else 0
     first_expert = layers[0].mlp.local_expert_indices[0] if architecture.num_experts and len(layers) else 0
@@ -261,7 +261,7 @@ def _name_with_fused_norms(name: str, held: set[str]) -> str:
 def load_hugging_face(
     model: torch.nn.Module, tensors: HuggingFaceWeights, architecture: Architecture, tensor_rank: int, tensor_size: int
 ) -> None:
-    """Fill every parameter of a model chunk (a bare GPTModel) from a Hugging Face folder, converting to its dtype.
+    """Fill every parameter of a model chunk (an unwrapped GPTModel) from a Hugging Face folder, converting to its dtype.
 
     Adapters stay as they are. Raises ValueError where a tensor is missing or has another shape than config.json says.
     """

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sstoken.scores.signals import (
+from megatron_sstoken.selection.signals import (
     TokenSignals,
     combine,
     normalize_per_sample,
@@ -101,7 +101,7 @@ def select_tokens(
     and nothing is communicated; `microbatch`, those of all ranks of `group` compete, ties go to the lower
     sample, then position, and all its ranks must call; `batch`, the same, for signals joined by
     `concatenate_signals`. REL is normalised per sample in every scope. gamma, rel_floor: see
-    `scores.signals`. seed, draw: random scores depend on them and on a token's sample and position alone.
+    `selection.signals`. seed, draw: random scores depend on them and on a token's sample and position alone.
     group: None is this process alone.
 
     Raises ValueError for an unknown method or scope, a ρ or γ outside its range, and for a score that is NaN,

@@ -8,14 +8,7 @@ from pathlib import Path
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
-from megatron_sstoken.config import Settings
-from megatron_sstoken.data.batches import BatchLoader
-from megatron_sstoken.data.store import TokenColumn, describe_mismatch
-from megatron_sstoken.model.build import Model, build_optimizer
-from megatron_sstoken.parallel import Layout
-from megatron_sstoken.plan import RunPlan
-from megatron_sstoken.report.records import RecordWriter, gather_columns
-from megatron_sstoken.training.checkpoint import (
+from megatron_sstoken.checkpoint.save_load import (
     AdapterIdentity,
     RunIdentity,
     RunState,
@@ -25,12 +18,19 @@ from megatron_sstoken.training.checkpoint import (
     read_adapters,
     save_checkpoint,
 )
+from megatron_sstoken.checkpoint.weights_source import adapter_identity, require_base, starting_weights
+from megatron_sstoken.config import Settings
+from megatron_sstoken.data.batches import BatchLoader
+from megatron_sstoken.data.store import TokenColumn, describe_mismatch
+from megatron_sstoken.model.build import Model, build_optimizer
+from megatron_sstoken.parallel import Layout
+from megatron_sstoken.passes.scoring import selector_of, validation_loss
+from megatron_sstoken.passes.step import TokenReport
 from megatron_sstoken.training.interrupt import StopRequest
 from megatron_sstoken.training.metrics import StepLogger, StepMetrics, summarize
-from megatron_sstoken.training.scoring import selector_of, validation_loss
+from megatron_sstoken.training.records import RecordWriter, gather_columns
 from megatron_sstoken.training.selector import train_on_selected
-from megatron_sstoken.training.setup import adapter_identity, require_base, starting_weights
-from megatron_sstoken.training.step import TokenReport
+from megatron_sstoken.validate.run import RunPlan
 
 
 @dataclass

@@ -12,7 +12,7 @@ from megatron_sstoken.data.batches import TokenBatch
 from megatron_sstoken.device import compute_device, peak_memory_bytes
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.parallel import Layout
-from megatron_sstoken.training.step import TokenReport
+from megatron_sstoken.passes.step import TokenReport
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _PERCENTILES = 101

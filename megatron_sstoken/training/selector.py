@@ -14,11 +14,11 @@ import torch
 from megatron_sstoken.config import SelectionSettings
 from megatron_sstoken.data.batches import TokenBatch
 from megatron_sstoken.model.build import Model
-from megatron_sstoken.scores.signals import TokenSignals, concatenate_signals
+from megatron_sstoken.passes.step import TokenReport, score_batch, train_batch
 from megatron_sstoken.selection.adaptive import choose_rho
 from megatron_sstoken.selection.methods import Selection, score_tokens, select_tokens
+from megatron_sstoken.selection.signals import TokenSignals, concatenate_signals
 from megatron_sstoken.selection.topk import token_id
-from megatron_sstoken.training.step import TokenReport, score_batch, train_batch
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ def train_on_selected(
     scored = score_batch(model, batches)
     model.train(True)
     selections, rho = selector.over_batch(scored) if scored else ([], math.nan)
-    untapped = replace(model, tapped_layers=())  # attention is known by now
-    reports = train_batch(untapped, batches, selections, loss_average=average, whole_gradients=whole_gradients)
+    without_capture = replace(model, captured_layers=())  # attention is known by now
+    reports = train_batch(without_capture, batches, selections, loss_average=average, whole_gradients=whole_gradients)
     return [_completed(report, one, rho) for report, one in zip(reports, scored, strict=True)]
 
 

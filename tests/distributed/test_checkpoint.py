@@ -2,14 +2,14 @@
 
 import torch
 
-from megatron_sstoken.config import Settings
-from megatron_sstoken.training.checkpoint import (
+from megatron_sstoken.checkpoint.save_load import (
     RunIdentity,
     RunState,
     checkpoint_steps,
     load_checkpoint,
     save_checkpoint,
 )
+from megatron_sstoken.config import Settings
 from tests.distributed_runner import run_distributed
 from tests.workbench import make_model
 

@@ -62,12 +62,12 @@ def one_step(trainer, selection, selective):
     """Losses of the response tokens, this rank's gradients, and how many tokens it selected."""
     from dataclasses import replace
 
-    from megatron_sstoken.training.scoring import selector_of
+    from megatron_sstoken.passes.scoring import selector_of
+    from megatron_sstoken.passes.step import train_batch
     from megatron_sstoken.training.selector import train_on_selected
-    from megatron_sstoken.training.step import train_batch
 
     model, layout, batches = trainer.model, trainer.layout, trainer.loader.load(0)
-    for chunk in model.bare:
+    for chunk in model.unwrapped:
         chunk.selective = selective
     model.zero_gradients()
     selector = selector_of(trainer.settings, layout, gamma=0.0, draw=0)
@@ -84,7 +84,7 @@ def one_step(trainer, selection, selective):
         selector = replace(selector, settings=replace(selector.settings, **changes))
         reports = train_on_selected(model, batches, selector, whole_gradients=True)
     losses = [report.loss[report.batch.response] for report in reports]
-    gradients = {n: p.main_grad.clone() for chunk in model.bare for n, p in chunk.named_parameters()}
+    gradients = {n: p.main_grad.clone() for chunk in model.unwrapped for n, p in chunk.named_parameters()}
     return losses, gradients, sum(int(report.selection.mask.sum()) for report in reports)
 
 
@@ -121,11 +121,11 @@ def test_selective_equals_standard(tmp_path):
 
 def passes_that_measure(rank, folder):
     """How many micro-batches there are, and in how many forward passes their attention is measured, by scope."""
-    from megatron_sstoken.model.attention import AttentionProbe
+    from megatron_sstoken.model.attention import AttentionCapture
 
     armed = []
-    arm = AttentionProbe.arm
-    AttentionProbe.arm = lambda probe, context: (armed.append(1), arm(probe, context))[1]
+    arm = AttentionCapture.arm
+    AttentionCapture.arm = lambda capture, context: (armed.append(1), arm(capture, context))[1]
     trainer = make_trainer(settings_of(folder, ("llama", True, "fp32"), {}))
     found = {}
     for scope in ("sample", "batch"):

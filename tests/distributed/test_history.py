@@ -14,8 +14,8 @@ SAMPLES = make_samples(21, seed=8)
 def score_history(rank, settings, stop_after):
     """Score, stopping after some batches by an exception; returns whether it finished."""
     from megatron_sstoken.parallel import create_layout
-    from megatron_sstoken.training import scoring
-    from megatron_sstoken.training.start import agreed_plan
+    from megatron_sstoken.passes import scoring
+    from megatron_sstoken.validate.agree import agreed_plan
 
     if stop_after is not None:
         original, done = scoring.score_batch, []

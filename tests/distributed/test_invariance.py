@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sstoken.data.batches import RowOrder, choose_samples
+from megatron_sstoken.data.batches import PackOrder, filter_samples
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.model.families import Split
 from megatron_sstoken.model.weights import rules_of_chunk, to_hugging_face
@@ -69,9 +69,9 @@ def settings_of(folder, case, parallel, micro_batch_size):
 def run_cases(rank, settings):
     """One global batch with each of the settings: loss, token records and gradients by Hugging Face name (rank 0)."""
     from megatron_sstoken.parallel import reset_layout
-    from megatron_sstoken.report.records import gather_columns
+    from megatron_sstoken.passes.scoring import selector_of
     from megatron_sstoken.training.metrics import summarize
-    from megatron_sstoken.training.scoring import selector_of
+    from megatron_sstoken.training.records import gather_columns
     from megatron_sstoken.training.selector import train_on_selected
 
     results = []
@@ -94,7 +94,7 @@ def run_cases(rank, settings):
 def local_gradients(model):
     """This rank's slices: (rule, layer) → (tensor rank, gradient)."""
     found = {}
-    for chunk in model.bare:
+    for chunk in model.unwrapped:
         rules = rules_of_chunk(chunk, model.architecture)
         for name, parameter in chunk.named_parameters():
             found[rules[name]] = (model.layout.tensor_rank, parameter.main_grad.clone())
@@ -152,9 +152,9 @@ def test_unsharded_run_equals_the_reference(bench):
 
 def global_batch(folder, packed):
     """Sample numbers of the rows of the first global batch, as training draws them."""
-    chosen = choose_samples(SampleStore(folder / "data"), 128, "truncate")
+    chosen = filter_samples(SampleStore(folder / "data"), 128, "truncate")
     packing = {"shuffle": True, "packing": "first_fit", "capacity": 128} if packed else {"shuffle": False}
-    order = RowOrder(chosen, seed=1234, **packing)
+    order = PackOrder(chosen, seed=1234, **packing)
     return [order.row(number).tolist() for number in range(GLOBAL_BATCH)]
 
 

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from megatron_sstoken.config import SettingsError
-from megatron_sstoken.plan import plan_run
+from megatron_sstoken.validate.run import plan_run
 from tests.distributed_runner import run_distributed
 from tests.reference.hf_reference import Objective, loss_and_gradients
 from tests.workbench import LAYOUTS, load_model, make_model, make_samples, make_settings, make_store, make_trainer
@@ -88,7 +88,7 @@ def named_adapters(model):
     from megatron_sstoken.model.lora import TARGETS, adapted_linears
 
     found = {}
-    for chunk in model.bare:
+    for chunk in model.unwrapped:
         for layer in chunk.decoder.layers:
             for linear in adapted_linears([layer]):
                 for target, adapter in linear.adapters.items():
@@ -111,8 +111,8 @@ def set_adapters(model, tensors):
 def measure_gradients(folder, adapters, parallel):
     """For each case: loss, and gradients by PEFT's names."""
     from megatron_sstoken.parallel import reset_layout
+    from megatron_sstoken.passes.scoring import selector_of
     from megatron_sstoken.training.metrics import summarize
-    from megatron_sstoken.training.scoring import selector_of
     from megatron_sstoken.training.selector import train_on_selected
 
     results = {}
@@ -165,7 +165,7 @@ def observe_training(folder):
     }.items():
         trainer = make_trainer(lora_settings(folder, **({"lora__dropout": 0.5, "parallel__tensor": 2} | changes)))
         model = trainer.model
-        base = {name: parameter for chunk in model.bare for name, parameter in base_parameters(chunk)}
+        base = {name: parameter for chunk in model.unwrapped for name, parameter in base_parameters(chunk)}
         before = {key: parameter.detach().clone() for key, parameter in base.items()}
         drawn = {key: parameter.detach().clone() for key, (parameter, _) in named_adapters(model).items()}
         masks = draw_masks(model)
@@ -194,7 +194,7 @@ def draw_masks(model):
     """Dropout as the first layer's linears draw it, inside the fork that megatron runs layers in under sequence parallel."""
     from megatron.core import tensor_parallel
 
-    attention = model.bare[0].decoder.layers[0].self_attention
+    attention = model.unwrapped[0].decoder.layers[0].self_attention
     sequence = model.config.sequence_parallel
     with tensor_parallel.get_cuda_rng_tracker().fork() if sequence else nullcontext():
         return {
@@ -209,8 +209,8 @@ def compare_histories(folder, adapters, parallel):
     Returns for each the loss and this rank's (history losses, selected).
     """
     from megatron_sstoken.parallel import reset_layout
+    from megatron_sstoken.passes.scoring import selector_of
     from megatron_sstoken.training.metrics import summarize
-    from megatron_sstoken.training.scoring import selector_of
     from megatron_sstoken.training.selector import train_on_selected
 
     results = []
@@ -270,7 +270,7 @@ def logits_of(model):
     with torch.no_grad():
         length = TOKENS.shape[1]
         bounds = sample_bounds([length], torch.device("cpu"))
-        return model.bare[0](TOKENS, torch.arange(length).unsqueeze(0), None, packed_seq_params=bounds)[0]
+        return model.unwrapped[0](TOKENS, torch.arange(length).unsqueeze(0), None, packed_seq_params=bounds)[0]
 
 
 # What must come out

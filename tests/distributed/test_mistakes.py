@@ -82,11 +82,11 @@ def test_nothing_is_half_written(folder):
 def plan_on_uneven_nodes(rank, model, data):
     """What each process is told where `auto` means something else on the second."""
     from megatron_sstoken.config import SettingsError
-    from megatron_sstoken.training import start
+    from megatron_sstoken.validate import agree
 
-    start.arithmetic_of = lambda settings: ("bf16", "bf16 on transformer_engine")[rank]
+    agree.numerics_of = lambda settings: ("bf16", "bf16 on transformer_engine")[rank]
     try:
-        start.agreed_plan(make_settings(model, data))
+        agree.agreed_plan(make_settings(model, data))
     except SettingsError as error:
         return error.problems
     return []

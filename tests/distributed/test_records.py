@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sstoken.report.records import read_records
+from megatron_sstoken.training.records import read_records
 from tests.distributed_runner import run_distributed
 from tests.reference.hf_reference import score_sample
 from tests.workbench import LAYOUTS, load_model, make_model, make_samples, make_settings, make_store, run_score

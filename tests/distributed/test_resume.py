@@ -7,8 +7,8 @@ import time
 import psutil
 import pytest
 
-from megatron_sstoken.report.records import read_records
-from megatron_sstoken.training.checkpoint import checkpoint_steps
+from megatron_sstoken.checkpoint.save_load import checkpoint_steps
+from megatron_sstoken.training.records import read_records
 from tests import cli
 from tests.workbench import make_model, make_samples, make_settings, make_store
 

@@ -15,11 +15,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from megatron_sstoken.checkpoint.save_load import RunIdentity, RunState, load_checkpoint, save_checkpoint
 from megatron_sstoken.conversion import hf
 from megatron_sstoken.conversion.hf import from_hf, reshard, to_hf
 from megatron_sstoken.conversion.inspection import describe_checkpoint, format_description
 from megatron_sstoken.conversion.work import ConversionOptions, Workplace
-from megatron_sstoken.training.checkpoint import RunIdentity, RunState, load_checkpoint, save_checkpoint
 from tests.distributed_runner import run_distributed
 from tests.workbench import make_model, make_settings
 
@@ -89,11 +89,11 @@ def save_training_checkpoints(rank: int, folder: Path) -> list[str]:
             layout = create_layout(settings.parallel, seed=1)
             model = build_model(read_architecture(source), settings, layout, trainable=True)
             load_weights(model, source)
-            expected = {key: value.detach().clone() for key, value in model.bare[0].named_parameters()}
-            for value in model.bare[0].parameters():
+            expected = {key: value.detach().clone() for key, value in model.unwrapped[0].named_parameters()}
+            for value in model.unwrapped[0].parameters():
                 value.data.zero_()
             load_checkpoint(folder / f"{family}-fp32-megatron" / "step_0000000", model)
-            loaded = dict(model.bare[0].named_parameters())
+            loaded = dict(model.unwrapped[0].named_parameters())
             wrong += [f"{family} {name} {key}" for key in expected if not torch.equal(expected[key], loaded[key])]
             optimizer, scheduler = build_optimizer(model, settings.optimizer, 10)
             state = RunState(3, IDENTITY, source)

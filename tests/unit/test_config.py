@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from megatron_sstoken.checks import problems_of
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import Settings, SettingsError
+from megatron_sstoken.validate.settings import problems_of
 
 # jsonargparse 4.49 renamed what `parse_settings` calls; the old name goes with version 5.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -9,9 +9,9 @@ import pytest
 
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import SettingsError
-from megatron_sstoken.model.catalog import MODELS
-from megatron_sstoken.plan import plan_run
-from megatron_sstoken.report.run_plan import describe
+from megatron_sstoken.model.presets import MODELS
+from megatron_sstoken.validate.describe import describe
+from megatron_sstoken.validate.run import plan_run
 from tests import cli
 from tools.make_config import make_config, make_stand_in_data
 
@@ -58,7 +58,7 @@ def test_fp8_is_a_note_of_a_dry_run_and_an_error_of_a_run(folder):
     found = plan(folder, "Llama-3.1-8B", 8, *fp8)
     assert any("training.precision=fp8" in note for note in found.notes)
     # Each of the two tensor ranks holds half of a row under sequence parallel, in whole tiles of 128 tokens.
-    assert found.shape.row_multiple == 256
+    assert found.shape.pack_multiple == 256
     with pytest.raises(SettingsError, match="training.precision=fp8 .* cannot run: this machine has no CUDA"):
         plan_run(found.settings, 8)
     with pytest.raises(SettingsError, match="needs multiples of 128; model.intermediate_size leaves a rank 1728"):

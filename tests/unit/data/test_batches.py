@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from megatron_sstoken.data.batches import (
     BatchLoader,
     BatchShape,
-    RowOrder,
-    SampleSelection,
+    PackOrder,
+    SampleFilter,
     TokenBatch,
     batch_shape,
-    choose_samples,
+    filter_samples,
 )
 from megatron_sstoken.data.store import SampleStore, StoreWriter
 from tests.workbench import make_samples, make_store
@@ -55,7 +55,7 @@ class History:
 
 def make_loader(store, shape=(2, 4, 1, 4), data_rank=0, length=100, num_rows=None, history=None, shuffle=False):
     """A loader of the store's rows; `shape` is micro-batch, global batch, data size, row multiple."""
-    order = RowOrder(choose_samples(store, length, "truncate"), seed=7, shuffle=shuffle)
+    order = PackOrder(filter_samples(store, length, "truncate"), seed=7, shuffle=shuffle)
     num_rows = order.num_rows(1) if num_rows is None else num_rows
     return BatchLoader(store, order, BatchShape(*shape), data_rank=data_rank, num_rows=num_rows, history=history)
 
@@ -129,7 +129,7 @@ def test_rows_that_are_full_have_no_padding(store):
 def test_rows_of_several_samples(store):
     """What packing will make: samples one after another, segments counted over the micro-batch."""
     rows = [np.array([3, 0]), np.array([1])]
-    order = SimpleNamespace(samples=choose_samples(store, 100, "truncate"), row=rows.__getitem__)
+    order = SimpleNamespace(samples=filter_samples(store, 100, "truncate"), row=rows.__getitem__)
     loader = BatchLoader(store, order, BatchShape(2, 2, 1, 8), data_rank=0, num_rows=2, history=History())
     (batch,) = loader.load(0)
     check(batch, naive([[3, 0], [1]], 8))
@@ -183,15 +183,15 @@ def test_batches_have_the_length_of_their_longest_row(store):
 )
 def test_multiples_of_a_layout(tensor, context, sequence, row, sample):
     shape = batch_shape(2, 12, 3, tensor=tensor, context=context, sequence=sequence)
-    assert shape == BatchShape(2, 12, 3, row_multiple=row, sample_multiple=sample)
+    assert shape == BatchShape(2, 12, 3, pack_multiple=row, sample_multiple=sample)
     assert shape.num_micro_batches == 2
     # every context parallel rank holds 2 chunks of each sample, and sequence parallel divides what a rank holds
     assert row % (2 * context * (tensor if sequence else 1)) == 0 and row % sample == 0
 
 
 def test_samples_are_aligned_for_context_parallel(store):
-    order = RowOrder(choose_samples(store, 100, "truncate"), seed=0, shuffle=False, packing="next_fit", capacity=9)
-    shape = BatchShape(3, 3, 1, row_multiple=8, sample_multiple=4)
+    order = PackOrder(filter_samples(store, 100, "truncate"), seed=0, shuffle=False, packing="next_fit", capacity=9)
+    shape = BatchShape(3, 3, 1, pack_multiple=8, sample_multiple=4)
     loader = BatchLoader(store, order, shape, data_rank=0, num_rows=2, history=History())
     (batch,) = loader.load(0)
     # rows [0, 1] and [2, 3] of 5 + 3 and 7 + 2 tokens, each sample on a border of 4; the third row is empty
@@ -212,40 +212,40 @@ def test_samples_are_aligned_for_context_parallel(store):
 
 
 def test_truncation_is_counted(store):
-    chosen = choose_samples(store, 4, "truncate")
+    chosen = filter_samples(store, 4, "truncate")
     assert chosen.indices.tolist() == [0, 1, 2, 3] and chosen.lengths.tolist() == [4, 3, 4, 2]
     assert (chosen.num_truncated, chosen.num_dropped, chosen.num_without_response) == (2, 0, 0)
     # cut to two tokens, samples 0 and 1 keep nothing to train on: a response token at position 0 has no loss
-    chosen = choose_samples(store, 2, "truncate")
+    chosen = filter_samples(store, 2, "truncate")
     assert chosen.indices.tolist() == [2, 3] and chosen.lengths.tolist() == [2, 2, 2, 2]
     assert (chosen.num_truncated, chosen.num_dropped, chosen.num_without_response) == (1, 0, 2)
 
 
 def test_dropping_is_counted(store):
-    chosen = choose_samples(store, 4, "drop")
+    chosen = filter_samples(store, 4, "drop")
     assert chosen.indices.tolist() == [1, 3]
     assert (chosen.num_truncated, chosen.num_dropped, chosen.num_without_response) == (0, 2, 0)
-    whole = choose_samples(store, 7, "drop")
+    whole = filter_samples(store, 7, "drop")
     assert whole.indices.tolist() == [0, 1, 2, 3] and whole.num_dropped == 0
 
 
 def test_nothing_left(store):
     with pytest.raises(ValueError) as error:
-        choose_samples(store, 1, "drop")
+        filter_samples(store, 1, "drop")
     assert str(error.value) == (
         f"{store.path}: no sample is left with data.sequence_length=1 and data.too_long=drop: "
         "the shortest sample has 2 tokens; use a larger length"
     )
 
 
-def selection_of(lengths: list[int]) -> SampleSelection:
+def selection_of(lengths: list[int]) -> SampleFilter:
     """Samples of these lengths, with gaps between their numbers that hold samples nobody chose."""
     everyone = np.full(3 * len(lengths) + 1, 10**6, dtype=np.int32)
     everyone[1::3] = [*lengths]
-    return SampleSelection(np.arange(len(lengths)) * 3 + 1, everyone, 0, 0, 0)
+    return SampleFilter(np.arange(len(lengths)) * 3 + 1, everyone, 0, 0, 0)
 
 
-def rows_of(order: RowOrder, numbers) -> list[list[int]]:
+def rows_of(order: PackOrder, numbers) -> list[list[int]]:
     return [order.row(number).tolist() for number in numbers]
 
 
@@ -262,8 +262,8 @@ PACKINGS = st.sampled_from(["none", "next_fit", "first_fit"])
 def test_order_is_a_function_of_seed_and_number(lengths, packing, seed, epochs, data):
     chosen = selection_of(lengths)
 
-    def new_order() -> RowOrder:
-        return RowOrder(chosen, seed=seed, shuffle=True, packing=packing, capacity=20)
+    def new_order() -> PackOrder:
+        return PackOrder(chosen, seed=seed, shuffle=True, packing=packing, capacity=20)
 
     order = new_order()
     borders = [order.num_rows(epoch) for epoch in range(epochs + 1)]
@@ -282,18 +282,18 @@ def test_order_is_a_function_of_seed_and_number(lengths, packing, seed, epochs, 
 
 def test_order_changes_with_epoch_and_seed():
     chosen = selection_of([1] * 50)
-    order = RowOrder(chosen, seed=1, shuffle=True)
+    order = PackOrder(chosen, seed=1, shuffle=True)
     epochs = [flat(rows_of(order, range(50 * epoch, 50 * epoch + 50))) for epoch in range(3)]
-    other = flat(rows_of(RowOrder(chosen, seed=2, shuffle=True), range(50)))
+    other = flat(rows_of(PackOrder(chosen, seed=2, shuffle=True), range(50)))
     assert len({tuple(rows) for rows in [*epochs, other, chosen.indices.tolist()]}) == 5
 
 
 def test_order_without_shuffling():
-    order = RowOrder(selection_of([5, 6, 9, 1]), seed=1, shuffle=False)
+    order = PackOrder(selection_of([5, 6, 9, 1]), seed=1, shuffle=False)
     assert flat(rows_of(order, range(10))) == [1, 4, 7, 10, 1, 4, 7, 10, 1, 4]
-    packed = RowOrder(selection_of([5, 6, 9, 1]), seed=1, shuffle=False, packing="next_fit", capacity=11)
+    packed = PackOrder(selection_of([5, 6, 9, 1]), seed=1, shuffle=False, packing="next_fit", capacity=11)
     assert rows_of(packed, range(4)) == [[1, 4], [7, 10], [1, 4], [7, 10]]
-    tight = RowOrder(selection_of([5, 6, 9, 1]), seed=1, shuffle=False, packing="first_fit", capacity=11)
+    tight = PackOrder(selection_of([5, 6, 9, 1]), seed=1, shuffle=False, packing="first_fit", capacity=11)
     assert rows_of(tight, range(2)) == [[7, 10], [4, 1]]
 
 
@@ -309,9 +309,9 @@ def test_order_without_shuffling():
 )
 @settings(max_examples=60)
 def test_every_sample_once_an_epoch(many, num, packing, micro, data_size, accumulation, epochs, multiples, seed):
-    chosen = choose_samples(many, 100, "truncate")
-    mine = SampleSelection(chosen.indices[:num], chosen.lengths, 0, 0, 0)
-    order = RowOrder(mine, seed=seed, shuffle=True, packing=packing, capacity=100)
+    chosen = filter_samples(many, 100, "truncate")
+    mine = SampleFilter(chosen.indices[:num], chosen.lengths, 0, 0, 0)
+    order = PackOrder(mine, seed=seed, shuffle=True, packing=packing, capacity=100)
     num_rows = order.num_rows(epochs)
     shape = BatchShape(micro, micro * data_size * accumulation, data_size, *multiples)
     loaders = [BatchLoader(many, order, shape, data_rank=rank, num_rows=num_rows) for rank in range(data_size)]

@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sstoken.data.batches import RowOrder, SampleSelection
-from megatron_sstoken.data.packing import WINDOW, first_fit_decreasing, next_fit, one_per_row
+from megatron_sstoken.data.batches import PackOrder, SampleFilter
+from megatron_sstoken.data.packing import WINDOW, first_fit_decreasing, next_fit, one_per_pack
 
 CAPACITY = 40
 LENGTHS = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=60)
@@ -50,18 +50,18 @@ def test_a_sample_that_fills_a_row_exactly_is_alone_in_it():
         first_fit_decreasing(np.arange(3), lengths, CAPACITY, None),
     ):
         assert sorted(row.tolist() for row in rows) == [[0], [1], [2]]
-    assert [row.tolist() for row in one_per_row(np.array([2, 0]))] == [[2], [0]]
+    assert [row.tolist() for row in one_per_pack(np.array([2, 0]))] == [[2], [0]]
 
 
 def selection_of(lengths):
     lengths = np.array(lengths, dtype=np.int32)
-    return SampleSelection(np.arange(len(lengths)), lengths, 0, 0, 0)
+    return SampleFilter(np.arange(len(lengths)), lengths, 0, 0, 0)
 
 
 @given(LENGTHS, st.integers(0, 3), st.data())
 def test_packed_order_is_a_function_of_seed_and_row_number(lengths, seed, data):
     def order():
-        return RowOrder(selection_of(lengths), seed=seed, shuffle=True, packing="first_fit", capacity=CAPACITY)
+        return PackOrder(selection_of(lengths), seed=seed, shuffle=True, packing="first_fit", capacity=CAPACITY)
 
     whole = order()
     ends = [whole.num_rows(epoch) for epoch in range(4)]

@@ -8,8 +8,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sstoken.model.attention import (
-    AttentionProbe,
-    TappedCoreAttention,
+    AttentionCapture,
+    CapturingCoreAttention,
     TorchCoreAttention,
     core_attention_builder,
     sample_bounds,
@@ -124,9 +124,9 @@ class Counted(torch.nn.Module):
 
 @pytest.fixture
 def tapped():
-    """(tap, its probe): around a counted core attention of layer 3."""
-    probe = AttentionProbe()
-    return TappedCoreAttention(Counted(make_core()), LAYER, probe), probe
+    """(tap, its capture): around a counted core attention of layer 3."""
+    capture = AttentionCapture()
+    return CapturingCoreAttention(Counted(make_core()), LAYER, capture), capture
 
 
 def make_context(seed: int = 2) -> torch.Tensor:
@@ -142,12 +142,12 @@ def dense_mass(q, k, context) -> torch.Tensor:
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_mass(tapped, heads, groups, dtype):
-    tap, probe = tapped
+    tap, capture = tapped
     q, k, v = make_qkv(heads, groups, dtype)
     context = make_context()
-    probe.arm(context)
+    capture.arm(context)
     attend(tap, q, k, v)
-    masses = probe.take()
+    masses = capture.take()
     assert list(masses) == [LAYER]
     mass = masses[LAYER]
     assert mass.dtype == torch.float32 and mass.shape == (TOKENS,) and not mass.requires_grad
@@ -155,24 +155,24 @@ def test_mass(tapped, heads, groups, dtype):
 
 
 def test_mass_of_no_context_and_of_nothing_else(tapped):
-    tap, probe = tapped
+    tap, capture = tapped
     q, k, v = make_qkv(4, 2)
     for context, wanted in (
         (torch.zeros(TOKENS, dtype=torch.bool), 0.0),
         (torch.ones(TOKENS, dtype=torch.bool), 4.0),
     ):
-        probe.arm(context)
+        capture.arm(context)
         attend(tap, q, k, v)
-        torch.testing.assert_close(probe.take()[LAYER], torch.full((TOKENS,), wanted), rtol=0, atol=1e-6)
+        torch.testing.assert_close(capture.take()[LAYER], torch.full((TOKENS,), wanted), rtol=0, atol=1e-6)
 
 
 def test_the_layers_output_and_gradients_are_unchanged(tapped):
-    tap, probe = tapped
+    tap, capture = tapped
     results = []
     for core, armed in ((make_core(), False), (tap, False), (tap, True)):
         qkv = make_qkv(4, 2)
         if armed:
-            probe.arm(make_context())
+            capture.arm(make_context())
         output = attend(core, *qkv)
         output.square().sum().backward()
         results.append([output.detach(), *(tensor.grad for tensor in qkv)])
@@ -181,69 +181,69 @@ def test_the_layers_output_and_gradients_are_unchanged(tapped):
 
 
 def test_an_unarmed_tap_does_nothing(tapped):
-    tap, probe = tapped
+    tap, capture = tapped
     attend(tap, *make_qkv(4, 2))
-    assert tap.inner.calls == 1 and probe.take() == {}
+    assert tap.inner.calls == 1 and capture.take() == {}
 
 
 def test_a_tap_fires_once_when_armed(tapped):
-    tap, probe = tapped
+    tap, capture = tapped
     context = make_context()
     q, k, v = make_qkv(4, 2)
-    probe.arm(context)
+    capture.arm(context)
     attend(tap, q, k, v)
     attend(tap, *make_qkv(4, 2, seed=9))
     assert tap.inner.calls == 3
-    torch.testing.assert_close(probe.take()[LAYER].double(), dense_mass(q, k, context), rtol=0, atol=1e-5)
+    torch.testing.assert_close(capture.take()[LAYER].double(), dense_mass(q, k, context), rtol=0, atol=1e-5)
     attend(tap, q, k, v)
-    assert tap.inner.calls == 4 and probe.take() == {}, "taking disarms"
+    assert tap.inner.calls == 4 and capture.take() == {}, "taking disarms"
     other = make_context(seed=5)
-    probe.arm(other)
+    capture.arm(other)
     attend(tap, q, k, v)
-    torch.testing.assert_close(probe.take()[LAYER].double(), dense_mass(q, k, other), rtol=0, atol=1e-5)
+    torch.testing.assert_close(capture.take()[LAYER].double(), dense_mass(q, k, other), rtol=0, atol=1e-5)
 
 
 def test_arming_forgets_what_nobody_took(tapped):
-    tap, probe = tapped
+    tap, capture = tapped
     q, k, v = make_qkv(4, 2)
-    probe.arm(make_context(seed=5))
+    capture.arm(make_context(seed=5))
     attend(tap, q, k, v)
-    probe.arm(make_context())
+    capture.arm(make_context())
     attend(tap, q, k, v)
-    torch.testing.assert_close(probe.take()[LAYER].double(), dense_mass(q, k, make_context()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(capture.take()[LAYER].double(), dense_mass(q, k, make_context()), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("taken_before_backward", [True, False])
 def test_recomputation_does_not_fire_again(tapped, reentrant, taken_before_backward):
-    tap, probe = tapped
+    tap, capture = tapped
     plain, recomputed = make_qkv(4, 2), make_qkv(4, 2)
     attend(make_core(), *plain).square().sum().backward()
     context = make_context()
-    probe.arm(context)
+    capture.arm(context)
     output = checkpoint(lambda *qkv: attend(tap, *qkv), *recomputed, use_reentrant=reentrant)
-    masses = probe.take() if taken_before_backward else None
+    masses = capture.take() if taken_before_backward else None
     assert tap.inner.calls == 2
     output.square().sum().backward()
     assert tap.inner.calls == 3, "the recomputation runs the layer, and not the tap"
-    masses = masses or probe.take()
+    masses = masses or capture.take()
     torch.testing.assert_close(masses[LAYER].double(), dense_mass(*recomputed[:2], context), rtol=0, atol=1e-5)
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain, recomputed, strict=True))
 
 
 def test_several_layers_share_a_probe():
-    probe = AttentionProbe()
+    capture = AttentionCapture()
     config = config_of()
-    build = core_attention_builder(TorchCoreAttention, frozenset({2, 4}), probe)
+    build = core_attention_builder(TorchCoreAttention, frozenset({2, 4}), capture)
     cores = [build(layer_number=number, config=config) for number in (1, 2, 3, 4)]
-    kinds = [TorchCoreAttention, TappedCoreAttention, TorchCoreAttention, TappedCoreAttention]
+    kinds = [TorchCoreAttention, CapturingCoreAttention, TorchCoreAttention, CapturingCoreAttention]
     assert [type(core) for core in cores] == kinds
     context = make_context()
-    probe.arm(context)
+    capture.arm(context)
     inputs = [make_qkv(4, 2, seed=number) for number in range(4)]
     for core, qkv in zip(cores, inputs, strict=True):
         attend(core, *qkv)
-    masses = probe.take()
+    masses = capture.take()
     assert sorted(masses) == [2, 4]
     for layer, mass in masses.items():
         torch.testing.assert_close(mass.double(), dense_mass(*inputs[layer - 1][:2], context), rtol=0, atol=1e-5)
@@ -257,7 +257,7 @@ def test_a_checkpoint_does_not_see_the_tap(tapped):
         def sharded_state_dict(self, prefix, sharded_offsets, metadata):
             return {prefix + "scale": (sharded_offsets, metadata)}
 
-    wrapped = TappedCoreAttention(Stateful(), LAYER, AttentionProbe())
+    wrapped = CapturingCoreAttention(Stateful(), LAYER, AttentionCapture())
     assert wrapped.sharded_state_dict("layer.", (1,), {"a": 2}) == {"layer.scale": ((1,), {"a": 2})}
 
 

@@ -6,8 +6,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_sstoken.model import head
-from megatron_sstoken.model.head import NOT_SCORED, selective_head, vocabulary_parallel_loss
-from megatron_sstoken.model.implementation import compiler_problem
+from megatron_sstoken.model.backend import compiler_problem
+from megatron_sstoken.model.head import IGNORE_INDEX, selective_head, vocabulary_parallel_loss
 from tests.distributed_runner import run_distributed
 
 WORDS, PADDED = 99, 128
@@ -180,7 +180,7 @@ def head_case(dtype=torch.float32, seed: int = 0, scored: int = 15, trained: int
     labels = torch.randint(WORDS, (TOKENS,), generator=generator)
     labels[:4] = torch.tensor([0, WORDS - 1, 63, 64])
     order = torch.randperm(TOKENS, generator=generator)
-    labels[order[scored:]] = NOT_SCORED
+    labels[order[scored:]] = IGNORE_INDEX
     upstream = torch.zeros(TOKENS)
     upstream[order[:trained]] = torch.randn(trained, generator=generator)
     return hidden, weight, labels, upstream
@@ -190,10 +190,10 @@ def dense_head(hidden, weight, labels, upstream):
     """Loss, entropy and top-1 probability of scored tokens, then the gradients: double precision, all logits at once."""
     hidden, weight = (tensor.double().requires_grad_() for tensor in (hidden, weight))
     logits = hidden @ weight[:WORDS].T
-    losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=NOT_SCORED)
+    losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX)
     losses.backward(upstream.double())
     probabilities = logits.detach().softmax(-1)
-    scored = labels != NOT_SCORED
+    scored = labels != IGNORE_INDEX
     entropy = -(probabilities * logits.detach().log_softmax(-1)).sum(-1)
     return torch.stack([losses.detach(), entropy, probabilities.amax(-1)])[:, scored], hidden.grad, weight.grad
 
@@ -215,7 +215,7 @@ def test_selective_head(alone, monkeypatch, counts, chunk_rows):
     case = head_case(scored=COUNTS[counts][0], trained=COUNTS[counts][1])
     found, hidden_gradient, weight_gradient = run_head(*case, alone, with_entropy=True)
     wanted, *wanted_gradients = dense_head(*case)
-    scored = case[2] != NOT_SCORED
+    scored = case[2] != IGNORE_INDEX
     assert found.dtype == torch.float32 and found[:, ~scored].isnan().all()
     torch.testing.assert_close(found[:, scored].double(), wanted, rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(hidden_gradient.double(), wanted_gradients[0], rtol=1e-5, atol=2e-6)
@@ -257,7 +257,7 @@ def test_bf16_goes_in_and_fp32_sums_come_out(alone):
     wanted, *wanted_gradients = dense_head(*case)
     assert found.dtype == torch.float32 and hidden_gradient.dtype == weight_gradient.dtype == torch.bfloat16
     # the logits are rounded to bf16, as those of a linear layer are
-    torch.testing.assert_close(found[0, case[2] != NOT_SCORED].double(), wanted[0], rtol=2**-7, atol=0.05)
+    torch.testing.assert_close(found[0, case[2] != IGNORE_INDEX].double(), wanted[0], rtol=2**-7, atol=0.05)
     for gradient, reference_gradient in zip((hidden_gradient, weight_gradient), wanted_gradients, strict=True):
         torch.testing.assert_close(
             gradient.double(), reference_gradient, rtol=2**-6, atol=2**-6 * float(reference_gradient.abs().max())

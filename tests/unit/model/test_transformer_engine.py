@@ -26,24 +26,24 @@ def pretend_hopper() -> None:
 
 def compare_implementations(rank, model_path, folder):
     """On each rank: what both implementations hold of one Hugging Face model, and checkpoints from one to the other."""
+    from megatron_sstoken.checkpoint.save_load import RunState, load_checkpoint, save_checkpoint
     from megatron_sstoken.model.build import build_model, load_weights
     from megatron_sstoken.model.families import read_architecture
     from megatron_sstoken.model.weights import rules_of_chunk
     from megatron_sstoken.parallel import create_layout
-    from megatron_sstoken.training.checkpoint import RunState, load_checkpoint, save_checkpoint
 
     pretend_hopper()
     settings = make_settings(model_path, "", parallel__tensor=2, training__precision="bf16")
     layout = create_layout(settings.parallel, 1)
     architecture = read_architecture(model_path)
 
-    def build(implementation):
-        settings.model.implementation = implementation
-        return build_model(architecture, settings, layout, tapped_layers=(4,), trainable=False)
+    def build(backend):
+        settings.model.backend = backend
+        return build_model(architecture, settings, layout, captured_layers=(4,), trainable=False)
 
     def by_rule(model):
-        rules = rules_of_chunk(model.bare[0], architecture)
-        return {(rules[name][0].megatron, rules[name][1]): p for name, p in model.bare[0].named_parameters()}
+        rules = rules_of_chunk(model.unwrapped[0], architecture)
+        return {(rules[name][0].megatron, rules[name][1]): p for name, p in model.unwrapped[0].named_parameters()}
 
     def equal(first, second):
         return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
@@ -61,7 +61,7 @@ def compare_implementations(rank, model_path, folder):
     keys = [
         {
             value.key
-            for value in model.bare[0].sharded_state_dict(metadata=metadata).values()
+            for value in model.unwrapped[0].sharded_state_dict(metadata=metadata).values()
             if "_extra" not in value.key
         }
         for model in models.values()
@@ -81,10 +81,10 @@ def keep_scales(rank, model_path, folder):
     from transformer_engine.common.recipe import DelayedScaling
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
+    from megatron_sstoken.checkpoint.save_load import RunState, load_checkpoint, save_checkpoint
     from megatron_sstoken.model.build import build_model
     from megatron_sstoken.model.families import read_architecture
     from megatron_sstoken.parallel import create_layout
-    from megatron_sstoken.training.checkpoint import RunState, load_checkpoint, save_checkpoint
 
     pretend_hopper()
     settings = make_settings(model_path, "", model__implementation="transformer_engine", training__precision="bf16")
@@ -92,11 +92,11 @@ def keep_scales(rank, model_path, folder):
 
     def layers(model):
         chosen = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-        found = [(n, m) for n, m in model.bare[0].named_modules() if n.endswith(chosen)]
+        found = [(n, m) for n, m in model.unwrapped[0].named_modules() if n.endswith(chosen)]
         return [(n, m) for n, m in found if isinstance(m, TransformerEngineBaseModule)]
 
     def build():
-        return build_model(read_architecture(model_path), settings, layout, tapped_layers=(4,), trainable=False)
+        return build_model(read_architecture(model_path), settings, layout, captured_layers=(4,), trainable=False)
 
     first, second = build(), build()
     for number, (_, layer) in enumerate(layers(first)):

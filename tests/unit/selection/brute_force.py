@@ -8,7 +8,7 @@ from decimal import ROUND_CEILING, Decimal
 
 import torch
 
-from megatron_sstoken.scores.signals import TokenSignals
+from megatron_sstoken.selection.signals import TokenSignals
 
 Key = tuple[int, int]
 """(sample, position)"""

@@ -8,8 +8,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_sstoken.scores.signals import TokenSignals, concatenate_signals
 from megatron_sstoken.selection.methods import METHODS, Selection, random_scores, select_tokens
+from megatron_sstoken.selection.signals import TokenSignals, concatenate_signals
 from tests.unit.selection import brute_force
 from tests.unit.selection.brute_force import Token, by_key, keys_of, signals_of
 from tests.unit.selection.strategies import RHOS, micro_batches

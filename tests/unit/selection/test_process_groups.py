@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_sstoken.scores.signals import TokenSignals, concatenate_signals
 from megatron_sstoken.selection.adaptive import choose_rho
 from megatron_sstoken.selection.methods import score_tokens, select_tokens
+from megatron_sstoken.selection.signals import TokenSignals, concatenate_signals
 from megatron_sstoken.selection.topk import Traffic, distributed_topk, token_id
 from tests.distributed_runner import run_distributed
 from tests.unit.selection.brute_force import Token, signals_of

@@ -3,8 +3,8 @@
 import torch
 
 from megatron_sstoken.data.batches import TokenBatch
+from megatron_sstoken.passes.step import TokenReport
 from megatron_sstoken.selection.methods import Selection
-from megatron_sstoken.training.step import TokenReport
 
 
 def make_batch(

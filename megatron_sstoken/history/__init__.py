@@ -1,0 +1,1 @@
+"""Where history losses come from."""

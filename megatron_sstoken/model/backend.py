@@ -1,0 +1,145 @@
+"""What the layers run on: Transformer Engine or torch, in which arithmetic, and what this machine lacks for it."""
+
+import functools
+import importlib.util
+import os
+import shutil
+from typing import Any, Literal
+
+import torch
+
+from megatron_sstoken.config import Settings, TrainingSettings
+from megatron_sstoken.device import have_cuda
+
+Backend = Literal["transformer_engine", "torch"]
+
+TOKEN_MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+"""FP8 recipe → what the number of tokens that a rank holds must be a multiple of: the tiles that share a scale."""
+
+# As Megatron-Bridge sets them: gradients in e5m2 where a scale covers a whole tensor, e4m3 where it covers a tile.
+_FP8_FORMAT = {"delayed": "hybrid", "tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
+
+
+@functools.lru_cache(maxsize=1)
+def transformer_engine_problem() -> str | None:
+    """Why Transformer Engine's layers cannot run here, or None if they can."""
+    if not have_cuda():
+        return "this machine has no CUDA device (or SSTOKEN_DEVICE=cpu hides it)"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "transformer_engine is not installed: pip install 'megatron-sstoken[te]'"
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.utils import get_te_version, is_te_min_version
+
+    if not HAVE_TE:
+        return "transformer_engine is installed but cannot be imported: python -c 'import transformer_engine.pytorch'"
+    if not is_te_min_version("2.9.0") or is_te_min_version("2.12.0"):
+        return f"transformer_engine {get_te_version()} is not one that megatron-core 0.16 takes: install >=2.9,<2.12"
+    return None
+
+
+def backend_of(settings: Settings) -> Backend:
+    """What the layers of this run are made of. `auto` is Transformer Engine where it can run and the arithmetic is its.
+
+    Adapters sit on megatron's own linears: Transformer Engine's hold the norm before them, whose output they do not give.
+    """
+    chosen = settings.model.backend
+    if chosen != "auto":
+        return chosen
+    if settings.training.precision == "fp8":
+        return "transformer_engine"  # there is no other: where it cannot run, `machine_problems` says so
+    fits = settings.training.precision == "bf16" and settings.lora.rank == 0
+    can_run = fits and transformer_engine_problem() is None
+    return "transformer_engine" if can_run else "torch"
+
+
+def machine_problems(settings: Settings) -> list[str]:
+    """What these settings ask of the machine that it does not have."""
+    training = settings.training
+    missing = transformer_engine_problem()
+    problems = []
+    if settings.model.backend == "transformer_engine" and missing:
+        problems.append(f"model.backend=transformer_engine cannot run: {missing}; or use auto or torch")
+    if training.precision == "fp8":
+        reason = missing or _fp8_problem(training.fp8_recipe)
+        if reason:
+            problems.append(
+                f"training.precision=fp8 with training.fp8_recipe={training.fp8_recipe} cannot run: {reason}; "
+                "or use training.precision=bf16"
+            )
+    if settings.model.compiled_head and (missing := compiler_problem()):
+        problems.append(f"model.compiled_head=true cannot run: {missing}; or use compiled_head=false")
+    return problems
+
+
+def compiler_problem() -> str | None:
+    """What torch.compile lacks here: Triton for GPUs, a C++ compiler for CPUs."""
+    if have_cuda():
+        return None if importlib.util.find_spec("triton") else "triton is not installed: pip install triton"
+    wanted = os.environ.get("CXX")  # what torch's Inductor asks for first
+    if any(shutil.which(name) for name in ([wanted] if wanted else ["g++", "clang++"])):
+        return None
+    return f"there is no C++ compiler ({wanted or 'g++ or clang++'}): install one"
+
+
+def _fp8_problem(recipe: str) -> str | None:
+    """Why the GPU or its CUDA version cannot compute a recipe (Transformer Engine's own rules, without asserting)."""
+    capability, cuda = torch.cuda.get_device_capability(), tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+    name = f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}"
+    if recipe == "mxfp8" and not (10, 0) <= capability < (12, 0):
+        return f"{name}, mxfp8 needs 10.x (Blackwell): use tensorwise"
+    if recipe == "blockwise" and (capability < (9, 0) or cuda < (12, 9)):
+        return f"{name} and CUDA {torch.version.cuda}, blockwise needs 9.0 (Hopper) and CUDA 12.9: use tensorwise"
+    if capability < (8, 9):
+        return f"{name}, FP8 needs 8.9 (Ada, Hopper)"
+    return None
+
+
+def numerics_of(settings: Settings) -> str:
+    """How the layers round, in words: precision, FP8 recipe and layers that are spared, and the backend if it is
+    not torch. Losses compare closely only where it is equal."""
+    training = settings.training
+    text = training.precision
+    if training.precision == "fp8":
+        text += f" {training.fp8_recipe}"
+        if training.fp8_first_bf16_layers or training.fp8_last_bf16_layers:
+            text += f", first {training.fp8_first_bf16_layers} and last {training.fp8_last_bf16_layers} layers bf16"
+    return text if backend_of(settings) == "torch" else f"{text} on transformer_engine"
+
+
+def fp8_options(training: TrainingSettings) -> dict[str, Any]:
+    """What megatron's TransformerConfig takes for FP8; empty otherwise."""
+    if training.precision != "fp8":
+        return {}
+    return {
+        "fp8": _FP8_FORMAT[training.fp8_recipe],
+        "fp8_recipe": training.fp8_recipe,
+        # Of the delayed recipe: the scale comes from the largest value of the last 1024 passes (Megatron-Bridge's choice).
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": training.fp8_first_bf16_layers + training.fp8_last_bf16_layers > 0,
+        "num_layers_at_start_in_bf16": training.fp8_first_bf16_layers,
+        "num_layers_at_end_in_bf16": training.fp8_last_bf16_layers,
+    }
+
+
+def fusion_options(backend: Backend) -> dict[str, bool]:
+    """Which of megatron's fused kernels are there.
+
+    Weight gradients are accumulated inside the matrix product only with apex's extension: megatron's vocabulary head
+    demands it, even where Transformer Engine brings its own for the layers.
+    """
+    is_te = backend == "transformer_engine"
+    extension = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return {
+        "gradient_accumulation_fusion": have_cuda() and extension,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": is_te,
+        "bias_dropout_fusion": is_te,
+        "persist_layer_norm": False,
+        "apply_rope_fusion": is_te,
+    }
+
+
+def token_multiple(training: TrainingSettings) -> int:
+    """What the tokens of a rank must be a multiple of for the arithmetic alone."""
+    return TOKEN_MULTIPLE[training.fp8_recipe] if training.precision == "fp8" else 1

@@ -1,0 +1,221 @@
+"""One global batch through megatron's schedule: losses, attention masses, selection, and gradients if training."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_sstoken.data.batches import TokenBatch
+from megatron_sstoken.device import compute_device
+from megatron_sstoken.model.attention import SampleBounds, sample_bounds
+from megatron_sstoken.model.build import Model
+from megatron_sstoken.model.head import IGNORE_INDEX
+from megatron_sstoken.parallel import Layout
+from megatron_sstoken.passes.loss import loss_weights
+from megatron_sstoken.passes.side_channel import SideChannel
+from megatron_sstoken.selection.methods import Selection
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """What the last pipeline stage knows of one micro-batch; entry t of every tensor speaks of token t."""
+
+    batch: TokenBatch
+    loss: torch.Tensor
+    """fp32 [T], NaN for first tokens and padding, and for context tokens unless the model scores them."""
+    attention: torch.Tensor | None
+    """fp32 [T]: mean over heads and measured layers of the attention to the context; None if not measured."""
+    selection: Selection | None = None
+    rho: float = math.nan
+    """The share that was asked for, where it was chosen for this batch."""
+    entropy: torch.Tensor | None = None
+    """fp32 [T], nats, of the prediction whose loss is `loss`, defined where that is; None if not asked for."""
+    top1: torch.Tensor | None = None
+    """fp32 [T]: probability of the likeliest token, likewise."""
+
+    @property
+    def history_loss(self) -> torch.Tensor | None:
+        return self.batch.history_loss
+
+
+SelectMicroBatch = Callable[[TokenReport], Selection]
+"""Selects among the tokens of one micro-batch; may communicate over the data-parallel ranks."""
+
+
+def train_batch(
+    model: Model,
+    batches: list[TokenBatch],
+    select: SelectMicroBatch | list[Selection],
+    *,
+    loss_average: str = "token",
+    whole_gradients: bool = False,
+) -> list[TokenReport]:
+    """Forward and backward over this rank's micro-batches; leaves the gradient of the global batch's loss.
+
+    `select`: a function, called once a micro-batch on the last pipeline stage, or selections made beforehand, one a
+    micro-batch (there; empty elsewhere), in which case the reports tell the losses of selected tokens only. All ranks
+    call this with equally many micro-batches. With `whole_gradients` every data-parallel rank gets all gradients, not its
+    shard. Returns a report per micro-batch on the last stage, nothing elsewhere.
+    """
+    selections = iter(select if isinstance(select, list) else [])
+
+    scored = [selection.mask for selection in select] if isinstance(select, list) else []
+
+    def loss_function(losses: torch.Tensor, report: TokenReport, index: torch.Tensor | None):
+        with torch.no_grad():
+            selection = select(report) if callable(select) else next(selections)
+            weights, count = loss_weights(selection.mask, report.batch, loss_average)
+            weights = of_this_rank(to_predicting(weights), index)
+            if model.layout.context_size > 1:
+                # Tokens are counted where they are; samples and micro-batches by one of the ranks that share them.
+                share = (weights > 0).sum(dtype=torch.int)
+                count = share if loss_average == "token" else count * (model.layout.context_rank == 0)
+        # where, not a product alone: a loss that is not finite on an unselected token must not reach the sum.
+        total = torch.where(weights > 0, losses * weights, 0.0).sum()
+        return total, count, replace(report, selection=selection)
+
+    return _run(model, batches, loss_function, scored, forward_only=False, force_all_reduce=whole_gradients)
+
+
+def score_batch(model: Model, batches: list[TokenBatch], select: SelectMicroBatch | None = None) -> list[TokenReport]:
+    """Forward only; with `select` the reports say what it would select. Reports as in `train_batch`."""
+
+    def loss_function(losses: torch.Tensor, report: TokenReport, index: torch.Tensor | None):
+        selection = None if select is None else select(report)
+        return (
+            losses.sum(),
+            torch.zeros((), dtype=torch.int, device=losses.device),
+            replace(report, selection=selection),
+        )
+
+    with torch.no_grad():
+        return _run(model, batches, loss_function, forward_only=True)
+
+
+def _calibrate(model: Model, batches: list[TokenBatch]) -> None:
+    """Pass once through the batches for the scales of FP8's delayed recipe alone.
+
+    They start at 1, too coarse for weights around 0.02, and Transformer Engine renews them only after passes with gradients
+    on: a history pass, which has none, would never leave the start.
+    """
+    model.needs_calibration = False
+    with torch.enable_grad():
+        _run(
+            model,
+            batches,
+            lambda losses, report, index: (losses.sum(), losses.new_zeros((), dtype=torch.int), {}),
+            forward_only=True,
+        )
+
+
+def _run(
+    model: Model,
+    batches: list[TokenBatch],
+    loss_function: Callable,
+    scored: Sequence[torch.Tensor] = (),
+    **schedule_options: Any,
+) -> list[TokenReport]:
+    """One pass through the schedule. `scored`: bool [T] a micro-batch, the tokens with a loss; default: all responses."""
+    if model.needs_calibration:
+        _calibrate(model, batches)
+    device, layout = compute_device(), model.layout
+    batches = [batch.to(device) for batch in batches]
+    scored = scored or [_scored_tokens(batch, model.scores_context) for batch in batches]
+    work = [(batch, labels_of(batch, tokens)) for batch, tokens in zip(batches, scored, strict=True)]
+    chunk_number = {id(chunk): number for number, chunk in enumerate(model.chunks)}
+    side_channel = SideChannel(model)
+
+    def forward_step(iterator, chunk):
+        batch, labels = next(iterator)
+        number = chunk_number[id(chunk)]
+        bounds = sample_bounds(batch.lengths, device, layout.context_size, layout.context_rank)
+        labels = of_this_rank(labels, bounds.index)
+        bounds.head_rows = model.head_rows(number, labels)
+        if model.captured_layers:
+            model.captures[number].arm(of_this_rank(batch.context, bounds.index))
+        losses = chunk(
+            of_this_rank(batch.tokens[0], bounds.index).unsqueeze(0),
+            of_this_rank(batch.position, bounds.index).unsqueeze(0),
+            None,
+            labels=labels.unsqueeze(0),
+            packed_seq_params=bounds,
+        )
+        side_channel.give(number, model.captures[number].take())
+        return losses, partial(_finish_micro_batch, model, batch, bounds, side_channel, loss_function)
+
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(work) for _ in model.chunks],
+        model=model.chunks,
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.shape[1],
+        micro_batch_size=1,
+        **schedule_options,
+    )
+    side_channel.finish()
+    return reports
+
+
+def _finish_micro_batch(
+    model: Model,
+    batch: TokenBatch,
+    bounds: SampleBounds,
+    side_channel: SideChannel,
+    loss_function: Callable,
+    outputs: torch.Tensor,
+):
+    """On the last stage: bring what the head and the taps told together over the context parallel ranks, align it with
+    tokens, and hand over to the loss function. `outputs`: fp32 [1 or 3, T / cp] of the model."""
+    with torch.no_grad():
+        known = [*outputs.detach()]
+        if model.captured_layers:
+            known.append(side_channel.take(outputs.shape[1], outputs.device))
+        whole = gather_tokens(torch.stack(known), bounds, model.layout)
+        predicted = [to_predicted(row, batch) for row in whole[: len(outputs)]]
+        entropy, top1 = predicted[1:] or (None, None)
+        attention = whole[-1] if model.captured_layers else None
+        report = TokenReport(batch, predicted[0], attention, entropy=entropy, top1=top1)
+    return loss_function(outputs[0], report, bounds.index)
+
+
+def _scored_tokens(batch: TokenBatch, with_context: bool) -> torch.Tensor:
+    """bool [T]: the tokens that get a loss."""
+    return (batch.position > 0) & (batch.segment >= 0) if with_context else batch.response
+
+
+def labels_of(batch: TokenBatch, scored: torch.Tensor) -> torch.Tensor:
+    """int64 [T]: the labels at positions that predict a token of `scored` (bool [T]), `IGNORE_INDEX` at all others."""
+    return torch.where(to_predicting(scored), batch.labels[0], IGNORE_INDEX)
+
+
+def of_this_rank(values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """The entries [T / cp] of whole samples [T] that this context parallel rank holds."""
+    return values if index is None else values.index_select(0, index)
+
+
+def gather_tokens(values: torch.Tensor, bounds: SampleBounds, layout: Layout) -> torch.Tensor:
+    """[n, T / cp] of each context parallel rank → [n, T] in the samples' order, on all of them."""
+    if bounds.gathered_order is None:
+        return values
+    gathered = [torch.empty_like(values) for _ in range(layout.context_size)]
+    dist.all_gather(gathered, values, group=layout.groups.cp)
+    return torch.cat(gathered, dim=1).index_select(1, bounds.gathered_order)
+
+
+def to_predicted(losses: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
+    """Move losses from the position that predicts to the token that is predicted; NaN where there is none."""
+    moved = torch.full_like(losses, torch.nan)
+    moved[1:] = losses[:-1]
+    return torch.where((batch.position > 0) & (batch.segment >= 0), moved, torch.nan)
+
+
+def to_predicting(values: torch.Tensor) -> torch.Tensor:
+    """Move values from the predicted token to the position whose output predicts it; zero at the end."""
+    moved = torch.zeros_like(values)
+    moved[:-1] = values[1:]
+    return moved

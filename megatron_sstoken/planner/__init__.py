@@ -1,0 +1,1 @@
+"""What a layout needs and gives, estimated from numbers alone: memory, communication, step time."""

@@ -1,0 +1,110 @@
+"""Plans: one layout judged, and the best of all layouts."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from megatron_sstoken.planner.communication import Traffic, traffic_of
+from megatron_sstoken.planner.hardware import GPU, Assumptions
+from megatron_sstoken.planner.memory import StageMemory, memory_of
+from megatron_sstoken.planner.step_time import Speed, speed_of
+from megatron_sstoken.planner.workload import Workload, problems_of_workload
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a workload needs and gives on a GPU type."""
+
+    workload: Workload
+    gpu: GPU
+    assumptions: Assumptions
+    memory: list[StageMemory]
+    traffic: list[list[Traffic]]
+    """By stage."""
+    speed: Speed
+
+    @property
+    def peak(self) -> StageMemory:
+        """The fullest stage."""
+        return max(self.memory, key=lambda stage: stage.total)
+
+    @property
+    def excess(self) -> float:
+        """Bytes by which the fullest stage exceeds the GPU's memory; negative if it fits."""
+        return self.peak.total - self.gpu.memory
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON; bytes, seconds and counts."""
+        workload = {name: value for name, value in asdict(self.workload).items() if name != "architecture"}
+        derived = {name: getattr(self.speed, name) for name in ("step", "tokens_per_gpu", "tflops_per_gpu")}
+        return {
+            "architecture": asdict(self.workload.architecture),
+            "workload": workload | {"data": self.workload.data, "num_micro_batches": self.workload.num_micro_batches},
+            "gpu": asdict(self.gpu),
+            "assumptions": asdict(self.assumptions),
+            "fits": self.excess <= 0,
+            "excess_bytes": self.excess,
+            "memory": [asdict(stage) | {"total": stage.total} for stage in self.memory],
+            "traffic": [[asdict(one) | {"sent": one.sent} for one in stage] for stage in self.traffic],
+            "speed": asdict(self.speed) | derived,
+        }
+
+
+def make_plan(w: Workload, gpu: GPU, assumptions: Assumptions) -> Plan:
+    """Work out a plan. The workload must be free of problems (`problems_of_workload`)."""
+    traffic = [traffic_of(w, stage, gpu) for stage in range(w.pipeline)]
+    return Plan(w, gpu, assumptions, memory_of(w, assumptions), traffic, speed_of(w, gpu, assumptions))
+
+
+def precision_problems(w: Workload, gpu: GPU) -> list[str]:
+    """FP8 needs the hardware and Transformer Engine."""
+    found = []
+    if w.precision == "fp8" and gpu.fp8 == 0:
+        found.append(f"precision=fp8: {gpu.name} has no FP8 units: use precision=bf16, or another GPU")
+    if w.precision == "fp8" and w.backend == "torch":
+        found.append("precision=fp8 needs backend=transformer_engine: the torch path has no FP8")
+    return found
+
+
+def propose(w: Workload, gpu: GPU, assumptions: Assumptions, number: int = 5) -> list[Plan]:
+    """The fastest layouts of `world_size` GPUs that fit, best first; batch, precision and head stay as they are.
+
+    Tensor parallel stays within a node and comes with sequence parallel. Layouts of equal speed: less memory first.
+    """
+    plans = []
+    for candidate in _candidates(w, gpu):
+        if not problems_of_workload(candidate):
+            plan = make_plan(candidate, gpu, assumptions)
+            if plan.excess <= 0:
+                plans.append(plan)
+    plans.sort(key=lambda plan: (plan.speed.step, plan.peak.total))
+    best: dict[tuple, Plan] = {}  # of layouts that differ in recomputation alone, the fastest
+    for plan in plans:
+        c = plan.workload
+        best.setdefault((c.tensor, c.pipeline, c.virtual_pipeline, c.context, c.micro_batch_size), plan)
+    return list(best.values())[:number]
+
+
+def smallest_excess(w: Workload, gpu: GPU, assumptions: Assumptions) -> Plan | None:
+    """Of all layouts that can run, the one that lacks least memory; None if none can run at all."""
+    plans = [make_plan(c, gpu, assumptions) for c in _candidates(w, gpu) if not problems_of_workload(c)]
+    return min(plans, key=lambda plan: plan.excess, default=None)
+
+
+def _divisors(number: int, limit: int) -> list[int]:
+    return [value for value in range(1, min(number, limit) + 1) if number % value == 0]
+
+
+def _candidates(w: Workload, gpu: GPU) -> Iterator[Workload]:
+    a = w.architecture
+    for tensor in _divisors(math.gcd(a.num_attention_heads, w.world_size), gpu.gpus_per_node):
+        for pipeline in _divisors(math.gcd(a.num_layers, w.world_size // tensor), 64):
+            for context in _divisors(w.world_size // (tensor * pipeline), 8):
+                for virtual in _divisors(a.num_layers // pipeline, 10) if pipeline > 1 else [1]:
+                    for micro in (1, 2, 4, 8):
+                        for recompute in ("none", "full"):
+                            yield replace(
+                                w, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context,
+                                sequence=tensor > 1, micro_batch_size=micro, recompute=recompute,
+                            )  # fmt: skip

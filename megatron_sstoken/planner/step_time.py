@@ -1,0 +1,156 @@
+"""Expected step time from FLOPs, bytes and rates; every share that is assumed is a field of `Assumptions`.
+
+Not modelled: launch gaps, load imbalance of packed samples (rows count as one causal sample), validation, saving.
+"""
+
+from dataclasses import dataclass
+
+from megatron_sstoken.planner.communication import Traffic, traffic_of
+from megatron_sstoken.planner.hardware import GPU, Assumptions
+from megatron_sstoken.planner.memory import parameter_sizes, trainable_parameters
+from megatron_sstoken.planner.workload import Workload
+
+FLASH_BACKWARD = 2.5
+"""FLOPs of FlashAttention's backward pass, as a multiple of its forward: it computes the scores again."""
+LOGIT_BYTES = 54
+"""Memory traffic of one logit through the loss and back (fp32 copy, maximum, exponential, sum, gradient)."""
+OPTIMIZER_BYTES = 30
+"""Memory traffic of AdamW for one parameter: gradient 4, weight and moments 12 read and 12 written, bf16 weight 2."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One training step, in seconds, and what follows from it."""
+
+    compute: float
+    """The busiest stage, all micro-batches: matrix products, attention, element-wise work."""
+    tensor: float
+    """Its exposed tensor parallel communication."""
+    context: float
+    pipeline: float
+    """Messages between stages."""
+    bubble: float
+    """Waiting of the pipeline to fill and drain."""
+    data: float
+    """Gradients and weights between replicas, as far as no computation hides them."""
+    optimizer: float
+    tokens: int
+    """Of a global batch."""
+    model_flops: float
+    """Of a global batch; see `model_flops_per_token`."""
+    world_size: int
+
+    @property
+    def step(self) -> float:
+        return self.compute + self.tensor + self.context + self.pipeline + self.bubble + self.data + self.optimizer
+
+    @property
+    def tokens_per_gpu(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.step / self.world_size
+
+    @property
+    def tflops_per_gpu(self) -> float:
+        """Model TFLOP a second."""
+        return self.model_flops / self.step / self.world_size / 1e12
+
+
+def attention_flops_per_token(w: Workload) -> float:
+    """Forward, one layer, all heads: two products with half (causal) of `sequence_length` keys."""
+    return 2 * w.sequence_length * w.architecture.num_attention_heads * w.architecture.head_dim
+
+
+def model_flops_per_token(w: Workload) -> float:
+    """Forward and backward of plain full fine-tuning, the convention of published figures.
+
+    6 for each weight of a matrix (the head included, the embedding not), and 3 times causal attention. Nothing that is
+    recomputed, nothing that selection adds or saves.
+    """
+    a = w.architecture
+    heads = (2 * a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim
+    linear = a.hidden_size * (heads + 3 * a.ffn_hidden_size)
+    return 3 * (a.num_layers * (2 * linear + attention_flops_per_token(w)) + 2 * a.hidden_size * a.vocabulary_size)
+
+
+def stage_seconds(w: Workload, stage: int, gpu: GPU, assumptions: Assumptions) -> float:
+    """Computation of one micro-batch on one rank of a stage, forward and backward."""
+    layers = w.chunk_layers * w.virtual_pipeline
+    scoring = 1 if w.selects and w.scope == "batch" else 0
+    forward = 1 + scoring + (w.recompute == "full")
+    backward = 1 if w.lora_rank else 2  # frozen matrices have no gradient of their own
+    peak = {"fp32": gpu.fp32, "bf16": gpu.bf16, "fp8": gpu.fp8}[w.precision]
+    rate = peak * (assumptions.matmul_fp8 if w.precision == "fp8" else assumptions.matmul)
+    linear = 2 * w.tokens * parameter_sizes(w, stage)["linear"] * (forward + backward) / rate
+    attention_rate = (gpu.fp32 if w.precision == "fp32" else gpu.bf16) * assumptions.attention
+    passes = layers * (1 + scoring + (w.recompute != "none") + FLASH_BACKWARD)
+    last = stage == w.pipeline - 1
+    if last and w.selects:
+        passes += 1  # the tap, where it usually lies
+    attention = w.tokens * attention_flops_per_token(w) / w.tensor * passes / attention_rate
+    elementwise = layers * layer_bytes(w) * (forward + 2) / (gpu.memory_bandwidth * assumptions.memory)
+    return linear + attention + elementwise + (_head_seconds(w, gpu, assumptions, scoring) if last else 0)
+
+
+def layer_bytes(w: Workload) -> float:
+    """Memory traffic of one layer's element-wise work, forward: norms, residuals, RoPE, SwiGLU; backward is twice it."""
+    norms = 10 * w.split_tokens * w.architecture.hidden_size
+    fused = (norms + 2 * w.tokens * (w.query_width + w.key_width) + 3 * w.tokens * w.ffn_width) * w.width
+    return fused * (1 if w.backend == "transformer_engine" else 3)  # unfused: each operation reads and writes
+
+
+def _head_seconds(w: Workload, gpu: GPU, assumptions: Assumptions, scoring: int) -> float:
+    """The head is no FP8 layer. Shares of the tokens whose logits are computed: once forward, three products to train."""
+    logits = w.tokens * w.vocabulary
+    work, passes = 3.0 + scoring, 1.0 + scoring / 2
+    if w.head == "selective":
+        trained = w.response * w.rho if w.selects else w.response
+        work, passes = w.response + 3 * trained, (w.response + trained) / 2
+    rate = (gpu.fp32 if w.precision == "fp32" else gpu.bf16) * assumptions.matmul
+    products = 2 * logits * w.architecture.hidden_size * work / rate
+    return products + passes * logits * LOGIT_BYTES / (gpu.memory_bandwidth * assumptions.memory)
+
+
+def transfer_seconds(traffic: Traffic, gpu: GPU, assumptions: Assumptions) -> float:
+    """A ring collective's time on its slowest link."""
+    rate = gpu.nvlink if traffic.link == "nvlink" else gpu.network
+    return traffic.sent / (rate * assumptions.links)
+
+
+def speed_of(w: Workload, gpu: GPU, assumptions: Assumptions) -> Speed:
+    """One training step.
+
+    The busiest stage works through all micro-batches; the pipeline fills and drains through all stages once, in chunks.
+    Gradients are reduced beside the last backward pass (`overlap_grad_reduce`); weights are gathered after the step,
+    beside nothing. Context parallel transfers hide behind attention in Transformer Engine, not in the torch path.
+    """
+    micro = w.num_micro_batches
+    stages = []
+    for stage in range(w.pipeline):
+        seconds = {"compute": stage_seconds(w, stage, gpu, assumptions) * micro}
+        for traffic in traffic_of(w, stage, gpu):
+            name = traffic.kind if traffic.kind != "data" else f"data {traffic.operation}"
+            seconds[name] = seconds.get(name, 0.0) + transfer_seconds(traffic, gpu, assumptions)
+        seconds["tensor"] = seconds.get("tensor", 0.0) * assumptions.tensor_exposed
+        exposed = 1.0 if w.backend == "torch" else assumptions.context_exposed
+        seconds["context"] = seconds.get("context", 0.0) * exposed
+        stages.append(seconds)
+    busy = [sum(one[kind] for kind in ("compute", "tensor", "context")) for one in stages]
+    worst = max(range(w.pipeline), key=busy.__getitem__)
+    slow = stages[worst]
+    bubble = (sum(busy) - busy[worst]) / micro / w.virtual_pipeline
+    hidden = busy[worst] / micro * 2 / 3  # one backward pass
+    gathered = slow.get("data all_gather", 0.0)
+    parameters = max(trainable_parameters(w, stage) for stage in range(w.pipeline))
+    update = parameters * (OPTIMIZER_BYTES / (w.data * w.context) + 8)  # 8: gradients are emptied, and their norm taken
+    return Speed(
+        compute=slow["compute"],
+        tensor=slow["tensor"],
+        context=slow["context"],
+        pipeline=slow.get("pipeline", 0.0),
+        bubble=bubble,
+        data=max(slow.get("data reduce_scatter", 0.0) - hidden, 0.0) + gathered,
+        optimizer=update / (gpu.memory_bandwidth * assumptions.memory),
+        tokens=w.global_batch_size * w.sequence_length,
+        model_flops=w.global_batch_size * w.sequence_length * model_flops_per_token(w),
+        world_size=w.world_size,
+    )

@@ -1,0 +1,127 @@
+"""What is planned: a model, a layout, a batch, and how it is computed."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_sstoken.config import Settings
+from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.validate.layout import layout_problems
+from megatron_sstoken.validate.settings import problems_of
+
+Precision = Literal["bf16", "fp32", "fp8"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training step on `world_size` GPUs. Sizes named as in the settings of a run."""
+
+    architecture: Architecture
+    world_size: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    context: int = 1
+    sequence: bool = False
+    micro_batch_size: int = 1
+    global_batch_size: int = 48
+    sequence_length: int = 2048
+    precision: Precision = "bf16"
+    recompute: Literal["none", "selective", "full"] = "none"
+    backend: Literal["transformer_engine", "torch"] = "transformer_engine"
+    head: Literal["standard", "selective"] = "selective"
+    """selective: logits of response tokens only, in chunks; kept and trained only for the selected ones."""
+    response: float = 1.0
+    """Share of the tokens that are response."""
+    rho: float = 0.6
+    """Share of the response tokens that is trained on."""
+    scope: Literal["sample", "microbatch", "batch"] = "sample"
+    """batch scores in a forward pass of its own."""
+    selects: bool = True
+    """False plans plain fine-tuning: no attention mass, no history, no scores."""
+    lora_rank: int = 0
+    """0 trains all parameters; otherwise adapters on all seven linears, the rest frozen."""
+    vocabulary_multiple: int = 128
+
+    @property
+    def data(self) -> int:
+        """Data parallel size."""
+        return self.world_size // (self.tensor * self.pipeline * self.context)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of one data parallel rank in a step."""
+        return self.global_batch_size // (self.micro_batch_size * self.data)
+
+    @property
+    def pack_tokens(self) -> int:
+        """Tokens of a micro-batch over all context parallel ranks; rows are rounded up as `data.batches` does."""
+        multiple = math.lcm(64, 2 * self.context * (self.tensor if self.sequence else 1))
+        return self.micro_batch_size * (-(-self.sequence_length // multiple) * multiple)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on one rank."""
+        return self.pack_tokens // self.context
+
+    @property
+    def split_tokens(self) -> int:
+        """Tokens of a micro-batch on one rank where sequence parallel splits them."""
+        return self.tokens // self.tensor if self.sequence else self.tokens
+
+    @property
+    def chunk_layers(self) -> int:
+        """Layers of one model chunk."""
+        return self.architecture.num_layers // (self.pipeline * self.virtual_pipeline)
+
+    @property
+    def width(self) -> int:
+        """Bytes of an activation."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def query_width(self) -> int:
+        """Query columns of one tensor parallel rank."""
+        return self.architecture.num_attention_heads * self.architecture.head_dim // self.tensor
+
+    @property
+    def key_width(self) -> int:
+        """Key columns of one tensor parallel rank; one group at least."""
+        return max(self.architecture.num_query_groups // self.tensor, 1) * self.architecture.head_dim
+
+    @property
+    def ffn_width(self) -> int:
+        """Feed-forward columns of one tensor parallel rank."""
+        return self.architecture.ffn_hidden_size // self.tensor
+
+    @property
+    def vocabulary(self) -> int:
+        """Vocabulary rows of one tensor parallel rank, with padding."""
+        return self.architecture.padded_vocabulary(self.vocabulary_multiple, self.tensor) // self.tensor
+
+    def settings(self) -> Settings:
+        """The settings of a run with this layout, for the checks that runs pass."""
+        settings = Settings()
+        settings.model.hf_path = settings.data.train = "(planned)"
+        settings.model.vocabulary_multiple = self.vocabulary_multiple
+        for name in ("tensor", "pipeline", "virtual_pipeline", "context", "sequence"):
+            setattr(settings.parallel, name, getattr(self, name))
+        settings.data.sequence_length = self.sequence_length
+        settings.training.micro_batch_size = self.micro_batch_size
+        settings.training.global_batch_size = self.global_batch_size
+        settings.training.recompute = self.recompute
+        settings.training.precision = "fp32" if self.precision == "fp32" else "bf16"
+        settings.selection.rho = self.rho
+        return settings
+
+
+def problems_of_workload(workload: Workload) -> list[str]:
+    """What cannot work, in the words that a run would use. Empty when all is well."""
+    found = problems_of(workload.settings())
+    if workload.lora_rank < 0:
+        found.append(f"lora_rank={workload.lora_rank} is too small: use 0 (full fine-tuning) or more")
+    if workload.world_size < 1:
+        found.append(f"world_size={workload.world_size} is too small: use 1 or more")
+    if not 0 < workload.response <= 1:
+        found.append(f"response={workload.response} is outside (0, 1]")
+    return found or layout_problems(workload.settings(), workload.architecture, workload.world_size)

@@ -1,1 +1,0 @@
-"""Signals that tokens are scored by; tensors only, nothing of megatron."""

@@ -1,0 +1,90 @@
+"""The plan of a run and its batch arithmetic, for people."""
+
+import math
+from typing import Any
+
+from megatron_sstoken.config import Settings
+from megatron_sstoken.model.backend import backend_of, numerics_of, transformer_engine_problem
+from megatron_sstoken.model.lora import describe_trained
+from megatron_sstoken.selection.methods import METHODS
+from megatron_sstoken.validate.run import RunPlan
+
+
+def describe(plan: RunPlan) -> str:
+    """A line for each thing to know before a run."""
+    s, a, shape = plan.settings, plan.architecture, plan.shape
+    parallel = s.parallel
+    samples = plan.train.samples
+    used = samples.lengths[samples.indices]
+    rows_per_epoch = plan.train.order.num_rows(1)
+    rows: list[tuple[str, Any]] = [
+        ("model", f"{a.family}, {a.num_parameters():,} parameters, {a.num_layers} layers ({s.model.hf_path})"),
+        (
+            "vocabulary",
+            f"{a.vocabulary_size:,}, padded to {a.padded_vocabulary(s.model.vocabulary_multiple, parallel.tensor):,}",
+        ),
+        (
+            "processes",
+            f"{plan.world_size} = tensor {parallel.tensor} × pipeline {parallel.pipeline}"
+            + (f" (× {parallel.virtual_pipeline} chunks)" if parallel.virtual_pipeline > 1 else "")
+            + f" × context {parallel.context} × data {shape.data_size}"
+            + (", sequence parallel" if parallel.sequence else ""),
+        ),
+        (
+            "data",
+            f"{len(used):,} samples, {int(used.sum()):,} tokens, longest {int(used.max())} "
+            f"({samples.num_truncated} truncated, {samples.num_dropped} dropped, "
+            f"{samples.num_without_response} left without response)",
+        ),
+        (
+            "batch",
+            f"{shape.global_batch_size} rows = micro-batch {shape.micro_batch_size} × data {shape.data_size} × "
+            f"accumulation {shape.num_micro_batches}; about "
+            f"{math.ceil(used.sum() / rows_per_epoch * shape.global_batch_size):,} real tokens a step",
+        ),
+        (
+            "rows",
+            f"{rows_per_epoch:,} of up to {s.data.sequence_length} tokens an epoch, "
+            + (
+                f"packed {len(used) / rows_per_epoch:.1f} samples a row, "
+                f"{100 * used.sum() / rows_per_epoch / s.data.sequence_length:.1f} % full"
+                if s.data.packing
+                else "one sample a row, padded to the longest of its batch"
+            ),
+        ),
+        ("steps", f"{plan.num_steps:,} ({plan.num_rows / rows_per_epoch:.3g} epochs)"),
+        ("selection", _describe_selection(s)),
+        ("trained", describe_trained(a, s.lora)),
+        ("layers", _describe_layers(s)),
+        ("precision", numerics_of(s)),
+        ("checkpoints", s.checkpoint.directory or "none"),
+    ]
+    rows += [("note", note) for note in plan.notes]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _describe_layers(settings: Settings) -> str:
+    """What the layers are made of and, where nobody said, why."""
+    backend = backend_of(settings)
+    if settings.model.backend != "auto":
+        return backend
+    if settings.training.precision == "fp32" or settings.lora.rank > 0:
+        return f"{backend} ({'fp32' if settings.training.precision == 'fp32' else 'adapters'})"
+    return f"{backend} ({transformer_engine_problem() or 'transformer_engine can run'})"
+
+
+def _describe_selection(settings: Settings) -> str:
+    selection = settings.selection
+    if selection.method == "full":
+        return "full: every response token"
+    text = (
+        f"{selection.method}, rho {selection.rho}, scope {selection.scope}, loss averaged by {selection.loss_average}"
+    )
+    if METHODS[selection.method].needs_attention:
+        text += f", gamma {selection.gamma}, layer {selection.layer}"
+    if METHODS[selection.method].needs_history:
+        text += f", history {settings.history.source}"
+        if settings.history.source == "frozen":
+            text += f" ({settings.history.hf_path or 'starting weights'})"
+    return text

@@ -1,0 +1,204 @@
+"""Whether a layout, an arithmetic and a batch fit a model and a number of processes.
+
+Broken rules are collected as messages that name setting, value, rule and remedy.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from megatron_sstoken.config import Settings
+from megatron_sstoken.data.batches import BatchShape, batch_shape
+from megatron_sstoken.model.backend import token_multiple
+from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.parallel import processes_problem
+
+T = TypeVar("T")
+
+
+class Findings:
+    """Collects problems; a part that fails to open is None and what depends on it goes unchecked.
+
+    In a dry run what this machine lacks is a note: the run may be meant for another machine.
+    """
+
+    def __init__(self, problems: list[str], dry_run: bool = False):
+        self.problems = list(problems)
+        self.notes: list[str] = []
+        self._lacking = self.notes if dry_run else self.problems
+
+    def require(self, holds: bool, message: str) -> None:
+        if not holds:
+            self.problems.append(message)
+
+    def lacks(self, messages: list[str]) -> None:
+        """Add what this machine lacks."""
+        self._lacking.extend(messages)
+
+    def attempt(self, setting: str, action: Callable[[], T]) -> T | None:
+        try:
+            return action()
+        except (ValueError, OSError) as error:
+            self.problems.append(f"{setting}: {error}")
+            return None
+
+
+def check_processes(settings: Settings, world_size: int, found: Findings) -> int:
+    """Data parallel size; 0 if the processes cannot be divided."""
+    parallel = settings.parallel
+    product = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % product:
+        found.problems.append(processes_problem(parallel, world_size))
+        return 0
+    stage = world_size // parallel.pipeline
+    found.require(
+        stage % parallel.expert == 0,
+        f"parallel.expert={parallel.expert} does not divide the {stage} processes of a pipeline stage: "
+        f"use {divisors(stage)}",
+    )
+    return world_size // product
+
+
+def divisors(number: int, limit: int = 64) -> str:
+    """The divisors of `number` up to `limit`, for messages: '1, 2 or 4'."""
+    values = [str(value) for value in range(1, min(number, limit) + 1) if number % value == 0]
+    return " or ".join([", ".join(values[:-1]), values[-1]]) if len(values) > 1 else values[0]
+
+
+def layout_problems(settings: Settings, architecture: Architecture, world_size: int) -> list[str]:
+    """What keeps the layout and the batch of `settings` from fitting the model and the number of processes."""
+    found = Findings([])
+    data_size = check_processes(settings, world_size, found)
+    check_split("model", architecture, settings, found)
+    if data_size and not found.problems:
+        batch_shape_of(settings, data_size, found)
+    return found.problems
+
+
+def check_split(name: str, a: Architecture, settings: Settings, found: Findings) -> None:
+    """Whether the layout and the sequence length fit `a`; `name` is what messages call it: model or history."""
+    parallel = settings.parallel
+    tensor = parallel.tensor
+    for field, number in (("num_attention_heads", a.num_attention_heads), ("intermediate_size", a.ffn_hidden_size)):
+        found.require(
+            number % tensor == 0,
+            f"parallel.tensor={tensor} does not divide {name}.{field}={number}: use {divisors(number)}",
+        )
+    groups = a.num_query_groups
+    found.require(
+        groups % tensor == 0 or tensor % groups == 0,
+        f"parallel.tensor={tensor} neither divides nor is a multiple of {name}.num_key_value_heads={groups}: "
+        f"use {divisors(groups)}",
+    )
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    found.require(
+        a.num_layers % chunks == 0,
+        f"parallel.pipeline={parallel.pipeline} × parallel.virtual_pipeline={parallel.virtual_pipeline} = {chunks} "
+        f"does not divide {name}.num_hidden_layers={a.num_layers}: use a product of {divisors(a.num_layers)}",
+    )
+    _check_experts(name, a, settings, found)
+    owner = "the model" if name == "model" else f"the {name} model"
+    found.require(
+        settings.data.sequence_length <= a.max_positions,
+        f"data.sequence_length={settings.data.sequence_length} is longer than {owner}'s "
+        f"max_position_embeddings={a.max_positions}: use {a.max_positions} or less",
+    )
+
+
+def _check_experts(name: str, a: Architecture, settings: Settings, found: Findings) -> None:
+    """Whether the experts can be dealt out."""
+    parallel = settings.parallel
+    if not a.num_experts:
+        found.require(
+            parallel.expert == 1 or name != "model",
+            f"parallel.expert={parallel.expert} needs a mixture of experts, which {name}.model_type={a.family} is not: "
+            "use 1",
+        )
+        return
+    found.require(
+        a.num_experts % parallel.expert == 0,
+        f"parallel.expert={parallel.expert} does not divide {name}.num_experts={a.num_experts}: "
+        f"use {divisors(a.num_experts)}",
+    )
+    found.require(
+        parallel.tensor == 1 or parallel.sequence,
+        f"parallel.sequence=false with parallel.tensor={parallel.tensor} would compute the experts of every token "
+        f"{parallel.tensor} times: use parallel.sequence=true",
+    )
+
+
+def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None:
+    """Whether adapters can sit where `lora.targets` wants them."""
+    lora, tensor = settings.lora, settings.parallel.tensor
+    if lora.rank == 0:
+        return
+    fused = [name for name in lora.targets if name in ("q_proj", "k_proj", "v_proj")]
+    found.require(
+        not fused or a.num_query_groups % tensor == 0,
+        f"parallel.tensor={tensor} does not divide model.num_key_value_heads={a.num_query_groups}, which "
+        f"adapters on {', '.join(fused)} need: use {divisors(a.num_query_groups)}, or leave them out of lora.targets",
+    )
+    of_experts = [name for name in lora.targets if name in ("gate_proj", "up_proj", "down_proj")]
+    found.require(
+        not a.num_experts or not of_experts,
+        f"lora.targets={lora.targets} names linears of experts, which take no adapters: leave out {', '.join(of_experts)}",
+    )
+
+
+def check_fp8(settings: Settings, a: Architecture, found: Findings) -> None:
+    """Whether FP8's tiles fit the matrices that a rank holds, and enough layers are left."""
+    training, parallel = settings.training, settings.parallel
+    if training.precision != "fp8":
+        return
+    multiple, tensor = token_multiple(training), parallel.tensor
+    widths = {
+        "hidden_size": a.hidden_size,
+        "intermediate_size": a.ffn_hidden_size // tensor,
+        "num_attention_heads × head_dim": a.num_attention_heads * a.head_dim // tensor,
+        "(num_attention_heads + 2 · num_key_value_heads) × head_dim": (a.num_attention_heads + 2 * a.num_query_groups)
+        * a.head_dim
+        // tensor,
+    }
+    for name, width in widths.items():
+        found.require(
+            width % multiple == 0,
+            f"training.fp8_recipe={training.fp8_recipe} needs multiples of {multiple}; model.{name} leaves a rank "
+            f"{width} with parallel.tensor={tensor}: use a smaller parallel.tensor or another recipe",
+        )
+    per_stage = a.num_layers // parallel.pipeline
+    for name in ("fp8_first_bf16_layers", "fp8_last_bf16_layers"):
+        value = getattr(training, name)
+        found.require(
+            value <= per_stage,
+            f"training.{name}={value} is more than the {per_stage} layers of a pipeline stage: use {per_stage} or less",
+        )
+
+
+def batch_shape_of(settings: Settings, data_size: int, found: Findings) -> BatchShape | None:
+    training, parallel = settings.training, settings.parallel
+    step = training.micro_batch_size * data_size
+    if training.global_batch_size % step:
+        near = sorted(
+            {max(training.global_batch_size // step, 1) * step, -(-training.global_batch_size // step) * step}
+        )
+        found.problems.append(
+            f"training.global_batch_size={training.global_batch_size} is not a multiple of "
+            f"training.micro_batch_size={training.micro_batch_size} × data parallel size {data_size} = {step}: "
+            f"use {' or '.join(map(str, near))}"
+        )
+        return None
+    num_micro_batches = training.global_batch_size // step
+    found.require(
+        parallel.virtual_pipeline == 1 or num_micro_batches % parallel.pipeline == 0,
+        f"training.global_batch_size={training.global_batch_size} gives {num_micro_batches} micro-batches; the "
+        f"interleaved schedule needs a multiple of parallel.pipeline={parallel.pipeline}: "
+        f"use a multiple of {step * parallel.pipeline}",
+    )
+    return batch_shape(
+        training.micro_batch_size,
+        training.global_batch_size,
+        data_size,
+        tensor=parallel.tensor,
+        context=parallel.context,
+        sequence=parallel.sequence,
+        tokens_multiple=token_multiple(training),
+    )

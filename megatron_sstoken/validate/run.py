@@ -1,0 +1,253 @@
+"""What a run will do, worked out before it starts: settings against model, data and number of processes.
+
+Everything that cannot work is found here and told at once; nothing here needs process groups or a GPU.
+"""
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+
+from megatron_sstoken.checkpoint.save_load import adapter_problems, checkpoint_steps, read_adapters, resolve_checkpoint
+from megatron_sstoken.config import Settings, SettingsError
+from megatron_sstoken.data.batches import BatchShape, PackOrder, SampleFilter, filter_samples
+from megatron_sstoken.data.store import SampleStore
+from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.model.backend import machine_problems
+from megatron_sstoken.model.families import Architecture, read_architecture
+from megatron_sstoken.model.weights import HuggingFaceWeights, NoWeights, check_weights
+from megatron_sstoken.selection.methods import METHODS
+from megatron_sstoken.validate.layout import (
+    Findings,
+    batch_shape_of,
+    check_adapters,
+    check_fp8,
+    check_processes,
+    check_split,
+)
+from megatron_sstoken.validate.settings import problems_of
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """A prepared folder, and which of its samples a run uses in which order."""
+
+    store: SampleStore
+    samples: SampleFilter
+    order: PackOrder
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run whose settings have passed every check that needs no process group."""
+
+    settings: Settings
+    world_size: int
+    architecture: Architecture
+    train: DataPlan
+    validation: DataPlan | None
+    shape: BatchShape
+    num_rows: int
+    """Rows that training sees, over all epochs."""
+    captured_layers: tuple[int, ...]
+    """Layers (from 1) whose attention is measured; empty if the method does not use it."""
+    notes: tuple[str, ...] = ()
+    """What a dry run lets pass: weights or devices that are not here yet."""
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self.num_rows // self.shape.global_batch_size)
+
+    @property
+    def needs_history(self) -> bool:
+        return METHODS[self.settings.selection.method].needs_history
+
+
+def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> RunPlan:
+    """Check everything and work out the run. Raises SettingsError with every problem found.
+
+    With `dry_run` weights that are not there yet and devices that this machine lacks are notes of the plan instead.
+    """
+    found = Findings(problems_of(settings), dry_run)
+    found.require(world_size >= 1, f"world_size={world_size} is too small: use 1 or more")
+    if found.problems:
+        raise SettingsError(found.problems)
+    architecture = found.attempt("model.hf_path", lambda: read_architecture(settings.model.hf_path or ""))
+    data_size = check_processes(settings, world_size, found)
+    found.lacks(machine_problems(settings))
+    if architecture:
+        _check_model(settings, architecture, found)
+    train = _open_data("data.train", settings.data.train, settings, architecture, found, shuffle=settings.data.shuffle)
+    validation = None
+    if settings.data.validation:
+        validation = _open_data(
+            "data.validation", settings.data.validation, settings, architecture, found, shuffle=False
+        )
+        if train and validation:
+            ours, theirs = train.store.manifest.tokenizer_fingerprint, validation.store.manifest.tokenizer_fingerprint
+            found.require(
+                ours == theirs,
+                f"data.validation={settings.data.validation} was prepared with another tokenizer than "
+                f"data.train={settings.data.train}: prepare both with the same",
+            )
+    shape = batch_shape_of(settings, data_size, found) if data_size else None
+    _check_checkpoint(settings, found)
+    if found.problems or not (architecture and train and shape):
+        raise SettingsError(found.problems)
+    num_rows = train.order.num_rows(settings.training.epochs)
+    if settings.training.steps is not None:
+        num_rows = settings.training.steps * shape.global_batch_size
+    return RunPlan(
+        settings=settings,
+        world_size=world_size,
+        architecture=architecture,
+        train=train,
+        validation=validation,
+        shape=shape,
+        num_rows=num_rows,
+        captured_layers=_captured_layers(settings, architecture),
+        notes=tuple(found.notes),
+    )
+
+
+def _check_model(settings: Settings, a: Architecture, found: Findings) -> None:
+    check_split("model", a, settings, found)
+    check_adapters(settings, a, found)
+    for layer in layers_of(settings):
+        found.require(
+            -a.num_layers <= layer < a.num_layers,
+            f"selection.layer={layer} does not exist in a model of {a.num_layers} layers: "
+            f"use {-a.num_layers} to {a.num_layers - 1}",
+        )
+    distinct = {layer % a.num_layers for layer in layers_of(settings)}
+    found.require(
+        len(distinct) == len(layers_of(settings)),
+        f"selection.layer={settings.selection.layer} names a layer twice in a model of {a.num_layers} layers: "
+        f"use each once",
+    )
+    check_fp8(settings, a, found)
+    if settings.model.checkpoint is None:
+        _check_weights("model.hf_path", settings.model.hf_path or "", a, found)
+    if settings.history.hf_path and METHODS[settings.selection.method].needs_history:
+        path = settings.history.hf_path
+        history = found.attempt("history.hf_path", lambda: read_architecture(path))
+        if history is not None:
+            check_split("history", history, settings, found)
+            _check_weights("history.hf_path", path, history, found)
+
+
+def _check_weights(setting: str, path: str, a: Architecture, found: Findings) -> None:
+    try:
+        weights = HuggingFaceWeights(path)
+    except NoWeights as error:
+        found.lacks([f"{setting}: {error}"])
+    except (ValueError, OSError) as error:
+        found.problems.append(f"{setting}: {error}")
+    else:
+        found.attempt(setting, lambda: check_weights(weights, a))
+
+
+def _open_data(
+    setting: str, path: str | None, settings: Settings, a: Architecture | None, found: Findings, *, shuffle: bool
+) -> DataPlan | None:
+    store = found.attempt(setting, lambda: SampleStore(path or ""))
+    if store is None:
+        return None
+    without = int((store.response_counts == 0).sum())
+    if without:
+        row = int(store.rows[(store.response_counts == 0).argmax()])
+        found.problems.append(
+            f"{setting}={path}: {without} samples have no response token (first: input row {row}): "
+            "prepare the data again with tools/prepare_data.py"
+        )
+    _check_vocabulary(setting, path, store, settings, a, found)
+    _check_tokenizer(setting, path, store, settings, found)
+    data = settings.data
+    samples = found.attempt(setting, lambda: filter_samples(store, data.sequence_length, data.too_long))
+    if samples is None:
+        return None
+    order = PackOrder(
+        samples,
+        seed=settings.training.seed,
+        shuffle=shuffle,
+        packing="first_fit" if data.packing else "none",
+        capacity=data.sequence_length,
+    )
+    return DataPlan(store, samples, order)
+
+
+def _check_vocabulary(
+    setting: str, path: str | None, store: SampleStore, settings: Settings, a: Architecture | None, found: Findings
+) -> None:
+    """The models must know every token of the data. Padded vocabularies of one tokenizer differ between sizes."""
+    models = [("model.hf_path", settings.model.hf_path, a)]
+    if settings.history.hf_path and METHODS[settings.selection.method].needs_history:
+        with suppress(ValueError, OSError):  # told where the history model is checked
+            models.append(("history.hf_path", settings.history.hf_path, read_architecture(settings.history.hf_path)))
+    for owner, folder, architecture in models:
+        if architecture is not None and store.manifest.vocabulary_size > architecture.vocabulary_size:
+            found.problems.append(
+                f"{setting}={path} was prepared with a vocabulary of {store.manifest.vocabulary_size}, "
+                f"{owner}={folder} has {architecture.vocabulary_size}: prepare the data with the model's tokenizer"
+            )
+
+
+def _check_tokenizer(setting: str, path: str | None, store: SampleStore, settings: Settings, found: Findings) -> None:
+    """The tokenizer beside the model, where there is one, must be the one that made the data."""
+    folder = settings.model.hf_path or ""
+    present = [os.path.join(folder, name) for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
+    if not any(map(os.path.isfile, present)):
+        return
+    candidates = [folder] + [path for path in present[1:2] if os.path.isfile(path)]
+    fingerprints: list[str] = []
+    for candidate in candidates:
+        try:
+            fingerprints.append(load_tokenizer(candidate).fingerprint)
+        except Exception:  # transformers raises anything for files it cannot read; such a tokenizer proves nothing
+            continue
+    if fingerprints and store.manifest.tokenizer_fingerprint not in fingerprints:
+        found.problems.append(
+            f"{setting}={path} was prepared with another tokenizer ({store.manifest.tokenizer_path}) than the one of "
+            f"model.hf_path={folder}: prepare the data with --tokenizer {folder}"
+        )
+
+
+def _check_checkpoint(settings: Settings, found: Findings) -> None:
+    directory, start = settings.checkpoint.directory, settings.model.checkpoint
+    if start is not None:
+        saved = found.attempt("model.checkpoint", lambda: read_adapters(resolve_checkpoint(start)))
+        found.problems += adapter_problems(f"model.checkpoint={start}", saved, settings.lora)
+        found.require(
+            directory is None or os.path.realpath(start) != os.path.realpath(directory),
+            f"model.checkpoint={start} is checkpoint.directory: the start would move with every checkpoint; name one "
+            "step_<number> of it, or another checkpoint.directory",
+        )
+    if directory is not None and not settings.checkpoint.resume and (steps := checkpoint_steps(directory)):
+        found.problems.append(
+            f"checkpoint.directory={directory} holds checkpoints of another run (step {max(steps)}), which "
+            "checkpoint.resume=false would mix with new ones: name another directory, or remove them"
+        )
+    for setting, path in (("checkpoint.directory", directory), ("logging.directory", settings.logging.directory)):
+        if path is not None and (problem := writing_problem(setting, path)):
+            found.problems.append(problem)
+
+
+def writing_problem(setting: str, path: str) -> str | None:
+    """Why nothing can be made at `path`, or None: its nearest existing parent is not a writable folder."""
+    existing = os.path.abspath(path)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    if os.path.isdir(existing) and os.access(existing, os.W_OK):
+        return None
+    return f"{setting}={path} cannot be written: {existing} is not a writable folder"
+
+
+def layers_of(settings: Settings) -> list[int]:
+    """`selection.layer` as a list."""
+    layer = settings.selection.layer
+    return layer if isinstance(layer, list) else [layer]
+
+
+def _captured_layers(settings: Settings, a: Architecture) -> tuple[int, ...]:
+    if not METHODS[settings.selection.method].needs_attention:
+        return ()
+    return tuple(sorted(layer % a.num_layers + 1 for layer in layers_of(settings)))
