@@ -103,11 +103,11 @@ def measure(settings, rounds: int) -> list[dict]:
     from megatron_sstoken.data.batches import BatchLoader
     from megatron_sstoken.device import have_cuda, peak_memory_bytes, synchronize
     from megatron_sstoken.model.backend import numerics_of
-    from megatron_sstoken.model.build import build_model, build_optimizer
+    from megatron_sstoken.model.build import build_model
+    from megatron_sstoken.model.optimizer import build_optimizer
     from megatron_sstoken.parallel import create_layout
-    from megatron_sstoken.passes.scoring import selector_of
     from megatron_sstoken.training.metrics import training_flops
-    from megatron_sstoken.training.selector import train_on_selected
+    from megatron_sstoken.training.selector import selector_of, train_on_selected
     from megatron_sstoken.validate.run import plan_run
 
     plan = plan_run(settings, 1, dry_run=True)  # a dry run: these models have no weights on disk
@@ -133,7 +133,7 @@ def measure(settings, rounds: int) -> list[dict]:
             begun = time.perf_counter()
             model.zero_gradients()
             optimizer.zero_grad()
-            train_on_selected(model, batches, selector_of(settings, layout, gamma=0.5, draw=round_number))
+            train_on_selected(model, batches, selector_of(settings, layout, gamma=0.5, step=round_number))
             optimizer.step()
             synchronize()
             memory[method] = max(memory[method], peak_memory_bytes())

@@ -55,7 +55,8 @@ def torchrun(*arguments: str) -> tuple[str, ...]:
 
 def compare_logits(checkpoint: str, exported: str, data: str) -> None:
     """On both processes: logits of megatron under tensor parallel 2 against transformers, at every position."""
-    from megatron_sstoken.checkpoint.save_load import load_checkpoint, resolve_checkpoint
+    from megatron_sstoken.checkpoint.manifest import open_checkpoint
+    from megatron_sstoken.checkpoint.save_load import load_checkpoint
     from megatron_sstoken.config import Settings
     from megatron_sstoken.model.attention import sample_bounds
     from megatron_sstoken.model.build import build_model
@@ -67,7 +68,7 @@ def compare_logits(checkpoint: str, exported: str, data: str) -> None:
     settings.parallel.tensor, settings.training.precision = 2, "fp32"
     layout = create_layout(settings.parallel, seed=0)
     model = build_model(read_architecture(exported), settings, layout, trainable=False)
-    load_checkpoint(resolve_checkpoint(checkpoint), model)
+    load_checkpoint(open_checkpoint(checkpoint), model)
     reference = AutoModelForCausalLM.from_pretrained(exported, attn_implementation="eager").eval()
     store = SampleStore(data)
     largest, positions = 0.0, 0

@@ -30,7 +30,7 @@ from peft import PeftModel  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from benchmarks.gsm8k_epoch import make_start, run, torchrun  # noqa: E402
-from megatron_sstoken.checkpoint.save_load import checkpoint_steps, read_run_state  # noqa: E402
+from megatron_sstoken.checkpoint.manifest import checkpoint_steps, read_run_state  # noqa: E402
 from megatron_sstoken.data.store import SampleStore  # noqa: E402
 
 NUM_COMPARED, NUM_HELD_OUT = 8, 64

@@ -21,11 +21,10 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from megatron_sstoken.checkpoint.weights_source import model_to_train  # noqa: E402
+from megatron_sstoken.history.source import open_history  # noqa: E402
 from megatron_sstoken.parallel import create_layout, start_processes, stop_processes  # noqa: E402
-from megatron_sstoken.passes.scoring import open_history, selector_of  # noqa: E402
-from megatron_sstoken.training.loop import create_trainer  # noqa: E402
-from megatron_sstoken.training.selector import train_on_selected  # noqa: E402
+from megatron_sstoken.training.loop import create_trainer, model_to_train  # noqa: E402
+from megatron_sstoken.training.selector import selector_of, train_on_selected  # noqa: E402
 from megatron_sstoken.validate.agree import agreed_plan  # noqa: E402
 from tests.workbench import make_model, make_samples, make_settings, make_store  # noqa: E402
 
@@ -53,7 +52,7 @@ def main() -> None:
     start_processes()
     plan = agreed_plan(settings)
     layout = create_layout(settings.parallel, 0)
-    trainer = create_trainer(plan, layout, model_to_train(plan, layout, trainable=True), open_history(plan, layout))
+    trainer = create_trainer(plan, layout, model_to_train(plan, layout), open_history(plan, layout))
     trainer.model.train(True)
     batches = trainer.loader.load(0)
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
@@ -63,7 +62,7 @@ def main() -> None:
                 setattr(settings.selection, key, value)
             # Plain fine-tuning measures no attention.
             trainer.model.captured_layers = () if name == "full" else plan.captured_layers
-            selector = selector_of(settings, layout, gamma=0.5, draw=0)
+            selector = selector_of(settings, layout, gamma=0.5, step=0)
             trainer.model.zero_gradients()
             begun = time.perf_counter()
             train_on_selected(trainer.model, batches, selector)

@@ -15,14 +15,14 @@ from benchmarks.hf_loop import HuggingFaceLoop
 from benchmarks.measure import Rows, alternate, count
 from benchmarks.workload import Options, make, make_trainer, settings_for, typical_batch, use
 from megatron_sstoken.data.batches import TokenBatch
+from megatron_sstoken.history.frozen import build_history
 from megatron_sstoken.model.attention import sample_bounds
 from megatron_sstoken.model.backend import compiler_problem
 from megatron_sstoken.model.head import IGNORE_INDEX
-from megatron_sstoken.passes.scoring import build_history, selector_of
-from megatron_sstoken.passes.step import labels_of, score_batch, train_batch
+from megatron_sstoken.passes.step import labels_of, score_batch, select_and_train
 from megatron_sstoken.selection.methods import Selection
 from megatron_sstoken.training.loop import Trainer, training_step
-from megatron_sstoken.training.selector import signals_of, train_on_selected
+from megatron_sstoken.training.selector import selector_of, signals_of, train_on_selected
 
 STEP_ROWS = 8  # the paper's recipe has global batches of 48 samples; eight rows hold about 40
 COMPARED_ROWS = 4  # with transformers: some 20 samples
@@ -100,16 +100,14 @@ def head(options: Options) -> None:
 
 
 def scoring(options: Options) -> None:
-    """What selection adds to a step: the tap, the hand-over and the selection, against masks made beforehand."""
+    """What selection adds to a step: the attention capture, the side channel and selection, against given masks."""
     trainer = make_trainer(settings_for(options.work, tensor=options.tensor))
     model, settings = trainer.model, trainer.settings
-    selector = selector_of(settings, trainer.layout, gamma=0.5, draw=0)
+    selector = selector_of(settings, trainer.layout, gamma=0.5, step=0)
     number = typical_batch(trainer)
     batches = trainer.loader.load(number)
     (report,) = score_batch(model, batches)
     masks: list[Selection] = [selector(report)]
-    # The same tokens cost the same: all responses are scored, the masked ones are trained on.
-    fixed = {"select": lambda _: masks[0]}
 
     def with_scoring():
         model.captured_layers = trainer.plan.captured_layers
@@ -119,7 +117,8 @@ def scoring(options: Options) -> None:
     def without():
         model.captured_layers = ()
         model.zero_gradients()
-        train_batch(model, batches, fixed["select"])
+        # The same tokens cost the same: all responses are scored, the masked ones are trained on.
+        select_and_train(model, batches, lambda _: masks[0])
 
     rows = Rows("scoring", options.config())
     timings = alternate({"masks given": without, "ssToken": with_scoring}, options.rounds)
@@ -167,10 +166,10 @@ def selection(options: Options) -> None:
         mask = torch.zeros_like(signals.response)
         for number in range(signals.num_segments):
             index = ((signals.segment == number) & signals.response).nonzero().flatten()
-            rel = [float(signals.history_loss[i].item() - signals.loss[i].item()) for i in index]
+            rel = [float(signals["history_loss"][i].item() - signals["loss"][i].item()) for i in index]
             low, high = min(rel), max(rel)
             scores = [
-                0.5 * (value - low) / (high - low + 1e-8) + 0.5 * signals.attention[i].item()
+                0.5 * (value - low) / (high - low + 1e-8) + 0.5 * signals["attention"][i].item()
                 for value, i in zip(rel, index, strict=True)
             ]
             for best in torch.tensor(scores).topk(max(1, round(0.6 * len(scores)))).indices:
@@ -179,7 +178,7 @@ def selection(options: Options) -> None:
     variants = {"Python loop": loop}
     for scope in ("sample", "microbatch"):
         settings = replace(trainer.settings.selection, scope=scope)
-        selector = replace(selector_of(trainer.settings, trainer.layout, gamma=0.5, draw=0), settings=settings)
+        selector = replace(selector_of(trainer.settings, trainer.layout, gamma=0.5, step=0), settings=settings)
         variants[f"scope {scope}"] = lambda selector=selector: selector(report)
     for name, timing in alternate(variants, 4 * options.rounds).items():
         rows.add(f"{int(signals.response.sum())} tokens", name, timing, **_shares(trainer, number))

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_sstoken.checkpoint.weights_source import model_to_train
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.conversation import FieldNames
 from megatron_sstoken.data.prepare import prepare
 from megatron_sstoken.data.store import SampleStore, StoreWriter
+from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.parallel import create_layout, reset_layout
-from megatron_sstoken.training.loop import Trainer, create_trainer
+from megatron_sstoken.training.loop import Trainer, create_trainer, model_to_train
 from megatron_sstoken.validate.agree import agreed_plan
 from tools.make_toy import make_tokenizer
 
@@ -57,8 +57,13 @@ class Options:
         return vars(self.shape) | {"num_problems": self.num_problems, "tensor": self.tensor} | more
 
 
-class DrawnHistory:
+class DrawnHistory(HistorySource):
     """History losses drawn at random, so that nothing has to be scored before something else is timed."""
+
+    name = "drawn"
+
+    def token_values(self) -> "DrawnHistory":
+        return self
 
     def values(self, start: int, stop: int) -> np.ndarray:
         return np.random.default_rng(start).uniform(0, 12, stop - start).astype(np.float32)
@@ -128,7 +133,7 @@ def make_trainer(settings: Settings) -> Trainer:
         reset_layout()
     plan = agreed_plan(settings)
     layout = create_layout(settings.parallel, 0)
-    trainer = create_trainer(plan, layout, model_to_train(plan, layout, trainable=True), DrawnHistory())  # type: ignore[arg-type]
+    trainer = create_trainer(plan, layout, model_to_train(plan, layout), DrawnHistory())
     trainer.model.train(True)
     return trainer
 

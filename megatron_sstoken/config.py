@@ -137,7 +137,7 @@ class SelectionSettings:
 class HistorySettings:
     """Where history losses come from."""
 
-    source: Literal["frozen", "adapters_off"] = "frozen"
+    source: str = "frozen"
     """frozen: fixed weights score the data once, before training, into a store beside the data.
 
     adapters_off: the model that is trained scores each batch with its adapters switched off, one forward pass a step; no

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sstoken.config import ParallelSettings, SettingsError
 from megatron_sstoken.device import adapt_megatron_to_cpu, communication_backend, compute_device, have_cuda
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,20 @@ def agree_on_problems(problems: list[str]) -> None:
     union = list(dict.fromkeys(message for messages in gathered for message in messages or []))
     if union:
         raise SettingsError(union)
+
+
+def broadcast_object(value: T, source: int, group: dist.ProcessGroup | None = None) -> T:
+    """`value` of global rank `source`, on every rank of `group`."""
+    box = [value]
+    dist.broadcast_object_list(box, src=source, group=group)
+    return box[0]
+
+
+def writer_rank(layout: Layout) -> int:
+    """Global rank of the process that writes results, known to all."""
+    ranks: list[bool] = [False] * layout.world_size
+    dist.all_gather_object(ranks, layout.is_writer, group=layout.control)
+    return ranks.index(True)
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -3,11 +3,13 @@
 import os
 import sys
 
-from megatron_sstoken.checkpoint.weights_source import model_to_train
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import Settings, SettingsError
+from megatron_sstoken.history.source import open_history
 from megatron_sstoken.parallel import agree_on_problems, create_layout, run_to_exit_code, start_processes
-from megatron_sstoken.passes.scoring import open_history, selector_of, write_records
+from megatron_sstoken.training.loop import model_to_train
+from megatron_sstoken.training.records import write_records
+from megatron_sstoken.training.selector import selector_of
 from megatron_sstoken.validate.agree import agreed_plan
 from megatron_sstoken.validate.run import writing_problem
 
@@ -34,8 +36,8 @@ def run(settings: Settings, output: str) -> None:
     layout = create_layout(settings.parallel, settings.training.seed)
     history = open_history(plan, layout)
     model = model_to_train(plan, layout, trainable=False)
-    selector = selector_of(settings, layout, gamma=settings.selection.gamma, draw=0)
-    write_records(model, plan, layout, selector, history, output)
+    selector = selector_of(settings, layout, gamma=settings.selection.gamma, step=0, history=history)
+    write_records(model, plan, layout, selector, output)
     if layout.rank == 0:
         print(f"token records: {output}", flush=True)
 

@@ -3,12 +3,11 @@
 import os
 import sys
 
-from megatron_sstoken.checkpoint.weights_source import model_to_train
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import Settings
+from megatron_sstoken.history.source import open_history
 from megatron_sstoken.parallel import create_layout, run_to_exit_code, start_processes
-from megatron_sstoken.passes.scoring import open_history
-from megatron_sstoken.training.loop import create_trainer, resumable_checkpoint, train
+from megatron_sstoken.training.loop import create_trainer, model_to_train, resumable_checkpoint, train
 from megatron_sstoken.validate.agree import agreed_plan
 from megatron_sstoken.validate.describe import describe
 from megatron_sstoken.validate.run import plan_run
@@ -43,7 +42,7 @@ def dry_run(settings: Settings, world_size: int | None) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         print(describe(plan))
         if newest is not None:
-            print(f"would resume from {newest}")
+            print(f"would resume from {newest.folder}")
 
 
 def run(settings: Settings) -> None:
@@ -54,7 +53,7 @@ def run(settings: Settings) -> None:
     if layout.rank == 0:
         print(describe(plan), flush=True)
     history = open_history(plan, layout)
-    model = model_to_train(plan, layout, trainable=True)
+    model = model_to_train(plan, layout)
     trainer = create_trainer(plan, layout, model, history)
     train(trainer)
 

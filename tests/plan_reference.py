@@ -10,10 +10,10 @@ import os
 import sys
 from typing import Any
 
-from megatron_sstoken.model.build import build_optimizer
 from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.model.optimizer import build_optimizer
 from megatron_sstoken.model.presets import MODELS, find_architecture
-from megatron_sstoken.passes.step import train_batch
+from megatron_sstoken.passes.step import select_and_train
 from megatron_sstoken.planner.communication import traffic_of
 from megatron_sstoken.planner.hardware import GPUS
 from megatron_sstoken.planner.memory import activation_bytes, head_kept_bytes, layer_activations
@@ -57,10 +57,10 @@ def run_step(case: dict[str, Any]) -> dict[str, Any]:
     stage = model.layout.pipeline_rank
     batches = [make_batch(SEQUENCE, w.micro_batch_size) for _ in range(w.num_micro_batches)]
     with measure_saved(model) as kept, CountCollectives() as collectives:
-        train_batch(model, batches, lambda report: Selection(report.batch.response, *[report.loss] * 3))
+        select_and_train(model, batches, lambda report: Selection(report.batch.response, *[report.loss] * 3))
     planned: dict[str, list[int]] = {}
     for traffic in traffic_of(w, stage, GPUS["h100"]):
-        if traffic.kind != "data":  # outside of train_batch, or in calls of another name
+        if traffic.kind != "data":  # outside of select_and_train, or in calls of another name
             count, size = planned.get(traffic.operation, [0, 0])
             planned[traffic.operation] = [count + traffic.count, size + traffic.size]
     total = activation_bytes(w, stage)

@@ -148,16 +148,15 @@ def run_score(rank: int, settings: list[Settings], outputs: list[str]) -> None:
 
 def make_trainer(settings: Settings) -> Any:
     """On each rank: plan, layout, history and model of a run, as `megatron_sstoken.train` puts them together."""
-    from megatron_sstoken.checkpoint.weights_source import model_to_train
+    from megatron_sstoken.history.source import open_history
     from megatron_sstoken.parallel import create_layout
-    from megatron_sstoken.passes.scoring import open_history
-    from megatron_sstoken.training.loop import create_trainer
+    from megatron_sstoken.training.loop import create_trainer, model_to_train
     from megatron_sstoken.validate.agree import agreed_plan
 
     plan = agreed_plan(settings)
     layout = create_layout(settings.parallel, settings.training.seed)
     history = open_history(plan, layout)
-    trainer = create_trainer(plan, layout, model_to_train(plan, layout, trainable=True), history)
+    trainer = create_trainer(plan, layout, model_to_train(plan, layout), history)
     trainer.model.train(True)
     return trainer
 

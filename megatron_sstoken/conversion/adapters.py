@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_sstoken.checkpoint.save_load import AdapterIdentity, read_run_state
+from megatron_sstoken.checkpoint.manifest import STATE_FILE, AdapterIdentity, Checkpoint
 from megatron_sstoken.checkpoint.weights_source import WeightsSource
 from megatron_sstoken.conversion.torch_dist import CheckpointReader
 from megatron_sstoken.model.fingerprint import fingerprint_files
@@ -23,8 +23,8 @@ class AdapterCheckpoint:
     Raises ValueError where `folder` holds whole weights.
     """
 
-    def __init__(self, folder: Path):
-        state = read_run_state(folder)
+    def __init__(self, checkpoint: Checkpoint):
+        folder, state = checkpoint.folder, checkpoint.state
         if state.adapters is None:
             raise ValueError(f"{folder} holds whole weights, no adapters: export it without --merge")
         self.folder = folder
@@ -39,7 +39,7 @@ class AdapterCheckpoint:
     @property
     def fingerprint(self) -> str:
         """Of the adapters, and of what the checkpoint says of their base."""
-        files = [self.folder / "sstoken.json", *sorted(self.folder.glob("*.distcp"))]
+        files = [self.folder / STATE_FILE, *sorted(self.folder.glob("*.distcp"))]
         return fingerprint_files(map(str, files))
 
     def matrices(self, target: str, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,13 +9,14 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_sstoken import __version__
-from megatron_sstoken.checkpoint.save_load import RunState, read_run_state, resolve_checkpoint, write_run_state
+from megatron_sstoken.checkpoint.manifest import Checkpoint, RunState, open_checkpoint, write_run_state
 from megatron_sstoken.checkpoint.weights_source import WeightsSource
 from megatron_sstoken.conversion.adapters import AdapterCheckpoint
 from megatron_sstoken.conversion.contents import Contents, Parameter, checkpoint_contents
@@ -123,9 +124,9 @@ def to_hf(
     """
     options = options or ConversionOptions()
     refuse_existing(output, options.overwrite)
-    folder = resolve_checkpoint(checkpoint)
-    source = _architecture_folder(folder, hf_path)
-    adapters = AdapterCheckpoint(folder) if merge or read_run_state(folder).adapters else None
+    opened = open_checkpoint(checkpoint)
+    folder, source = opened.folder, _architecture_folder(opened, hf_path)
+    adapters = AdapterCheckpoint(opened) if merge or opened.state.adapters else None
     if adapters is not None and not merge:
         return _write_adapters(adapters, source, hf_path, output)
     contents = checkpoint_contents(read_architecture(source))  # unpadded
@@ -183,8 +184,8 @@ def reshard(
     """
     options = options or ConversionOptions()
     refuse_existing(output, options.overwrite)
-    folder = resolve_checkpoint(checkpoint)
-    source = _architecture_folder(folder, hf_path)
+    opened = open_checkpoint(checkpoint)
+    folder, source = opened.folder, _architecture_folder(opened, hf_path)
     reader = CheckpointReader(folder)
     architecture = read_architecture(source)
     stored = checkpoint_contents(architecture)
@@ -211,10 +212,10 @@ def reshard(
     return _write_checkpoint(output, identity, contents, dtype, costs, options, state, read)
 
 
-def _architecture_folder(checkpoint: Path, hf_path: str | None) -> str:
-    source = hf_path or read_run_state(checkpoint).hf_path
+def _architecture_folder(checkpoint: Checkpoint, hf_path: str | None) -> str:
+    source = hf_path or checkpoint.state.hf_path
     if not os.path.isdir(source):
-        raise ValueError(f"{checkpoint} was made from {source}, which is not there: name the folder with --hf")
+        raise ValueError(f"{checkpoint.folder} was made from {source}, which is not there: name the folder with --hf")
     return source
 
 
@@ -368,7 +369,7 @@ def _write_checkpoint(
             run_tasks(write_file, todo, options.workers)
         records = json.loads(json.dumps(place.complete))  # alike whether written now or before
         write_metadata(folder, contents, dtype, {Path(name).name: records[name]["places"] for name in sorted(records)})
-        write_run_state(folder, state, [1, 1, "cpu"])
+        write_run_state(folder, replace(state, split=[1, 1, "cpu"]))
         return place.publish()
 
 

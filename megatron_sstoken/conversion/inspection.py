@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_sstoken.checkpoint.save_load import read_run_state, read_split, resolve_checkpoint
+from megatron_sstoken.checkpoint.manifest import open_checkpoint
 from megatron_sstoken.conversion.torch_dist import CheckpointReader
 from megatron_sstoken.conversion.work import format_bytes
 
@@ -16,8 +16,9 @@ def describe_checkpoint(checkpoint: str) -> dict[str, Any]:
     `parameters` counts the weights with their padded vocabulary; sizes are bytes of tensors. Raises ValueError where
     there is no readable checkpoint.
     """
-    folder = resolve_checkpoint(checkpoint)
-    state, (tensor, pipeline, *_, device) = read_run_state(folder), read_split(folder)
+    stored = open_checkpoint(checkpoint)
+    folder, state = stored.folder, stored.state
+    tensor, pipeline, *_, device = state.split
     tensors: list[dict[str, Any]] = [
         {
             "name": key,

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sstoken.checkpoint.save_load import load_checkpoint, read_adapters, resolve_checkpoint
+from megatron_sstoken.checkpoint.manifest import open_checkpoint
+from megatron_sstoken.checkpoint.save_load import load_checkpoint
 from megatron_sstoken.config import ParallelSettings, Settings
 from megatron_sstoken.device import compute_device
 from megatron_sstoken.model.attention import sample_bounds
-from megatron_sstoken.model.build import Model, broadcast_object, build_model, load_weights
+from megatron_sstoken.model.build import Model, build_model, load_weights
 from megatron_sstoken.model.families import Split, read_architecture
 from megatron_sstoken.model.weights import (
     HuggingFaceWeights,
@@ -26,7 +27,7 @@ from megatron_sstoken.model.weights import (
     superfluous_tensors,
     to_hugging_face,
 )
-from megatron_sstoken.parallel import create_layout, start_processes
+from megatron_sstoken.parallel import broadcast_object, create_layout, start_processes
 
 REAL_TEXT = """Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips
 did Natalia sell altogether in April and May? She sold 48 / 2 = 24 clips in May, and 48 + 24 = 72 altogether. #### 72
@@ -97,18 +98,20 @@ def verify(
     the whole model of transformers in fp32. Raises ValueError for input that cannot be read.
     """
     architecture, tensors = read_architecture(hf_path), HuggingFaceWeights(hf_path)
-    folder = None if checkpoint is None else resolve_checkpoint(checkpoint)
-    if folder is not None and read_adapters(folder) is not None:
-        raise ValueError(f"{folder} holds adapters alone: export it with to-hf --merge, and verify what comes out")
+    stored = None if checkpoint is None else open_checkpoint(checkpoint)
+    if stored is not None and stored.state.adapters is not None:
+        raise ValueError(
+            f"{stored.folder} holds adapters alone: export it with to-hf --merge, and verify what comes out"
+        )
     settings = Settings(parallel=parallel or ParallelSettings())
     settings.training.precision = "fp32"
     start_processes()
     layout = create_layout(settings.parallel, seed=0)
     model = build_model(architecture, settings, layout, trainable=False)
-    if folder is None:
+    if stored is None:
         load_weights(model, hf_path)
     else:
-        load_checkpoint(folder, model)
+        load_checkpoint(stored, model)
     model.train(False)
     result = Verification(len(tensors.names()), compare_tensors(model, tensors), tolerance=tolerance)
     if positions is None:

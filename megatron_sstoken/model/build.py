@@ -6,11 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
@@ -18,7 +15,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from megatron_sstoken.config import OptimizerSettings, Settings
+from megatron_sstoken.config import Settings
 from megatron_sstoken.device import compute_device, have_cuda
 from megatron_sstoken.model.attention import AttentionCapture
 from megatron_sstoken.model.backend import backend_of, fp8_options, fusion_options
@@ -142,6 +139,16 @@ class Model:
             for linear in linears:
                 linear.adapters_on = True
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within, all chunks are in evaluation mode; afterwards as they were."""
+        was_training = self.chunks[0].training
+        self.train(False)
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
     def train(self, training: bool) -> None:
         """Switch all chunks between training and evaluation."""
         for chunk in self.chunks:
@@ -222,13 +229,15 @@ def build_model(
     layout: Layout,
     *,
     captured_layers: tuple[int, ...] = (),
+    with_entropy: bool = False,
     trainable: bool,
     shapes_only: bool = False,
 ) -> Model:
     """Build this rank's chunks, with uninitialised weights. With `trainable`, wrap them in megatron's DDP.
 
-    `captured_layers`: numbers from 1 of the layers whose attention to the context is measured. `shapes_only`: parameters
-    on the meta device, which take no memory (conversion asks only what they are called and how large they are).
+    `captured_layers`: numbers from 1 of the layers whose attention to the context is captured. `with_entropy`: whether the
+    head tells of every prediction's entropy and likeliest token. `shapes_only`: parameters on the meta device, which take no
+    memory (conversion asks only what they are called and how large they are).
     """
     config = transformer_config(architecture, settings, layout)
     model = Model(
@@ -264,7 +273,7 @@ def build_model(
             )
         chunk.vocabulary_size = architecture.vocabulary_size
         chunk.selective = settings.model.head == "selective"
-        chunk.with_entropy = settings.logging.entropy
+        chunk.with_entropy = with_entropy
         chunk.compiled_head = settings.model.compiled_head
         chunk.rotary_pos_emb.inv_freq = rope_inverse_frequencies(architecture).to(compute_device())
         if not shapes_only:
@@ -324,61 +333,3 @@ def load_weights(model: Model, hf_path: str) -> None:
     tensors = HuggingFaceWeights(hf_path)
     for chunk in model.unwrapped:
         load_hugging_face(chunk, tensors, model.architecture, model.layout.tensor_rank, model.layout.tensor_size)
-
-
-def build_optimizer(
-    model: Model, settings: OptimizerSettings, num_steps: int
-) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """megatron's distributed AdamW and its learning-rate scheduler, which counts optimizer steps.
-
-    Matrices decay, vectors do not (megatron's convention). Made after the weights are in place: the fp32 copies that
-    the optimizer holds in bf16 runs are taken from them.
-    """
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=settings.learning_rate,
-        min_lr=settings.min_learning_rate,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.beta1,
-        adam_beta2=settings.beta2,
-        adam_eps=settings.epsilon,
-        clip_grad=settings.clip_grad,
-        bf16=model.config.bf16,
-        params_dtype=model.config.params_dtype,
-        use_distributed_optimizer=True,
-    )
-    optimizer = get_megatron_optimizer(config, model.chunks, use_gloo_process_groups=have_cuda(), pg_collection=None)
-    fuse_adamw(optimizer)
-    warmup = round(settings.warmup_fraction * num_steps)
-    scheduler = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.learning_rate,
-        min_lr=settings.min_learning_rate,
-        lr_warmup_steps=warmup,
-        lr_decay_steps=max(num_steps, warmup + 1),
-        lr_decay_style=settings.schedule,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=num_steps,
-        wd_incr_style="constant",
-        # A resumed run follows the settings it is given, not those of the checkpoint.
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
-    model.config.grad_scale_func = optimizer.scale_loss
-    return optimizer, scheduler
-
-
-def fuse_adamw(optimizer: MegatronOptimizer) -> None:
-    """Let torch's AdamW, which runs for want of Transformer Engine's or apex's, pass over its state once, not a dozen times."""
-    for group in optimizer.param_groups:
-        if "fused" in group:
-            group["fused"] = True
-
-
-def broadcast_object(value, source: int, group: dist.ProcessGroup | None = None):
-    """`value` of global rank `source`, on every rank of `group`."""
-    box = [value]
-    dist.broadcast_object_list(box, src=source, group=group)
-    return box[0]

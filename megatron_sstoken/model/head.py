@@ -12,6 +12,9 @@ import torch.distributed as dist
 IGNORE_INDEX = -100
 """Label of positions whose loss nobody wants: torch's `ignore_index`."""
 
+HEAD_SIGNALS = ("loss", "entropy", "top1")
+"""What the rows are that a head returns; the last two on demand."""
+
 _CHUNK_ROWS = {"cpu": 416, "cuda": 1024}
 """Tokens whose logits are held at once, at most. c of them cost 4·c·hidden·vocabulary operations for gradients and
 8·hidden·vocabulary bytes to read and write the summed gradient of the weight, so that c must be above twice the machine's

@@ -1,4 +1,4 @@
-"""Brings the attention masses of all measured layers to the last pipeline stage.
+"""Brings the attention masses of all captured layers to the last pipeline stage.
 
 A layer may lie on an earlier stage than the losses. Its mass, one fp32 a token, then travels beside the activations: on
 process groups of its own (one for each virtual chunk, so that the messages of a chunk arrive in the order of its
@@ -16,14 +16,14 @@ from megatron_sstoken.model.build import Model
 
 @dataclass
 class SideChannel:
-    """The hand-over of one pass through the schedule; made anew for each."""
+    """The side channel of one pass through the schedule; made anew for each."""
 
     model: Model
     _sent: list[tuple[dist.Work | None, torch.Tensor]] = field(default_factory=list)
     _kept: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
-    def give(self, chunk: int, masses: dict[int, torch.Tensor]) -> None:
-        """Pass on what the taps of this rank's model chunk `chunk` measured in one micro-batch.
+    def send(self, chunk: int, masses: dict[int, torch.Tensor]) -> None:
+        """Send what the attention captures of this rank's model chunk `chunk` saw in one micro-batch.
 
         Masses are sums over this rank's heads; those of several layers are added up.
         """
@@ -37,8 +37,8 @@ class SideChannel:
             work = dist.isend(total, dst=layout.last_stage_rank, group=layout.side_channel[chunk])
             self._sent.append((work, total))  # the tensor must live until it is sent
 
-    def take(self, num_tokens: int, device: torch.device) -> torch.Tensor:
-        """On the last stage, for the next micro-batch in order: the mean over all query heads and measured layers.
+    def receive(self, num_tokens: int, device: torch.device) -> torch.Tensor:
+        """On the last stage, for the next micro-batch in order: the mean over all query heads and captured layers.
 
         fp32 [tokens of this context parallel rank]; the same on all ranks of the tensor parallel group.
         """

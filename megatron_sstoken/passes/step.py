@@ -1,7 +1,7 @@
 """One global batch through megatron's schedule: losses, attention masses, selection, and gradients if training."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from megatron_sstoken.data.batches import TokenBatch
 from megatron_sstoken.device import compute_device
 from megatron_sstoken.model.attention import SampleBounds, sample_bounds
 from megatron_sstoken.model.build import Model
-from megatron_sstoken.model.head import IGNORE_INDEX
+from megatron_sstoken.model.head import HEAD_SIGNALS, IGNORE_INDEX
 from megatron_sstoken.parallel import Layout
 from megatron_sstoken.passes.loss import loss_weights
 from megatron_sstoken.passes.side_channel import SideChannel
@@ -26,17 +26,17 @@ class TokenReport:
     """What the last pipeline stage knows of one micro-batch; entry t of every tensor speaks of token t."""
 
     batch: TokenBatch
-    loss: torch.Tensor
-    """fp32 [T], NaN for first tokens and padding, and for context tokens unless the model scores them."""
-    attention: torch.Tensor | None
-    """fp32 [T]: mean over heads and measured layers of the attention to the context; None if not measured."""
+    values: Mapping[str, torch.Tensor]
+    """Signal → fp32 [T], of what was computed in this pass: `loss` (NaN for first tokens and padding, and for context tokens
+    unless the model scores them), `attention` (mean over heads and captured layers of the attention to the context),
+    `entropy` and `top1` (of the prediction whose loss is `loss`, defined where that is)."""
     selection: Selection | None = None
     rho: float = math.nan
     """The share that was asked for, where it was chosen for this batch."""
-    entropy: torch.Tensor | None = None
-    """fp32 [T], nats, of the prediction whose loss is `loss`, defined where that is; None if not asked for."""
-    top1: torch.Tensor | None = None
-    """fp32 [T]: probability of the likeliest token, likewise."""
+
+    @property
+    def loss(self) -> torch.Tensor:
+        return self.values["loss"]
 
     @property
     def history_loss(self) -> torch.Tensor | None:
@@ -47,28 +47,48 @@ SelectMicroBatch = Callable[[TokenReport], Selection]
 """Selects among the tokens of one micro-batch; may communicate over the data-parallel ranks."""
 
 
-def train_batch(
+def select_and_train(
     model: Model,
     batches: list[TokenBatch],
-    select: SelectMicroBatch | list[Selection],
+    select: SelectMicroBatch,
     *,
     loss_average: str = "token",
     whole_gradients: bool = False,
 ) -> list[TokenReport]:
-    """Forward and backward over this rank's micro-batches; leaves the gradient of the global batch's loss.
+    """Forward and backward over this rank's micro-batches, selecting between them; leaves the gradient of the batch's loss.
 
-    `select`: a function, called once a micro-batch on the last pipeline stage, or selections made beforehand, one a
-    micro-batch (there; empty elsewhere), in which case the reports tell the losses of selected tokens only. All ranks
-    call this with equally many micro-batches. With `whole_gradients` every data-parallel rank gets all gradients, not its
-    shard. Returns a report per micro-batch on the last stage, nothing elsewhere.
+    `select` is called once a micro-batch on the last pipeline stage. All ranks call this with equally many micro-batches.
+    With `whole_gradients` every data-parallel rank gets all gradients, not its shard. Returns a report per micro-batch on the
+    last stage, nothing elsewhere.
     """
-    selections = iter(select if isinstance(select, list) else [])
+    loss_function = _training_loss(model, select, loss_average)
+    return _run(model, batches, loss_function, forward_only=False, force_all_reduce=whole_gradients)
 
-    scored = [selection.mask for selection in select] if isinstance(select, list) else []
+
+def train_on(
+    model: Model,
+    batches: list[TokenBatch],
+    selections: list[Selection],
+    *,
+    loss_average: str = "token",
+    whole_gradients: bool = False,
+) -> list[TokenReport]:
+    """As `select_and_train`, with selections made beforehand: one a micro-batch on the last stage, none elsewhere.
+
+    The reports tell the losses of selected tokens only: no others are computed.
+    """
+    following = iter(selections)
+    loss_function = _training_loss(model, lambda report: next(following), loss_average)
+    scored = [selection.mask for selection in selections]
+    return _run(model, batches, loss_function, scored, forward_only=False, force_all_reduce=whole_gradients)
+
+
+def _training_loss(model: Model, select: SelectMicroBatch, loss_average: str) -> Callable:
+    """megatron's loss function of one micro-batch: (sum, count, report)."""
 
     def loss_function(losses: torch.Tensor, report: TokenReport, index: torch.Tensor | None):
         with torch.no_grad():
-            selection = select(report) if callable(select) else next(selections)
+            selection = select(report)
             weights, count = loss_weights(selection.mask, report.batch, loss_average)
             weights = of_this_rank(to_predicting(weights), index)
             if model.layout.context_size > 1:
@@ -79,11 +99,11 @@ def train_batch(
         total = torch.where(weights > 0, losses * weights, 0.0).sum()
         return total, count, replace(report, selection=selection)
 
-    return _run(model, batches, loss_function, scored, forward_only=False, force_all_reduce=whole_gradients)
+    return loss_function
 
 
 def score_batch(model: Model, batches: list[TokenBatch], select: SelectMicroBatch | None = None) -> list[TokenReport]:
-    """Forward only; with `select` the reports say what it would select. Reports as in `train_batch`."""
+    """Forward only; with `select` the reports say what it would select. Reports as in `select_and_train`."""
 
     def loss_function(losses: torch.Tensor, report: TokenReport, index: torch.Tensor | None):
         selection = None if select is None else select(report)
@@ -145,7 +165,7 @@ def _run(
             labels=labels.unsqueeze(0),
             packed_seq_params=bounds,
         )
-        side_channel.give(number, model.captures[number].take())
+        side_channel.send(number, model.captures[number].take())
         return losses, partial(_finish_micro_batch, model, batch, bounds, side_channel, loss_function)
 
     reports = get_forward_backward_func()(
@@ -169,17 +189,19 @@ def _finish_micro_batch(
     loss_function: Callable,
     outputs: torch.Tensor,
 ):
-    """On the last stage: bring what the head and the taps told together over the context parallel ranks, align it with
-    tokens, and hand over to the loss function. `outputs`: fp32 [1 or 3, T / cp] of the model."""
+    """On the last stage: gather what the head and the attention captures tell over the context parallel ranks, align it with
+    tokens, and call the loss function. `outputs`: fp32 [1 or 3, T / cp] of the model."""
     with torch.no_grad():
         known = [*outputs.detach()]
         if model.captured_layers:
-            known.append(side_channel.take(outputs.shape[1], outputs.device))
+            known.append(side_channel.receive(outputs.shape[1], outputs.device))
         whole = gather_tokens(torch.stack(known), bounds, model.layout)
-        predicted = [to_predicted(row, batch) for row in whole[: len(outputs)]]
-        entropy, top1 = predicted[1:] or (None, None)
-        attention = whole[-1] if model.captured_layers else None
-        report = TokenReport(batch, predicted[0], attention, entropy=entropy, top1=top1)
+        values = {
+            name: to_predicted(row, batch) for name, row in zip(HEAD_SIGNALS, whole[: len(outputs)], strict=False)
+        }
+        if model.captured_layers:
+            values["attention"] = whole[-1]
+        report = TokenReport(batch, values)
     return loss_function(outputs[0], report, bounds.index)
 
 

@@ -1,8 +1,10 @@
 """The methods of token selection: what each scores, in one registry, and the selection itself.
 
-To add a method, write its score and enter it in `METHODS`.
+To add a method, write its score and enter it in `METHODS`; outside the package, name its import path in the settings.
 """
 
+import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,46 +29,93 @@ from megatron_sstoken.selection.topk import (
 )
 
 SCOPES = ("sample", "microbatch", "batch")
+OPTIONAL_SIGNALS = frozenset({"history_loss", "attention", "entropy", "top1"})
+"""Signals that cost something and are computed where a method needs them."""
 
 
 @dataclass(frozen=True)
 class Scorable:
-    """What a method may score by."""
+    """What a method may score by; `x["loss"]` is a signal."""
 
     signals: TokenSignals
     rel_norm: Tensor
-    """fp32 [T]: normalised REL; NaN if the method needs no history."""
+    """fp32 [T]: normalised REL; NaN if the method does not need `history_loss`."""
     gamma: float
     seed: int
-    draw: int
+    step: int
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.signals[name].float()
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to score tokens: higher is kept."""
+    """One way to score tokens: higher is kept. All that has to be computed, checked and told follows from this."""
 
     score: Callable[[Scorable], Tensor] | None
     """→ fp32 [T], anything outside the response; None keeps every response token."""
-    needs_history: bool = False
-    needs_attention: bool = False
+    needs: frozenset[str] = frozenset()
+    """Signals that must be computed beside `loss`; the names are those of `TokenSignals.values`."""
+    bounded: bool = False
+    """Whether scores lie in [0, 1], so that `rho: auto` can look for a cut among them."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "needs", frozenset(self.needs))
+        if unknown := self.needs - OPTIONAL_SIGNALS:
+            raise ValueError(
+                f"a selection method needs {', '.join(sorted(unknown))}, which nobody computes: use "
+                f"{', '.join(sorted(OPTIONAL_SIGNALS))}"
+            )
+
+    @property
+    def selects(self) -> bool:
+        """Whether anything is left out."""
+        return self.score is not None
 
 
 def _rho1(x: Scorable) -> Tensor:
     """RHO-1 (arXiv 2404.07965): loss − reference loss, not normalised; the sign is opposite to REL's."""
-    return -retrospective_excess_loss(x.signals.loss, x.signals.history_loss)
+    return -retrospective_excess_loss(x["loss"], x["history_loss"])
 
 
 METHODS: dict[str, Method] = {
     "sstoken": Method(
-        lambda x: combine(x.rel_norm, x.signals.attention, x.gamma), needs_history=True, needs_attention=True
+        lambda x: combine(x.rel_norm, x["attention"], x.gamma),
+        needs=frozenset({"history_loss", "attention"}),
+        bounded=True,
     ),
     "full": Method(None),
-    "random": Method(lambda x: random_scores(x.signals.sample, x.signals.position, x.seed, x.draw)),
-    "rho1": Method(_rho1, needs_history=True),
-    "attention": Method(lambda x: x.signals.attention.float(), needs_attention=True),
-    "rel": Method(lambda x: x.rel_norm, needs_history=True),
+    "random": Method(lambda x: random_scores(x.signals.sample, x.signals.position, x.seed, x.step)),
+    "rho1": Method(_rho1, needs=frozenset({"history_loss"})),
+    "rel": Method(lambda x: x.rel_norm, needs=frozenset({"history_loss"}), bounded=True),
+    "attention": Method(lambda x: x["attention"], needs=frozenset({"attention"}), bounded=True),
 }
 """Name → method. `rel` and `attention` are ssToken at γ = 1 and γ = 0, sparing the work for the other."""
+
+
+@functools.cache
+def find_method(name: str) -> Method:
+    """The method of `METHODS`, or the `Method` that a dotted name imports (`my_package.my_module.my_method`).
+
+    Raises ValueError where there is none.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    module, dot, attribute = name.rpartition(".")
+    if not dot:
+        raise ValueError(
+            f"method={name} is unknown: use one of {', '.join(METHODS)}, or the import path of a Method of your own"
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"method={name} cannot be imported ({error}): put its package on PYTHONPATH") from error
+    if not isinstance(found, Method):
+        raise ValueError(
+            f"method={name} is a {type(found).__name__}: name a Method, as made by "
+            "megatron_sstoken.selection.methods.Method(score, needs=…)"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -92,16 +141,16 @@ def select_tokens(
     gamma: float,
     rel_floor: float,
     seed: int,
-    draw: int,
+    step: int,
     group: dist.ProcessGroup | None,
 ) -> Selection:
     """Select the ceil(ρ·n) highest-scoring of the n response tokens that compete, exactly.
 
-    method: a name in `METHODS`. scope: `sample`, a sample's own tokens compete, ties go to the lower position
+    method: what `find_method` takes. scope: `sample`, a sample's own tokens compete, ties go to the lower position
     and nothing is communicated; `microbatch`, those of all ranks of `group` compete, ties go to the lower
     sample, then position, and all its ranks must call; `batch`, the same, for signals joined by
     `concatenate_signals`. REL is normalised per sample in every scope. gamma, rel_floor: see
-    `selection.signals`. seed, draw: random scores depend on them and on a token's sample and position alone.
+    `selection.signals`. seed, step: random scores depend on them and on a token's sample and position alone.
     group: None is this process alone.
 
     Raises ValueError for an unknown method or scope, a ρ or γ outside its range, and for a score that is NaN,
@@ -109,8 +158,8 @@ def select_tokens(
     """
     if scope not in SCOPES:
         raise ValueError(f"scope={scope} is unknown: use one of {', '.join(SCOPES)}")
-    score, rel_norm = score_tokens(signals, method, gamma=gamma, rel_floor=rel_floor, seed=seed, draw=draw)
-    if METHODS[method].score is None:
+    score, rel_norm = score_tokens(signals, method, gamma=gamma, rel_floor=rel_floor, seed=seed, step=step)
+    if not find_method(method).selects:
         threshold = score.new_full((signals.num_segments,), torch.nan)
         return Selection(signals.response.clone(), score, rel_norm, threshold)
     select = _select_per_sample if scope == "sample" else _select_across
@@ -119,20 +168,22 @@ def select_tokens(
 
 
 def score_tokens(
-    signals: TokenSignals, method: str, *, gamma: float, rel_floor: float, seed: int, draw: int
+    signals: TokenSignals, method: str, *, gamma: float, rel_floor: float, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """(score, rel_norm) as in `Selection`. Raises ValueError for an unknown method or a γ not in [0, 1]."""
-    if method not in METHODS:
-        raise ValueError(f"method={method} is unknown: use one of {', '.join(METHODS)}")
-    chosen = METHODS[method]
-    undefined = torch.full_like(signals.loss, torch.nan, dtype=torch.float32)
+    """(score, rel_norm) as in `Selection`. `signals` must have what the method needs.
+
+    Raises ValueError for an unknown method or a γ not in [0, 1].
+    """
+    chosen = find_method(method)
+    assert chosen.needs <= signals.values.keys(), (method, chosen.needs, set(signals.values))
+    undefined = torch.full_like(signals["loss"], torch.nan, dtype=torch.float32)
     rel_norm = undefined
-    if chosen.needs_history:
-        rel = retrospective_excess_loss(signals.loss, signals.history_loss)
+    if "history_loss" in chosen.needs:
+        rel = retrospective_excess_loss(signals["loss"], signals["history_loss"])
         rel_norm = normalize_per_sample(rel, signals.response, signals.segment, signals.num_segments, rel_floor)
     if chosen.score is None:
         return undefined, rel_norm
-    score = chosen.score(Scorable(signals, rel_norm, gamma, seed, draw))
+    score = chosen.score(Scorable(signals, rel_norm, gamma, seed, step))
     return torch.where(signals.response, score, torch.nan), rel_norm
 
 
@@ -167,13 +218,13 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 
 
-def random_scores(sample: Tensor, position: Tensor, seed: int, draw: int) -> Tensor:
-    """Uniform in [0, 1): a hash of (seed, draw, sample, position), equal in any layout, order and device.
+def random_scores(sample: Tensor, position: Tensor, seed: int, step: int) -> Tensor:
+    """Uniform in [0, 1): a hash of (seed, step, sample, position), equal in any layout, order and device.
 
     sample, position: int64 [T]. Returns fp32 [T], multiples of 2^-24.
     """
     state = torch.zeros((), dtype=torch.int64)
-    for part in (seed, draw, sample, position):
+    for part in (seed, step, sample, position):
         state = _splitmix64(state ^ part)
     return _shift_right(state, 40).float() * 2.0**-24
 

@@ -1,7 +1,7 @@
 """What is known of each token of a micro-batch, and ssToken's score of it: pure functions on tensors."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,39 +9,43 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenSignals:
-    """The T tokens of one micro-batch on one data-parallel rank; entry t of each tensor is about token t.
-
-    `loss`, `history_loss` and `attention` are undefined outside `response`: they may hold anything there,
-    even NaN.
-    """
+    """The T tokens of one micro-batch on one data-parallel rank; entry t of each tensor is about token t."""
 
     segment: Tensor
     """int64 [T]: which sample of this micro-batch, from 0; −1 is padding."""
     num_segments: int
     """Samples in this micro-batch."""
     response: Tensor
-    """bool [T]: response tokens at position 1 or later: R of the design page."""
+    """bool [T]: response tokens at position 1 or later: R of the README's definition."""
     sample: Tensor
     """int64 [T]: row number in the input."""
     position: Tensor
     """int64 [T]: position in the sample."""
-    loss: Tensor
-    """fp32 [T], nats: −log p of the token under the weights of this step."""
-    history_loss: Tensor
-    """fp32 [T], nats: the same under the history weights."""
-    attention: Tensor
-    """fp32 [T], in [0, 1]: mean over heads of the attention that goes to earlier context tokens."""
+    values: Mapping[str, Tensor]
+    """Signal → fp32 [T], undefined outside `response`: it may hold anything there, even NaN. `loss` (nats, under the weights
+    of this step) is always there; the others where the method needs them:
+
+    `history_loss` (nats, under the history weights), `attention` (in [0, 1]: mean over heads of the attention that goes to
+    earlier context tokens), `entropy` (nats) and `top1` (probability of the likeliest token) of the prediction.
+    """
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.values[name]
+
+    def changed(self, **values: Tensor) -> "TokenSignals":
+        """The same tokens with other or further values."""
+        return replace(self, values={**self.values, **values})
 
 
 def concatenate_signals(parts: Sequence[TokenSignals]) -> TokenSignals:
-    """One or more micro-batches as one, for a selection over all of them; samples stay apart."""
+    """One or more micro-batches, all with the same signals, as one, for a selection over all of them; samples stay apart."""
     segments, first = [], 0
     for part in parts:
         segments.append(torch.where(part.segment >= 0, part.segment + first, -1))
         first += part.num_segments
-    names = ("response", "sample", "position", "loss", "history_loss", "attention")
-    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    return TokenSignals(segment=torch.cat(segments), num_segments=first, **joined)
+    places = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("response", "sample", "position")}
+    values = {name: torch.cat([part[name] for part in parts]) for name in parts[0].values}
+    return TokenSignals(segment=torch.cat(segments), num_segments=first, values=values, **places)
 
 
 def retrospective_excess_loss(loss: Tensor, history_loss: Tensor) -> Tensor:

@@ -8,29 +8,33 @@ from pathlib import Path
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
-from megatron_sstoken.checkpoint.save_load import (
+from megatron_sstoken.checkpoint.manifest import (
     AdapterIdentity,
+    Checkpoint,
     RunIdentity,
     RunState,
     check_identity,
     checkpoint_steps,
-    load_checkpoint,
-    read_adapters,
-    save_checkpoint,
+    differences,
+    open_checkpoint,
+    renamed,
 )
+from megatron_sstoken.checkpoint.save_load import load_checkpoint, save_checkpoint
 from megatron_sstoken.checkpoint.weights_source import adapter_identity, require_base, starting_weights
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import BatchLoader
-from megatron_sstoken.data.store import TokenColumn, describe_mismatch
-from megatron_sstoken.model.build import Model, build_optimizer
+from megatron_sstoken.history.source import HistorySource
+from megatron_sstoken.model.build import Model, build_model
+from megatron_sstoken.model.optimizer import build_optimizer
 from megatron_sstoken.parallel import Layout
-from megatron_sstoken.passes.scoring import selector_of, validation_loss
+from megatron_sstoken.passes.columns import gather_columns
 from megatron_sstoken.passes.step import TokenReport
+from megatron_sstoken.run_plan import RunPlan
+from megatron_sstoken.training.evaluate import validation_loss
 from megatron_sstoken.training.interrupt import StopRequest
 from megatron_sstoken.training.metrics import StepLogger, StepMetrics, summarize
-from megatron_sstoken.training.records import RecordWriter, gather_columns
-from megatron_sstoken.training.selector import train_on_selected
-from megatron_sstoken.validate.run import RunPlan
+from megatron_sstoken.training.records import RecordWriter
+from megatron_sstoken.training.selector import selector_of, train_on_selected
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Trainer:
     plan: RunPlan
     layout: Layout
     model: Model
+    history: HistorySource
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     loader: BatchLoader
@@ -77,18 +82,32 @@ def objective_of(plan: RunPlan) -> dict:
     }
 
 
-def resumable_checkpoint(plan: RunPlan) -> Path | None:
+def resumable_checkpoint(plan: RunPlan) -> Checkpoint | None:
     """The newest complete checkpoint of this run, or None. Raises SettingsError if it belongs to another run."""
     checkpoint = plan.settings.checkpoint
     steps = checkpoint_steps(checkpoint.directory) if checkpoint.directory and checkpoint.resume else {}
     if not steps:
         return None
-    newest = steps[max(steps)]
+    newest = open_checkpoint(str(steps[max(steps)]))
     check_identity(newest, identity_of(plan), plan.num_rows, plan.settings.lora)
     return newest
 
 
-def create_trainer(plan: RunPlan, layout: Layout, model: Model, history: TokenColumn | None) -> Trainer:
+def model_to_train(plan: RunPlan, layout: Layout, *, trainable: bool = True) -> Model:
+    """The model of the run with its starting weights."""
+    model = build_model(
+        plan.architecture,
+        plan.settings,
+        layout,
+        captured_layers=plan.captured_layers,
+        with_entropy=plan.needs_entropy,
+        trainable=trainable,
+    )
+    starting_weights(plan.settings).load(model)
+    return model
+
+
+def create_trainer(plan: RunPlan, layout: Layout, model: Model, history: HistorySource) -> Trainer:
     """Optimizer, data and logger around a model that holds its starting weights; resumes where there is a checkpoint."""
     optimizer, scheduler = build_optimizer(model, plan.settings.optimizer, plan.num_steps)
     loader = BatchLoader(
@@ -97,21 +116,21 @@ def create_trainer(plan: RunPlan, layout: Layout, model: Model, history: TokenCo
         plan.shape,
         data_rank=layout.data_rank,
         num_rows=plan.num_rows,
-        history=history,
+        history=history.token_values(),
     )
     logger = StepLogger(plan.settings.logging_directory, plan.settings.logging.every, plan.num_steps, layout)
-    adapters = adapter_identity(plan, layout)
-    trainer = Trainer(plan, layout, model, optimizer, scheduler, loader, logger, adapters)
+    adapters = adapter_identity(plan.settings, layout)
+    trainer = Trainer(plan, layout, model, history, optimizer, scheduler, loader, logger, adapters)
     newest = resumable_checkpoint(plan)
     if newest is not None:
-        saved = read_adapters(newest)
-        if saved is not None:
-            require_base(str(newest), saved, starting_weights(plan).base, layout)
-        state = load_checkpoint(newest, model, optimizer, scheduler)
+        state = newest.state
+        if state.adapters is not None:
+            require_base(str(newest.folder), state.adapters, starting_weights(plan.settings).base, layout)
+        history.load_state_dict(load_checkpoint(newest, model, optimizer, scheduler))
         trainer.step = state.step
-        logger.say(f"resumed from {newest}: {trainer.step} of {plan.num_steps} steps are done")
-        if changes := describe_mismatch(state.objective, objective_of(plan)):
-            logger.say(f"note: the run goes on with other settings than before ({changes})")
+        logger.say(f"resumed from {newest.folder}: {trainer.step} of {plan.num_steps} steps are done")
+        if changes := differences(renamed(state.objective), objective_of(plan)):
+            logger.say("note: the run goes on with other settings: " + "; ".join(changes))
     return trainer
 
 
@@ -163,10 +182,12 @@ def training_step(trainer: Trainer, number: int) -> tuple[StepMetrics, float, li
     """
     settings, model = trainer.settings, trainer.model
     warming_up = trainer.loader.num_samples_before(number) < settings.selection.warmup_samples
-    selector = selector_of(settings, trainer.layout, gamma=0.0 if warming_up else settings.selection.gamma, draw=number)
+    gamma = 0.0 if warming_up else settings.selection.gamma
+    selector = selector_of(settings, trainer.layout, gamma=gamma, step=number, history=trainer.history)
     model.zero_gradients()
     trainer.optimizer.zero_grad()
     reports = train_on_selected(model, trainer.loader.load(number), selector)
+    trainer.history.observe(reports)
     metrics = summarize(reports, model.architecture, trainer.layout)
     gradient_norm = 0.0
     if metrics.num_selected:
@@ -200,7 +221,8 @@ def save(trainer: Trainer) -> None:
         adapters=trainer.adapters,
     )
     directory, keep = settings.checkpoint.directory or "", settings.checkpoint.keep
-    path = save_checkpoint(directory, state, trainer.model, trainer.optimizer, trainer.scheduler, keep)
+    history = trainer.history.state_dict()
+    path = save_checkpoint(directory, state, trainer.model, trainer.optimizer, trainer.scheduler, keep, history)
     trainer.logger.say(f"saved {path}")
 
 

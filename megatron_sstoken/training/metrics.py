@@ -112,7 +112,7 @@ def _percentiles_of(reports: list[TokenReport], device: torch.device) -> torch.T
     steps = torch.linspace(0, 1, _PERCENTILES, device=device)
     signals = [
         [r.history_loss - r.loss for r in reports if r.history_loss is not None],
-        [r.attention for r in reports if r.attention is not None],
+        [r.values["attention"] for r in reports if "attention" in r.values],
     ]
     for row, values in enumerate(signals):
         chosen = [value[report.batch.response] for value, report in zip(values, reports, strict=False)]

@@ -1,16 +1,22 @@
 """Token records: what selection saw and did, one row a token, as Parquet."""
 
 import os
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-import torch.distributed as dist
 
+from megatron_sstoken.data.batches import TokenBatch
+from megatron_sstoken.model.build import Model
 from megatron_sstoken.parallel import Layout
+from megatron_sstoken.passes.columns import gather_columns
+from megatron_sstoken.passes.scoring import scored_batches, sequential_loader
 from megatron_sstoken.passes.step import TokenReport
+from megatron_sstoken.run_plan import RunPlan
+from megatron_sstoken.training.selector import Selector, score_and_select
 
 SCHEMA = pa.schema(
     [
@@ -29,51 +35,6 @@ SCHEMA = pa.schema(
     ]
 )
 """`sample` is the row number in the input, `role` 0 context and 1 response; NaN never appears: undefined is null."""
-
-
-def columns_of(report: TokenReport) -> dict[str, np.ndarray]:
-    """The real tokens of one micro-batch as numpy columns, in the batch's order; undefined values are NaN."""
-    batch, selection = report.batch, report.selection
-    undefined = torch.full_like(report.loss, torch.nan)
-
-    def of_response(values: torch.Tensor | None) -> torch.Tensor:
-        return undefined if values is None else torch.where(batch.response, values, torch.nan)
-
-    role = torch.where(batch.context, 0, 1)
-    columns = {
-        "sample": batch.sample,
-        "position": batch.position.int(),
-        "token": batch.tokens[0].int(),
-        "role": role.to(torch.int8),
-        "loss": report.loss,
-        "history_loss": undefined if report.history_loss is None else report.history_loss,
-        "rel_norm": of_response(selection.rel_norm if selection else None),
-        "attention": of_response(report.attention),
-        "score": of_response(selection.score if selection else None),
-        "selected": selection.mask if selection else torch.zeros_like(batch.response),
-        "entropy": undefined if report.entropy is None else report.entropy,
-        "top1": undefined if report.top1 is None else report.top1,
-    }
-    real = batch.segment >= 0
-    return {name: values[real].cpu().numpy() for name, values in columns.items()}
-
-
-def gather_columns(reports: list[TokenReport], layout: Layout) -> dict[str, np.ndarray] | None:
-    """The columns of all data-parallel ranks, sorted by sample and position, on the process that writes results.
-
-    All ranks may call it; only one process of each replica takes part, and all others get None at once.
-    """
-    if not layout.is_replica_leader:
-        return None
-    mine = [columns_of(report) for report in reports]
-    gathered: list | None = [None] * layout.data_size if layout.is_writer else None
-    dist.gather_object(mine, gathered, dst=dist.get_global_rank(layout.data, 0), group=layout.data)
-    if gathered is None:
-        return None
-    parts = [columns for rank in gathered for columns in rank]
-    whole = {name: np.concatenate([part[name] for part in parts]) for name in SCHEMA.names}
-    order = np.lexsort((whole["position"], whole["sample"]))
-    return {name: values[order] for name, values in whole.items()}
 
 
 class RecordWriter:
@@ -111,3 +72,17 @@ def read_records(path: str | Path) -> dict[str, np.ndarray]:
     """Records back as numpy columns; nulls are NaN."""
     table = pq.read_table(path)
     return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+
+
+def write_records(model: Model, plan: RunPlan, layout: Layout, selector: Selector, path: str) -> None:
+    """Score all samples of `plan.train` in their order and write their token records to `path`."""
+    loader = sequential_loader(plan.train, plan, layout, selector.history.token_values())
+
+    def score(number: int, batches: list[TokenBatch]) -> list[TokenReport]:
+        return score_and_select(model, batches, replace(selector, step=number))
+
+    with RecordWriter(path) if layout.is_writer else nullcontext() as writer:
+        for _, reports in scored_batches(model, loader, layout, title="token records", score=score):
+            columns = gather_columns(reports, layout)
+            if writer is not None and columns is not None:
+                writer.write(columns)

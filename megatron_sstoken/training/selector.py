@@ -11,12 +11,14 @@ from decimal import Decimal
 
 import torch
 
-from megatron_sstoken.config import SelectionSettings
+from megatron_sstoken.config import SelectionSettings, Settings
 from megatron_sstoken.data.batches import TokenBatch
+from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.model.build import Model
-from megatron_sstoken.passes.step import TokenReport, score_batch, train_batch
+from megatron_sstoken.parallel import Layout
+from megatron_sstoken.passes.step import TokenReport, score_batch, select_and_train, train_on
 from megatron_sstoken.selection.adaptive import choose_rho
-from megatron_sstoken.selection.methods import Selection, score_tokens, select_tokens
+from megatron_sstoken.selection.methods import Method, Selection, find_method, score_tokens, select_tokens
 from megatron_sstoken.selection.signals import TokenSignals, concatenate_signals
 from megatron_sstoken.selection.topk import token_id
 
@@ -28,17 +30,21 @@ class Selector:
     settings: SelectionSettings
     gamma: float
     seed: int
-    draw: int
+    step: int
     """Number of the global batch: random selection draws anew in each."""
     group: torch.distributed.ProcessGroup
     """The data-parallel ranks."""
-    history_by_adapters_off: bool = False
-    """Whether history losses are scored batch by batch, by the model without its adapters."""
+    history: HistorySource = HistorySource()
+    """Where history losses come from."""
+
+    @property
+    def method(self) -> Method:
+        return find_method(self.settings.method)
 
     @property
     def needs_all_scores(self) -> bool:
         """Whether the whole global batch must be scored before anything is selected."""
-        return self.settings.method != "full" and (self.settings.scope == "batch" or self.settings.rho == "auto")
+        return self.method.selects and (self.settings.scope == "batch" or self.settings.rho == "auto")
 
     def __call__(self, report: TokenReport) -> Selection:
         """Select among the response tokens of one micro-batch."""
@@ -53,7 +59,7 @@ class Selector:
             gamma=self.gamma,
             rel_floor=self.settings.rel_floor,
             seed=self.seed,
-            draw=self.draw,
+            step=self.step,
             group=self.group,
         )
 
@@ -81,45 +87,47 @@ class Selector:
     def _choose_rho(self, signals: TokenSignals) -> Decimal:
         settings = self.settings
         score, _ = score_tokens(
-            signals, settings.method, gamma=self.gamma, rel_floor=settings.rel_floor, seed=self.seed, draw=self.draw
+            signals, settings.method, gamma=self.gamma, rel_floor=settings.rel_floor, seed=self.seed, step=self.step
         )
         ids = token_id(signals.sample, signals.position)[signals.response]
         return choose_rho(score[signals.response], ids, settings.rho_min, settings.rho_max, self.group)
 
 
+def selector_of(
+    settings: Settings, layout: Layout, *, gamma: float, step: int, history: HistorySource | None = None
+) -> Selector:
+    """The selector of global batch number `step`."""
+    seed, group = settings.training.seed, layout.data
+    return Selector(settings.selection, gamma, seed, step, group, history or HistorySource())
+
+
 def signals_of(report: TokenReport) -> TokenSignals:
-    """The selection's view of a report; what was not measured is NaN."""
-    unknown = torch.full_like(report.loss, torch.nan)
+    """The selection's view of a report."""
     batch = report.batch
+    history = {} if batch.history_loss is None else {"history_loss": batch.history_loss}
     return TokenSignals(
         segment=batch.segment,
         num_segments=batch.num_segments,
         response=batch.response,
         sample=batch.sample,
         position=batch.position,
-        loss=report.loss,
-        history_loss=unknown if batch.history_loss is None else batch.history_loss,
-        attention=unknown if report.attention is None else report.attention,
+        values={**report.values, **history},
     )
 
 
 def train_on_selected(
     model: Model, batches: list[TokenBatch], selector: Selector, *, whole_gradients: bool = False
 ) -> list[TokenReport]:
-    """Select tokens of a global batch and leave the gradient of their loss, as `train_batch` does."""
+    """Select tokens of a global batch and leave the gradient of their loss, as `select_and_train` does."""
     average = selector.settings.loss_average
-    if selector.history_by_adapters_off:
-        model.train(False)
-        batches = with_history(model, batches)
-        model.train(True)
+    batches = selector.history.prepare(model, batches)
     if not selector.needs_all_scores:
-        return train_batch(model, batches, selector, loss_average=average, whole_gradients=whole_gradients)
-    model.train(False)
-    scored = score_batch(model, batches)
-    model.train(True)
+        return select_and_train(model, batches, selector, loss_average=average, whole_gradients=whole_gradients)
+    with model.evaluating():
+        scored = score_batch(model, batches)
     selections, rho = selector.over_batch(scored) if scored else ([], math.nan)
-    without_capture = replace(model, captured_layers=())  # attention is known by now
-    reports = train_batch(without_capture, batches, selections, loss_average=average, whole_gradients=whole_gradients)
+    uncaptured = replace(model, captured_layers=())  # attention is known by now
+    reports = train_on(uncaptured, batches, selections, loss_average=average, whole_gradients=whole_gradients)
     return [_completed(report, one, rho) for report, one in zip(reports, scored, strict=True)]
 
 
@@ -127,22 +135,14 @@ def _completed(trained: TokenReport, scored: TokenReport, rho: float) -> TokenRe
     """The report of a training pass, which tells of selected tokens only, with the others as they were scored."""
     assert trained.selection is not None
     loss = torch.where(trained.selection.mask, trained.loss, scored.loss)
-    return replace(scored, loss=loss, selection=trained.selection, rho=rho)
+    return replace(scored, values={**scored.values, "loss": loss}, selection=trained.selection, rho=rho)
 
 
 def score_and_select(model: Model, batches: list[TokenBatch], selector: Selector) -> list[TokenReport]:
     """Forward only: reports that say what would be selected."""
-    if selector.history_by_adapters_off:
-        batches = with_history(model, batches)
+    batches = selector.history.prepare(model, batches)
     if not selector.needs_all_scores:
         return score_batch(model, batches, selector)
     scored = score_batch(model, batches)
     selections, rho = selector.over_batch(scored) if scored else ([], math.nan)
     return [replace(report, selection=one, rho=rho) for report, one in zip(scored, selections, strict=True)]
-
-
-def with_history(model: Model, batches: list[TokenBatch]) -> list[TokenBatch]:
-    """The batches with the history losses of the model without its adapters, on the last stage; as they are elsewhere."""
-    with model.adapters_off() as base:
-        reports = score_batch(base, batches)
-    return [replace(report.batch, history_loss=report.loss) for report in reports] or batches

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.model.backend import numerics_of
 from megatron_sstoken.parallel import agree_on_problems
-from megatron_sstoken.validate.run import RunPlan, plan_run
+from megatron_sstoken.run_plan import RunPlan
+from megatron_sstoken.validate.run import plan_run
 
 
 def agreed_plan(settings: Settings, check: Callable[[RunPlan], object] | None = None) -> RunPlan:

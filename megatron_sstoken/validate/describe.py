@@ -4,10 +4,11 @@ import math
 from typing import Any
 
 from megatron_sstoken.config import Settings
+from megatron_sstoken.history.source import history_sources
 from megatron_sstoken.model.backend import backend_of, numerics_of, transformer_engine_problem
 from megatron_sstoken.model.lora import describe_trained
-from megatron_sstoken.selection.methods import METHODS
-from megatron_sstoken.validate.run import RunPlan
+from megatron_sstoken.run_plan import RunPlan
+from megatron_sstoken.selection.methods import find_method
 
 
 def describe(plan: RunPlan) -> str:
@@ -76,15 +77,14 @@ def _describe_layers(settings: Settings) -> str:
 
 def _describe_selection(settings: Settings) -> str:
     selection = settings.selection
-    if selection.method == "full":
-        return "full: every response token"
+    method = find_method(selection.method)
+    if not method.selects:
+        return f"{selection.method}: every response token"
     text = (
         f"{selection.method}, rho {selection.rho}, scope {selection.scope}, loss averaged by {selection.loss_average}"
     )
-    if METHODS[selection.method].needs_attention:
+    if "attention" in method.needs:
         text += f", gamma {selection.gamma}, layer {selection.layer}"
-    if METHODS[selection.method].needs_history:
-        text += f", history {settings.history.source}"
-        if settings.history.source == "frozen":
-            text += f" ({settings.history.hf_path or 'starting weights'})"
+    if "history_loss" in method.needs:
+        text += f", history {history_sources()[settings.history.source].describe(settings)}"
     return text

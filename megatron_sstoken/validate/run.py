@@ -5,17 +5,17 @@ Everything that cannot work is found here and told at once; nothing here needs p
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 
-from megatron_sstoken.checkpoint.save_load import adapter_problems, checkpoint_steps, read_adapters, resolve_checkpoint
+from megatron_sstoken.checkpoint.manifest import adapter_problems, checkpoint_steps, open_checkpoint
 from megatron_sstoken.config import Settings, SettingsError
-from megatron_sstoken.data.batches import BatchShape, PackOrder, SampleFilter, filter_samples
+from megatron_sstoken.data.batches import PackOrder, filter_samples
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.data.tokenizer import load_tokenizer
 from megatron_sstoken.model.backend import machine_problems
 from megatron_sstoken.model.families import Architecture, read_architecture
 from megatron_sstoken.model.weights import HuggingFaceWeights, NoWeights, check_weights
-from megatron_sstoken.selection.methods import METHODS
+from megatron_sstoken.run_plan import DataPlan, RunPlan
+from megatron_sstoken.selection.methods import find_method
 from megatron_sstoken.validate.layout import (
     Findings,
     batch_shape_of,
@@ -25,41 +25,6 @@ from megatron_sstoken.validate.layout import (
     check_split,
 )
 from megatron_sstoken.validate.settings import problems_of
-
-
-@dataclass(frozen=True)
-class DataPlan:
-    """A prepared folder, and which of its samples a run uses in which order."""
-
-    store: SampleStore
-    samples: SampleFilter
-    order: PackOrder
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """A run whose settings have passed every check that needs no process group."""
-
-    settings: Settings
-    world_size: int
-    architecture: Architecture
-    train: DataPlan
-    validation: DataPlan | None
-    shape: BatchShape
-    num_rows: int
-    """Rows that training sees, over all epochs."""
-    captured_layers: tuple[int, ...]
-    """Layers (from 1) whose attention is measured; empty if the method does not use it."""
-    notes: tuple[str, ...] = ()
-    """What a dry run lets pass: weights or devices that are not here yet."""
-
-    @property
-    def num_steps(self) -> int:
-        return -(-self.num_rows // self.shape.global_batch_size)
-
-    @property
-    def needs_history(self) -> bool:
-        return METHODS[self.settings.selection.method].needs_history
 
 
 def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> RunPlan:
@@ -127,7 +92,7 @@ def _check_model(settings: Settings, a: Architecture, found: Findings) -> None:
     check_fp8(settings, a, found)
     if settings.model.checkpoint is None:
         _check_weights("model.hf_path", settings.model.hf_path or "", a, found)
-    if settings.history.hf_path and METHODS[settings.selection.method].needs_history:
+    if settings.history.hf_path and needs_history(settings):
         path = settings.history.hf_path
         history = found.attempt("history.hf_path", lambda: read_architecture(path))
         if history is not None:
@@ -180,7 +145,7 @@ def _check_vocabulary(
 ) -> None:
     """The models must know every token of the data. Padded vocabularies of one tokenizer differ between sizes."""
     models = [("model.hf_path", settings.model.hf_path, a)]
-    if settings.history.hf_path and METHODS[settings.selection.method].needs_history:
+    if settings.history.hf_path and needs_history(settings):
         with suppress(ValueError, OSError):  # told where the history model is checked
             models.append(("history.hf_path", settings.history.hf_path, read_architecture(settings.history.hf_path)))
     for owner, folder, architecture in models:
@@ -214,7 +179,7 @@ def _check_tokenizer(setting: str, path: str | None, store: SampleStore, setting
 def _check_checkpoint(settings: Settings, found: Findings) -> None:
     directory, start = settings.checkpoint.directory, settings.model.checkpoint
     if start is not None:
-        saved = found.attempt("model.checkpoint", lambda: read_adapters(resolve_checkpoint(start)))
+        saved = found.attempt("model.checkpoint", lambda: open_checkpoint(start).state.adapters)
         found.problems += adapter_problems(f"model.checkpoint={start}", saved, settings.lora)
         found.require(
             directory is None or os.path.realpath(start) != os.path.realpath(directory),
@@ -241,6 +206,11 @@ def writing_problem(setting: str, path: str) -> str | None:
     return f"{setting}={path} cannot be written: {existing} is not a writable folder"
 
 
+def needs_history(settings: Settings) -> bool:
+    """Whether the method scores by history losses."""
+    return "history_loss" in find_method(settings.selection.method).needs
+
+
 def layers_of(settings: Settings) -> list[int]:
     """`selection.layer` as a list."""
     layer = settings.selection.layer
@@ -248,6 +218,6 @@ def layers_of(settings: Settings) -> list[int]:
 
 
 def _captured_layers(settings: Settings, a: Architecture) -> tuple[int, ...]:
-    if not METHODS[settings.selection.method].needs_attention:
+    if "attention" not in find_method(settings.selection.method).needs:
         return ()
     return tuple(sorted(layer % a.num_layers + 1 for layer in layers_of(settings)))

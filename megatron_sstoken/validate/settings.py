@@ -3,11 +3,9 @@
 from collections.abc import Callable
 
 from megatron_sstoken.config import Settings
-from megatron_sstoken.selection.methods import METHODS
+from megatron_sstoken.history.source import history_sources
+from megatron_sstoken.selection.methods import METHODS, find_method
 from megatron_sstoken.selection.topk import parse_rho
-
-BOUNDED_METHODS = ("sstoken", "rel", "attention")
-"""Methods whose scores lie in [0, 1]."""
 
 
 def problems_of(settings: Settings) -> list[str]:
@@ -39,10 +37,6 @@ def problems_of(settings: Settings) -> list[str]:
     )
     at_least("model.vocabulary_multiple", settings.model.vocabulary_multiple, 1)
     at_least("data.sequence_length", settings.data.sequence_length, 2)
-    require(
-        settings.selection.method in METHODS,
-        f"selection.method={settings.selection.method} is unknown: use one of {', '.join(METHODS)}",
-    )
     for name in ("rho", "rho_min", "rho_max"):
         value = getattr(settings.selection, name)
         try:
@@ -55,17 +49,13 @@ def problems_of(settings: Settings) -> list[str]:
         f"selection.rho_min={settings.selection.rho_min} is above selection.rho_max={settings.selection.rho_max}: "
         "use a smaller rho_min",
     )
-    require(
-        settings.selection.rho != "auto" or settings.selection.method in BOUNDED_METHODS,
-        f"selection.rho=auto needs scores between 0 and 1, which selection.method={settings.selection.method} does "
-        f"not give: use {' or '.join(BOUNDED_METHODS)}, or a number",
-    )
     layers = settings.selection.layer if isinstance(settings.selection.layer, list) else [settings.selection.layer]
     require(len(layers) > 0, "selection.layer=[] names no layer: use -1 for the last")
     in_range("selection.gamma", settings.selection.gamma, 0, 1)
     at_least("selection.rel_floor", settings.selection.rel_floor, 0)
     at_least("selection.warmup_samples", settings.selection.warmup_samples, 0)
     _check_lora(settings, require)
+    found += _method_problems(settings)
     for name in ("learning_rate", "min_learning_rate", "weight_decay", "clip_grad"):
         at_least(f"optimizer.{name}", getattr(settings.optimizer, name), 0)
     require(
@@ -132,7 +122,7 @@ def problems_of(settings: Settings) -> list[str]:
 
 
 def _check_lora(settings: Settings, require: Callable[[bool, str], None]) -> None:
-    lora, history = settings.lora, settings.history
+    lora = settings.lora
     require(lora.rank >= 0, f"lora.rank={lora.rank} is too small: use 0 (no adapters) or more")
     require(lora.alpha > 0, f"lora.alpha={lora.alpha} must be above 0")
     require(0 <= lora.dropout < 1, f"lora.dropout={lora.dropout} is outside [0, 1)")
@@ -149,15 +139,28 @@ def _check_lora(settings: Settings, require: Callable[[bool, str], None]) -> Non
             f"{name}={value} has no adapters, and lora.rank={lora.rank} asks for them: Transformer Engine fuses the norm into "
             "the linears they would sit on; use model.backend=auto and training.precision=bf16",
         )
-    if history.source != "adapters_off":
-        return
-    require(
-        lora.rank > 0,
-        f"history.source=adapters_off needs lora.rank > 0, which is {lora.rank}: set it, or use history.source=frozen",
-    )
-    for name in ("hf_path", "store"):
-        value = getattr(history, name)
-        require(
-            value is None,
-            f"history.{name}={value} is not used by history.source=adapters_off: leave it out, or use source=frozen",
+
+
+def _method_problems(settings: Settings) -> list[str]:
+    """What the chosen method and history source ask of the other settings."""
+    name, head, sources = settings.selection.method, settings.model.head, history_sources()
+    try:
+        method = find_method(name)
+    except ValueError as error:
+        return [f"selection.{error}"]
+    found = []
+    if settings.selection.rho == "auto" and not method.bounded:
+        bounded = [other for other, one in METHODS.items() if one.bounded]
+        found.append(
+            f"selection.rho=auto needs scores between 0 and 1, which selection.method={name} does not give: use "
+            f"{' or '.join(bounded)}, or a number"
         )
+    if head != "selective" and (wanted := {"entropy", "top1"} & method.needs):
+        found.append(
+            f"selection.method={name} scores by {' and '.join(sorted(wanted))}, which model.head={head} does not tell: "
+            "use model.head=selective"
+        )
+    source = settings.history.source
+    if source not in sources:
+        return [*found, f"history.source={source} is unknown: use one of {', '.join(sources)}"]
+    return found + sources[source].problems(settings)

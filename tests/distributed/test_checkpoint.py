@@ -2,13 +2,8 @@
 
 import torch
 
-from megatron_sstoken.checkpoint.save_load import (
-    RunIdentity,
-    RunState,
-    checkpoint_steps,
-    load_checkpoint,
-    save_checkpoint,
-)
+from megatron_sstoken.checkpoint.manifest import RunIdentity, RunState, checkpoint_steps, open_checkpoint
+from megatron_sstoken.checkpoint.save_load import load_checkpoint, save_checkpoint
 from megatron_sstoken.config import Settings
 from tests.distributed_runner import run_distributed
 from tests.workbench import make_model
@@ -19,8 +14,9 @@ IDENTITY = RunIdentity("data", 128, "truncate", True, True, 1, 8)
 def save_draw_and_load(rank, folder, model_path):
     from megatron.core import tensor_parallel
 
-    from megatron_sstoken.model.build import build_model, build_optimizer, load_weights
+    from megatron_sstoken.model.build import build_model, load_weights
     from megatron_sstoken.model.families import read_architecture
+    from megatron_sstoken.model.optimizer import build_optimizer
     from megatron_sstoken.parallel import create_layout
 
     settings = Settings()
@@ -43,7 +39,7 @@ def save_draw_and_load(rank, folder, model_path):
         )
     first = draw()
     draw()
-    load_checkpoint(folder_of_step, model, optimizer, scheduler)
+    load_checkpoint(open_checkpoint(str(folder_of_step)), model, optimizer, scheduler)
     assert all(group["fused"] for group in optimizer.param_groups)
     return first, draw()
 

@@ -24,16 +24,15 @@ def convert_both_ways(rank, folder):
 
 def train_and_return_logits(rank, settings, tokens):
     """Train on this layout, save, and return megatron's logits of some tokens (last stage, all tensor ranks)."""
-    from megatron_sstoken.checkpoint.weights_source import model_to_train
+    from megatron_sstoken.history.source import open_history
     from megatron_sstoken.model.attention import sample_bounds
     from megatron_sstoken.parallel import create_layout
-    from megatron_sstoken.passes.scoring import open_history
-    from megatron_sstoken.training.loop import create_trainer, train
+    from megatron_sstoken.training.loop import create_trainer, model_to_train, train
     from megatron_sstoken.validate.agree import agreed_plan
 
     plan = agreed_plan(settings)
     layout = create_layout(settings.parallel, settings.training.seed)
-    model = model_to_train(plan, layout, trainable=True)
+    model = model_to_train(plan, layout)
     train(create_trainer(plan, layout, model, open_history(plan, layout)))
     (chunk,) = model.unwrapped
     with torch.no_grad():

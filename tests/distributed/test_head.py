@@ -62,15 +62,14 @@ def one_step(trainer, selection, selective):
     """Losses of the response tokens, this rank's gradients, and how many tokens it selected."""
     from dataclasses import replace
 
-    from megatron_sstoken.passes.scoring import selector_of
-    from megatron_sstoken.passes.step import train_batch
-    from megatron_sstoken.training.selector import train_on_selected
+    from megatron_sstoken.passes.step import select_and_train
+    from megatron_sstoken.training.selector import selector_of, train_on_selected
 
     model, layout, batches = trainer.model, trainer.layout, trainer.loader.load(0)
     for chunk in model.unwrapped:
         chunk.selective = selective
     model.zero_gradients()
-    selector = selector_of(trainer.settings, layout, gamma=0.0, draw=0)
+    selector = selector_of(trainer.settings, layout, gamma=0.0, step=0)
     if selection.startswith("none"):
         empty = selection == "none" or layout.data_rank == 0
 
@@ -78,7 +77,7 @@ def one_step(trainer, selection, selective):
             chosen = selector(report)
             return replace(chosen, mask=chosen.mask & (not empty))
 
-        reports = train_batch(model, batches, nothing_here, whole_gradients=True)
+        reports = select_and_train(model, batches, nothing_here, whole_gradients=True)
     else:
         changes = {"method": "full"} if selection == "full" else {"scope": selection}
         selector = replace(selector, settings=replace(selector.settings, **changes))

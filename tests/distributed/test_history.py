@@ -13,6 +13,7 @@ SAMPLES = make_samples(21, seed=8)
 
 def score_history(rank, settings, stop_after):
     """Score, stopping after some batches by an exception; returns whether it finished."""
+    from megatron_sstoken.history.source import open_history
     from megatron_sstoken.parallel import create_layout
     from megatron_sstoken.passes import scoring
     from megatron_sstoken.validate.agree import agreed_plan
@@ -30,7 +31,7 @@ def score_history(rank, settings, stop_after):
     plan = agreed_plan(settings)
     layout = create_layout(settings.parallel, 0)
     try:
-        scoring.open_history(plan, layout)
+        open_history(plan, layout)
     except KeyboardInterrupt:
         return False
     return True

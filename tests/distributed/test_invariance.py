@@ -69,17 +69,16 @@ def settings_of(folder, case, parallel, micro_batch_size):
 def run_cases(rank, settings):
     """One global batch with each of the settings: loss, token records and gradients by Hugging Face name (rank 0)."""
     from megatron_sstoken.parallel import reset_layout
-    from megatron_sstoken.passes.scoring import selector_of
+    from megatron_sstoken.passes.columns import gather_columns
     from megatron_sstoken.training.metrics import summarize
-    from megatron_sstoken.training.records import gather_columns
-    from megatron_sstoken.training.selector import train_on_selected
+    from megatron_sstoken.training.selector import selector_of, train_on_selected
 
     results = []
     for one in settings:
         trainer = make_trainer(one)
         model, layout = trainer.model, trainer.layout
         model.zero_gradients()
-        selector = selector_of(one, layout, gamma=one.selection.gamma, draw=0)
+        selector = selector_of(one, layout, gamma=one.selection.gamma, step=0)
         reports = train_on_selected(model, trainer.loader.load(0), selector, whole_gradients=True)
         loss = summarize(reports, model.architecture, layout).loss_selected
         parts = [None] * layout.world_size

@@ -111,9 +111,8 @@ def set_adapters(model, tensors):
 def measure_gradients(folder, adapters, parallel):
     """For each case: loss, and gradients by PEFT's names."""
     from megatron_sstoken.parallel import reset_layout
-    from megatron_sstoken.passes.scoring import selector_of
     from megatron_sstoken.training.metrics import summarize
-    from megatron_sstoken.training.selector import train_on_selected
+    from megatron_sstoken.training.selector import selector_of, train_on_selected
 
     results = {}
     for case, (family, targets, recompute, packed) in CASES.items():
@@ -123,7 +122,7 @@ def measure_gradients(folder, adapters, parallel):
         model, layout = trainer.model, trainer.layout
         set_adapters(model, adapters[case])
         model.zero_gradients()
-        selector = selector_of(settings, layout, gamma=0.5, draw=0)
+        selector = selector_of(settings, layout, gamma=0.5, step=0)
         reports = train_on_selected(model, trainer.loader.load(0), selector, whole_gradients=True)
         mine = {
             name: (layout.tensor_rank, axis, parameter.main_grad.clone())
@@ -209,9 +208,8 @@ def compare_histories(folder, adapters, parallel):
     Returns for each the loss and this rank's (history losses, selected).
     """
     from megatron_sstoken.parallel import reset_layout
-    from megatron_sstoken.passes.scoring import selector_of
     from megatron_sstoken.training.metrics import summarize
-    from megatron_sstoken.training.selector import train_on_selected
+    from megatron_sstoken.training.selector import selector_of, train_on_selected
 
     results = []
     for source in ("frozen", "adapters_off"):
@@ -220,7 +218,7 @@ def compare_histories(folder, adapters, parallel):
         )
         trainer = make_trainer(settings)
         set_adapters(trainer.model, adapters["llama"])
-        selector = selector_of(settings, trainer.layout, gamma=0.5, draw=0)
+        selector = selector_of(settings, trainer.layout, gamma=0.5, step=0, history=trainer.history)
         reports = train_on_selected(trainer.model, trainer.loader.load(0), selector)
         loss = summarize(reports, trainer.model.architecture, trainer.layout).loss_selected
         results.append((loss, [(report.history_loss, report.selection.mask) for report in reports]))

@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from megatron_sstoken.checkpoint.save_load import checkpoint_steps
+from megatron_sstoken.checkpoint.manifest import checkpoint_steps
 from tests import cli
 from tests.distributed_runner import free_port, run_distributed
 from tests.workbench import make_model, make_samples, make_settings, make_store, make_trainer

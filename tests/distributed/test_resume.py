@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from megatron_sstoken.checkpoint.save_load import checkpoint_steps
+from megatron_sstoken.checkpoint.manifest import checkpoint_steps
 from megatron_sstoken.training.records import read_records
 from tests import cli
 from tests.workbench import make_model, make_samples, make_settings, make_store

@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron_sstoken.checkpoint.save_load import RunIdentity, RunState, load_checkpoint, save_checkpoint
+from megatron_sstoken.checkpoint.manifest import RunIdentity, RunState, open_checkpoint
+from megatron_sstoken.checkpoint.save_load import load_checkpoint, save_checkpoint
 from megatron_sstoken.conversion import hf
 from megatron_sstoken.conversion.hf import from_hf, reshard, to_hf
 from megatron_sstoken.conversion.inspection import describe_checkpoint, format_description
@@ -77,8 +78,9 @@ def save_training_checkpoints(rank: int, folder: Path) -> list[str]:
 
     Returns the names of parameters that a conversion loads otherwise than the Hugging Face folder.
     """
-    from megatron_sstoken.model.build import build_model, build_optimizer, load_weights
+    from megatron_sstoken.model.build import build_model, load_weights
     from megatron_sstoken.model.families import read_architecture
+    from megatron_sstoken.model.optimizer import build_optimizer
     from megatron_sstoken.parallel import create_layout, reset_layout
 
     wrong = []
@@ -92,7 +94,7 @@ def save_training_checkpoints(rank: int, folder: Path) -> list[str]:
             expected = {key: value.detach().clone() for key, value in model.unwrapped[0].named_parameters()}
             for value in model.unwrapped[0].parameters():
                 value.data.zero_()
-            load_checkpoint(folder / f"{family}-fp32-megatron" / "step_0000000", model)
+            load_checkpoint(open_checkpoint(str(folder / f"{family}-fp32-megatron")), model)
             loaded = dict(model.unwrapped[0].named_parameters())
             wrong += [f"{family} {name} {key}" for key in expected if not torch.equal(expected[key], loaded[key])]
             optimizer, scheduler = build_optimizer(model, settings.optimizer, 10)

@@ -37,7 +37,6 @@ MORE_NAMES = {
 CHOICES = {
     "selection.scope": ("sample", "microbatch", "batch"),
     "selection.loss_average": ("token", "sample", "microbatch"),
-    "history.source": ("frozen", "adapters_off"),
     "training.precision": ("fp32", "bf16"),
     "data.too_long": ("truncate", "drop"),
     "optimizer.schedule": ("linear", "cosine", "constant"),
@@ -205,10 +204,15 @@ def test_broken_rule(name):
     assert problems_of(settings_with(**changes)) == [message]
 
 
+def test_unknown_history_source_is_told_the_known_ones():
+    problem = "history.source=yesterday is unknown: use one of adapters_off, frozen"
+    assert problems_of(settings_with(history__source="yesterday")) == [problem]
+
+
 def test_unknown_method_is_told_the_known_ones():
     (problem,) = problems_of(settings_with(selection__method="best"))
     assert problem.startswith("selection.method=best is unknown: use one of ")
-    known = problem.split("use one of ")[1].split(", ")
+    known = problem.split("use one of ")[1].split(", or ")[0].split(", ")
     assert {"sstoken", "full", "random"} <= set(known)
     assert all(problems_of(settings_with(selection__method=method)) == [] for method in known)
 

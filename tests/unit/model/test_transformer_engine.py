@@ -26,7 +26,8 @@ def pretend_hopper() -> None:
 
 def compare_implementations(rank, model_path, folder):
     """On each rank: what both implementations hold of one Hugging Face model, and checkpoints from one to the other."""
-    from megatron_sstoken.checkpoint.save_load import RunState, load_checkpoint, save_checkpoint
+    from megatron_sstoken.checkpoint.manifest import RunState, open_checkpoint
+    from megatron_sstoken.checkpoint.save_load import load_checkpoint, save_checkpoint
     from megatron_sstoken.model.build import build_model, load_weights
     from megatron_sstoken.model.families import read_architecture
     from megatron_sstoken.model.weights import rules_of_chunk
@@ -56,7 +57,7 @@ def compare_implementations(rank, model_path, folder):
     for name, other in (("torch", "transformer_engine"), ("transformer_engine", "torch")):
         path = save_checkpoint(f"{folder}/{name}", RunState(1, None, model_path), models[name], None, None, keep=0)
         target = build(other)
-        load_checkpoint(path, target)
+        load_checkpoint(open_checkpoint(str(path)), target)
         results[f"{name} to {other}"] = equal(by_rule(models[name]), by_rule(target))
     keys = [
         {
@@ -81,7 +82,8 @@ def keep_scales(rank, model_path, folder):
     from transformer_engine.common.recipe import DelayedScaling
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
-    from megatron_sstoken.checkpoint.save_load import RunState, load_checkpoint, save_checkpoint
+    from megatron_sstoken.checkpoint.manifest import RunState, open_checkpoint
+    from megatron_sstoken.checkpoint.save_load import load_checkpoint, save_checkpoint
     from megatron_sstoken.model.build import build_model
     from megatron_sstoken.model.families import read_architecture
     from megatron_sstoken.parallel import create_layout
@@ -105,7 +107,7 @@ def keep_scales(rank, model_path, folder):
         layer.fp8_meta["scaling_fwd"].scale.fill_(number + 2.0)
         layer.fp8_meta["scaling_fwd"].amax_history.fill_(number + 0.5)
     path = save_checkpoint(folder, RunState(1, None, model_path), first, None, None, keep=0)
-    load_checkpoint(path, second)
+    load_checkpoint(open_checkpoint(str(path)), second)
     return [
         [
             (m.fp8_meta["scaling_fwd"].scale.tolist(), m.fp8_meta["scaling_fwd"].amax_history.tolist())

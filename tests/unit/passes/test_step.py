@@ -15,9 +15,10 @@ from megatron_sstoken.passes.step import (
     TokenReport,
     of_this_rank,
     score_batch,
+    select_and_train,
     to_predicted,
     to_predicting,
-    train_batch,
+    train_on,
 )
 from megatron_sstoken.selection.methods import Selection
 from megatron_sstoken.training.selector import Selector, signals_of
@@ -71,17 +72,19 @@ def test_to_predicting_moves_one_to_the_left():
 def test_signals_of_a_report():
     report = make_report(make_batch(TURNS, 8))
     signals = signals_of(report)
-    assert signals.num_segments == 3 and signals.loss is report.loss and signals.attention is report.attention
-    assert signals.history_loss is report.batch.history_loss
+    assert (
+        signals.num_segments == 3
+        and signals["loss"] is report.loss
+        and signals["attention"] is report.values["attention"]
+    )
+    assert signals["history_loss"] is report.batch.history_loss
     for name in ("segment", "response", "sample", "position"):
         assert getattr(signals, name) is getattr(report.batch, name)
-    bare = signals_of(make_report(make_batch(TURNS, 8, history=False), attention=False))
-    assert bare.history_loss.isnan().all() and bare.attention.isnan().all()
-    assert bare.history_loss.shape == bare.attention.shape == (24,)
+    assert set(signals_of(make_report(make_batch(TURNS, 8, history=False), attention=False)).values) == {"loss"}
 
 
-def selector(gamma: float = 0.5, seed: int = 1, draw: int = 2, **changes) -> Selector:
-    return Selector(SelectionSettings(**changes), gamma=gamma, seed=seed, draw=draw, group=None)
+def selector(gamma: float = 0.5, seed: int = 1, step: int = 2, **changes) -> Selector:
+    return Selector(SelectionSettings(**changes), gamma=gamma, seed=seed, step=step, group=None)
 
 
 def by_hand(values: torch.Tensor, batch, counts: list[int]) -> list[int]:
@@ -102,18 +105,18 @@ def test_selector_uses_gamma_rho_and_the_reports_values():
     report = make_report(batch, seed=3, selected=False)
     counts = [2, 1, 1]  # half of 3, 2 and 1, rounded up
     by_attention = selector(gamma=0.0, rho=0.5)(report)
-    assert indices(by_attention.mask) == by_hand(report.attention, batch, counts)
+    assert indices(by_attention.mask) == by_hand(report.values["attention"], batch, counts)
     by_rel = selector(gamma=1.0, rho=0.5)(report)
     assert indices(by_rel.mask) == by_hand(batch.history_loss - report.loss, batch, counts)
     assert by_rel.mask.tolist() != by_attention.mask.tolist()
     assert torch.equal(selector(method="full")(report).mask, batch.response)
 
 
-def test_random_selection_depends_on_seed_and_draw():
+def test_random_selection_depends_on_seed_and_step():
     report = make_report(make_batch([[0] + [1] * 60] * 2, 64), selected=False)
     masks = [
-        selector(method="random", rho=0.5, seed=seed, draw=draw)(report).mask.tolist()
-        for seed, draw in ((1, 2), (1, 2), (1, 3), (2, 2))
+        selector(method="random", rho=0.5, seed=seed, step=step)(report).mask.tolist()
+        for seed, step in ((1, 2), (1, 2), (1, 3), (2, 2))
     ]
     assert masks[0] == masks[1] and len(set(map(tuple, masks))) == 3
     assert sum(masks[0]) == 60
@@ -124,7 +127,7 @@ def test_a_selection_over_the_whole_batch():
     batches = [make_batch([[0] + [1] * 4], 8), make_batch([[0] + [1] * 6, [0, 1]], 8, first_sample=9)]
     high, low = (make_report(batch, selected=False) for batch in batches)
     reports = [
-        TokenReport(batch, report.loss, attention)
+        TokenReport(batch, {"loss": report.loss, "attention": attention})
         for batch, report, attention in (
             (batches[0], low, torch.linspace(0.1, 0.2, 8)),
             (batches[1], high, torch.linspace(0.9, 0.5, 16)),
@@ -199,12 +202,12 @@ def select_these(*masks: list[int]) -> list[Selection]:
     return [Selection(mask, *(torch.zeros(len(mask)) for _ in range(3))) for mask in masked]
 
 
-def test_train_batch_sums_the_selected_losses(monkeypatch):
+def test_select_and_train_sums_the_selected_losses(monkeypatch):
     batches = [make_batch(TURNS, 8, seed=1), make_batch([[0, 1, 1]], 8, first_sample=50, seed=2)]
     values = [torch.rand(24) + 1, torch.rand(8) + 1]
     chunk = Chunk(values)
     model, handed = run_as_megatron(monkeypatch, chunk)
-    reports = train_batch(model, batches, selector(method="random", rho=0.5))
+    reports = select_and_train(model, batches, selector(method="random", rho=0.5))
     assert [int(count) for _, count in handed] == [4, 1]
     for batch, row, parameter, report, (total, count) in zip(
         batches, values, chunk.losses, reports, handed, strict=True
@@ -236,7 +239,7 @@ def test_averages(monkeypatch, average, weights, counts):
     chunk = Chunk([torch.rand(12) + 1, torch.rand(4) + 1])
     model, handed = run_as_megatron(monkeypatch, chunk)
     batches = [make_batch(ROWS, 4), make_batch([[0, 0, 1]], 4, first_sample=9)]
-    reports = train_batch(model, batches, select_these(SELECTED, [0, 0, 1, 0]), loss_average=average)
+    reports = train_on(model, batches, select_these(SELECTED, [0, 0, 1, 0]), loss_average=average)
     trained = [0, 1, 4, 6], [1]  # the positions that predict the selected tokens
     for parameter, at, wanted, (total, count), number, report in zip(
         chunk.losses, trained, weights, handed, counts, reports, strict=True
@@ -263,7 +266,7 @@ def test_labels_name_the_tokens_that_get_a_loss(monkeypatch):
     for options, run, scored in [
         ({}, lambda model: score_batch(model, [batch]), batch.response),
         ({"scores_context": True}, lambda model: score_batch(model, [batch]), after_the_first),
-        ({}, lambda model: train_batch(model, [batch], selection), selection[0].mask),
+        ({}, lambda model: train_on(model, [batch], selection), selection[0].mask),
     ]:
         chunk = Chunk([torch.rand(12)])
         run(run_as_megatron(monkeypatch, chunk, **options)[0])
@@ -274,7 +277,7 @@ def test_the_model_gets_the_batch_and_its_bounds(monkeypatch):
     batch = make_batch(TURNS, 8)
     chunk = Chunk([torch.zeros(24)])
     model, _ = run_as_megatron(monkeypatch, chunk)
-    train_batch(model, [batch], selector(method="full"))
+    select_and_train(model, [batch], selector(method="full"))
     ((tokens, position, attention_mask, labels, bounds),) = chunk.calls
     assert torch.equal(tokens, batch.tokens) and attention_mask is None
     assert labels.tolist() == [labels_by_hand(batch, batch.response)]
@@ -290,7 +293,7 @@ def test_a_loss_that_is_not_finite_and_not_selected_stays_out(monkeypatch, bad, 
     losses[1:3] = 1.0  # what predicts tokens 2 and 3
     chunk = Chunk([losses])
     model, handed = run_as_megatron(monkeypatch, chunk)
-    train_batch(model, [batch], selector(method="full"), loss_average=average)
+    select_and_train(model, [batch], selector(method="full"), loss_average=average)
     weight = 1.0 if average == "token" else 0.5
     assert float(handed[0][0]) == 2 * weight and int(handed[0][1]) == (2 if average == "token" else 1)
     assert chunk.losses[0].grad.tolist() == [[0, weight, weight, 0, 0, 0, 0, 0]]
@@ -301,7 +304,7 @@ def test_a_micro_batch_without_samples(monkeypatch, average):
     chunk = Chunk([torch.rand(8)])
     model, handed = run_as_megatron(monkeypatch, chunk)
     batch = make_batch([], 8, num_rows=1)
-    train_batch(model, [batch], selector(method="random"), loss_average=average)
+    select_and_train(model, [batch], selector(method="random"), loss_average=average)
     assert float(handed[0][0]) == 0.0 and int(handed[0][1]) == 0
     assert not chunk.losses[0].grad.any()
 
@@ -349,10 +352,10 @@ def test_attention_is_the_mean_over_heads_and_measured_layers(monkeypatch, alone
         capture.masses |= {2: masses[len(chunk.calls), 0], 4: masses[len(chunk.calls), 1]}
 
     chunk.register_forward_pre_hook(attend)
-    reports = train_batch(model, batches, selector(method="attention", gamma=0.0))
+    reports = select_and_train(model, batches, selector(method="attention", gamma=0.0))
     for number, (report, batch) in enumerate(zip(reports, batches, strict=True)):
         assert torch.equal(contexts[number], batch.context)
-        torch.testing.assert_close(report.attention, (masses[number, 0] + masses[number, 1]) / 8)
+        torch.testing.assert_close(report.values["attention"], (masses[number, 0] + masses[number, 1]) / 8)
     assert capture.context is None and capture.masses == {}
 
 

@@ -81,9 +81,7 @@ def signals_of(tokens: list[Token], garbage: float = float("nan"), num_padding: 
         response=integers([token.response for token in tokens], 0).bool(),
         sample=integers([token.sample for token in tokens], -1),
         position=integers([token.position for token in tokens], 0),
-        loss=column("loss"),
-        history_loss=column("history_loss"),
-        attention=column("attention"),
+        values={name: column(name) for name in ("loss", "history_loss", "attention")},
     )
 
 

@@ -20,7 +20,7 @@ REL_FLOOR = 1e-3
 
 
 def select(signals: TokenSignals, method: str = "sstoken", **changes) -> Selection:
-    options = {"rho": "0.6", "scope": "sample", "gamma": 0.5, "seed": 1, "draw": 0, "group": None} | changes
+    options = {"rho": "0.6", "scope": "sample", "gamma": 0.5, "seed": 1, "step": 0, "group": None} | changes
     return select_tokens(signals, rel_floor=REL_FLOOR, **({"method": method} | options))
 
 
@@ -91,13 +91,13 @@ def test_batch_scope_selects_over_joined_micro_batches(parts, rho):
 @pytest.mark.parametrize("method", METHODS)
 def test_what_a_method_does_not_need_it_does_not_look_at(method):
     signals = example()
-    nothing = torch.full_like(signals.loss, NAN)
+    nothing = torch.full_like(signals["loss"], NAN)
     plain = select(signals, method)
     without = signals
-    if not METHODS[method].needs_history:
-        without = replace(without, history_loss=nothing)
-    if not METHODS[method].needs_attention:
-        without = replace(without, attention=nothing)
+    if "history_loss" not in METHODS[method].needs:
+        without = without.changed(history_loss=nothing)
+    if "attention" not in METHODS[method].needs:
+        without = without.changed(attention=nothing)
     assert torch.equal(select(without, method).mask, plain.mask)
 
 
@@ -106,12 +106,12 @@ def test_what_a_method_does_not_need_it_does_not_look_at(method):
 def test_nan_in_what_it_needs_names_the_token(method, scope):
     signals = example()
     for needed, name in (
-        (METHODS[method].needs_history, "history_loss"),
-        (METHODS[method].needs_attention, "attention"),
+        ("history_loss" in METHODS[method].needs, "history_loss"),
+        ("attention" in METHODS[method].needs, "attention"),
     ):
-        values = getattr(signals, name).clone()
+        values = signals[name].clone()
         values[[10, 9]] = NAN  # positions 3 and 2 of sample 8
-        poisoned = replace(signals, **{name: values})
+        poisoned = signals.changed(**{name: values})
         if needed:
             with pytest.raises(ValueError, match=r"sample 8 \(row number in the input\), position 2, is NaN"):
                 select(poisoned, method, scope=scope)
@@ -135,7 +135,7 @@ def test_sample_scope_never_communicates():
 
 def test_gamma_0_is_blind_to_the_history():
     signals = example()
-    blind = replace(signals, history_loss=torch.full_like(signals.loss, NAN))
+    blind = signals.changed(history_loss=torch.full_like(signals["loss"], NAN))
     assert torch.equal(select(blind, gamma=0.0).mask, select(signals, "attention").mask)
 
 
@@ -176,7 +176,7 @@ def test_without_response_nothing_is_selected(method, scope):
 
 def test_equal_scores_go_to_the_lower_position_then_sample():
     signals = example()
-    equal = replace(signals, attention=torch.full_like(signals.loss, 0.5))
+    equal = signals.changed(attention=torch.full_like(signals["loss"], 0.5))
     assert keys(select(equal, "attention", rho="0.5"), signals) == {(5, 1), (5, 2), (5, 3), (8, 1), (8, 2)}
     across = select(equal, "attention", rho="0.8", scope="microbatch")
     assert keys(across, signals) == {(5, p) for p in range(1, 7)} | {(8, 1), (8, 2)}
@@ -208,11 +208,11 @@ class TestRandom:
         assert self.splitmix64(0) == 0xE220A8397B1DCDAF  # published first output of seed 0
 
     @given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 10**6), st.integers(-1, 2**39), st.integers(0, 2**24))
-    def test_equals_python_integers(self, seed, draw, sample, position):
+    def test_equals_python_integers(self, seed, step, sample, position):
         state = 0
-        for part in (seed, draw, sample, position):
+        for part in (seed, step, sample, position):
             state = self.splitmix64(state ^ (part & WORD))
-        found = random_scores(torch.tensor([sample]), torch.tensor([position]), seed, draw)
+        found = random_scores(torch.tensor([sample]), torch.tensor([position]), seed, step)
         assert found.dtype == torch.float32
         assert found.item() == (state >> 40) / 2**24
 
@@ -220,7 +220,7 @@ class TestRandom:
         sample, position = (
             grid.flatten() for grid in torch.meshgrid(torch.arange(100), torch.arange(200), indexing="ij")
         )
-        values = random_scores(sample, position, seed=3, draw=0).double()
+        values = random_scores(sample, position, seed=3, step=0).double()
         assert values.min() >= 0
         assert values.max() < 1
         counts = torch.histc(values, bins=20, min=0, max=1)
@@ -233,7 +233,7 @@ class TestRandom:
 
     def test_a_new_draw_selects_anew_and_the_same_draw_the_same(self):
         tokens = [Token(0, position, position > 0, NAN, NAN, NAN) for position in range(200)]
-        first, again, other = (select(signals_of(tokens), "random", draw=draw).mask for draw in (0, 0, 1))
+        first, again, other = (select(signals_of(tokens), "random", step=step).mask for step in (0, 0, 1))
         assert torch.equal(first, again)
         assert 0 < (first & other).sum() < first.sum()
         assert first.sum() == other.sum() == 120

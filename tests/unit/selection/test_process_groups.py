@@ -15,7 +15,7 @@ from tests.distributed_runner import run_distributed
 from tests.unit.selection.brute_force import Token, signals_of
 
 RHO = "0.3"
-SCORING = {"gamma": 0.5, "rel_floor": 1e-3, "seed": 7, "draw": 2}
+SCORING = {"gamma": 0.5, "rel_floor": 1e-3, "seed": 7, "step": 2}
 
 
 def share_of(rank: int) -> TokenSignals:
@@ -31,9 +31,9 @@ def share_of(rank: int) -> TokenSignals:
 
 def poisoned(signals: TokenSignals) -> TokenSignals:
     """With NaN at position 3 of the first sample."""
-    attention, response = signals.attention.clone(), signals.response.clone()
+    attention, response = signals["attention"].clone(), signals.response.clone()
     attention[3], response[3] = math.nan, True
-    return replace(signals, attention=attention, response=response)
+    return replace(signals.changed(attention=attention), response=response)
 
 
 def error_of(call) -> str:

@@ -28,7 +28,7 @@ def normalized(rel: list[float], rel_floor: float = 1e-3) -> list[float]:
 
 
 def rel_norm_of(signals: TokenSignals, rel_floor: float) -> torch.Tensor:
-    rel = retrospective_excess_loss(signals.loss, signals.history_loss)
+    rel = retrospective_excess_loss(signals["loss"], signals["history_loss"])
     return normalize_per_sample(rel, signals.response, signals.segment, signals.num_segments, rel_floor)
 
 
@@ -60,7 +60,7 @@ def test_scores_equal_the_definitions_and_nothing_undefined_leaks(tokens, rel_fl
         rel_norm = rel_norm_of(signals, rel_floor)
         assert rel_norm.dtype == torch.float32
         assert rel_norm[~signals.response].isnan().all()
-        score = combine(rel_norm, signals.attention, gamma)
+        score = combine(rel_norm, signals["attention"], gamma)
         assert brute_force.by_key(tokens, rel_norm) == pytest.approx(expected_norm, abs=2e-6)
         assert brute_force.by_key(tokens, score) == pytest.approx(expected_score, abs=2e-6)
         results.append(score[signals.response])
@@ -153,5 +153,6 @@ def test_concatenating_keeps_samples_apart(parts):
 def test_concatenating_one_is_the_same():
     signals = brute_force.signals_of([brute_force.Token(3, 1, True, 1.0, 2.0, 0.5)])
     joined = concatenate_signals([signals])
-    for name in ("segment", "response", "sample", "position", "loss"):
+    torch.testing.assert_close(dict(joined.values), dict(signals.values), equal_nan=True)
+    for name in ("segment", "response", "sample", "position"):
         torch.testing.assert_close(getattr(joined, name), getattr(signals, name), equal_nan=True)

@@ -66,4 +66,5 @@ def make_report(batch: TokenBatch, *, seed: int = 0, selected: bool = True, atte
         score, rel_norm = (torch.rand(size, generator=generator) for _ in range(2))
         mask = batch.response & (torch.rand(size, generator=generator) < 0.5)
         selection = Selection(mask, score, rel_norm, torch.full((batch.num_segments,), torch.nan))
-    return TokenReport(batch, loss, masses if attention else None, selection)
+    values = {"loss": loss} | ({"attention": masses} if attention else {})
+    return TokenReport(batch, values, selection)

@@ -63,7 +63,7 @@ def response_values(reports) -> dict[str, np.ndarray]:
             if report.batch.response[t]:
                 columns["loss"].append(float(report.loss[t]))
                 columns["rel"].append(float(report.batch.history_loss[t]) - float(report.loss[t]))
-                columns["attention"].append(float(report.attention[t]))
+                columns["attention"].append(float(report.values["attention"][t]))
                 columns["selected"].append(bool(report.selection.mask[t]))
     return {name: np.array(values) for name, values in columns.items()}
 
@@ -123,7 +123,7 @@ def test_a_loss_that_is_not_finite_on_a_dropped_token(layout):
     mask = torch.tensor([False, True, True, False])
     loss = torch.tensor([torch.nan, 1.0, 3.0, torch.inf])
     selection = dataclasses.replace(report.selection, mask=mask)
-    metrics = summarize([dataclasses.replace(report, loss=loss, selection=selection)], TINY, layout)
+    metrics = summarize([dataclasses.replace(report, values={"loss": loss}, selection=selection)], TINY, layout)
     assert metrics.loss_selected == 2.0 and math.isinf(metrics.loss_all)
 
 

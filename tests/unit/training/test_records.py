@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_sstoken.training.records import SCHEMA, RecordWriter, columns_of, gather_columns, read_records
+from megatron_sstoken.passes.columns import columns_of, gather_columns
+from megatron_sstoken.training.records import SCHEMA, RecordWriter, read_records
 from tests.unit.training import make_batch, make_report
 
 TURNS = [[0, 0, 1, 1, 0, 1], [1, 0, 1, 1], [0, 1]]
@@ -48,7 +49,7 @@ def test_columns_token_by_token():
     batch = make_batch(TURNS, 7, first_sample=5)
     report = make_report(batch)
     entropy, top1 = torch.rand(2, len(report.loss)).unbind()
-    report = replace(report, entropy=entropy, top1=top1)
+    report = replace(report, values={**report.values, "entropy": entropy, "top1": top1})
     columns = columns_of(report)
     row = 0
     for number, roles in enumerate(TURNS):
@@ -63,7 +64,7 @@ def test_columns_token_by_token():
                 ("loss", report.loss, i > 0),
                 ("history_loss", batch.history_loss, i > 0),
                 ("rel_norm", report.selection.rel_norm, in_response),
-                ("attention", report.attention, in_response),
+                ("attention", report.values["attention"], in_response),
                 ("score", report.selection.score, in_response),
                 ("entropy", entropy, True),  # as the report has it: NaN where nothing was predicted
                 ("top1", top1, True),

@@ -397,9 +397,12 @@ def test_numbers_that_cannot_be(settings):
         plan_run(settings(), -2)
 
 
+CONVERSION = '{"step": 2, "identity": null, "hf_path": "", "split": [1, 1, 1, "cpu"]}'
+
+
 def test_a_start_that_moves_is_refused(settings, tmp_path):
     (tmp_path / "step_0000002").mkdir()
-    (tmp_path / "step_0000002" / "sstoken.json").write_text("{}")
+    (tmp_path / "step_0000002" / "sstoken.json").write_text(CONVERSION)
     run = settings(checkpoint__directory=str(tmp_path), model__checkpoint=str(tmp_path))
     assert "is checkpoint.directory: the start would move" in only_problem(run)
     plan_run(settings(checkpoint__directory=str(tmp_path), model__checkpoint=str(tmp_path / "step_0000002")), 1)
@@ -546,6 +549,8 @@ def test_model_checkpoint_below_a_folder(settings, tmp_path):
     problem = only_problem(settings(model__checkpoint=str(tmp_path)))
     assert problem.startswith(f"model.checkpoint: {tmp_path} holds no complete checkpoint")
     (tmp_path / "step_0000012" / "sstoken.json").write_text("{}")
+    assert "does not describe a checkpoint" in only_problem(settings(model__checkpoint=str(tmp_path)))
+    (tmp_path / "step_0000012" / "sstoken.json").write_text(CONVERSION)
     assert plan_run(settings(model__checkpoint=str(tmp_path)), 1)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sstoken.data.store import StoreManifest, describe_mismatch
-from megatron_sstoken.history.identity import history_identity, history_path
+from megatron_sstoken.history.frozen import history_identity, history_path
 
 MANIFEST = StoreManifest(
     data_fingerprint="d" * 64,

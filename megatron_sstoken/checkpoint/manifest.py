@@ -1,0 +1,207 @@
+"""What a checkpoint folder says of itself: the run, its data and step, the adapters; and whether a run may resume from it."""
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_sstoken.config import LoraSettings, SettingsError
+
+STATE_FILE = "sstoken.json"
+_NAME = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What decides which rows a step holds; a run resumes only where all of it is equal."""
+
+    data_fingerprint: str
+    sequence_length: int
+    too_long: str
+    packing: bool
+    shuffle: bool
+    seed: int
+    global_batch_size: int
+
+
+@dataclass(frozen=True)
+class AdapterIdentity:
+    """What the adapters in a checkpoint are, and the weights that they belong to."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: list[str]
+    base_checkpoint: str | None
+    """megatron checkpoint that the base weights came from; None: the run's `hf_path`."""
+    base_fingerprint: str
+    """Of the files of the base weights."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands."""
+
+    step: int
+    """Optimizer steps done; the next global batch has this number."""
+    identity: RunIdentity | None
+    """None for a conversion, which no run made."""
+    hf_path: str
+    """Hugging Face folder that the architecture and the tokenizer came from."""
+    num_rows: int = 0
+    """Rows of the whole run; the last batch may be filled up with empty ones."""
+    objective: dict[str, Any] = field(default_factory=dict)
+    """Settings of selection and history, and the starting weights: told where a resumed run changes them."""
+    adapters: AdapterIdentity | None = None
+    """Set where the checkpoint holds adapters (and their optimizer state) alone."""
+    split: list = field(default_factory=list)
+    """Layout and kind of device that random states belong to."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its folder, and what that says of itself, read once."""
+
+    folder: Path
+    state: RunState
+
+
+def checkpoint_steps(directory: str) -> dict[int, Path]:
+    """Complete checkpoints under `directory`: step → folder, ascending."""
+    if not os.path.isdir(directory):
+        return {}
+    found = {
+        int(match[1]): path
+        for path in Path(directory).iterdir()
+        if (match := _NAME.fullmatch(path.name)) and (path / STATE_FILE).is_file()
+    }
+    return dict(sorted(found.items()))
+
+
+def read_run_state(folder: Path) -> RunState:
+    """The state that a checkpoint folder describes. Raises ValueError where its file is not one of ours."""
+    path = folder / STATE_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        identity, adapters = content.pop("identity"), content.pop("adapters", None)
+        return RunState(
+            identity=RunIdentity(**identity) if identity else None,
+            adapters=AdapterIdentity(**adapters) if adapters else None,
+            **content,
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} does not describe a checkpoint ({error!r}): it is damaged, or of another version"
+        ) from error
+
+
+def write_run_state(folder: Path, state: RunState) -> None:
+    """Describe a checkpoint folder; written last, its file says that the checkpoint is whole."""
+    with open(folder / STATE_FILE, "w", encoding="utf-8") as file:
+        json.dump(asdict(state), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def resolve_checkpoint(path: str) -> Path:
+    """A checkpoint folder itself, or the newest complete one below it. Raises ValueError if there is none."""
+    if os.path.isfile(os.path.join(path, STATE_FILE)):
+        return Path(path)
+    steps = checkpoint_steps(path)
+    if not steps:
+        raise ValueError(f"{path} holds no complete checkpoint (a folder step_<number> with {STATE_FILE})")
+    return steps[max(steps)]
+
+
+def open_checkpoint(path: str) -> Checkpoint:
+    """The checkpoint of a folder, or the newest complete one below it. Raises ValueError if there is none."""
+    folder = resolve_checkpoint(path)
+    return Checkpoint(folder, read_run_state(folder))
+
+
+def check_identity(checkpoint: Checkpoint, expected: RunIdentity, num_rows: int, lora: LoraSettings) -> None:
+    """Raise SettingsError if the checkpoint was made on other data or in another order, naming what differs.
+
+    So is a longer run than the one that ended with a batch filled up with empty rows: it would miss those rows.
+    """
+    folder, state = checkpoint.folder, checkpoint.state
+    identity = state.identity
+    if identity is None:
+        raise SettingsError(
+            [f"cannot resume from {folder}: it is a conversion; name it as model.checkpoint to start from it"]
+        )
+    found = asdict(identity)
+    setting = {
+        "data_fingerprint": "data.train",
+        "sequence_length": "data.sequence_length",
+        "too_long": "data.too_long",
+        "packing": "data.packing",
+        "shuffle": "data.shuffle",
+        "seed": "training.seed",
+        "global_batch_size": "training.global_batch_size",
+    }
+    differing = [
+        f"cannot resume from {folder}: it was made with {setting[name]}={found[name]}, now {value}: "
+        "use the same, or another checkpoint.directory"
+        for name, value in asdict(expected).items()
+        if found[name] != value
+    ]
+    differing += adapter_problems(f"cannot resume: {folder}", state.adapters, lora)
+    if lora.rank and state.adapters is None:
+        differing.append(
+            f"cannot resume from {folder}: it holds whole weights, and lora.rank={lora.rank} trains adapters: use lora.rank=0, "
+            "or another checkpoint.directory and this as model.checkpoint"
+        )
+    if state.step * identity.global_batch_size > state.num_rows and num_rows > state.num_rows:
+        differing.append(
+            f"cannot resume from {folder}: its run of {state.num_rows} rows ended with a batch that is not full, so that "
+            "a longer one would miss rows: start it with another checkpoint.directory and model.checkpoint"
+        )
+    if differing:
+        raise SettingsError(differing)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Settings that changed, as 'selection.rho: 0.6 → 0.9'."""
+    found = []
+    for name in dict.fromkeys([*before, *now]):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{name}.")
+        elif old != new and name in before and name in now:
+            found.append(f"{prefix}{name}: {old} → {new}")
+    return found
+
+
+def renamed(objective: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint by their names of today."""
+    model = dict(objective.get("model", {}))
+    if "implementation" in model:
+        model["backend"] = model.pop("implementation")
+    return {**objective, "model": model} if "model" in objective else objective
+
+
+def adapter_problems(owner: str, saved: AdapterIdentity | None, lora: LoraSettings) -> list[str]:
+    """Why adapters as `lora` sets them cannot be filled from a checkpoint of adapters; empty also if it holds none.
+
+    `owner`: what messages call the checkpoint, as "model.checkpoint=PATH".
+    """
+    if saved is None:
+        return []
+    if lora.rank == 0:
+        return [
+            f"{owner} holds adapters, and lora.rank=0 makes none: set lora.rank={saved.rank}, lora.alpha={saved.alpha:g} and "
+            f"lora.targets=[{', '.join(saved.targets)}], or merge them with tools/convert_checkpoint.py to-hf --merge"
+        ]
+    pairs = {
+        "rank": (saved.rank, lora.rank),
+        "alpha": (saved.alpha, lora.alpha),
+        "targets": (sorted(saved.targets), sorted(lora.targets)),
+    }
+    return [
+        f"{owner} holds adapters made with lora.{name}={old}, now {new}: use the same"
+        for name, (old, new) in pairs.items()
+        if old != new
+    ]

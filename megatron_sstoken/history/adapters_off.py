@@ -1,0 +1,34 @@
+"""History of a LoRA run from the model itself, with its adapters switched off: one forward pass a step."""
+
+from dataclasses import replace
+
+from megatron_sstoken.config import Settings
+from megatron_sstoken.data.batches import TokenBatch
+from megatron_sstoken.history.source import HistorySource
+from megatron_sstoken.model.build import Model
+from megatron_sstoken.passes.step import score_batch
+
+
+class AdaptersOff(HistorySource):
+    """Scores each batch with the base under the adapters; no store, no second model."""
+
+    name = "adapters_off"
+
+    @classmethod
+    def problems(cls, settings: Settings) -> list[str]:
+        rank, found = settings.lora.rank, []
+        if rank == 0:
+            found.append(
+                f"history.source=adapters_off needs lora.rank > 0, which is {rank}: set it, or use history.source=frozen"
+            )
+        for name in ("hf_path", "store"):
+            if (value := getattr(settings.history, name)) is not None:
+                found.append(
+                    f"history.{name}={value} is not used by history.source=adapters_off: leave it out, or use source=frozen"
+                )
+        return found
+
+    def prepare(self, model: Model, batches: list[TokenBatch]) -> list[TokenBatch]:
+        with model.evaluating(), model.adapters_off() as base:
+            reports = score_batch(base, batches)
+        return [replace(report.batch, history_loss=report.loss) for report in reports] or batches

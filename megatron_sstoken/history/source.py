@@ -1,0 +1,79 @@
+"""Where history losses come from: the protocol, and the registry that finds every source of this folder.
+
+A source is one file: a subclass of `HistorySource` with a name. Nothing else knows the names.
+"""
+
+import functools
+import importlib
+import pkgutil
+from typing import Any, ClassVar
+
+from megatron_sstoken.config import Settings
+from megatron_sstoken.data.batches import TokenBatch, TokenValues
+from megatron_sstoken.model.build import Model
+from megatron_sstoken.parallel import Layout
+from megatron_sstoken.passes.step import TokenReport
+from megatron_sstoken.run_plan import RunPlan
+
+_SOURCES: dict[str, type["HistorySource"]] = {}
+
+
+class HistorySource:
+    """Gives batches their history losses. This class itself gives none: what a method that needs no history gets."""
+
+    name: ClassVar[str] = ""
+    """Value of `history.source`."""
+    scores_with_weights: ClassVar[bool] = False
+    """Whether it scores with weights of its own: `history.hf_path`, or the starting weights."""
+
+    def __init_subclass__(cls) -> None:
+        _SOURCES[cls.name] = cls
+
+    @classmethod
+    def problems(cls, settings: Settings) -> list[str]:
+        """Which settings it cannot work with, as messages."""
+        return []
+
+    @classmethod
+    def describe(cls, settings: Settings) -> str:
+        """For the run plan."""
+        return cls.name
+
+    @classmethod
+    def open(cls, plan: RunPlan, layout: Layout) -> "HistorySource":
+        """Ready for the first step; all ranks call it. May score the data, and raise SettingsError."""
+        return cls()
+
+    def token_values(self) -> TokenValues | None:
+        """Losses that are known before the step: the loader puts them into its batches."""
+        return None
+
+    def prepare(self, model: Model, batches: list[TokenBatch]) -> list[TokenBatch]:
+        """This rank's batches with history losses, on the last stage, before a step or scoring; all ranks call it."""
+        return batches
+
+    def observe(self, reports: list[TokenReport]) -> None:
+        """What a training step saw of this rank's batches (on the last stage; nothing elsewhere); all ranks call it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, the same on every rank; goes into checkpoints where it is not empty."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+
+
+@functools.cache
+def history_sources() -> dict[str, type[HistorySource]]:
+    """Name → source, of all modules in this folder."""
+    package = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{__package__}.{module.name}")
+    return _SOURCES
+
+
+def open_history(plan: RunPlan, layout: Layout) -> HistorySource:
+    """The history of a run, ready for its first step. All ranks call it. Raises SettingsError as the source does."""
+    if not plan.needs_history:
+        return HistorySource()
+    return history_sources()[plan.settings.history.source].open(plan, layout)

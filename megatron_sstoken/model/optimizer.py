@@ -1,0 +1,59 @@
+"""The optimizer and the learning-rate schedule of a model; a new schedule is an entry of `OptimizerSettings.schedule`."""
+
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_sstoken.config import OptimizerSettings
+from megatron_sstoken.device import have_cuda
+from megatron_sstoken.model.build import Model
+
+
+def build_optimizer(
+    model: Model, settings: OptimizerSettings, num_steps: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """megatron's distributed AdamW and its learning-rate scheduler, which counts optimizer steps.
+
+    Matrices decay, vectors do not (megatron's convention). Made after the weights are in place: the fp32 copies that
+    the optimizer holds in bf16 runs are taken from them.
+    """
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.learning_rate,
+        min_lr=settings.min_learning_rate,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.epsilon,
+        clip_grad=settings.clip_grad,
+        bf16=model.config.bf16,
+        params_dtype=model.config.params_dtype,
+        use_distributed_optimizer=True,
+    )
+    optimizer = get_megatron_optimizer(config, model.chunks, use_gloo_process_groups=have_cuda(), pg_collection=None)
+    fuse_adamw(optimizer)
+    warmup = round(settings.warmup_fraction * num_steps)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.learning_rate,
+        min_lr=settings.min_learning_rate,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(num_steps, warmup + 1),
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=num_steps,
+        wd_incr_style="constant",
+        # A resumed run follows the settings it is given, not those of the checkpoint.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    model.config.grad_scale_func = optimizer.scale_loss
+    return optimizer, scheduler
+
+
+def fuse_adamw(optimizer: MegatronOptimizer) -> None:
+    """Let torch's AdamW, which runs for want of Transformer Engine's or apex's, pass over its state once, not a dozen times."""
+    for group in optimizer.param_groups:
+        if "fused" in group:
+            group["fused"] = True

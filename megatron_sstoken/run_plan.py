@@ -1,0 +1,54 @@
+"""The run plan: a run whose settings passed every check that needs no process group (`validate/run.py` makes it)."""
+
+from dataclasses import dataclass
+
+from megatron_sstoken.config import Settings
+from megatron_sstoken.data.batches import BatchShape, PackOrder, SampleFilter
+from megatron_sstoken.data.store import SampleStore
+from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.selection.methods import Method, find_method
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """A prepared folder, and which of its samples a run uses in which order."""
+
+    store: SampleStore
+    samples: SampleFilter
+    order: PackOrder
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run whose settings have passed every check that needs no process group."""
+
+    settings: Settings
+    world_size: int
+    architecture: Architecture
+    train: DataPlan
+    validation: DataPlan | None
+    shape: BatchShape
+    num_rows: int
+    """Rows that training sees, over all epochs."""
+    captured_layers: tuple[int, ...]
+    """Layers (from 1) whose attention is measured; empty if the method does not use it."""
+    notes: tuple[str, ...] = ()
+    """What a dry run lets pass: weights or devices that are not here yet."""
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self.num_rows // self.shape.global_batch_size)
+
+    @property
+    def method(self) -> Method:
+        """How tokens are scored."""
+        return find_method(self.settings.selection.method)
+
+    @property
+    def needs_history(self) -> bool:
+        return "history_loss" in self.method.needs
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the head tells of every prediction's entropy and likeliest token."""
+        return self.settings.logging.entropy or bool({"entropy", "top1"} & self.method.needs)
