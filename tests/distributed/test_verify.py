@@ -173,6 +173,11 @@ def verify_with_wrong_code(rank, folder):
 
     with_changed(reading, "_sliding_window", no_window, "no window", family="mistral")
 
+    def rope_everywhere(original):
+        return original | {"smollm3": replace(original["smollm3"], transformer_options=registry.nothing_added)}
+
+    with_changed(registry, "_FAMILIES", rope_everywhere, "rope everywhere", family="smollm3")
+
     def without_bias(original):
         return original | {"qwen2": replace(original["qwen2"], qkv_bias=False)}
 
@@ -184,6 +189,7 @@ def verify_with_wrong_code(rank, folder):
 def test_wrong_conversions_that_round_trip_are_caught_by_the_logits(folder):
     results = run_distributed(verify_with_wrong_code, 1, str(folder), timeout=180)[0]
     expected = {"transposed both ways": f"layer {LAYER}", "wrong rope base": "layer 0", "no window": "layer 0"}
+    expected["rope everywhere"] = "layer 1"  # the first without it
     for name, layer in expected.items():
         code, printed = results[name]
         assert code == 1 and f"the first to differ: {layer}\n" in printed, (name, printed)

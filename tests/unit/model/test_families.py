@@ -92,6 +92,19 @@ QWEN3_MOE = QWEN3 | {
     "mlp_only_layers": [],
     "router_aux_loss_coef": 0.001,
 }
+SMOLLM3 = LLAMA2 | {
+    "model_type": "smollm3",
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 2,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "no_rope_layer_interval": 2,
+    "pad_token_id": 0,
+    "rope_theta": 5e6,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "tie_word_embeddings": True,
+}
 CONFIGS = {
     "mistral": MISTRAL,
     "qwen3": QWEN3,
@@ -102,6 +115,7 @@ CONFIGS = {
     "llama3-old": LLAMA3,
     "llama3-new": LLAMA3_NEW,
     "qwen2": QWEN2,
+    "smollm3": SMOLLM3,
     "qwen2-untied": QWEN2 | {"tie_word_embeddings": False, "num_key_value_heads": 8},
 } | {f"tiny-{name}": tiny_config(name).to_dict() for name in FAMILIES}
 
@@ -295,6 +309,17 @@ def test_padded_vocabulary(folder, words, multiple, tensor, padded):
         (QWEN3_MOE, {"n_shared_experts": 1}, "the field n_shared_experts=1 is not known"),
         (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported: only 0.0 is"),
         (LLAMA2, {"num_local_experts": 4}, "the field num_local_experts=4 is not known"),
+        (SMOLLM3, {"attention_bias": True}, "attention_bias=True is not supported: only False is"),
+        (SMOLLM3, {"mlp_bias": True}, "mlp_bias=True is not supported: only False is"),
+        (SMOLLM3, {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\] is not supported: a 1 \(RoPE\) or 0 for each"),
+        (SMOLLM3, {"no_rope_layers": [2] * 5}, r"no_rope_layers=\[2, 2, 2, 2, 2\] is not supported"),
+        (SMOLLM3, {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0 is not supported: use a number from 1 on"),
+        (
+            SMOLLM3,
+            {"sliding_window": 64, "layer_types": ["sliding_attention"] * 5},
+            "layer_types names sliding_attention without a window: set use_sliding_window",
+        ),
+        (LLAMA2, {"no_rope_layers": [1, 0, 1]}, "the field no_rope_layers=.* is not known"),
         (QWEN2, {"use_mrope": True}, "use_mrope=True is not supported: only False is"),
         (
             QWEN2,
@@ -373,6 +398,29 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is not JSON"):
         read_architecture(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "skipped"),
+    [
+        ({}, [0, 1, 0, 1, 0]),
+        ({"no_rope_layers": None, "no_rope_layer_interval": 4}, [0, 0, 0, 1, 0]),
+        ({"no_rope_layers": [0, 1, 1, 0, 1]}, [1, 0, 0, 1, 0]),
+        ({"no_rope_layers": [1, 1, 1, 1, 1, 0]}, [0, 0, 0, 0, 0]),
+    ],
+    ids=str,
+)
+def test_layers_without_rope_and_their_windows_are_those_of_transformers(folder, changes, skipped):
+    windowed = {"use_sliding_window": True, "sliding_window": 64}
+    path = folder(SMOLLM3 | changes)
+    a, theirs = read_architecture(path), AutoConfig.from_pretrained(path)
+    assert [1 - rope for rope in theirs.no_rope_layers[:5]] == skipped
+    assert a.transformer_options == (("no_rope_freq", tuple(skipped)),)
+    assert (a.sliding_window, a.windowed_layers) == (None, ())
+    path = folder(SMOLLM3 | changes | windowed)
+    a, theirs = read_architecture(path), AutoConfig.from_pretrained(path)
+    kinds = [("full_attention", "sliding_attention")[one] for one in a.windowed_layers or (False,) * 5]
+    assert kinds == theirs.layer_types
 
 
 def test_a_family_is_registered_once():
