@@ -6,51 +6,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.store import StoreWriter
+from megatron_sstoken.model.families import family_names, family_of, read_architecture
 from tests.reference.hf_reference import Sample
 
 VOCABULARY = 99  # no tensor parallel size divides it
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+FAMILIES = family_names()
+MIXTURES = tuple(name for name in FAMILIES if family_of(name).experts)
 
 
-FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
-    "llama": (LlamaConfig, {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": False}),
-    "mistral": (MistralConfig, {"sliding_window": 12}),
-    "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
-    "qwen3": (Qwen3Config, {"head_dim": 16, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
-    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen3_moe": (
-        Qwen3MoeConfig,
-        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
-    ),
-}
-"""Configuration class and what is particular: rope scaling, tied embeddings, windows, heads wider than hidden ÷ heads."""
-
-
-def make_model(folder: str | Path, family: str = "llama", *, seed: int = 0, **changes: Any) -> str:
-    """Save a random Hugging Face model of 4 layers with grouped queries; returns its folder.
-
-    Biases and norms are not what they are initialised to.
-    """
-    config_class, particular = FAMILIES[family]
+def tiny_config(family: str, **changes: Any) -> Any:
+    """transformers' configuration of a miniature: 4 layers with grouped queries, and what is particular to the family."""
     shape = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -61,8 +30,16 @@ def make_model(folder: str | Path, family: str = "llama", *, seed: int = 0, **ch
         "max_position_embeddings": 512,
         "initializer_range": 0.15,
     } | changes
+    return AutoConfig.for_model(family, **(family_of(family).tiny | shape))
+
+
+def make_model(folder: str | Path, family: str = "llama", *, seed: int = 0, **changes: Any) -> str:
+    """Save a random Hugging Face model of `tiny_config`; returns its folder.
+
+    Biases and norms are not what they are initialised to.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_class(**(particular | shape)))
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -76,6 +53,30 @@ def make_model(folder: str | Path, family: str = "llama", *, seed: int = 0, **ch
 def load_model(folder: str | Path) -> Any:
     """The model of a folder as the reference wants it: eager attention, fp32, evaluation mode."""
     return AutoModelForCausalLM.from_pretrained(str(folder), attn_implementation="eager", dtype=torch.float32).eval()
+
+
+def names_on_disk(folder: str | Path, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters (or gradients) of transformers' model, as its folder names and cuts them.
+
+    transformers holds the experts of a layer in two tensors and saves them one by one; router and experts may have another
+    name in the file.
+    """
+    rules = {rule.megatron: rule.hugging_face for rule in read_architecture(str(folder)).weight_rules()}
+    found = {}
+    for name, value in parameters.items():
+        _, _, kind = name.partition(".mlp.experts.")
+        layer = name.split(".")[2] if name.startswith("model.layers.") else ""
+        block = "decoder.layers.{layer}.mlp."
+        if not kind:
+            router = name.endswith(".mlp.gate.weight")
+            found[rules[block + "router.weight"][0].format(layer=layer) if router else name] = value
+            continue
+        for expert, part in enumerate(value):
+            linear = "linear_fc1" if kind == "gate_up_proj" else "linear_fc2"
+            names = rules[f"{block}experts.local_experts.{expert}.{linear}.weight"]
+            pieces = part.chunk(len(names))
+            found |= {one.format(layer=layer): piece for one, piece in zip(names, pieces, strict=True)}
+    return found
 
 
 def make_samples(num: int, *, seed: int = 0, longest: int = 60, shortest: int = 8) -> list[Sample]:

@@ -182,6 +182,7 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
         window_size=None if a.sliding_window is None else (a.sliding_window - 1, 0),
         window_attn_skip_freq=[int(windowed) for windowed in a.windowed_layers] or None,
         **_mixture_config(a, layout),
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in a.transformer_options},
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_size,

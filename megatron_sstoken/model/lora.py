@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -72,6 +74,13 @@ class Adapter(torch.nn.Module):
 class AdaptedLinear(torch.nn.Module):
     """What the adapted column- and row-parallel linears share; mixed into megatron's classes."""
 
+    # Of megatron's linears, beside which this stands.
+    config: TransformerConfig
+    tp_group: dist.ProcessGroup
+    sequence_parallel: bool
+    input_size: int
+    """Inputs over all tensor parallel ranks."""
+
     lora: LoraSettings
     adapters: torch.nn.ModuleDict
     adapters_on: bool = True
@@ -84,13 +93,17 @@ class AdaptedLinear(torch.nn.Module):
         self.adapters = torch.nn.ModuleDict(
             {name: Adapter(*size, lora.rank, self.config) for name, size in sizes.items()}
         )
-        for adapter in self.adapters.values():
+        for adapter in self.named_adapters().values():
             for name, parameter in adapter.named_parameters():
                 if name in axis:
                     set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=axis[name], stride=1)
                 elif self.sequence_parallel:
                     # Each rank sees its share of the tokens: megatron sums such gradients over the tensor ranks.
-                    parameter.sequence_parallel = True
+                    setattr(parameter, "sequence_parallel", True)  # noqa: B010  (an attribute of megatron's)
+
+    def named_adapters(self) -> dict[str, Adapter]:
+        """Target → its adapter, in the order of the output."""
+        return {name: module for name, module in self.adapters.items() if isinstance(module, Adapter)}
 
     def _drop(self, inputs: torch.Tensor, *, replicated: bool) -> torch.Tensor:
         """Dropout whose masks agree over the tensor ranks where the inputs do, and differ where they differ.
@@ -107,7 +120,7 @@ class AdaptedLinear(torch.nn.Module):
 
     def _shrink(self, inputs: torch.Tensor, *, replicated: bool) -> torch.Tensor:
         """Scaled A·dropout(x) of all targets side by side: [tokens, batch, targets · rank]."""
-        parts = [F.linear(self._drop(inputs, replicated=replicated), a.lora_A) for a in self.adapters.values()]
+        parts = [F.linear(self._drop(inputs, replicated=replicated), a.lora_A) for a in self.named_adapters().values()]
         return torch.cat(parts, dim=-1) * (self.lora.alpha / self.lora.rank)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
@@ -128,6 +141,8 @@ class AdaptedColumnParallelLinear(AdaptedLinear, ColumnParallelLinear):
     (over all ranks) the output is made of that many groups, each holding a block of every linear: q, k and v by query group.
     """
 
+    output_size_per_partition: int
+
     def __init__(self, *args, lora: LoraSettings, blocks: dict[str, int], num_groups: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         tensor = self.tp_group.size()
@@ -135,7 +150,7 @@ class AdaptedColumnParallelLinear(AdaptedLinear, ColumnParallelLinear):
         self.num_groups = 1 if num_groups is None else num_groups // tensor
         rows = self.output_size_per_partition // self.num_groups
         self.block_rows = {name: rows * share // sum(blocks.values()) for name, share in blocks.items()}
-        sizes = {
+        sizes: dict[str, tuple[int, int]] = {
             name: (self.input_size, size * self.num_groups)
             for name, size in self.block_rows.items()
             if name in lora.targets
@@ -153,10 +168,11 @@ class AdaptedColumnParallelLinear(AdaptedLinear, ColumnParallelLinear):
             small = gather_from_sequence_parallel_region(small, group=self.tp_group)
         else:
             small = copy_to_tensor_model_parallel_region(small, group=self.tp_group)
-        pieces = dict(zip(self.adapters, small.split(self.lora.rank, dim=-1), strict=True))
+        adapters = self.named_adapters()
+        pieces = dict(zip(adapters, small.split(self.lora.rank, dim=-1), strict=True))
         shape = (*small.shape[:-1], self.num_groups)
         blocks = [
-            F.linear(pieces[name], self.adapters[name].lora_B).view(*shape, rows)
+            F.linear(pieces[name], adapters[name].lora_B).view(*shape, rows)
             if name in pieces
             else small.new_zeros(*shape, rows)
             for name, rows in self.block_rows.items()
@@ -166,6 +182,9 @@ class AdaptedColumnParallelLinear(AdaptedLinear, ColumnParallelLinear):
 
 class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
     """Row-parallel linear with an adapter; `target` names it."""
+
+    input_size_per_partition: int
+    output_size: int
 
     def __init__(self, *args, lora: LoraSettings, target: str, **kwargs):
         super().__init__(*args, **kwargs)
@@ -183,7 +202,7 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
             small = reduce_scatter_to_sequence_parallel_region(small, group=self.tp_group)
         else:
             small = reduce_from_tensor_model_parallel_region(small, group=self.tp_group)
-        (adapter,) = self.adapters.values()
+        (adapter,) = self.named_adapters().values()
         return F.linear(small, adapter.lora_B)
 
 
@@ -238,7 +257,7 @@ def base_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Para
     return ((name, parameter) for name, parameter in chunk.named_parameters() if not is_adapter(name))
 
 
-def prepare_adapters(chunk: torch.nn.Module, seed: int, *, full_recompute: bool) -> None:
+def prepare_adapters(chunk: GPTModel, seed: int, *, full_recompute: bool) -> None:
     """Freeze the base of a model chunk (an unwrapped GPTModel) and draw its adapters, for training.
 
     A is drawn as PEFT draws it (uniform, kaiming with a = √5), B is zero. Each A is drawn whole from a generator of its
@@ -248,7 +267,7 @@ def prepare_adapters(chunk: torch.nn.Module, seed: int, *, full_recompute: bool)
         parameter.requires_grad_(False)
     for layer in chunk.decoder.layers:
         for linear in adapted_linears([layer]):
-            for target, adapter in linear.adapters.items():
+            for target, adapter in linear.named_adapters().items():
                 _draw(adapter.lora_A, linear, f"{seed}/{layer.layer_number}/{target}")
     if full_recompute and chunk.pre_process:
         # megatron recomputes layers through an autograd function, which drops all gradients inside it where no input asks

@@ -9,10 +9,19 @@ import pytest
 from tests.distributed.test_invariance import largest_difference, run_cases
 from tests.distributed_runner import run_distributed
 from tests.reference.hf_reference import Objective, loss_and_gradients
-from tests.workbench import load_model, make_model, make_samples, make_settings, make_store, run_training
+from tests.workbench import FAMILIES as ALL_FAMILIES
+from tests.workbench import (
+    MIXTURES,
+    load_model,
+    make_model,
+    make_samples,
+    make_settings,
+    make_store,
+    names_on_disk,
+    run_training,
+)
 
-FAMILIES = ("mistral", "qwen3", "mixtral", "qwen3_moe")
-MIXTURES = ("mixtral", "qwen3_moe")
+FAMILIES = tuple(name for name in ALL_FAMILIES if name not in ("llama", "qwen2"))  # test_invariance has these two
 LAYOUTS = {
     "tp2-sequence": (2, {"parallel__tensor": 2, "parallel__sequence": True}, {}),
     "cp2": (2, {"parallel__context": 2}, {"parallel__expert": 2}),
@@ -61,23 +70,7 @@ def test_loss_and_gradients_equal_transformers(bench, family):
     objective = Objective("sstoken", history, layer=[0, -1])
     loss, gradients = loss_and_gradients(model, [[sample] for sample in samples], objective)
     assert unsharded[family][0] == pytest.approx(loss, abs=1e-5)
-    assert largest_difference(unsharded[family][2], names_on_disk(gradients, family)) < 2e-4
-
-
-def names_on_disk(gradients, family):
-    """transformers holds the experts of a layer in two tensors and saves them one by one."""
-    found = {}
-    for name, value in gradients.items():
-        if ".mlp.experts." not in name:
-            found[name.replace(".mlp.gate.", ".block_sparse_moe.gate.") if family == "mixtral" else name] = value
-            continue
-        head, kind = name.split("mlp.experts.")
-        block = head + ("block_sparse_moe" if family == "mixtral" else "mlp")
-        names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
-        for expert, part in enumerate(value):
-            pieces = zip(names[:2], part.chunk(2), strict=True) if kind == "gate_up_proj" else [(names[2], part)]
-            found |= {f"{block}.experts.{expert}.{tensor}.weight": piece for tensor, piece in pieces}
-    return found
+    assert largest_difference(unsharded[family][2], names_on_disk(folder / family, gradients)) < 2e-4
 
 
 @pytest.mark.timeout(240)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sstoken.conversion import verify as verify_module
 from megatron_sstoken.conversion.hf import from_hf
-from megatron_sstoken.model import families, weights
+from megatron_sstoken.model import weights
+from megatron_sstoken.model.families import reading, registry
 from megatron_sstoken.parallel import reset_layout
 from tests.distributed_runner import run_distributed
 from tests.toy import make_tokenizer
-from tests.workbench import FAMILIES, make_model
+from tests.workbench import FAMILIES, MIXTURES, make_model
 from tools.convert_checkpoint import main
 
 LAYOUTS = {
@@ -39,14 +41,10 @@ def verify_all(rank, folder, options, for_mixtures):
     """Every family on this layout."""
     return {
         family: run_program(
-            "verify", f"--hf={folder}/{family}", *options, *(for_mixtures if is_mixture(family) else [])
+            "verify", f"--hf={folder}/{family}", *options, *(for_mixtures if family in MIXTURES else [])
         )
         for family in FAMILIES
     }
-
-
-def is_mixture(family):
-    return family in ("mixtral", "qwen3_moe")
 
 
 @pytest.fixture(scope="module")
@@ -168,19 +166,22 @@ def verify_with_wrong_code(rank, folder):
     def other_base(original):
         return lambda path, config: (original(path, config)[0] * 2, original(path, config)[1])
 
-    with_changed(families, "_rope", other_base, "wrong rope base")
+    with_changed(reading, "read_rope", other_base, "wrong rope base")
 
     def no_window(original):
         return lambda *arguments: (None, ())
 
-    with_changed(families, "_sliding_window", no_window, "no window", family="mistral")
+    with_changed(reading, "_sliding_window", no_window, "no window", family="mistral")
+
+    def rope_everywhere(original):
+        return original | {"smollm3": replace(original["smollm3"], transformer_options=registry.nothing_added)}
+
+    with_changed(registry, "_FAMILIES", rope_everywhere, "rope everywhere", family="smollm3")
 
     def without_bias(original):
-        changed = dict(original)
-        changed["qwen2"] = families.Family({"use_mrope": False}, optional_window=True)
-        return changed
+        return original | {"qwen2": replace(original["qwen2"], qkv_bias=False)}
 
-    with_changed(families, "_FAMILIES", without_bias, "no biases", family="qwen2")
+    with_changed(registry, "_FAMILIES", without_bias, "no biases", family="qwen2")
     return results
 
 
@@ -188,6 +189,7 @@ def verify_with_wrong_code(rank, folder):
 def test_wrong_conversions_that_round_trip_are_caught_by_the_logits(folder):
     results = run_distributed(verify_with_wrong_code, 1, str(folder), timeout=180)[0]
     expected = {"transposed both ways": f"layer {LAYER}", "wrong rope base": "layer 0", "no window": "layer 0"}
+    expected["rope everywhere"] = "layer 1"  # the first without it
     for name, layer in expected.items():
         code, printed = results[name]
         assert code == 1 and f"the first to differ: {layer}\n" in printed, (name, printed)

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from megatron_sstoken.model.families import read_architecture, rope_inverse_frequencies
+from megatron_sstoken.model.families import family_of, read_architecture, register, rope_inverse_frequencies
+from tests.workbench import FAMILIES, names_on_disk, tiny_config
 
 LLAMA2 = {
     "architectures": ["LlamaForCausalLM"],
@@ -91,6 +92,19 @@ QWEN3_MOE = QWEN3 | {
     "mlp_only_layers": [],
     "router_aux_loss_coef": 0.001,
 }
+SMOLLM3 = LLAMA2 | {
+    "model_type": "smollm3",
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 2,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "no_rope_layer_interval": 2,
+    "pad_token_id": 0,
+    "rope_theta": 5e6,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "tie_word_embeddings": True,
+}
 CONFIGS = {
     "mistral": MISTRAL,
     "qwen3": QWEN3,
@@ -101,8 +115,9 @@ CONFIGS = {
     "llama3-old": LLAMA3,
     "llama3-new": LLAMA3_NEW,
     "qwen2": QWEN2,
+    "smollm3": SMOLLM3,
     "qwen2-untied": QWEN2 | {"tie_word_embeddings": False, "num_key_value_heads": 8},
-}
+} | {f"tiny-{name}": tiny_config(name).to_dict() for name in FAMILIES}
 
 
 @pytest.fixture
@@ -143,17 +158,22 @@ def test_numbers_are_those_of_transformers(folder, name):
     assert a.qk_norm is theirs.model_type.startswith("qwen3")
 
 
-@pytest.mark.parametrize("base", [MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE], ids=lambda base: base["model_type"])
-def test_each_family_has_its_own_meaning_of_absent_fields(folder, base):
-    essential = {"model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"}
-    wide = {"hidden_size": 128, "num_attention_heads": 64, "num_experts": 8}  # what their defaults of groups divide
-    kept = {name: value for name, value in (base | wide).items() if name in essential | wide.keys()}
-    path = folder(kept if base is QWEN3_MOE else {name: kept[name] for name in kept if name != "num_experts"})
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_has_its_own_meaning_of_absent_fields(folder, family):
+    essential = {"vocab_size": 320, "num_hidden_layers": 3, "intermediate_size": 172}
+    wide = {"hidden_size": 128, "num_attention_heads": 64}  # what their defaults of groups divide
+    experts = family_of(family).experts
+    # transformers has a default for the number of experts; where ours has none, the config names it.
+    named = {} if experts is None or set(experts.count) & family_of(family).absent.keys() else {"num_experts": 8}
+    path = folder({"model_type": family} | essential | wide | named)
     a, theirs = read_architecture(path), AutoConfig.from_pretrained(path)
     assert (a.num_query_groups, a.max_positions) == (theirs.num_key_value_heads, theirs.max_position_embeddings)
     assert a.head_dim == (getattr(theirs, "head_dim", None) or 2)
     assert (a.norm_epsilon, a.rope_base) == (theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"])
-    assert (a.sliding_window, a.tied_embeddings) == (theirs.sliding_window, theirs.tie_word_embeddings)
+    assert (a.sliding_window, a.tied_embeddings) == (
+        getattr(theirs, "sliding_window", None),
+        theirs.tie_word_embeddings,
+    )
     assert a.experts_per_token == getattr(theirs, "num_experts_per_tok", 0)
     assert a.router_renormalizes is getattr(theirs, "norm_topk_prob", True)
     if a.num_experts:
@@ -252,23 +272,7 @@ def test_every_tensor_has_one_rule(folder, name):
         for pattern in rule.hugging_face
         for layer in range(a.num_layers if "{layer}" in pattern else 1)
     ]
-    assert sorted(covered) == sorted(names_on_disk(a, dict(model.named_parameters())))
-
-
-def names_on_disk(a, parameters):
-    """transformers saves the experts of a layer, which it holds in two tensors, one by one."""
-    names = []
-    for name in parameters:
-        if ".mlp.experts." not in name:
-            names.append(name.replace(".mlp.gate.", ".block_sparse_moe.gate.") if a.family == "mixtral" else name)
-            continue
-        head, kind = name.split("mlp.experts.")
-        block, tensors = (
-            ("block_sparse_moe", "w1 w3 w2") if a.family == "mixtral" else ("mlp", "gate_proj up_proj down_proj")
-        )
-        chosen = tensors.split()[:2] if kind == "gate_up_proj" else tensors.split()[2:]
-        names += [f"{head}{block}.experts.{expert}.{t}.weight" for expert in range(a.num_experts) for t in chosen]
-    return names
+    assert sorted(covered) == sorted(names_on_disk(path, dict(model.named_parameters())))
 
 
 @pytest.mark.parametrize(
@@ -305,6 +309,17 @@ def test_padded_vocabulary(folder, words, multiple, tensor, padded):
         (QWEN3_MOE, {"n_shared_experts": 1}, "the field n_shared_experts=1 is not known"),
         (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported: only 0.0 is"),
         (LLAMA2, {"num_local_experts": 4}, "the field num_local_experts=4 is not known"),
+        (SMOLLM3, {"attention_bias": True}, "attention_bias=True is not supported: only False is"),
+        (SMOLLM3, {"mlp_bias": True}, "mlp_bias=True is not supported: only False is"),
+        (SMOLLM3, {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\] is not supported: a 1 \(RoPE\) or 0 for each"),
+        (SMOLLM3, {"no_rope_layers": [2] * 5}, r"no_rope_layers=\[2, 2, 2, 2, 2\] is not supported"),
+        (SMOLLM3, {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0 is not supported: use a number from 1 on"),
+        (
+            SMOLLM3,
+            {"sliding_window": 64, "layer_types": ["sliding_attention"] * 5},
+            "layer_types names sliding_attention without a window: set use_sliding_window",
+        ),
+        (LLAMA2, {"no_rope_layers": [1, 0, 1]}, "the field no_rope_layers=.* is not known"),
         (QWEN2, {"use_mrope": True}, "use_mrope=True is not supported: only False is"),
         (
             QWEN2,
@@ -332,7 +347,11 @@ def test_padded_vocabulary(folder, words, multiple, tensor, padded):
         ),
         (LLAMA2, {"qk_layernorm": True}, "the field qk_layernorm=True is not known"),
         (LLAMA2, {"logit_scale": 0.0625}, "the field logit_scale=0.0625 is not known"),
-        (LLAMA2, {"model_type": "gemma2"}, "model_type='gemma2' is not supported: use one of llama, mistral, qwen2, "),
+        (
+            LLAMA2,
+            {"model_type": "gemma2"},
+            "model_type='gemma2' is not supported: use one of llama, mistral, mixtral, qwen2, ",
+        ),
         (LLAMA2, {"model_type": None}, "model_type=None is not supported"),
         (LLAMA2, {"vocab_size": None}, "vocab_size is missing"),
         (LLAMA2, {"num_hidden_layers": None}, "num_hidden_layers is missing"),
@@ -379,3 +398,31 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is not JSON"):
         read_architecture(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "skipped"),
+    [
+        ({}, [0, 1, 0, 1, 0]),
+        ({"no_rope_layers": None, "no_rope_layer_interval": 4}, [0, 0, 0, 1, 0]),
+        ({"no_rope_layers": [0, 1, 1, 0, 1]}, [1, 0, 0, 1, 0]),
+        ({"no_rope_layers": [1, 1, 1, 1, 1, 0]}, [0, 0, 0, 0, 0]),
+    ],
+    ids=str,
+)
+def test_layers_without_rope_and_their_windows_are_those_of_transformers(folder, changes, skipped):
+    windowed = {"use_sliding_window": True, "sliding_window": 64}
+    path = folder(SMOLLM3 | changes)
+    a, theirs = read_architecture(path), AutoConfig.from_pretrained(path)
+    assert [1 - rope for rope in theirs.no_rope_layers[:5]] == skipped
+    assert a.transformer_options == (("no_rope_freq", tuple(skipped)),)
+    assert (a.sliding_window, a.windowed_layers) == (None, ())
+    path = folder(SMOLLM3 | changes | windowed)
+    a, theirs = read_architecture(path), AutoConfig.from_pretrained(path)
+    kinds = [("full_attention", "sliding_attention")[one] for one in a.windowed_layers or (False,) * 5]
+    assert kinds == theirs.layer_types
+
+
+def test_a_family_is_registered_once():
+    with pytest.raises(ValueError, match="the model family 'llama' is registered twice: remove one"):
+        register(family_of("llama"))

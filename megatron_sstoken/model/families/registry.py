@@ -1,0 +1,97 @@
+"""What a family declares, and the families there are, by the `model_type` of their config.json."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_sstoken.model.families.architecture import Architecture
+from megatron_sstoken.model.families.weight_map import WeightRule, decoder_rules
+
+Config = dict[str, Any]
+"""The content of a config.json, with the family's own meaning of absent fields."""
+
+
+def listed_kinds(config: Config, num_layers: int) -> list[str]:
+    """The attention of each layer as `layer_types` lists it; in all layers the window (if there is one) without a list."""
+    kinds = config.get("layer_types")
+    return ["sliding_attention"] * num_layers if kinds is None else kinds
+
+
+def nothing_added(config: Config) -> dict[str, Any]:
+    """The options of a family that adds none."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The fields of config.json that speak of a mixture of experts."""
+
+    feed_forward: str
+    """Field with the size of an expert."""
+    renormalizes: str | None = None
+    """Field that says whether the weights of a token's experts are made to sum to 1, false if absent; None: always."""
+    count: tuple[str, ...] = ("num_local_experts", "num_experts")
+    """Fields with the number of experts; the first that is there counts."""
+    chosen: str = "num_experts_per_tok"
+    """Field with the number of experts that a token is sent to."""
+    understood: frozenset[str] = frozenset({"norm_topk_prob", "router_aux_loss_coef", "output_router_logits"})
+    """More fields that may be set: they change nothing, or are read above."""
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """All of these."""
+        return self.understood | {self.feed_forward, self.chosen, *self.count}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a `model_type` of Hugging Face means: everything that is particular to it.
+
+    The hooks raise ValueError, without the file's name, for what is not supported.
+    """
+
+    model_type: str
+    tiny: Config
+    """Fields of a miniature that exercises what is particular, beside those of its size: the tests make a model of it."""
+    fixed: Config = field(default_factory=dict)
+    """Fields that must have one value (when present)."""
+    understood: frozenset[str] = frozenset()
+    """Fields that a hook reads, beside those that all families have."""
+    absent: Config = field(default_factory=dict)
+    """What fields mean where they are absent: transformers' defaults, where they are not Llama's."""
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    experts: Experts | None = None
+    optional_window: bool = False
+    """Whether `use_sliding_window` switches the window on."""
+    layer_kinds: Callable[[Config, int], list[str]] = listed_kinds
+    """Config and number of layers → for each layer `full_attention` or `sliding_attention`, where there is a window."""
+    transformer_options: Callable[[Config], dict[str, Any]] = nothing_added
+    """What the family adds to megatron's TransformerConfig: numbers, strings, and lists of them."""
+    weight_rules: Callable[[Architecture], list[WeightRule]] = decoder_rules
+
+    @property
+    def own_fields(self) -> frozenset[str]:
+        """Fields that are understood here and not in every family."""
+        return self.understood | (self.experts.fields if self.experts else frozenset())
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Make a family known, and return it. Raises ValueError if its `model_type` is taken."""
+    if family.model_type in _FAMILIES:
+        raise ValueError(f"the model family {family.model_type!r} is registered twice: remove one")
+    _FAMILIES[family.model_type] = family
+    return family
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a `model_type`. Raises KeyError for one that is not known."""
+    return _FAMILIES[model_type]
+
+
+def family_names() -> tuple[str, ...]:
+    """The `model_type` of every family, in alphabetical order."""
+    return tuple(sorted(_FAMILIES))

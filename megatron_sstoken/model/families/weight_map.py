@@ -1,0 +1,108 @@
+"""Which Hugging Face tensors make which megatron parameter: the rules that families share.
+
+A family whose tensors differ puts its own list together from these and others.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from megatron_sstoken.model.families.architecture import Architecture
+
+
+class Split(Enum):
+    """How a megatron parameter is made from Hugging Face tensors and split over the tensor parallel group."""
+
+    WHOLE = "whole"  # the same on all ranks
+    ROWS = "rows"  # consecutive output rows (column-parallel linear)
+    COLUMNS = "columns"  # consecutive input columns (row-parallel linear)
+    QKV = "qkv"  # q, k, v interleaved by query group, then rows
+    GATED = "gated"  # on each rank its rows of the gate, then its rows of the up projection
+    VOCABULARY = "vocabulary"  # rows, zeros appended to the padded vocabulary
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """One megatron parameter, `{layer}` standing for the layer's number, and the Hugging Face tensors it is made of.
+
+    A weight of an expert (`expert`: its number in the model) is whole on the ranks that hold the expert: expert parallel
+    deals experts out, and tensor parallel does not cut them.
+    """
+
+    megatron: str
+    hugging_face: tuple[str, ...]
+    split: Split
+    expert: int | None = None
+
+
+MlpRules = Callable[[Architecture], list[WeightRule]]
+"""The rules of an architecture's feed-forward part."""
+
+LAYER = "decoder.layers.{layer}."
+HF = "model.layers.{layer}."
+"""How the names of a layer begin, megatron's and Hugging Face's."""
+
+_LAYER_RULES = (
+    WeightRule(LAYER + "input_layernorm.weight", (HF + "input_layernorm.weight",), Split.WHOLE),
+    WeightRule(
+        LAYER + "self_attention.linear_qkv.weight",
+        tuple(HF + f"self_attn.{name}_proj.weight" for name in "qkv"),
+        Split.QKV,
+    ),
+    WeightRule(LAYER + "self_attention.linear_proj.weight", (HF + "self_attn.o_proj.weight",), Split.COLUMNS),
+    WeightRule(LAYER + "pre_mlp_layernorm.weight", (HF + "post_attention_layernorm.weight",), Split.WHOLE),
+)
+_QKV_BIAS = WeightRule(
+    LAYER + "self_attention.linear_qkv.bias", tuple(HF + f"self_attn.{name}_proj.bias" for name in "qkv"), Split.QKV
+)
+_QK_NORMS = tuple(
+    WeightRule(LAYER + f"self_attention.{name}_layernorm.weight", (HF + f"self_attn.{name}_norm.weight",), Split.WHOLE)
+    for name in "qk"
+)
+_EMBEDDING = WeightRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Split.VOCABULARY)
+_FINAL_NORM = WeightRule("decoder.final_layernorm.weight", ("model.norm.weight",), Split.WHOLE)
+_HEAD = WeightRule("output_layer.weight", ("lm_head.weight",), Split.VOCABULARY)
+
+LLAMA_NAMES = ("gate_proj", "up_proj", "down_proj")
+"""Gate, up and down projection as Llama calls them."""
+
+
+def gated_mlp(megatron: str, hugging_face: str, names: tuple[str, str, str], expert: int | None) -> list[WeightRule]:
+    """Gate, up and down projection, in this order of Hugging Face `names`."""
+    gate, up, down = (f"{hugging_face}{name}.weight" for name in names)
+    return [
+        WeightRule(megatron + "linear_fc1.weight", (gate, up), Split.GATED, expert),
+        WeightRule(megatron + "linear_fc2.weight", (down,), Split.COLUMNS, expert),
+    ]
+
+
+def dense_mlp(architecture: Architecture) -> list[WeightRule]:
+    """One feed-forward part, as in Llama."""
+    return gated_mlp(LAYER + "mlp.", HF + "mlp.", LLAMA_NAMES, expert=None)
+
+
+def mixture(block: str, names: tuple[str, str, str]) -> MlpRules:
+    """Router and experts under the Hugging Face module `block`."""
+
+    def rules(architecture: Architecture) -> list[WeightRule]:
+        found = [WeightRule(LAYER + "mlp.router.weight", (f"{HF}{block}.gate.weight",), Split.WHOLE)]
+        for expert in range(architecture.num_experts):
+            megatron = f"{LAYER}mlp.experts.local_experts.{expert}."
+            found += gated_mlp(megatron, f"{HF}{block}.experts.{expert}.", names, expert)
+        return found
+
+    return rules
+
+
+def decoder_rules(architecture: Architecture, mlp: MlpRules = dense_mlp) -> list[WeightRule]:
+    """The rules of a decoder with Llama's names: attention, feed-forward part, embedding, final norm and head."""
+    rules = list(_LAYER_RULES)
+    if architecture.qkv_bias:
+        rules.append(_QKV_BIAS)
+    if architecture.qk_norm:
+        rules += _QK_NORMS
+    rules += mlp(architecture)
+    rules += [_EMBEDDING, _FINAL_NORM]
+    if not architecture.tied_embeddings:
+        rules.append(_HEAD)
+    return rules

@@ -1,0 +1,359 @@
+"""The names of megatron-core, torch and Transformer Engine that we use and nobody promises to keep: private or undocumented.
+
+Plain data, which imports none of them. `tests/unit/test_private_names.py` looks each up in the installed versions, so that an
+upgrade fails there and says what moved, and refuses a private name in our source that is not listed here.
+
+Not listed: documented names, even where `device.py` replaces them on machines without CUDA.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PrivateName:
+    """One name, and what leans on it."""
+
+    module: str
+    """The module of theirs that has it."""
+    name: str
+    """Within the module, with dots; the name alone where it is looked for in the text."""
+    used_in: tuple[str, ...]
+    """Files of ours, relative to the package."""
+    why: str
+    """What it is used for, and what we take for granted."""
+    in_text: bool = False
+    """Whether the name exists only on instances, as a mark or as a key: the module's source has to speak of it."""
+    only_with: str | None = None
+    """The package that has to be installed for it to exist."""
+
+
+_BUILD, _LAST, _LORA = "model/build.py", "model/last_layer.py", "model/lora.py"
+_SAVE, _STORED, _CONTENTS = "checkpoint/save_load.py", "conversion/torch_dist.py", "conversion/contents.py"
+_MEGATRON = "megatron.core."
+_LAYERS = "megatron.core.tensor_parallel.layers"
+_GRADIENTS = "megatron.core.distributed.param_and_grad_buffer"
+_DATA_PARALLEL = "megatron.core.distributed.distributed_data_parallel"
+_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
+_STORE = "torch.distributed.checkpoint."
+
+_MEGATRON_MODEL = (
+    PrivateName(
+        _MEGATRON + "models.gpt",
+        "GPTModel._postprocess",
+        (_BUILD,),
+        "Overridden: the last step of forward, where losses take the place of logits. Called with keywords.",
+    ),
+    PrivateName(
+        _MEGATRON + "models.gpt",
+        "GPTModel.shared_embedding_or_output_weight",
+        (_BUILD,),
+        "The weight of a tied head.",
+    ),
+    PrivateName(
+        _MEGATRON + "models.common.embeddings.rotary_pos_embedding",
+        "inv_freq",
+        (_BUILD,),
+        "Set from outside: RoPE's frequencies as transformers computes them. Read anew in each forward pass.",
+        in_text=True,
+    ),
+    PrivateName(
+        _MEGATRON + "transformer.transformer_layer",
+        "TransformerLayer._forward_mlp",
+        (_LAST,),
+        "Overridden: the part of the layer after attention, row by row. Called by forward with hidden states first.",
+    ),
+    PrivateName(
+        _MEGATRON + "transformer.transformer_block",
+        "get_num_layers_to_build",
+        ("model/spec.py",),
+        "How many layers this stage has; takes vp_stage and pp_rank.",
+    ),
+    PrivateName(
+        _MEGATRON + "transformer.utils",
+        "is_layer_window_attention",
+        ("model/attention.py",),
+        "Whether a layer (numbers from 1) has the sliding window, as megatron's own attention asks.",
+    ),
+    PrivateName(
+        _MEGATRON + "transformer.utils",
+        "make_sharded_tensors_for_checkpoint",
+        (_LORA,),
+        "The checkpoint's entries of adapters.",
+    ),
+    PrivateName(
+        _MEGATRON + "transformer.moe.moe_layer",
+        "local_expert_indices",
+        ("model/weights.py",),
+        "The numbers of the experts that this rank holds, one after another.",
+        in_text=True,
+    ),
+    PrivateName(
+        _MEGATRON + "transformer.moe.moe_utils",
+        "te_general_gemm",
+        ("device.py",),
+        "Set to None where the import of Transformer Engine did not define it; the router asks for it.",
+        in_text=True,
+    ),
+    PrivateName(
+        _LAYERS,
+        "tp_group",
+        (_LORA,),
+        "The tensor parallel group of a parallel linear.",
+        in_text=True,
+    ),
+    PrivateName(
+        _LAYERS,
+        "output_size_per_partition",
+        (_LORA,),
+        "Outputs of a column-parallel linear on this rank.",
+        in_text=True,
+    ),
+    PrivateName(
+        _LAYERS,
+        "input_size_per_partition",
+        (_LORA,),
+        "Inputs of a row-parallel linear on this rank.",
+        in_text=True,
+    ),
+)
+
+_MEGATRON_MARKS = (
+    PrivateName(
+        _MEGATRON + "distributed.finalize_model_grads",
+        "sequence_parallel",
+        (_LORA, "model/norm.py"),
+        "Mark on a parameter whose gradient is summed over the tensor ranks.",
+        in_text=True,
+    ),
+    PrivateName(
+        _DATA_PARALLEL,
+        "allreduce",
+        (_BUILD,),
+        "Mark (False) on experts' parameters: their gradients are reduced over the expert data-parallel group.",
+        in_text=True,
+    ),
+    PrivateName(
+        _LAYERS,
+        "tensor_model_parallel",
+        (_BUILD,),
+        "Mark on a parameter that differs between tensor ranks; the gradient norm counts the others once.",
+        in_text=True,
+    ),
+    PrivateName(
+        _GRADIENTS,
+        "main_grad",
+        ("model/head.py",),
+        "A parameter's part of the fp32 gradient buffer, into which the head adds.",
+        in_text=True,
+    ),
+    PrivateName(
+        _DATA_PARALLEL,
+        "grad_added_to_main_grad",
+        ("model/head.py",),
+        "Mark that the gradient autograd delivers must not be added again.",
+        in_text=True,
+    ),
+    PrivateName(
+        _LAYERS,
+        "zero_out_wgrad",
+        ("model/head.py",),
+        "Mark on a weight that embedding and head share: the stand-in for its gradient must be zero.",
+        in_text=True,
+    ),
+)
+
+_MEGATRON_ON_CPU = (
+    PrivateName(
+        _MEGATRON + "tensor_parallel.random",
+        "_get_cuda_rng_state",
+        ("device.py",),
+        "Replaced without CUDA: it reaches into torch._C.",
+    ),
+    PrivateName(
+        _MEGATRON + "tensor_parallel.random",
+        "_set_cuda_rng_state",
+        ("device.py",),
+        "Replaced without CUDA: it reaches into torch._C.",
+    ),
+    PrivateName(
+        _GRADIENTS,
+        "_coalescing_manager",
+        ("device.py",),
+        "Replaced without CUDA: gloo has no coalescing. Called with group and async_ops.",
+    ),
+    PrivateName(
+        _GRADIENTS,
+        "dist_reduce_scatter_func",
+        ("device.py",),
+        "Replaced without CUDA: gloo would copy all gradients three times. The output is a part of the input.",
+    ),
+    PrivateName(
+        _GRADIENTS,
+        "dist_all_gather_func",
+        ("device.py",),
+        "Replaced without CUDA, for the same reason. The input is a part of the output.",
+    ),
+)
+
+_MEGATRON_STATE = (
+    PrivateName(
+        _OPTIMIZER,
+        "DistributedOptimizer.load_parameter_state_from_fully_reshardable",
+        (_SAVE,),
+        "Loads the optimizer's tensors apart from AdamW's step, among which megatron would look for it.",
+    ),
+    PrivateName(
+        _OPTIMIZER,
+        "param_state",
+        (_SAVE,),
+        "Key of the optimizer's tensors in its state.",
+        in_text=True,
+    ),
+    PrivateName(
+        _OPTIMIZER,
+        "distrib_optim_sharding_type",
+        (_SAVE,),
+        "Key of the metadata that chooses the form which moves between layouts, fully_reshardable.",
+        in_text=True,
+    ),
+    PrivateName(
+        _MEGATRON + "optimizer.optimizer",
+        "chained_optimizers",
+        (_SAVE,),
+        "The optimizers that a mixture of experts has two of.",
+        in_text=True,
+    ),
+    PrivateName(
+        _MEGATRON + "optimizer_param_scheduler",
+        "get_canonical_lr_for_logging",
+        ("training/loop.py",),
+        "The learning rate for the log.",
+    ),
+    PrivateName(
+        _MEGATRON + "dist_checkpointing.dict_utils",
+        "nested_values",
+        (_CONTENTS,),
+        "All entries of a nested state.",
+    ),
+    PrivateName(
+        _MEGATRON + "dist_checkpointing.core",
+        "CheckpointingConfig",
+        (_STORED,),
+        "What metadata.json says, for checkpoints that we write without megatron.",
+    ),
+    PrivateName(
+        _MEGATRON + "dist_checkpointing.core",
+        "save_config",
+        (_STORED,),
+        "Writes metadata.json.",
+    ),
+)
+
+_TORCH = (
+    PrivateName(
+        "torch.utils._device",
+        "_device_constructors",
+        ("device.py",),
+        "Called before torch's factories are replaced: a list, made at first use, that knows them by identity.",
+    ),
+    PrivateName(
+        "torch.distributed.distributed_c10d",
+        "_world.pg_map",
+        ("parallel.py",),
+        "All process groups, to destroy those that megatron forgets.",
+    ),
+    PrivateName(
+        "torch._subclasses.fake_tensor",
+        "FakeTensorMode",
+        (_STORED,),
+        "torch.load without reading the bytes, as torch's notes on serialization show.",
+    ),
+    PrivateName(
+        "torch",
+        "UntypedStorage._checkpoint_offset",
+        (_STORED,),
+        "Where in the file the bytes of a tensor lie that was loaded in FakeTensorMode.",
+    ),
+    PrivateName(
+        _STORE + "filesystem",
+        "_StorageInfo",
+        (_STORED,),
+        "File, start and length of a stored piece: what .metadata is made of.",
+    ),
+    PrivateName(
+        _STORE + "filesystem",
+        "_StorageInfo.transform_descriptors",
+        (_STORED,),
+        "Tells of compressed pieces, which are refused.",
+    ),
+    PrivateName(
+        _STORE + "filesystem",
+        "FileSystemWriter.storage_meta",
+        (_STORED,),
+        "Overridden: it would put a random number into .metadata.",
+    ),
+    PrivateName(
+        _STORE + "utils",
+        "_create_file_view",
+        (_STORED,),
+        "One piece of a data file as a file.",
+    ),
+    PrivateName(
+        _STORE + "planner_helpers",
+        "create_read_items_for_chunk_list",
+        (_STORED,),
+        "Which stored pieces make up a wanted tensor.",
+    ),
+    PrivateName(
+        "torch.optim.adam",
+        "exp_avg_sq",
+        (_SAVE,),
+        "Key of AdamW's state, with step and exp_avg: made before the first step, which megatron asserts.",
+        in_text=True,
+    ),
+)
+
+_TRANSFORMER_ENGINE = (
+    PrivateName(
+        _MEGATRON + "extensions.transformer_engine",
+        "HAVE_TE",
+        ("model/backend.py",),
+        "Whether megatron could import Transformer Engine.",
+    ),
+    PrivateName(
+        _MEGATRON + "utils",
+        "get_te_version",
+        ("model/backend.py",),
+        "The version that megatron sees.",
+    ),
+    PrivateName(
+        _MEGATRON + "utils",
+        "is_te_min_version",
+        ("model/backend.py",),
+        "Whether that version is one that megatron-core takes.",
+    ),
+    PrivateName(
+        _MEGATRON + "extensions.transformer_engine",
+        "TENorm",
+        ("model/spec.py",),
+        "The final norm of a model of Transformer Engine's layers.",
+    ),
+    PrivateName(
+        "transformer_engine.pytorch.module.layernorm_linear",
+        "layer_norm_weight",
+        ("model/weights.py",),
+        "The name of the norm's weight inside the linear that follows it.",
+        in_text=True,
+        only_with="transformer_engine",
+    ),
+)
+
+PRIVATE_NAMES: tuple[PrivateName, ...] = (
+    *_MEGATRON_MODEL,
+    *_MEGATRON_MARKS,
+    *_MEGATRON_ON_CPU,
+    *_MEGATRON_STATE,
+    *_TORCH,
+    *_TRANSFORMER_ENGINE,
+)
+"""All of them, by owner and purpose."""
