@@ -23,6 +23,7 @@ from megatron_sstoken.planner.describe import describe_assumptions, describe_pla
 from megatron_sstoken.planner.hardware import GPUS, Assumptions
 from megatron_sstoken.planner.search import make_plan, precision_problems, propose, smallest_excess
 from megatron_sstoken.planner.workload import Workload, problems_of_workload
+from megatron_sstoken.supported import TOKEN_MULTIPLE
 
 NUMBERS = (
     "world_size tensor pipeline virtual_pipeline context micro_batch_size global_batch_size sequence_length lora_rank "
@@ -30,6 +31,7 @@ NUMBERS = (
 )
 CHOICES = {
     "precision": ("bf16", "fp32", "fp8"),
+    "fp8_recipe": tuple(TOKEN_MULTIPLE),
     "recompute": ("none", "selective", "full"),
     "backend": ("transformer_engine", "torch"),
     "head": ("standard", "selective"),

@@ -36,6 +36,7 @@ def describe_layout(w: Workload) -> str:
 def _head(plan: Plan) -> str:
     w, a = plan.workload, plan.workload.architecture
     trained = f"LoRA rank {w.lora_rank}" if w.lora_rank else "all parameters trained"
+    precision = f"fp8 {w.fp8_recipe}" if w.precision == "fp8" else w.precision
     share = f", {w.response:.0%} response, {w.rho:.0%} of it trained" if w.selects else ""
     rows = [
         ("model", f"{a.family}, {a.num_parameters():,} parameters, {a.num_layers} layers; {trained}"),
@@ -45,7 +46,7 @@ def _head(plan: Plan) -> str:
             f"{w.global_batch_size} rows of {w.sequence_length} = micro-batch {w.micro_batch_size} × data {w.data} × "
             f"accumulation {w.num_micro_batches}",
         ),
-        ("computed", f"{w.precision}, {w.backend}, recompute {w.recompute}, {w.head} head{share}"),
+        ("computed", f"{precision}, {w.backend}, recompute {w.recompute}, {w.head} head{share}"),
     ]
     return "\n".join(f"{name:<10}{value}" for name, value in rows)
 

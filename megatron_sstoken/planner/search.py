@@ -10,6 +10,9 @@ from megatron_sstoken.planner.hardware import GPU, Assumptions
 from megatron_sstoken.planner.memory import StageMemory, memory_of
 from megatron_sstoken.planner.step_time import Speed, speed_of
 from megatron_sstoken.planner.workload import Workload, problems_of_workload
+from megatron_sstoken.supported import fp8_problem
+
+NEW_CUDA = "13.0"
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,15 @@ def make_plan(w: Workload, gpu: GPU, assumptions: Assumptions) -> Plan:
 
 
 def precision_problems(w: Workload, gpu: GPU) -> list[str]:
-    """FP8 needs the hardware and Transformer Engine."""
+    """FP8 needs the hardware and Transformer Engine; CUDA is taken to be new enough."""
+    if w.precision != "fp8":
+        return []
     found = []
-    if w.precision == "fp8" and gpu.fp8 == 0:
+    if gpu.fp8 == 0:
         found.append(f"precision=fp8: {gpu.name} has no FP8 units: use precision=bf16, or another GPU")
-    if w.precision == "fp8" and w.backend == "torch":
+    elif problem := fp8_problem(w.fp8_recipe, gpu.capability, NEW_CUDA):
+        found.append(f"fp8_recipe={w.fp8_recipe}: {gpu.name} has {problem}")
+    if w.backend == "torch":
         found.append("precision=fp8 needs backend=transformer_engine: the torch path has no FP8")
     return found
 

@@ -69,6 +69,8 @@ def layout_problems(settings: Settings, architecture: Architecture, world_size: 
     found = Findings([])
     data_size = check_processes(settings, world_size, found)
     check_split("model", architecture, settings, found)
+    check_adapters(settings, architecture, found)
+    check_fp8(settings, architecture, found)
     if data_size and not found.problems:
         batch_shape_of(settings, data_size, found)
     return found.problems

@@ -101,6 +101,7 @@ def test_exit_codes_and_output(capsys):
         ("--world_size 6 --tensor 3", r"parallel\.tensor=3 does not divide model\.num_attention_heads=32"),
         ("--world_size 8 --global_batch_size 12", r"training\.global_batch_size=12 is not a multiple"),
         ("--gpu a100-80 --precision fp8", "has no FP8 units"),
+        ("--precision fp8 --fp8_recipe mxfp8", r"H100 SXM 80 GB has compute capability 9\.0, mxfp8 needs 10\.x"),
         ("--precision fp8 --backend torch", "the torch path has no FP8"),
         ("--assume speed=2", "there is no assumption 'speed'"),
         ("--assume links=0", "use a number above 0"),
