@@ -48,7 +48,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in NUMBERS:
         parser.add_argument(f"--{name}", type=int, default=defaults[name], help=f"default: {defaults[name]}")
     for name, choices in CHOICES.items():
-        parser.add_argument(f"--{name}", choices=choices, default=defaults[name], help=f"default: {defaults[name]}")
+        old = ("--implementation",) if name == "backend" else ()  # its name one version ago
+        parser.add_argument(
+            f"--{name}", *old, choices=choices, default=defaults[name], help=f"default: {defaults[name]}"
+        )
     for name in ("response", "rho"):
         parser.add_argument(f"--{name}", type=float, default=defaults[name], help=f"default: {defaults[name]}")
     parser.add_argument("--sequence", action="store_true", help="sequence parallel")

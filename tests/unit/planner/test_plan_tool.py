@@ -86,6 +86,7 @@ def test_exit_codes_and_output(capsys):
     text = capsys.readouterr().out
     assert "fits: stage 0" in text and "matmul_fp8" in text and "datasheet" in text
     assert max(map(len, text.splitlines())) <= 120
+    assert main([*fits[:-2], "--implementation", "torch"]) == 0 and "bf16, torch" in capsys.readouterr().out
     assert main([*fits, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["fits"] and plan["memory"][0]["parameters"] == 1_235_814_400
