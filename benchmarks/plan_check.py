@@ -23,15 +23,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.plan_reference import CASES, RESULT  # noqa: E402
 from megatron_sstoken.model.presets import find_architecture  # noqa: E402
 from megatron_sstoken.planner.hardware import GPUS, Assumptions  # noqa: E402
 from megatron_sstoken.planner.memory import parameter_sizes  # noqa: E402
 from megatron_sstoken.planner.search import make_plan  # noqa: E402
 from megatron_sstoken.planner.workload import Workload  # noqa: E402
-from tests.plan_reference import CASES, RESULT  # noqa: E402
 
-LARGE = {"tensor": 8, "pipeline": 4, "sequence": True, "world_size": 128, "global_batch_size": 16}
-PUBLISHED = [
+LARGE: dict[str, Any] = {"tensor": 8, "pipeline": 4, "sequence": True, "world_size": 128, "global_batch_size": 16}
+PUBLISHED: list[tuple[str, str, dict[str, Any], int, int]] = [
     # Megatron-Bridge, docs/performance-summary-archive.md (25.11 container) and its SFT table; FP8 current scaling.
     ("8b pretraining, 8 H100", "Llama-3.1-8B", {"world_size": 8, "sequence_length": 8192, "global_batch_size": 128},
      14451, 744),
@@ -46,7 +46,7 @@ PUBLISHED = [
 
 def run_rank(request: dict[str, Any], device: str) -> dict[str, Any]:
     """One rank of a world that does not exist, in a process of its own."""
-    command = [sys.executable, "-m", "tests.plan_reference", json.dumps(request)]
+    command = [sys.executable, "-m", "benchmarks.plan_reference", json.dumps(request)]
     environment = os.environ | {"SSTOKEN_DEVICE": device, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:

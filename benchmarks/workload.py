@@ -27,7 +27,7 @@ RESPONSE_SHARE = 0.6
 
 @dataclass(frozen=True)
 class Shape:
-    """The model, as issue 6 has it."""
+    """The model of docs/performance.md."""
 
     hidden: int = 512
     layers: int = 8
@@ -128,7 +128,7 @@ def make_trainer(settings: Settings) -> Trainer:
         reset_layout()
     plan = agreed_plan(settings)
     layout = create_layout(settings.parallel, 0)
-    trainer = create_trainer(plan, layout, model_to_train(plan, layout, trainable=True), DrawnHistory())  # type: ignore[arg-type]
+    trainer = create_trainer(plan, layout, model_to_train(plan, layout, trainable=True), DrawnHistory())  # type: ignore[arg-type]  # values, no column
     trainer.model.train(True)
     return trainer
 

@@ -99,7 +99,7 @@ def numerics_of(settings: Settings) -> str:
     """How the layers round, in words: precision, FP8 recipe and layers that are spared, and the backend if it is
     not torch. Losses compare closely only where it is equal."""
     training = settings.training
-    text = training.precision
+    text: str = training.precision
     if training.precision == "fp8":
         text += f" {training.fp8_recipe}"
         if training.fp8_first_bf16_layers or training.fp8_last_bf16_layers:

@@ -293,7 +293,7 @@ def _mark_tensor_parallel(chunk: TokenLossModel, architecture: Architecture) -> 
     for name, parameter in base_parameters(chunk):
         rule, _ = rules[name]
         if rule.expert is not None:
-            parameter.allreduce = False
+            parameter.allreduce = False  # type: ignore[attr-defined]  # a mark of megatron's
         if rule.split is not Split.WHOLE and not hasattr(parameter, "tensor_model_parallel"):
             dim = 1 if rule.split is Split.COLUMNS else 0
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)

@@ -251,5 +251,5 @@ def _stand_in(weight: torch.Tensor) -> torch.Tensor:
 
     It must be zero where the weight is also the embedding's, whose gradient autograd adds to it.
     """
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # a mark of megatron's
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
+from benchmarks.plan_reference import CASES, RESULT, tiny_workload
 from megatron_sstoken.model.presets import find_architecture
 from megatron_sstoken.planner.hardware import Assumptions
 from megatron_sstoken.planner.memory import parameter_sizes, stage_memory
 from megatron_sstoken.planner.workload import Workload
 from tests.cli import ROOT
-from tests.plan_reference import CASES, RESULT, tiny_workload
 
 LARGE = {"world_size": 128, "tensor": 8, "pipeline": 4, "sequence": True, "global_batch_size": 16}
 TINY = [
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.timeout(300)  # a process that imports megatron-core, o
 
 
 def answers(requests: list[dict], device: str) -> list[dict]:
-    """Of `tests.plan_reference`, in order."""
-    command = [sys.executable, "-m", "tests.plan_reference", *map(json.dumps, requests)]
+    """Of `benchmarks.plan_reference`, in order."""
+    command = [sys.executable, "-m", "benchmarks.plan_reference", *map(json.dumps, requests)]
     environment = os.environ | {"SSTOKEN_DEVICE": device, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 """What real megatron-core models hold, keep and communicate: the planner's reference.
 
-    python -m tests.plan_reference '{"kind": "step", …}' …
+    python -m benchmarks.plan_reference '{"kind": "step", …}' …
 
 Each request is answered by a forked process, for a process can be one rank once, with a line `RESULT {…}`.
 """
@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Any
 
+from benchmarks.fake_world import CountCollectives, fake_model, make_batch, measure_saved
 from megatron_sstoken.model.build import build_optimizer
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.presets import MODELS, find_architecture
@@ -19,7 +20,6 @@ from megatron_sstoken.planner.hardware import GPUS
 from megatron_sstoken.planner.memory import activation_bytes, head_kept_bytes, layer_activations
 from megatron_sstoken.planner.workload import Workload
 from megatron_sstoken.selection.methods import Selection
-from tests.fake_world import CountCollectives, fake_model, make_batch, measure_saved
 
 RESULT = "RESULT "
 SEQUENCE = 128
@@ -94,10 +94,12 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         groups = [*part.shard_fp32_from_float16_groups, *part.shard_fp32_groups]
         shards += sum(parameter.numel() for group in groups for parameter in group)
+    # A DistributedDataParallel's own list, under the name of a method of torch's.
+    buffers = [buffer for chunk in model.chunks for buffer in chunk.buffers]  # type: ignore[attr-defined]  # see above
     return {
         "stage": model.layout.pipeline_rank,
         "parameters": sum(parameter.numel() for chunk in model.unwrapped for parameter in chunk.parameters()),
-        "gradient_buffer": sum(buffer.grad_data.numel() for chunk in model.chunks for buffer in chunk.buffers),
+        "gradient_buffer": sum(buffer.grad_data.numel() for buffer in buffers),
         "optimizer_shard": shards,
     }
 
