@@ -1,5 +1,6 @@
 """The planner's workload against what a run of the same settings does."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -8,9 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sstoken.config import LoraSettings
 from megatron_sstoken.data.batches import BatchLoader, PackOrder, SampleFilter
 from megatron_sstoken.data.store import SampleStore
-from megatron_sstoken.model.presets import find_architecture
+from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.model.lora import num_adapter_parameters
+from megatron_sstoken.model.presets import MODELS, find_architecture
+from megatron_sstoken.planner.memory import adapter_parameters, parameter_sizes
 from megatron_sstoken.planner.workload import Workload, problems_of_workload
 from megatron_sstoken.supported import TOKEN_MULTIPLE
 from megatron_sstoken.validate.layout import Findings, batch_shape_of
@@ -54,6 +59,48 @@ def test_a_micro_batch_is_as_long_as_the_loaders(tensor, context, data, micro, s
     assert w.tokens * w.context == w.pack_tokens and w.tokens % 2 == 0
     if precision == "fp8":
         assert w.split_tokens % TOKEN_MULTIPLE[recipe] == 0
+
+
+LAYOUTS = [
+    {"world_size": tensor * pipeline * 2, "tensor": tensor, "pipeline": pipeline, "virtual_pipeline": virtual}
+    for tensor in (1, 2, 4)
+    for pipeline, virtual in ((1, 1), (2, 1), (2, 2), (4, 1))
+]
+
+
+def architectures() -> list[Architecture]:
+    """Presets, with and without tied embeddings and biases, and one with norms of queries and keys."""
+    return [*map(find_architecture, MODELS), replace(EIGHT, family="qwen3", qk_norm=True, tied_embeddings=True)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_parameters_of_all_ranks_are_the_models(layout):
+    """Split tensors once over the tensor ranks, whole ones as often as they are held; padding and copies apart."""
+    for a in architectures():
+        w = Workload(a, **layout)
+        if a.num_layers % (w.pipeline * w.virtual_pipeline):
+            continue
+        stages = [parameter_sizes(w, stage) for stage in range(w.pipeline)]
+        split = sum(w.tensor * (sizes["linear"] + sizes["embedding"] + sizes["head"]) for sizes in stages)
+        whole = sum(sizes["vector"] for sizes in stages)
+        if a.qkv_bias:  # the one vector that is split
+            biases = a.num_layers * (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim
+            split, whole = split + biases, whole - biases // w.tensor
+        copies = 2 if not a.tied_embeddings or w.pipeline > 1 else 1
+        padding = copies * (w.vocabulary * w.tensor - a.vocabulary_size) * a.hidden_size
+        second = a.vocabulary_size * a.hidden_size if a.tied_embeddings and w.pipeline > 1 else 0
+        assert split + whole - padding - second == a.num_parameters()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_adapter_parameters_of_all_ranks_are_the_models(layout):
+    for a in architectures():
+        w = Workload(a, lora_rank=8, **layout)
+        if a.num_layers % (w.pipeline * w.virtual_pipeline):
+            continue
+        whole = a.num_layers * w.lora_rank * 7 * a.hidden_size  # a side of each linear, which every tensor rank holds
+        held = w.tensor * w.pipeline * adapter_parameters(w)
+        assert held - (w.tensor - 1) * whole == num_adapter_parameters(a, LoraSettings(rank=w.lora_rank))
 
 
 @pytest.mark.parametrize(
