@@ -11,6 +11,7 @@ from megatron_sstoken.planner.memory import StageMemory, memory_of
 from megatron_sstoken.planner.step_time import Speed, speed_of
 from megatron_sstoken.planner.workload import Workload, problems_of_workload
 from megatron_sstoken.supported import fp8_problem
+from megatron_sstoken.validate.layout import divisors_of
 
 NEW_CUDA = "13.0"
 
@@ -99,16 +100,12 @@ def smallest_excess(w: Workload, gpu: GPU, assumptions: Assumptions) -> Plan | N
     return min(plans, key=lambda plan: plan.excess, default=None)
 
 
-def _divisors(number: int, limit: int) -> list[int]:
-    return [value for value in range(1, min(number, limit) + 1) if number % value == 0]
-
-
 def _candidates(w: Workload, gpu: GPU) -> Iterator[Workload]:
     a = w.architecture
-    for tensor in _divisors(math.gcd(a.num_attention_heads, w.world_size), gpu.gpus_per_node):
-        for pipeline in _divisors(math.gcd(a.num_layers, w.world_size // tensor), 64):
-            for context in _divisors(w.world_size // (tensor * pipeline), 8):
-                for virtual in _divisors(a.num_layers // pipeline, 10) if pipeline > 1 else [1]:
+    for tensor in divisors_of(math.gcd(a.num_attention_heads, w.world_size), gpu.gpus_per_node):
+        for pipeline in divisors_of(math.gcd(a.num_layers, w.world_size // tensor)):
+            for context in divisors_of(w.world_size // (tensor * pipeline), 8):
+                for virtual in divisors_of(a.num_layers // pipeline, 10) if pipeline > 1 else [1]:
                     for micro in (1, 2, 4, 8):
                         for recompute in ("none", "full"):
                             yield replace(
