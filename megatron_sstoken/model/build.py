@@ -22,6 +22,7 @@ from megatron_sstoken.config import OptimizerSettings, Settings
 from megatron_sstoken.device import compute_device, have_cuda
 from megatron_sstoken.model.attention import AttentionCapture
 from megatron_sstoken.model.backend import backend_of, fp8_options, fusion_options
+from megatron_sstoken.model.dtypes import weight_dtype
 from megatron_sstoken.model.families import Architecture, Split, rope_inverse_frequencies
 from megatron_sstoken.model.head import IGNORE_INDEX, selective_head, vocabulary_parallel_loss
 from megatron_sstoken.model.last_layer import HeadRows, LastLayer, head_rows
@@ -151,7 +152,7 @@ class Model:
 def transformer_config(architecture: Architecture, settings: Settings, layout: Layout) -> TransformerConfig:
     """megatron's configuration for this architecture, layout, backend and precision."""
     a, parallel, training = architecture, settings.parallel, settings.training
-    dtype = torch.float32 if training.precision == "fp32" else torch.bfloat16
+    dtype = weight_dtype(training.precision)
     backend = backend_of(settings)
     recompute_settings: dict[str, dict[str, Any]] = {
         "none": {},

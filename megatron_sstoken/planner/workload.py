@@ -7,6 +7,7 @@ from typing import Literal
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import batch_shape
 from megatron_sstoken.model.backend import token_multiple
+from megatron_sstoken.model.dtypes import weight_dtype
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.validate.layout import layout_problems
 from megatron_sstoken.validate.settings import problems_of
@@ -89,7 +90,7 @@ class Workload:
     @property
     def width(self) -> int:
         """Bytes of an activation."""
-        return 4 if self.precision == "fp32" else 2
+        return weight_dtype(self.precision).itemsize
 
     @property
     def query_width(self) -> int:
