@@ -51,18 +51,18 @@ def tiny_workload(case: dict[str, Any]) -> tuple[Workload, int]:
 
 
 def run_step(case: dict[str, Any]) -> dict[str, Any]:
-    """Bytes kept and collectives of one plain training step, planned and measured, on the CPU."""
+    """Bytes kept and collectives of one plain training step, estimated and measured, on the CPU."""
     w, rank = tiny_workload(case)
     model = fake_model(w.architecture, w.settings(), rank, w.world_size)
     stage = model.layout.pipeline_rank
     batches = [make_batch(SEQUENCE, w.micro_batch_size) for _ in range(w.num_micro_batches)]
     with measure_saved(model) as kept, CountCollectives() as collectives:
         train_batch(model, batches, lambda report: Selection(report.batch.response, *[report.loss] * 3))
-    planned: dict[str, list[int]] = {}
+    estimated: dict[str, list[int]] = {}
     for traffic in traffic_of(w, stage, GPUS["h100"]):
         if traffic.kind != "data":  # outside of train_batch, or in calls of another name
-            count, size = planned.get(traffic.operation, [0, 0])
-            planned[traffic.operation] = [count + traffic.count, size + traffic.size]
+            count, size = estimated.get(traffic.operation, [0, 0])
+            estimated[traffic.operation] = [count + traffic.count, size + traffic.size]
     total = activation_bytes(w, stage)
     if stage == w.pipeline - 1:
         total += head_kept_bytes(w)
@@ -71,10 +71,10 @@ def run_step(case: dict[str, Any]) -> dict[str, Any]:
         total = inputs + sum(layer_activations(w).values())
     return {
         "stage": stage,
-        "planned_bytes": total,
+        "estimated_bytes": total,
         "measured_bytes": kept.peak,
         "left_bytes": kept.now,
-        "planned": planned,
+        "estimated": estimated,
         "measured": collectives.counts,
     }
 

@@ -32,7 +32,7 @@ class StageMemory:
     head: int
     """Logits and what the loss makes of them, at its peak."""
     selection: int
-    """Batches with history losses, token reports, the attention tap."""
+    """Batches with history losses, token reports, the attention capture."""
     working: int
     """Temporaries of one layer, recomputed activations included."""
     framework: int
@@ -193,7 +193,7 @@ def head_bytes(w: Workload) -> int:
 
 
 def selection_bytes(w: Workload, stage: int) -> int:
-    """Batches on the device for a whole step, reports on the last stage, and the tap's second attention there."""
+    """Batches on the device for a whole step, reports on the last stage, and the attention capture's second attention there."""
     total = w.num_micro_batches * w.pack_tokens * BATCH_BYTES
     if stage == w.pipeline - 1:
         total += w.num_micro_batches * w.pack_tokens * REPORT_BYTES

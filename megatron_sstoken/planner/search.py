@@ -1,4 +1,4 @@
-"""Plans: one layout judged, and the best of all layouts."""
+"""Estimates: one layout judged, and the best of all layouts."""
 
 import math
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ NEW_CUDA = "13.0"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """What a workload needs and gives on a GPU type."""
 
     workload: Workload
@@ -55,10 +55,10 @@ class Plan:
         }
 
 
-def make_plan(w: Workload, gpu: GPU, assumptions: Assumptions) -> Plan:
-    """Work out a plan. The workload must be free of problems (`problems_of_workload`)."""
+def estimate(w: Workload, gpu: GPU, assumptions: Assumptions) -> Estimate:
+    """Work one out. The workload must be free of problems (`problems_of_workload`)."""
     traffic = [traffic_of(w, stage, gpu) for stage in range(w.pipeline)]
-    return Plan(w, gpu, assumptions, memory_of(w, assumptions), traffic, speed_of(w, gpu, assumptions))
+    return Estimate(w, gpu, assumptions, memory_of(w, assumptions), traffic, speed_of(w, gpu, assumptions))
 
 
 def precision_problems(w: Workload, gpu: GPU) -> list[str]:
@@ -75,29 +75,24 @@ def precision_problems(w: Workload, gpu: GPU) -> list[str]:
     return found
 
 
-def propose(w: Workload, gpu: GPU, assumptions: Assumptions, number: int = 5) -> list[Plan]:
+def propose(w: Workload, gpu: GPU, assumptions: Assumptions, number: int = 5) -> list[Estimate]:
     """The fastest layouts of `world_size` GPUs that fit, best first; batch, precision and head stay as they are.
 
     Tensor parallel stays within a node and comes with sequence parallel. Layouts of equal speed: less memory first.
     """
-    plans = []
-    for candidate in _candidates(w, gpu):
-        if not problems_of_workload(candidate):
-            plan = make_plan(candidate, gpu, assumptions)
-            if plan.excess <= 0:
-                plans.append(plan)
-    plans.sort(key=lambda plan: (plan.speed.step, plan.peak.total))
-    best: dict[tuple, Plan] = {}  # of layouts that differ in recomputation alone, the fastest
-    for plan in plans:
-        c = plan.workload
-        best.setdefault((c.tensor, c.pipeline, c.virtual_pipeline, c.context, c.micro_batch_size), plan)
+    runnable = (candidate for candidate in _candidates(w, gpu) if not problems_of_workload(candidate))
+    found = [one for one in (estimate(candidate, gpu, assumptions) for candidate in runnable) if one.excess <= 0]
+    best: dict[tuple, Estimate] = {}  # of layouts that differ in recomputation alone, the fastest
+    for one in sorted(found, key=lambda one: (one.speed.step, one.peak.total)):
+        c = one.workload
+        best.setdefault((c.tensor, c.pipeline, c.virtual_pipeline, c.context, c.micro_batch_size), one)
     return list(best.values())[:number]
 
 
-def smallest_excess(w: Workload, gpu: GPU, assumptions: Assumptions) -> Plan | None:
+def smallest_excess(w: Workload, gpu: GPU, assumptions: Assumptions) -> Estimate | None:
     """Of all layouts that can run, the one that lacks least memory; None if none can run at all."""
-    plans = [make_plan(c, gpu, assumptions) for c in _candidates(w, gpu) if not problems_of_workload(c)]
-    return min(plans, key=lambda plan: plan.excess, default=None)
+    found = [estimate(c, gpu, assumptions) for c in _candidates(w, gpu) if not problems_of_workload(c)]
+    return min(found, key=lambda one: one.excess, default=None)
 
 
 def _candidates(w: Workload, gpu: GPU) -> Iterator[Workload]:

@@ -69,7 +69,7 @@ def stage_seconds(w: Workload, stage: int, gpu: GPU, assumptions: Assumptions) -
     passes = layers * (1 + scoring + (w.recompute != "none") + FLASH_BACKWARD)
     last = stage == w.pipeline - 1
     if last and w.selects:
-        passes += 1  # the tap, where it usually lies
+        passes += 1  # the attention capture, where it usually lies
     pairs = w.tokens * causal_pairs(w.sequence_length) / w.sequence_length
     attention = attention_flops(w.architecture, pairs) / w.tensor * passes / attention_rate
     elementwise = layers * layer_bytes(w) * (forward + 2) / (gpu.memory_bandwidth * assumptions.memory)

@@ -1,4 +1,4 @@
-"""What is planned: a model, a layout, a batch, and how it is computed."""
+"""What is estimated: a model, a layout, a batch, and how it is computed."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,7 +43,7 @@ class Workload:
     scope: Literal["sample", "microbatch", "batch"] = "sample"
     """batch scores in a forward pass of its own."""
     selects: bool = True
-    """False plans plain fine-tuning: no attention mass, no history, no scores."""
+    """False is plain fine-tuning: no attention mass, no history, no scores."""
     lora_rank: int = 0
     """0 trains all parameters; otherwise adapters on all seven linears, the rest frozen."""
     vocabulary_multiple: int = 128
@@ -115,7 +115,7 @@ class Workload:
     def settings(self) -> Settings:
         """The settings of a run with this layout, for the checks that runs pass."""
         settings = Settings()
-        settings.model.hf_path = settings.data.train = "(planned)"
+        settings.model.hf_path = settings.data.train = "(estimated)"
         settings.model.vocabulary_multiple = self.vocabulary_multiple
         for name in ("tensor", "pipeline", "virtual_pipeline", "context", "sequence"):
             setattr(settings.parallel, name, getattr(self, name))

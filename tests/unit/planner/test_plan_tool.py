@@ -11,7 +11,7 @@ from megatron_sstoken.model.presets import find_architecture
 from megatron_sstoken.planner.communication import Traffic
 from megatron_sstoken.planner.hardware import GPUS, Assumptions
 from megatron_sstoken.planner.memory import adapter_parameters, chunks_in_flight, head_bytes
-from megatron_sstoken.planner.search import make_plan, propose
+from megatron_sstoken.planner.search import estimate, propose
 from megatron_sstoken.planner.workload import Workload, problems_of_workload
 from tests.workbench import make_model
 from tools.plan import main
@@ -33,7 +33,7 @@ def test_published_throughput_lies_between_no_overlap_and_full_overlap():
         SEVENTY, world_size=32, tensor=4, pipeline=4, virtual_pipeline=5, sequence=True, sequence_length=4096,
         global_batch_size=32, precision="fp8", selects=False,
     )  # fmt: skip
-    slow, fast = (make_plan(w, GPUS["h100"], Assumptions(tensor_exposed=share)).speed for share in (1.0, 0.0))
+    slow, fast = (estimate(w, GPUS["h100"], Assumptions(tensor_exposed=share)).speed for share in (1.0, 0.0))
     assert slow.tokens_per_gpu < 1638 < fast.tokens_per_gpu
 
 
@@ -56,7 +56,7 @@ def test_adapters_of_all_seven_linears():
     w = Workload(EIGHT, lora_rank=64)
     shapes = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
     assert adapter_parameters(w) == 32 * sum(64 * (rows + columns) for rows, columns in shapes)
-    full, lora = (make_plan(one, GPUS["h100"], Assumptions()).peak for one in (replace(w, lora_rank=0), w))
+    full, lora = (estimate(one, GPUS["h100"], Assumptions()).peak for one in (replace(w, lora_rank=0), w))
     assert lora.trainable == adapter_parameters(w) and lora.optimizer < full.optimizer / 10
     assert lora.parameters == full.parameters + adapter_parameters(w)
 
@@ -75,9 +75,9 @@ def test_a_selective_head_holds_no_logits_of_the_whole_sequence():
 
 def test_proposals_fit_run_and_are_sorted():
     w = Workload(SEVENTY, world_size=64, sequence_length=4096, global_batch_size=64)
-    plans = propose(w, GPUS["h100"], Assumptions())
-    assert plans and all(plan.excess <= 0 and not problems_of_workload(plan.workload) for plan in plans)
-    steps = [plan.speed.step for plan in plans]
+    proposals = propose(w, GPUS["h100"], Assumptions())
+    assert proposals and all(one.excess <= 0 and not problems_of_workload(one.workload) for one in proposals)
+    steps = [one.speed.step for one in proposals]
     assert steps == sorted(steps)
 
 
@@ -89,8 +89,8 @@ def test_exit_codes_and_output(capsys):
     assert max(map(len, text.splitlines())) <= 120
     assert main([*fits[:-2], "--implementation", "torch"]) == 0 and "bf16, torch" in capsys.readouterr().out
     assert main([*fits, "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert plan["fits"] and plan["memory"][0]["parameters"] == 1_235_814_400
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["memory"][0]["parameters"] == 1_235_814_400
     assert main(["--model", "Llama-3.1-70B", "--world_size", "8", "--tensor", "8", "--global_batch_size", "8"]) == 1
     assert "GiB too much" in capsys.readouterr().out
     assert main(["--model", "Llama-3.1-70B", "--world_size", "8", "--global_batch_size", "8", "--propose"]) == 1
@@ -116,4 +116,4 @@ def test_mistakes_are_told_in_the_words_of_a_run(capsys, options, message):
 
 def test_a_mixture_of_experts_is_refused(tmp_path, capsys):
     assert main(["--model", make_model(tmp_path / "mixture", "mixtral")]) == 2
-    assert "is a mixture of experts, which is not planned: name a dense model" in capsys.readouterr().err
+    assert "is a mixture of experts, for which there is no estimate: name a dense model" in capsys.readouterr().err

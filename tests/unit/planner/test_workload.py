@@ -115,6 +115,6 @@ def test_adapter_parameters_of_all_ranks_are_the_models(layout):
         ({"lora_rank": 8, "world_size": 32, "tensor": 32}, "adapters on q_proj, k_proj, v_proj need"),
     ],
 )
-def test_what_a_run_refuses_is_not_planned(changes, says):
+def test_what_a_run_refuses_is_not_estimated(changes, says):
     problems = problems_of_workload(Workload(EIGHT, **changes))
     assert any(says in problem for problem in problems), problems
