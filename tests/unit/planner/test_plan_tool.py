@@ -1,11 +1,13 @@
 """Formulae against independent counts, and the command line of tools/plan.py."""
 
+import csv
 import json
 import re
 from dataclasses import replace
 
 import pytest
 
+from benchmarks import plan_check
 from megatron_sstoken.model.flops import causal_pairs, model_flops
 from megatron_sstoken.model.presets import find_architecture
 from megatron_sstoken.planner.communication import Traffic
@@ -35,6 +37,13 @@ def test_published_throughput_lies_between_no_overlap_and_full_overlap():
     )  # fmt: skip
     slow, fast = (estimate(w, GPUS["h100"], Assumptions(tensor_exposed=share)).speed for share in (1.0, 0.0))
     assert slow.tokens_per_gpu < 1638 < fast.tokens_per_gpu
+
+
+def test_the_published_comparison_in_the_docs_is_todays(capsys):
+    with open(plan_check.ROOT / "benchmarks" / "results" / "plan_published.csv", newline="") as file:
+        written = list(csv.DictReader(file))
+    rows = [{name: str(value) for name, value in row.items()} for row in plan_check.check_published()]
+    assert written == rows, "run benchmarks/plan_check.py published, and look at docs/planning.md"
 
 
 @pytest.mark.parametrize(("pipeline", "virtual", "micro"), [(4, 1, 8), (4, 1, 2), (2, 2, 4), (4, 2, 8)])
