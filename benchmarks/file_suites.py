@@ -14,17 +14,19 @@ from benchmarks.workload import FIELDS, Options
 from megatron_sstoken.conversion.hf import from_hf, to_hf
 from megatron_sstoken.conversion.work import ConversionOptions, sync
 from megatron_sstoken.data.prepare import prepare
-from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_sstoken.parallel import reset_layout
 
 WORKERS = 2
+_tokenizer: TextTokenizer
+"""Of a worker process; `_load` sets it."""
 
 
 def preparation(options: Options) -> None:
     """Preparing GSM8K against plain loops over `tokenizers` with as many workers, which keep nothing but a count."""
     assert options.tensor == 1, "one process"
     source, model = options.gsm8k / "train.jsonl", options.work / "model"
-    variants = {
+    variants: dict[str, Callable[[], object]] = {
         "plain loop, chat template": partial(plain_loop, source, model, _rendered),
         "plain loop, f-string": partial(plain_loop, source, model, _formatted),
         "tools/prepare_data.py": lambda: prepare(

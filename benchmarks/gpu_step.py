@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -26,7 +27,14 @@ sys.path.insert(0, str(ROOT))
 METHODS = ("full", "random", "sstoken")
 """Plain fine-tuning; selection alone; selection and attention scores."""
 SHAPES = {"8B, half the layers": ("Llama-3.1-8B", 16), "1B": ("Llama-3.2-1B", 16), "3B": ("Llama-3.2-3B", 28)}
-ARITHMETICS = (("bf16", None), ("fp8", "tensorwise"), ("fp8", "blockwise"), ("fp8", "delayed"))
+Precision = Literal["fp32", "bf16", "fp8"]
+Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+ARITHMETICS: tuple[tuple[Precision, Recipe | None], ...] = (
+    ("bf16", None),
+    ("fp8", "tensorwise"),
+    ("fp8", "blockwise"),
+    ("fp8", "delayed"),
+)
 LENGTHS = (4096, 2048, 8192)
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
@@ -57,7 +65,7 @@ def matmul_ceiling(size: int) -> float:
     return 2 * size**3 / best / 1e12
 
 
-def make_case(folder: Path, shape: str, length: int, arithmetic: tuple[str, str | None], tiny: bool):
+def make_case(folder: Path, shape: str, length: int, arithmetic: tuple[Precision, Recipe | None], tiny: bool):
     """Settings of one measurement; writes config.json and data where they are missing."""
     from megatron_sstoken.config import Settings
     from megatron_sstoken.model.presets import model_config
@@ -169,7 +177,7 @@ def release_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def cases(tiny: bool):
+def cases(tiny: bool) -> list[tuple[str, int, tuple[Precision, Recipe | None]]]:
     """(shape, length, arithmetic), the most telling first: FP8 at one length, other lengths in bf16 only."""
     if tiny:
         return [("8B, half the layers", 256, ("bf16", None)), ("1B", 128, ("fp32", None))]

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Counts:
     """Operations of matrix products, two for a multiplication and addition; attention kernels are not counted."""
 
 
-def alternate(variants: dict[str, Callable[[], Any]], rounds: int, baseline: str | None = None) -> dict[str, Timing]:
+def alternate(variants: Mapping[str, Callable[[], Any]], rounds: int, baseline: str | None = None) -> dict[str, Timing]:
     """Run every variant once a round, in turning order, after a round of warm-up; all ranks call it.
 
     What else the machine does hits all variants alike, so that ratios within a round are what counts.

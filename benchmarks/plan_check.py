@@ -23,15 +23,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.plan_reference import CASES, RESULT  # noqa: E402
 from megatron_sstoken.model.presets import find_architecture  # noqa: E402
 from megatron_sstoken.planner.hardware import GPUS, Assumptions  # noqa: E402
 from megatron_sstoken.planner.memory import parameter_sizes  # noqa: E402
-from megatron_sstoken.planner.search import make_plan  # noqa: E402
+from megatron_sstoken.planner.search import estimate  # noqa: E402
 from megatron_sstoken.planner.workload import Workload  # noqa: E402
-from tests.plan_reference import CASES, RESULT  # noqa: E402
 
-LARGE = {"tensor": 8, "pipeline": 4, "sequence": True, "world_size": 128, "global_batch_size": 16}
-PUBLISHED = [
+LARGE: dict[str, Any] = {"tensor": 8, "pipeline": 4, "sequence": True, "world_size": 128, "global_batch_size": 16}
+PUBLISHED: list[tuple[str, str, dict[str, Any], int, int]] = [
     # Megatron-Bridge, docs/performance-summary-archive.md (25.11 container) and its SFT table; FP8 current scaling.
     ("8b pretraining, 8 H100", "Llama-3.1-8B", {"world_size": 8, "sequence_length": 8192, "global_batch_size": 128},
      14451, 744),
@@ -46,7 +46,7 @@ PUBLISHED = [
 
 def run_rank(request: dict[str, Any], device: str) -> dict[str, Any]:
     """One rank of a world that does not exist, in a process of its own."""
-    command = [sys.executable, "-m", "tests.plan_reference", json.dumps(request)]
+    command = [sys.executable, "-m", "benchmarks.plan_reference", json.dumps(request)]
     environment = os.environ | {"SSTOKEN_DEVICE": device, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -61,17 +61,17 @@ def check_parameters() -> list[dict[str, Any]]:
     per_stage = workload.world_size // workload.pipeline
     rows = []
     for stage in range(workload.pipeline):
-        planned = sum(parameter_sizes(workload, stage).values())
+        estimated = sum(parameter_sizes(workload, stage).values())
         for rank in (0, per_stage // 2 - 1, per_stage - 1):
             real = run_rank(
                 {"kind": "build", "model": "Llama-3.1-70B", "rank": rank + stage * per_stage} | LARGE, "meta"
             )
-            state = 3 * planned / (workload.data * workload.context)
+            state = 3 * estimated / (workload.data * workload.context)
             rows.append(
                 {
-                    "stage": stage, "rank": rank + stage * per_stage, "planned_parameters": planned,
+                    "stage": stage, "rank": rank + stage * per_stage, "estimated_parameters": estimated,
                     "built_parameters": real["parameters"], "gradient_buffer": real["gradient_buffer"],
-                    "planned_optimizer_values": round(state), "built_optimizer_values": 3 * real["optimizer_shard"],
+                    "estimated_optimizer_values": round(state), "built_optimizer_values": 3 * real["optimizer_shard"],
                     "optimizer_relative_error": f"{3 * real['optimizer_shard'] / state - 1:.2e}",
                 }
             )  # fmt: skip
@@ -85,10 +85,10 @@ def check_steps() -> list[dict[str, Any]]:
     for case in CASES:
         real = run_rank({"kind": "step"} | case, "cpu")
         row = {"case": " ".join(f"{name}={value}" for name, value in case.items())}
-        row |= {name: real[name] for name in ("stage", "planned_bytes", "measured_bytes")}
-        row["relative_error"] = f"{real['planned_bytes'] / real['measured_bytes'] - 1:.4f}"
+        row |= {name: real[name] for name in ("stage", "estimated_bytes", "measured_bytes")}
+        row["relative_error"] = f"{real['estimated_bytes'] / real['measured_bytes'] - 1:.4f}"
         for name in ("all_reduce", "all_gather", "reduce_scatter", "send"):
-            row[f"{name}_planned_count_bytes"] = "/".join(map(str, real["planned"].get(name, [0, 0])))
+            row[f"{name}_estimated_count_bytes"] = "/".join(map(str, real["estimated"].get(name, [0, 0])))
             row[f"{name}_measured_count_bytes"] = "/".join(map(str, real["measured"].get(name, [0, 0])))
         rows.append(row)
         print(row)
@@ -101,14 +101,14 @@ def check_published() -> list[dict[str, Any]]:
     for name, model, layout, tokens, tflops in PUBLISHED:
         workload = Workload(find_architecture(model), precision="fp8", selects=False, **layout)
         for exposed in (1.0, 0.0):
-            plan = make_plan(workload, GPUS["h100"], replace(Assumptions(), tensor_exposed=exposed))
+            found = estimate(workload, GPUS["h100"], replace(Assumptions(), tensor_exposed=exposed))
             rows.append(
                 {
                     "case": name, "tensor_exposed": exposed,
-                    "published_tokens": tokens, "planned_tokens": round(plan.speed.tokens_per_gpu),
-                    "published_tflops": tflops, "planned_tflops": round(plan.speed.tflops_per_gpu),
-                    "relative_error": f"{plan.speed.tokens_per_gpu / tokens - 1:+.3f}",
-                    "gflop_per_token": f"{plan.speed.model_flops / plan.speed.tokens / 1e9:.2f}",
+                    "published_tokens": tokens, "estimated_tokens": round(found.speed.tokens_per_gpu),
+                    "published_tflops": tflops, "estimated_tflops": round(found.speed.tflops_per_gpu),
+                    "relative_error": f"{found.speed.tokens_per_gpu / tokens - 1:+.3f}",
+                    "gflop_per_token": f"{found.speed.model_flops / found.speed.tokens / 1e9:.2f}",
                     "published_gflop_per_token": f"{tflops * 1e3 / tokens:.2f}",
                 }
             )  # fmt: skip

@@ -39,8 +39,8 @@ def draw_head(path: Path) -> None:
     axes.errorbar(formula, middle, [below, above], fmt="o", capsize=3, label="time (p20 to p80)")
     axes.plot(formula, operations, "x", label="operations, counted")
     axes.plot(formula, memory, "s", label="peak memory")
-    for x, y, (_, selective) in zip(formula, middle, pairs, strict=True):
-        axes.annotate(selective["case"], (x, y), xytext=(6, -10), textcoords="offset points", fontsize=7)
+    for x, y, (_, row) in zip(formula, middle, pairs, strict=True):
+        axes.annotate(row["case"], (x, y), xytext=(6, -10), textcoords="offset points", fontsize=7)
     axes.set(xlabel="r (1 + 3ρ) ÷ 3", ylabel="selective ÷ standard head", ylim=0)
     axes.legend()
     figure.tight_layout()

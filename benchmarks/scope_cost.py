@@ -20,13 +20,14 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from transformers import LlamaConfig  # noqa: E402
 
+from benchmarks.stand_ins import SHAPE, make_conversations, make_settings, make_store, save_random_model  # noqa: E402
 from megatron_sstoken.history.source import open_history  # noqa: E402
 from megatron_sstoken.parallel import create_layout, start_processes, stop_processes  # noqa: E402
 from megatron_sstoken.training.loop import create_trainer, model_to_train  # noqa: E402
 from megatron_sstoken.training.selector import selector_of, train_on_selected  # noqa: E402
 from megatron_sstoken.validate.agree import agreed_plan  # noqa: E402
-from tests.workbench import make_model, make_samples, make_settings, make_store  # noqa: E402
 
 VARIANTS = {
     "full": {"method": "full"},
@@ -43,11 +44,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model = make_model(
-        options.work / "model", hidden_size=256, intermediate_size=768, num_attention_heads=8, num_key_value_heads=4,
-        num_hidden_layers=8, max_position_embeddings=1024,
-    )  # fmt: skip
-    data = make_store(options.work / "data", make_samples(60, longest=400, shortest=50))
+    shape = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4}
+    shape |= {"num_hidden_layers": 8, "max_position_embeddings": 1024}
+    model = save_random_model(options.work / "model", LlamaConfig(**(SHAPE | shape)))
+    data = make_store(options.work / "data", make_conversations(60, longest=400, shortest=50))
     settings = make_settings(model, data, data__packing=True, data__sequence_length=512)
     start_processes()
     plan = agreed_plan(settings)

@@ -2,8 +2,11 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +38,7 @@ def prepared(options: Options) -> None:
     dist.barrier()
 
 
-def _shares(trainer: Trainer, number: int) -> dict[str, float]:
+def _shares(trainer: Trainer, number: int) -> dict[str, Any]:
     """Positions and response share of a global batch."""
     batches = trainer.loader.load(number)
     positions = sum(batch.response.numel() for batch in batches)
@@ -91,7 +94,7 @@ def head(options: Options) -> None:
 
     rows = Rows("head", options.config(tokens=num_tokens))
     for response, kept in ((0.6, 0.6), (0.3, 0.6), (0.6, 0.3), (1.0, 0.6), (1.0, 1.0)):
-        variants = {kind: (lambda kind=kind, r=response, k=kept: run(kind, r, k)) for kind in kinds}
+        variants = {kind: partial(run, kind, response, kept) for kind in kinds}
         timings = alternate(variants, options.rounds)
         for kind, timing in timings.items():
             formula = 1.0 if kind == "standard" else round(response * (1 + 3 * kept) / 3, 4)
@@ -130,14 +133,19 @@ def scoring(options: Options) -> None:
         ("attention mass", _mass(trainer, batches[0])),
         ("score and selection", lambda: selector(report)),
     ):
-        parts = alternate({name: lambda run=run: [run() for _ in range(10)]}, options.rounds)[name]
+        parts = alternate({name: partial(_repeat, run, 10)}, options.rounds)[name]
         share = replace(parts, seconds=parts.seconds / 10, baseline=whole)
         rows.add("share of the step", name, share, **_shares(trainer, number))
     rows.append()
 
 
+def _repeat(run: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        run()
+
+
 def _mass(trainer: Trainer, batch: TokenBatch):
-    """One measurement of the attention to the context in the tapped layer, on queries and keys of the right shape."""
+    """One measurement of the attention to the context in the captured layer, on queries and keys of the right shape."""
     layer = trainer.model.unwrapped[-1].decoder.layers[-1].self_attention
     config = trainer.model.config
     size = trainer.layout.tensor_size
@@ -175,11 +183,11 @@ def selection(options: Options) -> None:
             for best in torch.tensor(scores).topk(max(1, round(0.6 * len(scores)))).indices:
                 mask[index[best]] = True
 
-    variants = {"Python loop": loop}
+    variants: dict[str, Callable[[], Any]] = {"Python loop": loop}
     for scope in ("sample", "microbatch"):
         settings = replace(trainer.settings.selection, scope=scope)
         selector = replace(selector_of(trainer.settings, trainer.layout, gamma=0.5, step=0), settings=settings)
-        variants[f"scope {scope}"] = lambda selector=selector: selector(report)
+        variants[f"scope {scope}"] = partial(selector, report)
     for name, timing in alternate(variants, 4 * options.rounds).items():
         rows.add(f"{int(signals.response.sum())} tokens", name, timing, **_shares(trainer, number))
     rows.append()
@@ -240,9 +248,9 @@ def huggingface(options: Options) -> None:
         np.random.default_rng(0).shuffle(index)
         store = trainer.loader.store
         samples, roles = [store.tokens(i) for i in index], [store.roles(i) for i in index]
-        variants = {"megatron_sstoken": lambda: training_step(trainer, number)}
+        variants: dict[str, Callable[[], Any]] = {"megatron_sstoken": lambda: training_step(trainer, number)}
         for kind, loop in loops.items():
-            variants[f"Hugging Face, attention {kind}"] = lambda loop=loop: loop.step(samples, roles)
+            variants[f"Hugging Face, attention {kind}"] = partial(loop.step, samples, roles)
         num_tokens = sum(map(len, samples))
         for name, timing in alternate(variants, rounds).items():
             speed = round(num_tokens / timing.columns()["seconds"], 1)

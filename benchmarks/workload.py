@@ -27,7 +27,7 @@ RESPONSE_SHARE = 0.6
 
 @dataclass(frozen=True)
 class Shape:
-    """The model, as issue 6 has it."""
+    """The model of docs/performance.md."""
 
     hidden: int = 512
     layers: int = 8

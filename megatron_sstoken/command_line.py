@@ -4,10 +4,17 @@ import os
 import sys
 import time
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from typing import Any
 
 import jsonargparse
+import yaml
 
 from megatron_sstoken.config import Settings
+
+RENAMED = {("model", "implementation"): "backend"}
+"""Section and name of a setting one version ago → its name today."""
+PARSER_MODE = "settings"
+"""jsonargparse's name for our reader of YAML."""
 
 
 def parse_settings(
@@ -19,7 +26,10 @@ def parse_settings(
     extra options. On a mistake jsonargparse prints the reason and exits with code 2; under torchrun only rank 0 prints.
     """
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog=program, description=description, exit_on_error=True)
+    jsonargparse.set_loader(PARSER_MODE, _load_yaml, (yaml.YAMLError,))
+    parser = jsonargparse.ArgumentParser(
+        prog=program, description=description, exit_on_error=True, parser_mode=PARSER_MODE
+    )
     parser.add_argument("--config", action="config", help="YAML file with settings; may be given more than once.")
     for name, keywords in (extra or {}).items():
         parser.add_argument(f"--{name}", **keywords)
@@ -31,7 +41,34 @@ def parse_settings(
             stack.enter_context(redirect_stderr(silence))
             # torchrun ends all processes as soon as one fails: let rank 0 print its message first.
             stack.callback(lambda: time.sleep(3) if sys.exc_info()[0] is SystemExit else None)
-        namespace = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+        given = sys.argv[1:] if arguments is None else arguments
+        namespace = parser.parse_args([_with_new_name(argument) for argument in given])
     objects = parser.instantiate(namespace)
     sections = {name: objects[name] for name in Settings.__dataclass_fields__}
     return Settings(**sections), {name: objects[name] for name in (extra or {})}
+
+
+def _with_new_name(argument: str) -> str:
+    """An argument that names a setting as one version ago, with its name of today."""
+    for (section, old), new in RENAMED.items():
+        name, equals, value = argument.partition("=")
+        if name == f"--{section}.{old}":
+            _tell_renamed(section, old, new)
+            return f"--{section}.{new}{equals}{value}"
+    return argument
+
+
+def _load_yaml(text: str) -> Any:
+    """What YAML holds, settings under their names of today. A file with both names keeps them: the old one is refused."""
+    loaded = jsonargparse.get_loader("yaml")(text)
+    for (section, old), new in RENAMED.items():
+        values = loaded.get(section) if isinstance(loaded, dict) else None
+        if isinstance(values, dict) and old in values and new not in values:
+            loaded[section] = {new if name == old else name: value for name, value in values.items()}
+            _tell_renamed(section, old, new)
+    return loaded
+
+
+def _tell_renamed(section: str, old: str, new: str) -> None:
+    """Under torchrun heard of rank 0 alone: the others' stderr is silent while they parse."""
+    print(f"note: {section}.{old} is now {section}.{new}: the old name goes with the next version", file=sys.stderr)

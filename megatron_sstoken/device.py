@@ -55,13 +55,13 @@ def adapt_megatron_to_cpu() -> None:
         torch.cuda.set_device(compute_device())
         return
     # megatron asks for the current device to place buffers on, and waits for it before it times or saves.
-    torch.cuda.current_device = compute_device  # type: ignore[assignment,return-value]
-    torch.cuda.set_device = lambda device: None  # type: ignore[assignment]
-    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+    torch.cuda.current_device = compute_device  # type: ignore[assignment]
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.synchronize = lambda device=None: None
 
     # The random state tracker (dropout, initialisation) forks the generator of "cuda": here the CPU's.
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
-    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)  # type: ignore[assignment]
 
     # Counters and norms are made by torch.zeros(..., device="cuda") and tensor.cuda(). `with torch.device(...)`, which
@@ -69,11 +69,11 @@ def adapt_megatron_to_cpu() -> None:
     _device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like"):
         setattr(torch, name, _instead_of_cuda(getattr(torch, name)))
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
     # Optimizers sort parameters by comparing type strings with 'torch.cuda.FloatTensor'.
-    torch.Tensor.type = _type_as_on_cuda(torch.Tensor.type)  # type: ignore[assignment,method-assign]
+    torch.Tensor.type = _type_as_on_cuda(torch.Tensor.type)  # type: ignore[method-assign]
 
     from megatron.core.tensor_parallel import random as megatron_random
 

@@ -19,7 +19,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-TESTED_MEGATRON = "0.16.1"
+from megatron_sstoken.supported import MEGATRON_CORE, TOKEN_MULTIPLE, TRANSFORMER_ENGINE_REQUIREMENT, fp8_problem
+
+INSTALL_TRANSFORMER_ENGINE = f"pip install --no-build-isolation '{TRANSFORMER_ENGINE_REQUIREMENT}'"
 PACKAGES = (
     "torch megatron-core transformer-engine transformer-engine-torch apex flash-attn triton transformers tokenizers "
     "safetensors sentencepiece pyarrow jsonargparse tensorboard psutil numpy".split()
@@ -184,9 +186,9 @@ def _check_packages(machine: Machine, found: Diagnosis) -> None:
     if absent:
         found.errors.append(f"{', '.join(absent)} not installed: pip install -c constraints.txt -e '.[dev]'")
     installed = machine.versions.get("megatron-core")
-    if installed and installed != TESTED_MEGATRON:
+    if installed and installed != MEGATRON_CORE:
         found.warnings.append(
-            f"megatron-core {installed} is not the tested {TESTED_MEGATRON}: pip install megatron-core=={TESTED_MEGATRON}"
+            f"megatron-core {installed} is not the tested {MEGATRON_CORE}: pip install megatron-core=={MEGATRON_CORE}"
         )
     if machine.imports.get("megatron.core"):
         found.errors.append(f"megatron.core does not import: {machine.imports['megatron.core']}")
@@ -201,15 +203,9 @@ def _check_transformer_engine(machine: Machine, found: Diagnosis) -> None:
             "build of torch"
         )
     elif reason := machine.imports.get("transformer_engine.pytorch"):
-        found.warnings.append(
-            f"Transformer Engine does not import ({reason}): "
-            "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9,<2.12'"
-        )
+        found.warnings.append(f"Transformer Engine does not import ({reason}): {INSTALL_TRANSFORMER_ENGINE}")
     elif machine.gpus and not installed:
-        found.missing.append(
-            "Transformer Engine (fused layers, FlashAttention, FP8): "
-            "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9,<2.12'"
-        )
+        found.missing.append(f"Transformer Engine (fused layers, FlashAttention, FP8): {INSTALL_TRANSFORMER_ENGINE}")
 
 
 def _check_apex(machine: Machine, found: Diagnosis) -> None:
@@ -242,18 +238,11 @@ def _components(machine: Machine) -> dict[str, str]:
 
 
 def fp8_recipes(machine: Machine) -> list[str]:
-    """Recipes that the GPUs and Transformer Engine run: Hopper delayed, tensorwise, blockwise; Blackwell mxfp8 too."""
+    """Recipes that every GPU computes, with Transformer Engine."""
     if not machine.gpus or not machine.works("transformer_engine.pytorch"):
         return []
-    capability = min(capability for _, capability, _ in machine.gpus)
-    recipes = ["delayed", "tensorwise"] if capability >= (8, 9) else []
-    if capability >= (9, 0) and _at_least(machine.cuda, (12, 9)):
-        recipes.append("blockwise")
-    return [*recipes, "mxfp8"] if capability >= (10, 0) else recipes
-
-
-def _at_least(version: str | None, least: tuple[int, int]) -> bool:
-    return version is not None and tuple(int(part) for part in version.split(".")[:2]) >= least
+    capabilities = {capability for _, capability, _ in machine.gpus}
+    return [r for r in TOKEN_MULTIPLE if not any(fp8_problem(r, each, machine.cuda) for each in capabilities)]
 
 
 def describe(machine: Machine, diagnosis: Diagnosis) -> str:

@@ -1,53 +1,29 @@
 """Tiny models, prepared data and settings that integration tests share."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.stand_ins import SHAPE, VOCABULARY, make_conversations, make_settings, make_store, save_random_model
 from megatron_sstoken.config import Settings
-from megatron_sstoken.data.store import StoreWriter
 from megatron_sstoken.model.families import family_names, family_of, read_architecture
 from tests.reference.hf_reference import Sample
 
-VOCABULARY = 99  # no tensor parallel size divides it
+__all__ = ["VOCABULARY", "make_settings", "make_store"]  # for tests, which find here what a tiny run needs
 FAMILIES = family_names()
 MIXTURES = tuple(name for name in FAMILIES if family_of(name).experts)
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
     """transformers' configuration of a miniature: 4 layers with grouped queries, and what is particular to the family."""
-    shape = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.15,
-    } | changes
-    return AutoConfig.for_model(family, **(family_of(family).tiny | shape))
+    return AutoConfig.for_model(family, **(family_of(family).tiny | SHAPE | changes))
 
 
 def make_model(folder: str | Path, family: str = "llama", *, seed: int = 0, **changes: Any) -> str:
-    """Save a random Hugging Face model of `tiny_config`; returns its folder.
-
-    Biases and norms are not what they are initialised to.
-    """
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.3)
-            elif "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-    model.save_pretrained(str(folder))
-    return str(folder)
+    """Save a random Hugging Face model of `tiny_config`; returns its folder."""
+    return save_random_model(folder, tiny_config(family, **changes), seed=seed)
 
 
 def load_model(folder: str | Path) -> Any:
@@ -81,29 +57,7 @@ def names_on_disk(folder: str | Path, parameters: dict[str, Any]) -> dict[str, A
 
 def make_samples(num: int, *, seed: int = 0, longest: int = 60, shortest: int = 8) -> list[Sample]:
     """Random conversations, single- and multi-turn; every one begins with context and has a response."""
-    generator = np.random.default_rng(seed)
-    samples = []
-    for _ in range(num):
-        length = int(generator.integers(shortest, longest + 1))
-        turns = int(generator.integers(1, 4))
-        cuts = np.sort(generator.choice(np.arange(1, length), size=min(2 * turns - 1, length - 1), replace=False))
-        roles = np.zeros(length, dtype=int)
-        for number, part in enumerate(np.split(np.arange(length), cuts)):
-            roles[part] = number % 2
-        samples.append(Sample(generator.integers(0, VOCABULARY, length).tolist(), roles.tolist()))
-    return samples
-
-
-def make_store(folder: str | Path, samples: Sequence[Sample], rows: Sequence[int] | None = None) -> str:
-    """Write samples as a prepared folder; `rows` are their numbers in the input. Returns the folder."""
-    writer = StoreWriter(folder)
-    for number, sample in enumerate(samples):
-        row = number if rows is None else rows[number]
-        writer.add(np.array(sample.tokens, dtype=np.int32), np.array(sample.roles, dtype=np.uint8), row)
-    writer.finalize(
-        vocabulary_size=VOCABULARY, eos_token_id=1, tokenizer_fingerprint="toy", tokenizer_path="toy", template=None
-    )
-    return str(folder)
+    return [Sample(*one) for one in make_conversations(num, seed=seed, longest=longest, shortest=shortest)]
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -115,26 +69,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {}),
 }
 """Name → number of processes and the settings that make the layout."""
-
-
-def make_settings(model: str, data: str, **changes: Any) -> Settings:
-    """fp32 settings for tiny runs; `changes` are dotted settings with `__` for the dot, or a mapping as `**{...}`."""
-    settings = Settings()
-    settings.model.hf_path = model
-    settings.data.train = data
-    settings.data.sequence_length = 128
-    settings.data.packing = False
-    settings.training.precision = "fp32"
-    settings.training.global_batch_size = 8
-    settings.training.micro_batch_size = 1
-    settings.optimizer.learning_rate = 1e-3
-    settings.optimizer.schedule = "constant"
-    settings.optimizer.warmup_fraction = 0.0
-    for name, value in changes.items():
-        section, key = name.replace("__", ".").split(".")
-        assert hasattr(getattr(settings, section), key), name
-        setattr(getattr(settings, section), key, value)
-    return settings
 
 
 def run_score(rank: int, settings: list[Settings], outputs: list[str]) -> None:

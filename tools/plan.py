@@ -19,10 +19,11 @@ except ModuleNotFoundError:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_sstoken.model.presets import MODELS, find_architecture
-from megatron_sstoken.planner.describe import describe_assumptions, describe_plan, describe_proposals, verdict
-from megatron_sstoken.planner.hardware import GPUS, Assumptions
-from megatron_sstoken.planner.search import make_plan, precision_problems, propose, smallest_excess
+from megatron_sstoken.planner.describe import describe_assumptions, describe_estimate, describe_proposals, verdict
+from megatron_sstoken.planner.hardware import GPU, GPUS, Assumptions
+from megatron_sstoken.planner.search import estimate, precision_problems, propose, smallest_excess
 from megatron_sstoken.planner.workload import Workload, problems_of_workload
+from megatron_sstoken.supported import TOKEN_MULTIPLE
 
 NUMBERS = (
     "world_size tensor pipeline virtual_pipeline context micro_batch_size global_batch_size sequence_length lora_rank "
@@ -30,6 +31,7 @@ NUMBERS = (
 )
 CHOICES = {
     "precision": ("bf16", "fp32", "fp8"),
+    "fp8_recipe": tuple(TOKEN_MULTIPLE),
     "recompute": ("none", "selective", "full"),
     "backend": ("transformer_engine", "torch"),
     "head": ("standard", "selective"),
@@ -46,7 +48,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in NUMBERS:
         parser.add_argument(f"--{name}", type=int, default=defaults[name], help=f"default: {defaults[name]}")
     for name, choices in CHOICES.items():
-        parser.add_argument(f"--{name}", choices=choices, default=defaults[name], help=f"default: {defaults[name]}")
+        old = ("--implementation",) if name == "backend" else ()  # its name one version ago
+        parser.add_argument(
+            f"--{name}", *old, choices=choices, default=defaults[name], help=f"default: {defaults[name]}"
+        )
     for name in ("response", "rho"):
         parser.add_argument(f"--{name}", type=float, default=defaults[name], help=f"default: {defaults[name]}")
     parser.add_argument("--sequence", action="store_true", help="sequence parallel")
@@ -64,7 +69,7 @@ def read_workload(options: argparse.Namespace) -> Workload:
     architecture = find_architecture(options.model)
     if architecture.num_experts:
         raise ValueError(
-            f"the model {options.model!r} is a mixture of experts, which is not planned: name a dense model"
+            f"the model {options.model!r} is a mixture of experts, for which there is no estimate: name a dense model"
         )
     return Workload(architecture, selects=not options.plain, **values)
 
@@ -98,16 +103,16 @@ def main(arguments: list[str] | None = None) -> int:
         return _refuse(problems)
     if options.propose:
         return _propose(workload, gpu, assumptions, options.json)
-    plan = make_plan(workload, gpu, assumptions)
-    print(json.dumps(plan.as_dict(), indent=2) if options.json else describe_plan(plan))
-    if plan.excess > 0 and options.json:
-        print(verdict(plan), file=sys.stderr)
-    return 1 if plan.excess > 0 else 0
+    found = estimate(workload, gpu, assumptions)
+    print(json.dumps(found.as_dict(), indent=2) if options.json else describe_estimate(found))
+    if found.excess > 0 and options.json:
+        print(verdict(found), file=sys.stderr)
+    return 1 if found.excess > 0 else 0
 
 
-def _propose(workload, gpu, assumptions, as_json: bool) -> int:
-    plans = propose(workload, gpu, assumptions)
-    if not plans:
+def _propose(workload: Workload, gpu: GPU, assumptions: Assumptions, as_json: bool) -> int:
+    proposals = propose(workload, gpu, assumptions)
+    if not proposals:
         nearest = smallest_excess(workload, gpu, assumptions)
         if nearest is None:
             return _refuse(
@@ -119,9 +124,9 @@ def _propose(workload, gpu, assumptions, as_json: bool) -> int:
         print(f"no layout of {workload.world_size} GPUs fits; the nearest {verdict(nearest)}", file=sys.stderr)
         return 1
     if as_json:
-        print(json.dumps([plan.as_dict() for plan in plans], indent=2))
+        print(json.dumps([proposal.as_dict() for proposal in proposals], indent=2))
     else:
-        print(f"{describe_proposals(plans)}\n\n{describe_assumptions(plans[0])}")
+        print(f"{describe_proposals(proposals)}\n\n{describe_assumptions(proposals[0])}")
     return 0
 
 

@@ -187,7 +187,7 @@ def _prepare_adam_state(optimizer: MegatronOptimizer) -> None:
                 )
 
 
-def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+def _load_optimizer(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
     """`optimizer.load_state_dict`, in two parts where torch's AdamW runs.
 
     megatron-core 0.16 looks for AdamW's `step`, a number, among the stored tensors. It is in the parameter groups, from

@@ -44,7 +44,8 @@ class AdapterCheckpoint:
 
     def matrices(self, target: str, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A [rank, in] and B [out, rank] of one linear in layer `layer` (from 0), as they were trained."""
-        return tuple(self._reader.read_layer(_key(target, name), layer) for name in ("lora_A", "lora_B"))
+        read = self._reader.read_layer
+        return read(_key(target, "lora_A"), layer), read(_key(target, "lora_B"), layer)
 
     def merged_delta(self, name: str) -> torch.Tensor | None:
         """What the adapters add to the Hugging Face tensor `name`: alpha / rank · B·A, fp32; None if nothing."""

@@ -23,7 +23,6 @@ from megatron_sstoken.conversion.contents import Contents, Parameter, checkpoint
 from megatron_sstoken.conversion.safetensors_files import INDEX, ShardWriter, index_text, plan_shards
 from megatron_sstoken.conversion.torch_dist import CheckpointReader, write_metadata, write_objects, write_parameter
 from megatron_sstoken.conversion.work import (
-    DTYPES,
     ConversionOptions,
     MemoryBudget,
     Workplace,
@@ -33,6 +32,7 @@ from megatron_sstoken.conversion.work import (
     run_tasks,
     write_durably,
 )
+from megatron_sstoken.model.dtypes import DTYPES, SAFETENSORS_DTYPES
 from megatron_sstoken.model.families import read_architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
 from megatron_sstoken.model.weights import HuggingFaceWeights, check_weights, read_shard
@@ -41,7 +41,6 @@ _WEIGHT_FILES = (
     ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", "safetensors.index.json", "bin.index.json",
 )  # fmt: skip
 _FOLDERS_OF_TEMPLATES = ("additional_chat_templates",)  # where transformers keeps templates with names
-_SAFETENSORS_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _OBJECTS_FILE = "__0_0.distcp"
 
 
@@ -221,11 +220,11 @@ def _architecture_folder(checkpoint: Checkpoint, hf_path: str | None) -> str:
 
 def _types(weights: HuggingFaceWeights) -> set[torch.dtype]:
     names = {weights.slice(name).get_dtype() for name in weights.names()}
-    if not names <= set(_SAFETENSORS_TYPES):
+    if not names <= set(SAFETENSORS_DTYPES):
         raise ValueError(
             f"{weights.path} holds tensors of type {', '.join(sorted(names))}: only F32, BF16 and F16 are read"
         )
-    return {_SAFETENSORS_TYPES[name] for name in names}
+    return {SAFETENSORS_DTYPES[name] for name in names}
 
 
 def _megatron_dtype(options: ConversionOptions, default: torch.dtype) -> torch.dtype:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_sstoken.model.dtypes import SAFETENSORS_NAMES
+
 INDEX = "model.safetensors.index.json"
-_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _LARGEST_WRITE = 1 << 30  # the system writes at most 2 GiB at once
 
 
@@ -55,7 +56,7 @@ def _plan(file_name: str, shapes: dict[str, torch.Size], dtype: torch.dtype) -> 
     places, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + shape.numel() * dtype.itemsize
-        header[name] = {"dtype": _TYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         places[name] = (start, end - start)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8

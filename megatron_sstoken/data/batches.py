@@ -181,6 +181,10 @@ class BatchShape:
         """Micro-batches that each data-parallel rank computes a step."""
         return self.global_batch_size // (self.micro_batch_size * self.data_size)
 
+    def row_length(self, tokens: int) -> int:
+        """Length of a row that holds this many tokens, with the padding at its end."""
+        return -(-tokens // self.pack_multiple) * self.pack_multiple
+
 
 def batch_shape(
     micro_batch_size: int,
@@ -260,7 +264,7 @@ class BatchLoader:
 
     def _pack_length(self, rows: list[np.ndarray]) -> int:
         longest = max((int(self._aligned(self.order.samples.lengths[row]).sum()) for row in rows), default=1)
-        return -(-longest // self.shape.pack_multiple) * self.shape.pack_multiple
+        return self.shape.row_length(longest)
 
     def _assemble(self, rows: list[np.ndarray], row_length: int) -> TokenBatch:
         total = len(rows) * row_length

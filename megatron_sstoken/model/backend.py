@@ -10,11 +10,16 @@ import torch
 
 from megatron_sstoken.config import Settings, TrainingSettings
 from megatron_sstoken.device import have_cuda
+from megatron_sstoken.supported import (
+    MEGATRON_CORE,
+    TOKEN_MULTIPLE,
+    TRANSFORMER_ENGINE_OLDEST,
+    TRANSFORMER_ENGINE_RANGE,
+    TRANSFORMER_ENGINE_TOO_NEW,
+    fp8_problem,
+)
 
 Backend = Literal["transformer_engine", "torch"]
-
-TOKEN_MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
-"""FP8 recipe → what the number of tokens that a rank holds must be a multiple of: the tiles that share a scale."""
 
 # As Megatron-Bridge sets them: gradients in e5m2 where a scale covers a whole tensor, e4m3 where it covers a tile.
 _FP8_FORMAT = {"delayed": "hybrid", "tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
@@ -32,8 +37,11 @@ def transformer_engine_problem() -> str | None:
 
     if not HAVE_TE:
         return "transformer_engine is installed but cannot be imported: python -c 'import transformer_engine.pytorch'"
-    if not is_te_min_version("2.9.0") or is_te_min_version("2.12.0"):
-        return f"transformer_engine {get_te_version()} is not one that megatron-core 0.16 takes: install >=2.9,<2.12"
+    if not is_te_min_version(TRANSFORMER_ENGINE_OLDEST) or is_te_min_version(TRANSFORMER_ENGINE_TOO_NEW):
+        return (
+            f"transformer_engine {get_te_version()} is not one that megatron-core {MEGATRON_CORE} takes: "
+            f"install {TRANSFORMER_ENGINE_RANGE}"
+        )
     return None
 
 
@@ -60,7 +68,7 @@ def machine_problems(settings: Settings) -> list[str]:
     if settings.model.backend == "transformer_engine" and missing:
         problems.append(f"model.backend=transformer_engine cannot run: {missing}; or use auto or torch")
     if training.precision == "fp8":
-        reason = missing or _fp8_problem(training.fp8_recipe)
+        reason = missing or _gpu_problem(training.fp8_recipe)
         if reason:
             problems.append(
                 f"training.precision=fp8 with training.fp8_recipe={training.fp8_recipe} cannot run: {reason}; "
@@ -81,24 +89,17 @@ def compiler_problem() -> str | None:
     return f"there is no C++ compiler ({wanted or 'g++ or clang++'}): install one"
 
 
-def _fp8_problem(recipe: str) -> str | None:
-    """Why the GPU or its CUDA version cannot compute a recipe (Transformer Engine's own rules, without asserting)."""
-    capability, cuda = torch.cuda.get_device_capability(), tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
-    name = f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}"
-    if recipe == "mxfp8" and not (10, 0) <= capability < (12, 0):
-        return f"{name}, mxfp8 needs 10.x (Blackwell): use tensorwise"
-    if recipe == "blockwise" and (capability < (9, 0) or cuda < (12, 9)):
-        return f"{name} and CUDA {torch.version.cuda}, blockwise needs 9.0 (Hopper) and CUDA 12.9: use tensorwise"
-    if capability < (8, 9):
-        return f"{name}, FP8 needs 8.9 (Ada, Hopper)"
-    return None
+def _gpu_problem(recipe: str) -> str | None:
+    """Why this GPU or its CUDA version cannot compute a recipe."""
+    problem = fp8_problem(recipe, torch.cuda.get_device_capability(), torch.version.cuda)
+    return problem and f"{torch.cuda.get_device_name()} has {problem}"
 
 
 def numerics_of(settings: Settings) -> str:
     """How the layers round, in words: precision, FP8 recipe and layers that are spared, and the backend if it is
     not torch. Losses compare closely only where it is equal."""
     training = settings.training
-    text = training.precision
+    text: str = training.precision
     if training.precision == "fp8":
         text += f" {training.fp8_recipe}"
         if training.fp8_first_bf16_layers or training.fp8_last_bf16_layers:

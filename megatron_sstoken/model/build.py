@@ -19,6 +19,7 @@ from megatron_sstoken.config import Settings
 from megatron_sstoken.device import compute_device, have_cuda
 from megatron_sstoken.model.attention import AttentionCapture
 from megatron_sstoken.model.backend import backend_of, fp8_options, fusion_options
+from megatron_sstoken.model.dtypes import weight_dtype
 from megatron_sstoken.model.families import Architecture, Split, rope_inverse_frequencies
 from megatron_sstoken.model.head import IGNORE_INDEX, selective_head, vocabulary_parallel_loss
 from megatron_sstoken.model.last_layer import HeadRows, LastLayer, head_rows
@@ -158,7 +159,7 @@ class Model:
 def transformer_config(architecture: Architecture, settings: Settings, layout: Layout) -> TransformerConfig:
     """megatron's configuration for this architecture, layout, backend and precision."""
     a, parallel, training = architecture, settings.parallel, settings.training
-    dtype = torch.float32 if training.precision == "fp32" else torch.bfloat16
+    dtype = weight_dtype(training.precision)
     backend = backend_of(settings)
     recompute_settings: dict[str, dict[str, Any]] = {
         "none": {},
@@ -303,7 +304,7 @@ def _mark_tensor_parallel(chunk: TokenLossModel, architecture: Architecture) -> 
     for name, parameter in base_parameters(chunk):
         rule, _ = rules[name]
         if rule.expert is not None:
-            parameter.allreduce = False
+            parameter.allreduce = False  # type: ignore[attr-defined]  # a mark of megatron's
         if rule.split is not Split.WHOLE and not hasattr(parameter, "tensor_model_parallel"):
             dim = 1 if rule.split is Split.COLUMNS else 0
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)

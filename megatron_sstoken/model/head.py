@@ -15,7 +15,7 @@ IGNORE_INDEX = -100
 HEAD_SIGNALS = ("loss", "entropy", "top1")
 """What the rows are that a head returns; the last two on demand."""
 
-_CHUNK_ROWS = {"cpu": 416, "cuda": 1024}
+CHUNK_ROWS = {"cpu": 416, "cuda": 1024}
 """Tokens whose logits are held at once, at most. c of them cost 4·c·hidden·vocabulary operations for gradients and
 8·hidden·vocabulary bytes to read and write the summed gradient of the weight, so that c must be above twice the machine's
 operations a byte (about 20 for a core, 300 for an H100); and MKL's products are a sixth slower for 256 rows than for 1,024."""
@@ -202,8 +202,8 @@ def _local_labels(labels: torch.Tensor, weight: torch.Tensor, group: dist.Proces
 
 
 def _chunks(num_rows: int, width: int, device: torch.device) -> list[slice]:
-    """Slices of at most `_CHUNK_ROWS` rows; none where there are no logits (`width` 0)."""
-    size = _CHUNK_ROWS[device.type]
+    """Slices of at most `CHUNK_ROWS` rows; none where there are no logits (`width` 0)."""
+    size = CHUNK_ROWS[device.type]
     return [slice(first, min(first + size, num_rows)) for first in range(0, num_rows if width else 0, size)]
 
 
@@ -254,5 +254,5 @@ def _stand_in(weight: torch.Tensor) -> torch.Tensor:
 
     It must be zero where the weight is also the embedding's, whose gradient autograd adds to it.
     """
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # a mark of megatron's
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)

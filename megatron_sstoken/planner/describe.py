@@ -1,27 +1,34 @@
-"""Plans for people, in 120 columns."""
+"""Estimates for people, in 120 columns."""
 
 import textwrap
 from dataclasses import asdict, fields
 
 from megatron_sstoken.planner.hardware import GIB, Assumptions
 from megatron_sstoken.planner.memory import BYTE_FIELDS
-from megatron_sstoken.planner.search import Plan
+from megatron_sstoken.planner.search import Estimate
 from megatron_sstoken.planner.workload import Workload
 
 
-def describe_plan(plan: Plan) -> str:
+def describe_estimate(estimate: Estimate) -> str:
     """Layout, memory by stage, traffic of the fullest stage, step time, assumptions, verdict."""
-    parts = [_head(plan), _memory(plan), _traffic(plan), _speed(plan), describe_assumptions(plan), verdict(plan)]
+    parts = [
+        _head(estimate),
+        _memory(estimate),
+        _traffic(estimate),
+        _speed(estimate),
+        describe_assumptions(estimate),
+        verdict(estimate),
+    ]
     return "\n\n".join(parts)
 
 
-def verdict(plan: Plan) -> str:
+def verdict(estimate: Estimate) -> str:
     """Whether it fits, and by how much."""
-    peak, limit = plan.peak.total / GIB, plan.gpu.memory / GIB
-    text = f"stage {plan.peak.stage} needs {peak:.1f} GiB of the {limit:.1f} GiB of a {plan.gpu.name}"
-    if plan.excess <= 0:
-        return f"fits: {text}, {-plan.excess / GIB:.1f} GiB to spare"
-    return f"does not fit: {text}, {plan.excess / GIB:.1f} GiB too much\n(--propose lists layouts that fit)"
+    peak, limit = estimate.peak.total / GIB, estimate.gpu.memory / GIB
+    text = f"stage {estimate.peak.stage} needs {peak:.1f} GiB of the {limit:.1f} GiB of a {estimate.gpu.name}"
+    if estimate.excess <= 0:
+        return f"fits: {text}, {-estimate.excess / GIB:.1f} GiB to spare"
+    return f"does not fit: {text}, {estimate.excess / GIB:.1f} GiB too much\n(--propose lists layouts that fit)"
 
 
 def describe_layout(w: Workload) -> str:
@@ -33,27 +40,28 @@ def describe_layout(w: Workload) -> str:
     )
 
 
-def _head(plan: Plan) -> str:
-    w, a = plan.workload, plan.workload.architecture
+def _head(estimate: Estimate) -> str:
+    w, a = estimate.workload, estimate.workload.architecture
     trained = f"LoRA rank {w.lora_rank}" if w.lora_rank else "all parameters trained"
+    precision = f"fp8 {w.fp8_recipe}" if w.precision == "fp8" else w.precision
     share = f", {w.response:.0%} response, {w.rho:.0%} of it trained" if w.selects else ""
     rows = [
         ("model", f"{a.family}, {a.num_parameters():,} parameters, {a.num_layers} layers; {trained}"),
-        ("GPUs", f"{w.world_size} × {plan.gpu.name} = {describe_layout(w)}"),
+        ("GPUs", f"{w.world_size} × {estimate.gpu.name} = {describe_layout(w)}"),
         (
             "batch",
             f"{w.global_batch_size} rows of {w.sequence_length} = micro-batch {w.micro_batch_size} × data {w.data} × "
             f"accumulation {w.num_micro_batches}",
         ),
-        ("computed", f"{w.precision}, {w.backend}, recompute {w.recompute}, {w.head} head{share}"),
+        ("computed", f"{precision}, {w.backend}, recompute {w.recompute}, {w.head} head{share}"),
     ]
     return "\n".join(f"{name:<10}{value}" for name, value in rows)
 
 
-def _memory(plan: Plan) -> str:
+def _memory(estimate: Estimate) -> str:
     names = [*BYTE_FIELDS, "total"]
     rows = [f"{'stage':>5}{'parameters':>15}" + "".join(f"{name:>{_width(name)}}" for name in names)]
-    for stage in plan.memory:
+    for stage in estimate.memory:
         values = [getattr(stage, name) / GIB for name in names]
         cells = "".join(f"{value:>{_width(name)}.2f}" for name, value in zip(names, values, strict=True))
         rows.append(f"{stage.stage:>5}{stage.parameters:>15,}" + cells)
@@ -64,20 +72,20 @@ def _width(name: str) -> int:
     return max(len(name), 6) + 2
 
 
-def _traffic(plan: Plan) -> str:
-    stage = plan.peak.stage
+def _traffic(estimate: Estimate) -> str:
+    stage = estimate.peak.stage
     rows = [f"Communication of one rank of stage {stage} in a step"]
     rows.append(f"{'kind':<11}{'operation':<16}{'count':>9}{'GiB':>10}{'sent GiB':>10}{'ranks':>7}  link")
     rows += [
         f"{one.kind:<11}{one.operation:<16}{one.count:>9,}{one.size / GIB:>10.3f}{one.sent / GIB:>10.3f}"
         f"{one.group:>7}  {one.link}"
-        for one in plan.traffic[stage]
+        for one in estimate.traffic[stage]
     ]
-    return "\n".join(rows if plan.traffic[stage] else ["Communication: none"])
+    return "\n".join(rows if estimate.traffic[stage] else ["Communication: none"])
 
 
-def _speed(plan: Plan) -> str:
-    speed = plan.speed
+def _speed(estimate: Estimate) -> str:
+    speed = estimate.speed
     names = ("compute", "tensor", "context", "pipeline", "bubble", "data", "optimizer")
     parts = ", ".join(f"{name} {value:.3f}" for name in names if (value := getattr(speed, name)) >= 0.0005)
     return (
@@ -86,9 +94,9 @@ def _speed(plan: Plan) -> str:
     )
 
 
-def describe_assumptions(plan: Plan) -> str:
+def describe_assumptions(estimate: Estimate) -> str:
     """Every assumption in force, and the datasheet."""
-    gpu, values = plan.gpu, asdict(plan.assumptions)
+    gpu, values = estimate.gpu, asdict(estimate.assumptions)
     shares = [f"{field.name} {values[field.name]:.3g}" for field in fields(Assumptions)]
     shares[-2] = f"framework_bytes {values['framework_bytes'] / GIB:.3g} GiB"
     rates = (
@@ -99,15 +107,15 @@ def describe_assumptions(plan: Plan) -> str:
     return "\n".join(f"{'' if number else 'Assumed':<9}{line}" for number, line in enumerate(lines))
 
 
-def describe_proposals(plans: list[Plan]) -> str:
+def describe_proposals(estimates: list[Estimate]) -> str:
     """A table, best first."""
     columns = ("tensor", "pipeline", "virtual_pipeline", "context", "data", "micro_batch_size", "recompute")
     header = "".join(f"{name:>{len(name) + 2}}" for name in columns)
     rows = [f"{header}{'GiB':>8}{'step s':>9}{'tokens/s/GPU':>14}{'TFLOP/s':>9}"]
-    for plan in plans:
-        cells = "".join(f"{getattr(plan.workload, name):>{len(name) + 2}}" for name in columns)
+    for estimate in estimates:
+        cells = "".join(f"{getattr(estimate.workload, name):>{len(name) + 2}}" for name in columns)
         rows.append(
-            f"{cells}{plan.peak.total / GIB:>8.1f}{plan.speed.step:>9.2f}{plan.speed.tokens_per_gpu:>14,.0f}"
-            f"{plan.speed.tflops_per_gpu:>9.0f}"
+            f"{cells}{estimate.peak.total / GIB:>8.1f}{estimate.speed.step:>9.2f}{estimate.speed.tokens_per_gpu:>14,.0f}"
+            f"{estimate.speed.tflops_per_gpu:>9.0f}"
         )
     return "\n".join([*rows, "(tensor parallel with sequence parallel)"])

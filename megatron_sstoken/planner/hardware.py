@@ -10,6 +10,8 @@ class GPU:
     """One GPU and its share of a node; rates per GPU, one direction, in units a second."""
 
     name: str
+    capability: tuple[int, int]
+    """CUDA's compute capability."""
     memory: float
     """Bytes."""
     memory_bandwidth: float
@@ -30,19 +32,19 @@ class GPU:
 
 GPUS: dict[str, GPU] = {
     "h100": GPU(
-        "H100 SXM 80 GB", 80e9, 3.35e12, 989e12, 1979e12, 67e12, 450e9, 50e9,
+        "H100 SXM 80 GB", (9, 0), 80e9, 3.35e12, 989e12, 1979e12, 67e12, 450e9, 50e9,
         "NVIDIA H100 datasheet (SXM; dense is half of the figure with sparsity); DGX H100: 400 Gb/s a GPU",
     ),
     "h200": GPU(
-        "H200 SXM 141 GB", 141e9, 4.8e12, 989e12, 1979e12, 67e12, 450e9, 50e9,
+        "H200 SXM 141 GB", (9, 0), 141e9, 4.8e12, 989e12, 1979e12, 67e12, 450e9, 50e9,
         "NVIDIA H200 datasheet (SXM); DGX H200: 400 Gb/s a GPU",
     ),
     "a100-80": GPU(
-        "A100 SXM 80 GB", 80e9, 2.039e12, 312e12, 0.0, 19.5e12, 300e9, 25e9,
+        "A100 SXM 80 GB", (8, 0), 80e9, 2.039e12, 312e12, 0.0, 19.5e12, 300e9, 25e9,
         "NVIDIA A100 datasheet (SXM, 80 GB); DGX A100: 200 Gb/s a GPU",
     ),
     "b200": GPU(
-        "B200 180 GB", 180e9, 8e12, 2250e12, 4500e12, 75e12, 900e9, 50e9,
+        "B200 180 GB", (10, 0), 180e9, 8e12, 2250e12, 4500e12, 75e12, 900e9, 50e9,
         "NVIDIA DGX B200 datasheet, an eighth of it (1,440 GB, 64 TB/s, 72 PFLOP/s FP8 with sparsity); 400 Gb/s a GPU",
     ),
 }  # fmt: skip

@@ -7,11 +7,10 @@ listed tensor by tensor; `tests/unit/planner` and `benchmarks/plan_check.py` com
 import math
 from dataclasses import asdict, dataclass, fields
 
+from megatron_sstoken.model.head import CHUNK_ROWS
 from megatron_sstoken.planner.hardware import Assumptions
 from megatron_sstoken.planner.workload import Workload
 
-HEAD_CHUNK = 1024
-"""Tokens whose logits the selective head holds at once: `_CHUNK_ROWS` of model/head.py."""
 BATCH_BYTES = 5 * 8 + 2 + 4
 """Of a token on its way: tokens, labels, position, segment and sample (int64), two roles (bool), history loss (fp32)."""
 REPORT_BYTES = 5 * 4 + 1
@@ -33,7 +32,7 @@ class StageMemory:
     head: int
     """Logits and what the loss makes of them, at its peak."""
     selection: int
-    """Batches with history losses, token reports, the attention tap."""
+    """Batches with history losses, token reports, the attention capture."""
     working: int
     """Temporaries of one layer, recomputed activations included."""
     framework: int
@@ -187,14 +186,14 @@ def head_kept_bytes(w: Workload) -> int:
 
 def head_bytes(w: Workload) -> int:
     """The loss at its peak, on the last stage: logits, an fp32 copy, and the probabilities made of it."""
-    tokens = w.tokens if w.head == "standard" else min(HEAD_CHUNK, w.tokens)
+    tokens = w.tokens if w.head == "standard" else min(CHUNK_ROWS["cuda"], w.tokens)
     copies = 4 + 4 if w.precision == "fp32" else 4 + 4 + w.width
     made_of_one = 4 if w.head == "standard" else 0  # the probabilities that are kept are one of the copies
     return head_kept_bytes(w) + tokens * w.vocabulary * (copies - made_of_one)
 
 
 def selection_bytes(w: Workload, stage: int) -> int:
-    """Batches on the device for a whole step, reports on the last stage, and the tap's second attention there."""
+    """Batches on the device for a whole step, reports on the last stage, and the attention capture's second attention there."""
     total = w.num_micro_batches * w.pack_tokens * BATCH_BYTES
     if stage == w.pipeline - 1:
         total += w.num_micro_batches * w.pack_tokens * REPORT_BYTES

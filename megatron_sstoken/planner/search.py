@@ -1,4 +1,4 @@
-"""Plans: one layout judged, and the best of all layouts."""
+"""Estimates: one layout judged, and the best of all layouts."""
 
 import math
 from collections.abc import Iterator
@@ -10,10 +10,14 @@ from megatron_sstoken.planner.hardware import GPU, Assumptions
 from megatron_sstoken.planner.memory import StageMemory, memory_of
 from megatron_sstoken.planner.step_time import Speed, speed_of
 from megatron_sstoken.planner.workload import Workload, problems_of_workload
+from megatron_sstoken.supported import fp8_problem
+from megatron_sstoken.validate.layout import divisors_of
+
+NEW_CUDA = "13.0"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """What a workload needs and gives on a GPU type."""
 
     workload: Workload
@@ -51,57 +55,52 @@ class Plan:
         }
 
 
-def make_plan(w: Workload, gpu: GPU, assumptions: Assumptions) -> Plan:
-    """Work out a plan. The workload must be free of problems (`problems_of_workload`)."""
+def estimate(w: Workload, gpu: GPU, assumptions: Assumptions) -> Estimate:
+    """Work one out. The workload must be free of problems (`problems_of_workload`)."""
     traffic = [traffic_of(w, stage, gpu) for stage in range(w.pipeline)]
-    return Plan(w, gpu, assumptions, memory_of(w, assumptions), traffic, speed_of(w, gpu, assumptions))
+    return Estimate(w, gpu, assumptions, memory_of(w, assumptions), traffic, speed_of(w, gpu, assumptions))
 
 
 def precision_problems(w: Workload, gpu: GPU) -> list[str]:
-    """FP8 needs the hardware and Transformer Engine."""
+    """FP8 needs the hardware and Transformer Engine; CUDA is taken to be new enough."""
+    if w.precision != "fp8":
+        return []
     found = []
-    if w.precision == "fp8" and gpu.fp8 == 0:
+    if gpu.fp8 == 0:
         found.append(f"precision=fp8: {gpu.name} has no FP8 units: use precision=bf16, or another GPU")
-    if w.precision == "fp8" and w.backend == "torch":
+    elif problem := fp8_problem(w.fp8_recipe, gpu.capability, NEW_CUDA):
+        found.append(f"fp8_recipe={w.fp8_recipe}: {gpu.name} has {problem}")
+    if w.backend == "torch":
         found.append("precision=fp8 needs backend=transformer_engine: the torch path has no FP8")
     return found
 
 
-def propose(w: Workload, gpu: GPU, assumptions: Assumptions, number: int = 5) -> list[Plan]:
+def propose(w: Workload, gpu: GPU, assumptions: Assumptions, number: int = 5) -> list[Estimate]:
     """The fastest layouts of `world_size` GPUs that fit, best first; batch, precision and head stay as they are.
 
     Tensor parallel stays within a node and comes with sequence parallel. Layouts of equal speed: less memory first.
     """
-    plans = []
-    for candidate in _candidates(w, gpu):
-        if not problems_of_workload(candidate):
-            plan = make_plan(candidate, gpu, assumptions)
-            if plan.excess <= 0:
-                plans.append(plan)
-    plans.sort(key=lambda plan: (plan.speed.step, plan.peak.total))
-    best: dict[tuple, Plan] = {}  # of layouts that differ in recomputation alone, the fastest
-    for plan in plans:
-        c = plan.workload
-        best.setdefault((c.tensor, c.pipeline, c.virtual_pipeline, c.context, c.micro_batch_size), plan)
+    runnable = (candidate for candidate in _candidates(w, gpu) if not problems_of_workload(candidate))
+    found = [one for one in (estimate(candidate, gpu, assumptions) for candidate in runnable) if one.excess <= 0]
+    best: dict[tuple, Estimate] = {}  # of layouts that differ in recomputation alone, the fastest
+    for one in sorted(found, key=lambda one: (one.speed.step, one.peak.total)):
+        c = one.workload
+        best.setdefault((c.tensor, c.pipeline, c.virtual_pipeline, c.context, c.micro_batch_size), one)
     return list(best.values())[:number]
 
 
-def smallest_excess(w: Workload, gpu: GPU, assumptions: Assumptions) -> Plan | None:
+def smallest_excess(w: Workload, gpu: GPU, assumptions: Assumptions) -> Estimate | None:
     """Of all layouts that can run, the one that lacks least memory; None if none can run at all."""
-    plans = [make_plan(c, gpu, assumptions) for c in _candidates(w, gpu) if not problems_of_workload(c)]
-    return min(plans, key=lambda plan: plan.excess, default=None)
-
-
-def _divisors(number: int, limit: int) -> list[int]:
-    return [value for value in range(1, min(number, limit) + 1) if number % value == 0]
+    found = [estimate(c, gpu, assumptions) for c in _candidates(w, gpu) if not problems_of_workload(c)]
+    return min(found, key=lambda one: one.excess, default=None)
 
 
 def _candidates(w: Workload, gpu: GPU) -> Iterator[Workload]:
     a = w.architecture
-    for tensor in _divisors(math.gcd(a.num_attention_heads, w.world_size), gpu.gpus_per_node):
-        for pipeline in _divisors(math.gcd(a.num_layers, w.world_size // tensor), 64):
-            for context in _divisors(w.world_size // (tensor * pipeline), 8):
-                for virtual in _divisors(a.num_layers // pipeline, 10) if pipeline > 1 else [1]:
+    for tensor in divisors_of(math.gcd(a.num_attention_heads, w.world_size), gpu.gpus_per_node):
+        for pipeline in divisors_of(math.gcd(a.num_layers, w.world_size // tensor)):
+            for context in divisors_of(w.world_size // (tensor * pipeline), 8):
+                for virtual in divisors_of(a.num_layers // pipeline, 10) if pipeline > 1 else [1]:
                     for micro in (1, 2, 4, 8):
                         for recompute in ("none", "full"):
                             yield replace(

@@ -5,6 +5,7 @@ Not modelled: launch gaps, load imbalance of packed samples (rows count as one c
 
 from dataclasses import dataclass
 
+from megatron_sstoken.model.flops import attention_flops, causal_pairs, model_flops
 from megatron_sstoken.planner.communication import Traffic, traffic_of
 from megatron_sstoken.planner.hardware import GPU, Assumptions
 from megatron_sstoken.planner.memory import parameter_sizes, trainable_parameters
@@ -37,7 +38,7 @@ class Speed:
     tokens: int
     """Of a global batch."""
     model_flops: float
-    """Of a global batch; see `model_flops_per_token`."""
+    """Of a global batch; see model/flops.py."""
     world_size: int
 
     @property
@@ -55,23 +56,6 @@ class Speed:
         return self.model_flops / self.step / self.world_size / 1e12
 
 
-def attention_flops_per_token(w: Workload) -> float:
-    """Forward, one layer, all heads: two products with half (causal) of `sequence_length` keys."""
-    return 2 * w.sequence_length * w.architecture.num_attention_heads * w.architecture.head_dim
-
-
-def model_flops_per_token(w: Workload) -> float:
-    """Forward and backward of plain full fine-tuning, the convention of published figures.
-
-    6 for each weight of a matrix (the head included, the embedding not), and 3 times causal attention. Nothing that is
-    recomputed, nothing that selection adds or saves.
-    """
-    a = w.architecture
-    heads = (2 * a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim
-    linear = a.hidden_size * (heads + 3 * a.ffn_hidden_size)
-    return 3 * (a.num_layers * (2 * linear + attention_flops_per_token(w)) + 2 * a.hidden_size * a.vocabulary_size)
-
-
 def stage_seconds(w: Workload, stage: int, gpu: GPU, assumptions: Assumptions) -> float:
     """Computation of one micro-batch on one rank of a stage, forward and backward."""
     layers = w.chunk_layers * w.virtual_pipeline
@@ -85,8 +69,9 @@ def stage_seconds(w: Workload, stage: int, gpu: GPU, assumptions: Assumptions) -
     passes = layers * (1 + scoring + (w.recompute != "none") + FLASH_BACKWARD)
     last = stage == w.pipeline - 1
     if last and w.selects:
-        passes += 1  # the tap, where it usually lies
-    attention = w.tokens * attention_flops_per_token(w) / w.tensor * passes / attention_rate
+        passes += 1  # the attention capture, where it usually lies
+    pairs = w.tokens * causal_pairs(w.sequence_length) / w.sequence_length
+    attention = attention_flops(w.architecture, pairs) / w.tensor * passes / attention_rate
     elementwise = layers * layer_bytes(w) * (forward + 2) / (gpu.memory_bandwidth * assumptions.memory)
     return linear + attention + elementwise + (_head_seconds(w, gpu, assumptions, scoring) if last else 0)
 
@@ -151,6 +136,7 @@ def speed_of(w: Workload, gpu: GPU, assumptions: Assumptions) -> Speed:
         data=max(slow.get("data reduce_scatter", 0.0) - hidden, 0.0) + gathered,
         optimizer=update / (gpu.memory_bandwidth * assumptions.memory),
         tokens=w.global_batch_size * w.sequence_length,
-        model_flops=w.global_batch_size * w.sequence_length * model_flops_per_token(w),
+        model_flops=w.global_batch_size
+        * model_flops(w.architecture, w.sequence_length, causal_pairs(w.sequence_length)),
         world_size=w.world_size,
     )

@@ -1,10 +1,13 @@
-"""What is planned: a model, a layout, a batch, and how it is computed."""
+"""What is estimated: a model, a layout, a batch, and how it is computed."""
 
-import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from megatron_sstoken.config import Settings
+from megatron_sstoken.data.batches import batch_shape
+from megatron_sstoken.model.backend import token_multiple
+from megatron_sstoken.model.dtypes import weight_dtype
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.validate.layout import layout_problems
 from megatron_sstoken.validate.settings import problems_of
@@ -27,6 +30,8 @@ class Workload:
     global_batch_size: int = 48
     sequence_length: int = 2048
     precision: Precision = "bf16"
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """With fp8; its tiles decide how rows are rounded."""
     recompute: Literal["none", "selective", "full"] = "none"
     backend: Literal["transformer_engine", "torch"] = "transformer_engine"
     head: Literal["standard", "selective"] = "selective"
@@ -38,7 +43,7 @@ class Workload:
     scope: Literal["sample", "microbatch", "batch"] = "sample"
     """batch scores in a forward pass of its own."""
     selects: bool = True
-    """False plans plain fine-tuning: no attention mass, no history, no scores."""
+    """False is plain fine-tuning: no attention mass, no history, no scores."""
     lora_rank: int = 0
     """0 trains all parameters; otherwise adapters on all seven linears, the rest frozen."""
     vocabulary_multiple: int = 128
@@ -53,11 +58,19 @@ class Workload:
         """Micro-batches of one data parallel rank in a step."""
         return self.global_batch_size // (self.micro_batch_size * self.data)
 
-    @property
+    @cached_property
     def pack_tokens(self) -> int:
-        """Tokens of a micro-batch over all context parallel ranks; rows are rounded up as `data.batches` does."""
-        multiple = math.lcm(64, 2 * self.context * (self.tensor if self.sequence else 1))
-        return self.micro_batch_size * (-(-self.sequence_length // multiple) * multiple)
+        """Tokens of a micro-batch of full rows over all context parallel ranks, rounded up as the loader does."""
+        shape = batch_shape(
+            self.micro_batch_size,
+            self.global_batch_size,
+            self.data,
+            tensor=self.tensor,
+            context=self.context,
+            sequence=self.sequence,
+            tokens_multiple=token_multiple(self.settings().training),
+        )
+        return shape.micro_batch_size * shape.row_length(self.sequence_length)
 
     @property
     def tokens(self) -> int:
@@ -77,7 +90,7 @@ class Workload:
     @property
     def width(self) -> int:
         """Bytes of an activation."""
-        return 4 if self.precision == "fp32" else 2
+        return weight_dtype(self.precision).itemsize
 
     @property
     def query_width(self) -> int:
@@ -102,7 +115,7 @@ class Workload:
     def settings(self) -> Settings:
         """The settings of a run with this layout, for the checks that runs pass."""
         settings = Settings()
-        settings.model.hf_path = settings.data.train = "(planned)"
+        settings.model.hf_path = settings.data.train = "(estimated)"
         settings.model.vocabulary_multiple = self.vocabulary_multiple
         for name in ("tensor", "pipeline", "virtual_pipeline", "context", "sequence"):
             setattr(settings.parallel, name, getattr(self, name))
@@ -110,7 +123,9 @@ class Workload:
         settings.training.micro_batch_size = self.micro_batch_size
         settings.training.global_batch_size = self.global_batch_size
         settings.training.recompute = self.recompute
-        settings.training.precision = "fp32" if self.precision == "fp32" else "bf16"
+        settings.training.precision = self.precision
+        settings.training.fp8_recipe = self.fp8_recipe
+        settings.lora.rank = self.lora_rank
         settings.selection.rho = self.rho
         return settings
 
@@ -118,8 +133,6 @@ class Workload:
 def problems_of_workload(workload: Workload) -> list[str]:
     """What cannot work, in the words that a run would use. Empty when all is well."""
     found = problems_of(workload.settings())
-    if workload.lora_rank < 0:
-        found.append(f"lora_rank={workload.lora_rank} is too small: use 0 (full fine-tuning) or more")
     if workload.world_size < 1:
         found.append(f"world_size={workload.world_size} is too small: use 1 or more")
     if not 0 < workload.response <= 1:

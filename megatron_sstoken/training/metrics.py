@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_sstoken.data.batches import TokenBatch
 from megatron_sstoken.device import compute_device, peak_memory_bytes
 from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.model.flops import causal_pairs, model_flops
 from megatron_sstoken.parallel import Layout
 from megatron_sstoken.passes.step import TokenReport
 
@@ -92,17 +93,9 @@ def _sums_of(report: TokenReport, architecture: Architecture) -> torch.Tensor:
 
 
 def training_flops(batch: TokenBatch, a: Architecture) -> float:
-    """Operations of forward and backward over the real tokens of a batch: 6 a token and weight, plus attention.
-
-    Attention: 2 products of 2·head_dim operations for each of n²/2 pairs and each head, three times over with the
-    backward pass. The embedding look-up costs nothing; recomputation and scoring are not counted (megatron's
-    convention of "model FLOPs").
-    """
-    weights = a.num_active_parameters() - a.vocabulary_size * a.hidden_size * (0 if a.tied_embeddings else 1)
-    lengths = torch.bincount(batch.segment[batch.segment >= 0]).double()
-    pairs = float((lengths * (lengths + 1) / 2).sum())
-    attention = 3 * 4 * a.num_attention_heads * a.head_dim * a.num_layers * pairs
-    return 6.0 * weights * float(lengths.sum()) + attention
+    """Operations of forward and backward over the real tokens of a batch."""
+    lengths = torch.bincount(batch.segment[batch.segment >= 0]).tolist()
+    return model_flops(a, sum(lengths), sum(map(causal_pairs, lengths)))
 
 
 def _percentiles_of(reports: list[TokenReport], device: torch.device) -> torch.Tensor:

@@ -58,9 +58,14 @@ def check_processes(settings: Settings, world_size: int, found: Findings) -> int
     return world_size // product
 
 
-def divisors(number: int, limit: int = 64) -> str:
-    """The divisors of `number` up to `limit`, for messages: '1, 2 or 4'."""
-    values = [str(value) for value in range(1, min(number, limit) + 1) if number % value == 0]
+def divisors_of(number: int, limit: int = 64) -> list[int]:
+    """The divisors of `number` up to `limit`, ascending."""
+    return [value for value in range(1, min(number, limit) + 1) if number % value == 0]
+
+
+def divisors(number: int) -> str:
+    """The divisors of `number`, for messages: '1, 2 or 4'."""
+    values = list(map(str, divisors_of(number)))
     return " or ".join([", ".join(values[:-1]), values[-1]]) if len(values) > 1 else values[0]
 
 
@@ -69,6 +74,8 @@ def layout_problems(settings: Settings, architecture: Architecture, world_size: 
     found = Findings([])
     data_size = check_processes(settings, world_size, found)
     check_split("model", architecture, settings, found)
+    check_adapters(settings, architecture, found)
+    check_fp8(settings, architecture, found)
     if data_size and not found.problems:
         batch_shape_of(settings, data_size, found)
     return found.problems

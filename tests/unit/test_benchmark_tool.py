@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from benchmarks import measure
 from tests.distributed_runner import run_distributed
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = "--hidden 32 --layers 2 --vocabulary 512 --intermediate 64 --heads 2 --groups 1 --problems 12 --rounds 1".split()
 
 
@@ -50,6 +53,14 @@ def test_rows(tmp_path):
         assert counted == pytest.approx(float(selective["formula"]), abs=0.08), "r(1 + 3ρ) ÷ 3, up to sampling"
     assert [row["case"] for row in rows["huggingface"][::3]] == ["GSM8K", "one sample of 64", "one sample of 1024"]
     assert len({row["tokens"] for row in rows["huggingface"][:3]}) == 1, "the same samples"
+
+
+def test_programs_import_no_tests():
+    """What programs and tests share lies with the programs: they run where the tests are not."""
+    sources = [path for folder in ("megatron_sstoken", "tools", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    assert len(sources) > 50
+    importing = re.compile(r"^\s*(from|import) tests\b|\"tests\.|'tests\.", re.MULTILINE)
+    assert [path.name for path in sources if importing.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_counts():

@@ -337,6 +337,36 @@ def test_unknown_name_in_yaml_exits_with_2(tmp_path, capsys):
     assert stop.value.code == 2 and "sede" in capsys.readouterr().err
 
 
+OLD_NAME_NOTE = "note: model.implementation is now model.backend: the old name goes with the next version\n"
+
+
+def test_the_old_name_of_backend_works_for_one_version(tmp_path, capsys):
+    for arguments in (["--model.implementation=torch"], ["--model.implementation", "torch"]):
+        assert parse(*arguments).model.backend == "torch"
+        assert capsys.readouterr().err == OLD_NAME_NOTE
+    file = tmp_path / "old.yaml"
+    file.write_text("model:\n  implementation: torch\n  hf_path: here\n")
+    model = parse("--config", str(file)).model
+    assert (model.backend, model.hf_path) == ("torch", "here") and capsys.readouterr().err == OLD_NAME_NOTE
+    assert parse("--config", str(file), "--model.backend=auto").model.backend == "auto"  # later ones win, as ever
+    assert parse("--model.backend=auto", "--config", str(file)).model.backend == "torch"
+
+
+def test_the_old_name_takes_the_same_values_and_never_hides_the_new_one(tmp_path, capsys):
+    file = tmp_path / "both.yaml"
+    file.write_text("model: {implementation: torch, backend: auto}\n")
+    for arguments in (["--model.implementation=nonsense"], ["--config", str(file)]):
+        with pytest.raises(SystemExit) as stop:
+            parse(*arguments)
+        assert stop.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_only_rank_0_tells_of_the_old_name(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert parse("--model.implementation=torch").model.backend == "torch"
+    assert capsys.readouterr() == ("", "")
+
+
 def test_other_ranks_exit_in_silence(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as stop:

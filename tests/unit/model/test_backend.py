@@ -7,13 +7,13 @@ from megatron.core.transformer import TransformerConfig
 from megatron_sstoken.config import Settings
 from megatron_sstoken.model import backend
 from megatron_sstoken.model.backend import (
-    TOKEN_MULTIPLE,
     backend_of,
     fp8_options,
     fusion_options,
     machine_problems,
     numerics_of,
 )
+from megatron_sstoken.supported import TOKEN_MULTIPLE
 from megatron_sstoken.validate.settings import problems_of
 
 

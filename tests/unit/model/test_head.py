@@ -211,7 +211,7 @@ COUNTS = {"some": (15, 9), "all": (23, 23), "all scored": (23, 5), "none trained
 @pytest.mark.parametrize("chunk_rows", [1, 4, 1000])
 @pytest.mark.parametrize("counts", COUNTS)
 def test_selective_head(alone, monkeypatch, counts, chunk_rows):
-    monkeypatch.setitem(head._CHUNK_ROWS, "cpu", chunk_rows)
+    monkeypatch.setitem(head.CHUNK_ROWS, "cpu", chunk_rows)
     case = head_case(scored=COUNTS[counts][0], trained=COUNTS[counts][1])
     found, hidden_gradient, weight_gradient = run_head(*case, alone, with_entropy=True)
     wanted, *wanted_gradients = dense_head(*case)
@@ -228,7 +228,7 @@ def test_selective_head(alone, monkeypatch, counts, chunk_rows):
 @pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
 def test_a_compiled_head_is_the_same(alone, monkeypatch):
     """In both types, over chunks of several sizes: losses, entropies and gradients within rounding of the plain one's."""
-    monkeypatch.setitem(head._CHUNK_ROWS, "cpu", 4)
+    monkeypatch.setitem(head.CHUNK_ROWS, "cpu", 4)
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 8e-3)):
         case = head_case(dtype)
         for with_entropy in (False, True):

@@ -24,8 +24,8 @@ def pretend_hopper() -> None:
     torch.cuda.get_device_properties = lambda *args: SimpleNamespace(major=9, minor=0)
 
 
-def compare_implementations(rank, model_path, folder):
-    """On each rank: what both implementations hold of one Hugging Face model, and checkpoints from one to the other."""
+def compare_backends(rank, model_path, folder):
+    """On each rank: what both backends hold of one Hugging Face model, and checkpoints from one to the other."""
     from megatron_sstoken.checkpoint.manifest import RunState, open_checkpoint
     from megatron_sstoken.checkpoint.save_load import load_checkpoint, save_checkpoint
     from megatron_sstoken.model.build import build_model, load_weights
@@ -71,9 +71,9 @@ def compare_implementations(rank, model_path, folder):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_both_implementations_hold_the_same_weights_under_the_same_keys(tmp_path, family):
+def test_both_backends_hold_the_same_weights_under_the_same_keys(tmp_path, family):
     model = make_model(tmp_path / "model", family)
-    for results in run_distributed(compare_implementations, 2, model, str(tmp_path)):
+    for results in run_distributed(compare_backends, 2, model, str(tmp_path)):
         assert len(results) == 4 and all(results.values()), results
 
 
@@ -89,7 +89,7 @@ def keep_scales(rank, model_path, folder):
     from megatron_sstoken.parallel import create_layout
 
     pretend_hopper()
-    settings = make_settings(model_path, "", model__implementation="transformer_engine", training__precision="bf16")
+    settings = make_settings(model_path, "", model__backend="transformer_engine", training__precision="bf16")
     layout = create_layout(settings.parallel, 1)
 
     def layers(model):

@@ -1,17 +1,19 @@
 """Formulae against independent counts, and the command line of tools/plan.py."""
 
+import csv
 import json
 import re
 from dataclasses import replace
 
 import pytest
 
+from benchmarks import plan_check
+from megatron_sstoken.model.flops import causal_pairs, model_flops
 from megatron_sstoken.model.presets import find_architecture
 from megatron_sstoken.planner.communication import Traffic
 from megatron_sstoken.planner.hardware import GPUS, Assumptions
 from megatron_sstoken.planner.memory import adapter_parameters, chunks_in_flight, head_bytes
-from megatron_sstoken.planner.search import make_plan, propose
-from megatron_sstoken.planner.step_time import model_flops_per_token
+from megatron_sstoken.planner.search import estimate, propose
 from megatron_sstoken.planner.workload import Workload, problems_of_workload
 from tests.workbench import make_model
 from tools.plan import main
@@ -23,8 +25,9 @@ SEVENTY = find_architecture("Llama-3.1-70B")
 def test_flops_are_those_of_the_published_figures():
     """TFLOP/s ÷ tokens/s of Megatron-Bridge's tables: FLOP a token, whatever the speed was."""
     for architecture, length, tokens, tflops in ((EIGHT, 8192, 14451, 744), (SEVENTY, 4096, 1638, 710)):
-        flops = model_flops_per_token(Workload(architecture, sequence_length=length))
-        assert flops == pytest.approx(tflops * 1e12 / tokens, rel=2e-3)
+        assert model_flops(architecture, length, causal_pairs(length)) / length == pytest.approx(
+            tflops * 1e12 / tokens, rel=2e-3
+        )
 
 
 def test_published_throughput_lies_between_no_overlap_and_full_overlap():
@@ -32,8 +35,15 @@ def test_published_throughput_lies_between_no_overlap_and_full_overlap():
         SEVENTY, world_size=32, tensor=4, pipeline=4, virtual_pipeline=5, sequence=True, sequence_length=4096,
         global_batch_size=32, precision="fp8", selects=False,
     )  # fmt: skip
-    slow, fast = (make_plan(w, GPUS["h100"], Assumptions(tensor_exposed=share)).speed for share in (1.0, 0.0))
+    slow, fast = (estimate(w, GPUS["h100"], Assumptions(tensor_exposed=share)).speed for share in (1.0, 0.0))
     assert slow.tokens_per_gpu < 1638 < fast.tokens_per_gpu
+
+
+def test_the_published_comparison_in_the_docs_is_todays(capsys):
+    with open(plan_check.ROOT / "benchmarks" / "results" / "plan_published.csv", newline="") as file:
+        written = list(csv.DictReader(file))
+    rows = [{name: str(value) for name, value in row.items()} for row in plan_check.check_published()]
+    assert written == rows, "run benchmarks/plan_check.py published, and look at docs/planning.md"
 
 
 @pytest.mark.parametrize(("pipeline", "virtual", "micro"), [(4, 1, 8), (4, 1, 2), (2, 2, 4), (4, 2, 8)])
@@ -55,7 +65,7 @@ def test_adapters_of_all_seven_linears():
     w = Workload(EIGHT, lora_rank=64)
     shapes = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
     assert adapter_parameters(w) == 32 * sum(64 * (rows + columns) for rows, columns in shapes)
-    full, lora = (make_plan(one, GPUS["h100"], Assumptions()).peak for one in (replace(w, lora_rank=0), w))
+    full, lora = (estimate(one, GPUS["h100"], Assumptions()).peak for one in (replace(w, lora_rank=0), w))
     assert lora.trainable == adapter_parameters(w) and lora.optimizer < full.optimizer / 10
     assert lora.parameters == full.parameters + adapter_parameters(w)
 
@@ -74,9 +84,9 @@ def test_a_selective_head_holds_no_logits_of_the_whole_sequence():
 
 def test_proposals_fit_run_and_are_sorted():
     w = Workload(SEVENTY, world_size=64, sequence_length=4096, global_batch_size=64)
-    plans = propose(w, GPUS["h100"], Assumptions())
-    assert plans and all(plan.excess <= 0 and not problems_of_workload(plan.workload) for plan in plans)
-    steps = [plan.speed.step for plan in plans]
+    proposals = propose(w, GPUS["h100"], Assumptions())
+    assert proposals and all(one.excess <= 0 and not problems_of_workload(one.workload) for one in proposals)
+    steps = [one.speed.step for one in proposals]
     assert steps == sorted(steps)
 
 
@@ -86,9 +96,10 @@ def test_exit_codes_and_output(capsys):
     text = capsys.readouterr().out
     assert "fits: stage 0" in text and "matmul_fp8" in text and "datasheet" in text
     assert max(map(len, text.splitlines())) <= 120
+    assert main([*fits[:-2], "--implementation", "torch"]) == 0 and "bf16, torch" in capsys.readouterr().out
     assert main([*fits, "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert plan["fits"] and plan["memory"][0]["parameters"] == 1_235_814_400
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["memory"][0]["parameters"] == 1_235_814_400
     assert main(["--model", "Llama-3.1-70B", "--world_size", "8", "--tensor", "8", "--global_batch_size", "8"]) == 1
     assert "GiB too much" in capsys.readouterr().out
     assert main(["--model", "Llama-3.1-70B", "--world_size", "8", "--global_batch_size", "8", "--propose"]) == 1
@@ -101,6 +112,7 @@ def test_exit_codes_and_output(capsys):
         ("--world_size 6 --tensor 3", r"parallel\.tensor=3 does not divide model\.num_attention_heads=32"),
         ("--world_size 8 --global_batch_size 12", r"training\.global_batch_size=12 is not a multiple"),
         ("--gpu a100-80 --precision fp8", "has no FP8 units"),
+        ("--precision fp8 --fp8_recipe mxfp8", r"H100 SXM 80 GB has compute capability 9\.0, mxfp8 needs 10\.x"),
         ("--precision fp8 --backend torch", "the torch path has no FP8"),
         ("--assume speed=2", "there is no assumption 'speed'"),
         ("--assume links=0", "use a number above 0"),
@@ -113,4 +125,4 @@ def test_mistakes_are_told_in_the_words_of_a_run(capsys, options, message):
 
 def test_a_mixture_of_experts_is_refused(tmp_path, capsys):
     assert main(["--model", make_model(tmp_path / "mixture", "mixtral")]) == 2
-    assert "is a mixture of experts, which is not planned: name a dense model" in capsys.readouterr().err
+    assert "is a mixture of experts, for which there is no estimate: name a dense model" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""One rank of a world that does not exist, for checking plans: torch's fake process group answers every collective at
+"""One rank of a world that does not exist, for checking estimates: torch's fake process group answers every collective at
 once with whatever lies in memory. Shapes, counts, and what is kept for the backward pass are real; values are not.
 
 A process can be one rank once: call these in a process of their own.

@@ -1,6 +1,6 @@
 """What real megatron-core models hold, keep and communicate: the planner's reference.
 
-    python -m tests.plan_reference '{"kind": "step", …}' …
+    python -m benchmarks.plan_reference '{"kind": "step", …}' …
 
 Each request is answered by a forked process, for a process can be one rank once, with a line `RESULT {…}`.
 """
@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Any
 
+from benchmarks.fake_world import CountCollectives, fake_model, make_batch, measure_saved
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.optimizer import build_optimizer
 from megatron_sstoken.model.presets import MODELS, find_architecture
@@ -19,7 +20,6 @@ from megatron_sstoken.planner.hardware import GPUS
 from megatron_sstoken.planner.memory import activation_bytes, head_kept_bytes, layer_activations
 from megatron_sstoken.planner.workload import Workload
 from megatron_sstoken.selection.methods import Selection
-from tests.fake_world import CountCollectives, fake_model, make_batch, measure_saved
 
 RESULT = "RESULT "
 SEQUENCE = 128
@@ -51,18 +51,18 @@ def tiny_workload(case: dict[str, Any]) -> tuple[Workload, int]:
 
 
 def run_step(case: dict[str, Any]) -> dict[str, Any]:
-    """Bytes kept and collectives of one plain training step, planned and measured, on the CPU."""
+    """Bytes kept and collectives of one plain training step, estimated and measured, on the CPU."""
     w, rank = tiny_workload(case)
     model = fake_model(w.architecture, w.settings(), rank, w.world_size)
     stage = model.layout.pipeline_rank
     batches = [make_batch(SEQUENCE, w.micro_batch_size) for _ in range(w.num_micro_batches)]
     with measure_saved(model) as kept, CountCollectives() as collectives:
         select_and_train(model, batches, lambda report: Selection(report.batch.response, *[report.loss] * 3))
-    planned: dict[str, list[int]] = {}
+    estimated: dict[str, list[int]] = {}
     for traffic in traffic_of(w, stage, GPUS["h100"]):
         if traffic.kind != "data":  # outside of select_and_train, or in calls of another name
-            count, size = planned.get(traffic.operation, [0, 0])
-            planned[traffic.operation] = [count + traffic.count, size + traffic.size]
+            count, size = estimated.get(traffic.operation, [0, 0])
+            estimated[traffic.operation] = [count + traffic.count, size + traffic.size]
     total = activation_bytes(w, stage)
     if stage == w.pipeline - 1:
         total += head_kept_bytes(w)
@@ -71,10 +71,10 @@ def run_step(case: dict[str, Any]) -> dict[str, Any]:
         total = inputs + sum(layer_activations(w).values())
     return {
         "stage": stage,
-        "planned_bytes": total,
+        "estimated_bytes": total,
         "measured_bytes": kept.peak,
         "left_bytes": kept.now,
-        "planned": planned,
+        "estimated": estimated,
         "measured": collectives.counts,
     }
 
@@ -94,10 +94,12 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         groups = [*part.shard_fp32_from_float16_groups, *part.shard_fp32_groups]
         shards += sum(parameter.numel() for group in groups for parameter in group)
+    # A DistributedDataParallel's own list, under the name of a method of torch's.
+    buffers = [buffer for chunk in model.chunks for buffer in chunk.buffers]  # type: ignore[attr-defined]  # see above
     return {
         "stage": model.layout.pipeline_rank,
         "parameters": sum(parameter.numel() for chunk in model.unwrapped for parameter in chunk.parameters()),
-        "gradient_buffer": sum(buffer.grad_data.numel() for chunk in model.chunks for buffer in chunk.buffers),
+        "gradient_buffer": sum(buffer.grad_data.numel() for buffer in buffers),
         "optimizer_shard": shards,
     }
 

@@ -1,0 +1,120 @@
+"""The planner's workload against what a run of the same settings does."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sstoken.config import LoraSettings
+from megatron_sstoken.data.batches import BatchLoader, PackOrder, SampleFilter
+from megatron_sstoken.data.store import SampleStore
+from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.model.lora import num_adapter_parameters
+from megatron_sstoken.model.presets import MODELS, find_architecture
+from megatron_sstoken.planner.memory import adapter_parameters, parameter_sizes
+from megatron_sstoken.planner.workload import Workload, problems_of_workload
+from megatron_sstoken.supported import TOKEN_MULTIPLE
+from megatron_sstoken.validate.layout import Findings, batch_shape_of
+
+EIGHT = find_architecture("Llama-3.1-8B")
+
+
+def loaded_tokens(w: Workload) -> int:
+    """Tokens of a micro-batch as the loader makes it of samples that fill their rows."""
+    shape = batch_shape_of(w.settings(), w.data, Findings([]))
+    assert shape is not None
+    length = w.sequence_length
+    store: Any = SimpleNamespace(
+        tokens=lambda index, stop: np.zeros(stop, dtype=np.int64),
+        roles=lambda index, stop: np.ones(stop, dtype=np.uint8),
+        rows=np.arange(w.global_batch_size),
+    )
+    lengths = np.full(w.global_batch_size, length, dtype=np.int32)
+    order = PackOrder(SampleFilter(np.arange(w.global_batch_size), lengths, 0, 0, 0), seed=0, shuffle=False)
+    loader = BatchLoader(cast(SampleStore, store), order, shape, data_rank=0, num_rows=w.global_batch_size)
+    return loader.load(0)[0].tokens.numel()
+
+
+@given(
+    tensor=st.sampled_from([1, 2, 3, 4, 6, 8]),
+    context=st.sampled_from([1, 2, 3, 4, 8]),
+    data=st.integers(1, 3),
+    micro=st.integers(1, 3),
+    sequence=st.booleans(),
+    length=st.integers(2, 2100),
+    precision=st.sampled_from(["bf16", "fp32", "fp8"]),
+    recipe=st.sampled_from(list(TOKEN_MULTIPLE)),
+)
+def test_a_micro_batch_is_as_long_as_the_loaders(tensor, context, data, micro, sequence, length, precision, recipe):
+    w = Workload(
+        EIGHT, world_size=tensor * context * data, tensor=tensor, context=context, sequence=sequence and tensor > 1,
+        micro_batch_size=micro, global_batch_size=micro * data, sequence_length=length, precision=precision,
+        fp8_recipe=recipe,
+    )  # fmt: skip
+    assert w.pack_tokens == loaded_tokens(w)
+    assert w.tokens * w.context == w.pack_tokens and w.tokens % 2 == 0
+    if precision == "fp8":
+        assert w.split_tokens % TOKEN_MULTIPLE[recipe] == 0
+
+
+LAYOUTS = [
+    {"world_size": tensor * pipeline * 2, "tensor": tensor, "pipeline": pipeline, "virtual_pipeline": virtual}
+    for tensor in (1, 2, 4)
+    for pipeline, virtual in ((1, 1), (2, 1), (2, 2), (4, 1))
+]
+
+
+def architectures() -> list[Architecture]:
+    """Presets, with and without tied embeddings and biases, and one with norms of queries and keys."""
+    return [*map(find_architecture, MODELS), replace(EIGHT, family="qwen3", qk_norm=True, tied_embeddings=True)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_parameters_of_all_ranks_are_the_models(layout):
+    """Split tensors once over the tensor ranks, whole ones as often as they are held; padding and copies apart."""
+    for a in architectures():
+        w = Workload(a, **layout)
+        if a.num_layers % (w.pipeline * w.virtual_pipeline):
+            continue
+        stages = [parameter_sizes(w, stage) for stage in range(w.pipeline)]
+        split = sum(w.tensor * (sizes["linear"] + sizes["embedding"] + sizes["head"]) for sizes in stages)
+        whole = sum(sizes["vector"] for sizes in stages)
+        if a.qkv_bias:  # the one vector that is split
+            biases = a.num_layers * (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim
+            split, whole = split + biases, whole - biases // w.tensor
+        copies = 2 if not a.tied_embeddings or w.pipeline > 1 else 1
+        padding = copies * (w.vocabulary * w.tensor - a.vocabulary_size) * a.hidden_size
+        second = a.vocabulary_size * a.hidden_size if a.tied_embeddings and w.pipeline > 1 else 0
+        assert split + whole - padding - second == a.num_parameters()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_adapter_parameters_of_all_ranks_are_the_models(layout):
+    for a in architectures():
+        w = Workload(a, lora_rank=8, **layout)
+        if a.num_layers % (w.pipeline * w.virtual_pipeline):
+            continue
+        whole = a.num_layers * w.lora_rank * 7 * a.hidden_size  # a side of each linear, which every tensor rank holds
+        held = w.tensor * w.pipeline * adapter_parameters(w)
+        assert held - (w.tensor - 1) * whole == num_adapter_parameters(a, LoraSettings(rank=w.lora_rank))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"precision": "fp8", "lora_rank": 8}, "training.precision=fp8 has no adapters"),
+        ({"lora_rank": -1}, "lora.rank=-1 is too small"),
+        (
+            {"precision": "fp8", "fp8_recipe": "blockwise", "world_size": 32, "tensor": 32},
+            "training.fp8_recipe=blockwise needs multiples of 128",
+        ),
+        ({"lora_rank": 8, "world_size": 32, "tensor": 32}, "adapters on q_proj, k_proj, v_proj need"),
+    ],
+)
+def test_what_a_run_refuses_is_not_estimated(changes, says):
+    problems = problems_of_workload(Workload(EIGHT, **changes))
+    assert any(says in problem for problem in problems), problems
