@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = report(options.work)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     for name, value in rows:
         print(f"{name:<22} {value}")
     return 0

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from megatron_sstoken.checkpoint.weights_source import history_model, history_weights
 from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.data.batches import BatchLoader, Packing, PackOrder
-from megatron_sstoken.data.store import TokenColumn, TokenColumnWriter
+from megatron_sstoken.data.column import TokenColumn, TokenColumnWriter
 from megatron_sstoken.history.identity import history_identity, history_path
 from megatron_sstoken.model.backend import numerics_of
 from megatron_sstoken.model.build import Model, broadcast_object

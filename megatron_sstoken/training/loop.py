@@ -21,7 +21,7 @@ from megatron_sstoken.checkpoint.save_load import (
 from megatron_sstoken.checkpoint.weights_source import adapter_identity, require_base, starting_weights
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import BatchLoader
-from megatron_sstoken.data.store import TokenColumn, describe_mismatch
+from megatron_sstoken.data.column import TokenColumn, describe_mismatch
 from megatron_sstoken.model.build import Model, build_optimizer
 from megatron_sstoken.parallel import Layout
 from megatron_sstoken.passes.scoring import selector_of, validation_loss
