@@ -88,11 +88,15 @@ def _from_to(events: list[ScalarEvent]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Entry point; returns the exit code: 0 done, 1 the exported model is another one, 2 for a mistake of the user."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder of the quickstart")
     options = parser.parse_args(arguments)
     disable_progress_bar()
+    for folder in (options.work / "run" / "logs", options.work / "exported"):
+        if not folder.is_dir():
+            print(f"error: --work: {folder} does not exist: run pretrain_scripts/quickstart.sh first", file=sys.stderr)
+            return 2
     try:
         rows = report(options.work)
     except ValueError as error:

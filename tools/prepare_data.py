@@ -15,8 +15,8 @@ except ModuleNotFoundError:
 from megatron_sstoken.data.conversation import FieldNames
 from megatron_sstoken.data.prepare import default_workers, prepare, summary
 
-ROWS = """rows: {"messages": [{"role", "content"}, …]}, {"prompt", "completion"} (texts, or lists of
-messages), {"instruction", "input", "output"}, or the columns that --fields names. Roles: system, user,
+ROWS = """input rows: {"messages": [{"role", "content"}, …]}, {"prompt", "completion"} (texts, or lists of
+messages), {"instruction", "input", "output"}, or the columns named by --fields. Roles: system, user,
 assistant, tool."""
 
 
@@ -29,26 +29,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE.jsonl", help="files, read in this order")
     parser.add_argument("--tokenizer", required=True, help="Hugging Face folder, or sentencepiece .model file")
-    parser.add_argument("--output", required=True, help="folder to make")
+    parser.add_argument("--output", required=True, help="folder to create")
     parser.add_argument("--chat_template", metavar="FILE", help="Jinja template to use instead of the tokenizer's")
     parser.add_argument("--fields", help="columns, such as prompt=question,response=answer[,system=rules]")
-    parser.add_argument("--workers", type=int, default=default_workers(), help="processes that tokenise")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="tokenising processes")
     parser.add_argument(
         "--on_bad_row",
         choices=("error", "skip"),
         default="error",
-        help="stop and list the bad rows, or leave them out and write them to OUTPUT/skipped.jsonl",
+        help="stop and list the bad input rows, or skip them and write them to OUTPUT/skipped.jsonl",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace an OUTPUT that this tool made, with all that lies in it (history losses too)",
+        help="replace an OUTPUT made by this tool and everything in it (history losses too)",
     )
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prepare the data and print a summary; the exit status."""
+    """Entry point; returns the exit code: 0 done, 2 for a mistake of the user."""
     options = parse_arguments(arguments)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that nothing is left behind
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers decides how many cores work
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     print(summary(options.output))
     return 0
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from megatron_sstoken.files import publish_folder, write_durably
 from megatron_sstoken.model.dtypes import DTYPES
 
 Task = TypeVar("Task")
@@ -212,38 +213,9 @@ class Workplace:
 
     def publish(self) -> Path:
         """Make the output appear, in one rename."""
-        for path in (path for path in self.folder.rglob("*") if path.is_file()):
-            sync(path)
-        for path in (self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())):
-            sync(path)
-        replaced = self.target.with_name(self.target.name + ".replaced")
-        if self.target.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.replace(self.target, replaced)
-        os.replace(self.folder, self.target)
-        sync(self.target.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        publish_folder(self.folder, self.target, overwrite=True)
         shutil.rmtree(self._partial)
         return self.target
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or as it was."""
-    partial = path.with_name(path.name + ".tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def progress_bar(total: int, done: int, title: str) -> tqdm:

@@ -87,7 +87,7 @@ def filter_samples(store: SampleStore, sequence_length: int, too_long: str) -> S
     if not keep.any():
         raise ValueError(
             f"{store.path}: no sample is left with data.sequence_length={sequence_length} and "
-            f"data.too_long={too_long}: the shortest sample has {store.lengths.min()} tokens; use a larger length"
+            f"data.too_long={too_long}: the shortest sample has {store.lengths.min()} tokens: use a larger length"
         )
     return SampleFilter(
         indices=np.flatnonzero(keep),

@@ -67,7 +67,7 @@ def parse_row(line: bytes, fields: FieldNames | None = None) -> list[Message]:
     if not isinstance(row, dict):
         raise BadRow(f"a row must be a JSON object, not {_kind(row)}")
     if row.get("tools"):
-        raise BadRow("`tools` (tool schemas) is not supported; write them into the system message")
+        raise BadRow("`tools` (tool schemas) is not supported: write them into the system message")
     messages = _named_messages(row, fields) if fields else _formed_messages(row)
     _check_messages(messages)
     # a data set's unset columns arrive as null; templates tell an absent key from a present one
@@ -86,7 +86,7 @@ def tokenize_conversations(
     """
     if tokenizer.template is None and tokenizer.eos_id is None:
         raise ValueError(
-            f"tokenizer: {tokenizer.path} has no end-of-sequence token, which plain text needs; "
+            f"tokenizer: {tokenizer.path} has no end-of-sequence token, which plain text needs: "
             "add one to the tokenizer or give --chat_template"
         )
     results: list[TokenizedSample | BadRow] = []
@@ -99,7 +99,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise BadRow(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object; keep one")
+        raise BadRow(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object: keep one")
     return row
 
 
@@ -130,11 +130,11 @@ def _formed_messages(row: dict[str, Any]) -> list[Message]:
     forms = [form for form, keys in FORMS.items() if row.keys() >= set(keys)]
     if not forms:
         raise BadRow(
-            f"no known form ({', '.join(FORMS)}) in the fields: {', '.join(row) or 'none'}; "
+            f"no known form ({', '.join(FORMS)}) in the fields: {', '.join(row) or 'none'}: "
             "name the fields with --fields"
         )
     if len(forms) > 1:
-        raise BadRow(f"ambiguous: the fields fit {' and '.join(forms)}; keep one, or name the fields with --fields")
+        raise BadRow(f"ambiguous: the fields fit {' and '.join(forms)}: keep one, or name the fields with --fields")
     if forms == ["messages"]:
         return row["messages"]
     if forms == ["instruction/output"]:
@@ -211,7 +211,7 @@ def _plan_plain(tokenizer: TextTokenizer, messages: list[Message]) -> _Plan:
     if [message["role"] for message in messages] != ["user", "assistant"]:
         raise BadRow(
             "the tokenizer has no chat template, so only one user message and one assistant message can be "
-            "prepared; give a template with --chat_template"
+            "prepared: give a template with --chat_template"
         )
 
     def assign(encodings: list[Encoding]) -> tuple[list[int], list[Span]]:
@@ -227,7 +227,7 @@ def _plan_plain(tokenizer: TextTokenizer, messages: list[Message]) -> _Plan:
 def _plan_marks(tokenizer: TextTokenizer, messages: list[Message]) -> _Plan:
     chat = tokenizer.render(messages)
     if all(start == stop for start, stop in chat.spans):
-        raise BadRow(f"the template's generation marks are empty for this conversation; {ADD_MARKS}")
+        raise BadRow(f"the template's generation marks are empty for this conversation: {ADD_MARKS}")
 
     def assign(encodings: list[Encoding]) -> tuple[list[int], list[Span]]:
         (whole,) = encodings
@@ -277,7 +277,7 @@ def _assign_prefixes(
         if after[: len(before)] != before or whole[: len(after)] != after:
             raise BadRow(
                 f"the tokens of the assistant's message {turn} cannot be told exactly: the conversation "
-                f"rendered up to it does not give a prefix of the whole's tokens; {ADD_MARKS}"
+                f"rendered up to it does not give a prefix of the whole's tokens: {ADD_MARKS}"
             )
         start, stop = len(before), len(after)
         if start < stop and after[start] in tokenizer.special_ids - tokenizer.end_of_turn_ids:
@@ -291,5 +291,5 @@ def _require_generation_prompt(tokenizer: TextTokenizer, messages: list[Message]
     if tokenizer.render(messages, add_generation_prompt=True) == tokenizer.render(messages):
         raise BadRow(
             f"the template ignores add_generation_prompt, so the header of the assistant's message {turn} "
-            f"would count as response; {ADD_MARKS}"
+            f"would count as response: {ADD_MARKS}"
         )

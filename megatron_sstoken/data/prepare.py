@@ -4,12 +4,11 @@ import gc
 import hashlib
 import json
 import os
-import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -28,6 +27,7 @@ from megatron_sstoken.data.store import (
     StoreWriter,
 )
 from megatron_sstoken.data.tokenizer import BadRow, TextTokenizer, load_tokenizer
+from megatron_sstoken.files import whole_folder
 
 CHUNK_BYTES = 256 * 1024
 CHUNKS_IN_FLIGHT = 4  # per worker: enough to keep all busy, few enough to bound memory
@@ -127,7 +127,7 @@ def prepare(
     chunks = (chunk for source in sources for chunk in source.chunks())
     total = sum(os.path.getsize(source.path) for source in sources)
     with (
-        _complete_or_nothing(output, overwrite) as partial,
+        whole_folder(output, overwrite=overwrite) as partial,
         StoreWriter(partial) as writer,
         tqdm(total=total, unit="B", unit_scale=True, desc="prepare", disable=not progress) as bar,
     ):
@@ -209,15 +209,15 @@ def _bad_line(file: str, number: int, reason: BadRow, line: bytes) -> BadLine:
 def _check_arguments(inputs: Sequence[str | Path], output: Path, workers: int, overwrite: bool) -> None:
     for path in inputs:
         if not Path(path).is_file():
-            raise ValueError(f"--input: {path} is not a file; give JSON-lines files")
+            raise ValueError(f"--input: {path} is not a file: give JSON-lines files")
     if not inputs:
-        raise ValueError("--input: no file given; give at least one JSON-lines file")
+        raise ValueError("--input: no file given: give at least one JSON-lines file")
     if workers < 1:
         raise ValueError(f"--workers: {workers} must be at least 1")
     if os.path.lexists(output) and not overwrite:
-        raise ValueError(f"--output: {output} exists; choose another folder or pass --overwrite")
+        raise ValueError(f"--output: {output} exists: choose another folder or pass --overwrite")
     if os.path.lexists(output) and not _is_prepared(output):
-        raise ValueError(f"--output: {output} was not made by this tool, so it is not overwritten; remove it yourself")
+        raise ValueError(f"--output: {output} was not made by this tool, so it is not overwritten: remove it yourself")
 
 
 def _is_prepared(path: Path) -> bool:
@@ -233,7 +233,7 @@ def _read_template(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--chat_template: {path} cannot be read ({error}); give a Jinja file in UTF-8") from error
+        raise ValueError(f"--chat_template: {path} cannot be read ({error}): give a Jinja file in UTF-8") from error
 
 
 def _template_source(tokenizer: TextTokenizer, chat_template: str | Path | None) -> str:
@@ -241,24 +241,6 @@ def _template_source(tokenizer: TextTokenizer, chat_template: str | Path | None)
         return NO_TEMPLATE
     roles = "roles by generation marks" if tokenizer.marked else "roles by comparing token prefixes"
     return f"{chat_template or 'of the tokenizer'}, {roles}"
-
-
-@contextmanager
-def _complete_or_nothing(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write to; it takes the place of `output` if the block succeeds, else it is removed."""
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
-    try:
-        yield partial
-        if overwrite and output.exists():
-            # a folder cannot replace a folder in one step
-            replaced = output.with_name(f"{output.name}.replaced-{os.getpid()}")
-            os.replace(output, replaced)
-            os.replace(partial, output)
-            shutil.rmtree(replaced)
-        else:
-            os.replace(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(results: Iterable[TokenizedChunk], writer: StoreWriter, bar: tqdm, skipped: Path | None) -> int:
@@ -284,7 +266,7 @@ def _write(results: Iterable[TokenizedChunk], writer: StoreWriter, bar: tqdm, sk
         listed = "\n".join(f"  {bad.file}:{bad.line}: {bad.reason}" for bad in shown)
         more = f"\n  … and {num_bad - len(shown)} more" if num_bad > len(shown) else ""
         raise ValueError(
-            f"{num_bad} of {num_rows} rows cannot be prepared; correct them or pass --on_bad_row skip\n{listed}{more}"
+            f"{num_bad} of {num_rows} rows cannot be prepared: correct them or pass --on_bad_row skip\n{listed}{more}"
         )
     if skipped and not num_bad:
         skipped.unlink()

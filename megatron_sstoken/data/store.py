@@ -1,14 +1,11 @@
-"""Prepared samples and per-token columns on disk, memory-mapped.
+"""Prepared samples on disk, memory-mapped.
 
 A prepared folder holds megatron's `IndexedDataset` pairs `tokens.bin/.idx` (int32) and `roles.bin/.idx`
 (uint8), each sample one document; `rows.npy` (int64 [num_samples], row of the input); `response_counts.npy`
-(int32 [num_samples]); and `manifest.json`, written last. A column folder holds `values.bin` (float32
-[num_tokens]) and its `manifest.json`.
+(int32 [num_samples]); and `manifest.json`, written last.
 """
 
 import hashlib
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from megatron_sstoken import __version__
+from megatron_sstoken.files import read_json, require_size, write_json
 
 # megatron.core.datasets.indexed_dataset is imported where it is used: importing megatron takes seconds, which
 # processes that tokenise do not have to spend.
 
 MANIFEST = "manifest.json"
 STORE_FORMAT, STORE_VERSION = "megatron_sstoken.samples", 1
-COLUMN_FORMAT, COLUMN_VERSION = "megatron_sstoken.token_column", 1
 NO_TEMPLATE = "none (plain text)"
 
 
@@ -62,19 +59,19 @@ class StoreManifest:
         file = Path(path) / MANIFEST
         if not Path(path).is_dir() or not file.is_file():
             problem = "is incomplete: it has no manifest.json" if Path(path).is_dir() else "does not exist"
-            raise ValueError(f"prepared data: {path} {problem}; make it with tools/prepare_data.py")
-        content = _read_json(file)
+            raise ValueError(f"prepared data: {path} {problem}: make it with tools/prepare_data.py")
+        content = read_json(file)
         found = (content.get("format"), content.get("format_version"))
         if found != (STORE_FORMAT, STORE_VERSION) or content.keys() != {entry.name for entry in fields(cls)}:
             raise ValueError(
                 f"prepared data: {file} has format {found[0]} version {found[1]}, this version reads "
-                f"{STORE_FORMAT} version {STORE_VERSION}; prepare the data again with tools/prepare_data.py"
+                f"{STORE_FORMAT} version {STORE_VERSION}: prepare the data again with tools/prepare_data.py"
             )
         return cls(**content)
 
     def save(self, path: str | Path) -> None:
         """Write the manifest into the folder `path`, atomically."""
-        _write_json(Path(path) / MANIFEST, asdict(self))
+        write_json(Path(path) / MANIFEST, asdict(self))
 
 
 class SampleStore:
@@ -101,7 +98,7 @@ class SampleStore:
             "roles.idx": index_size,
         }
         for name, size in sizes.items():
-            _check_size(self.path / name, size, "prepare the data again with tools/prepare_data.py --overwrite")
+            require_size(self.path / name, size, "prepare the data again with tools/prepare_data.py --overwrite")
         self._tokens = IndexedDataset(str(self.path / "tokens"))
         self._roles = IndexedDataset(str(self.path / "roles"))
         # copies, as megatron unmaps the index when the data set dies, whoever still holds a view of it
@@ -132,11 +129,11 @@ class SampleStore:
             array = np.load(self.path / name, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(
-                f"prepared data: {self.path / name} cannot be read ({error}); prepare the data again"
+                f"prepared data: {self.path / name} cannot be read ({error}): prepare the data again"
             ) from error
         if array.shape != (len(self),):
             raise ValueError(
-                f"prepared data: {self.path / name} has shape {array.shape} for {len(self)} samples; "
+                f"prepared data: {self.path / name} has shape {array.shape} for {len(self)} samples: "
                 "prepare the data again"
             )
         return array
@@ -184,12 +181,12 @@ class StoreWriter:
         """Complete the folder. ValueError if it holds no sample, or a token outside the vocabulary."""
         if not self._rows:
             raise ValueError(
-                f"prepared data: {self.path} has no sample: no row of the input is usable; check the input"
+                f"prepared data: {self.path} has no sample: no row of the input is usable: check the input"
             )
         if self._largest_token >= vocabulary_size:
             raise ValueError(
                 f"prepared data: token {self._largest_token} is outside the vocabulary of {vocabulary_size} "
-                "entries; the tokenizer's files contradict each other, repair them"
+                "entries; the tokenizer's files contradict each other: repair them"
             )
         lengths = np.array(self._tokens.sequence_lengths, dtype=np.int32)
         for name, builder in (("tokens", self._tokens), ("roles", self._roles)):
@@ -226,187 +223,3 @@ class StoreWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class TokenColumn:
-    """One float32 per token of a store, in the order of its flat token stream; memory-mapped.
-
-    `manifest` is the identity its writer gave (any JSON object). Raises `ValueError` if the column is
-    missing, incomplete or truncated.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        file = self.path / MANIFEST
-        if not file.is_file():
-            raise ValueError(
-                f"token column: {path} is missing or incomplete (no manifest.json); let its writer finish it"
-            )
-        content = _read_json(file)
-        _check_column_format(file, content)
-        self.manifest: dict[str, Any] = content["identity"]
-        self._num_values: int = content["num_values"]
-        _check_size(self.path / "values.bin", 4 * self._num_values, "delete the folder and compute the column again")
-        # an empty file cannot be mapped
-        empty = np.empty(0, dtype=np.float32)
-        self._values = np.memmap(self.path / "values.bin", np.float32, mode="r") if self._num_values else empty
-
-    def __len__(self) -> int:
-        return self._num_values
-
-    def values(self, start: int, stop: int) -> np.ndarray:
-        """Values float32 [stop - start] of the flat tokens [start, stop), a read-only view."""
-        if not 0 <= start <= stop <= len(self):
-            raise IndexError(f"values [{start}, {stop}) of a column of {len(self)}: {self.path}")
-        view = np.asarray(self._values)[start:stop]
-        view.flags.writeable = False
-        return view
-
-    def require(self, identity: dict[str, Any]) -> None:
-        """ValueError naming what differs, with both values, if the column's identity is another one."""
-        if mismatch := describe_mismatch(identity, self.manifest):
-            raise ValueError(f"token column: {self.path} does not match: {mismatch}; move it away to compute it again")
-
-
-class TokenColumnWriter:
-    """Appends values to a token column from one process; if stopped, it resumes at the last `commit`.
-
-    `identity` is any JSON object that tells this column from others; `num_values` is how many values it will
-    have. Raises `ValueError` naming what differs if a column with another identity is in the way.
-    `num_written` is the number of values that are durable. A context manager.
-    """
-
-    def __init__(self, path: str | Path, identity: dict[str, Any], num_values: int):
-        self.path = Path(path)
-        self._num_values = num_values
-        header = {
-            "format": COLUMN_FORMAT,
-            "format_version": COLUMN_VERSION,
-            "num_values": num_values,
-            "identity": identity,
-        }
-        self._header = json.loads(json.dumps(header))
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._finished = (self.path / MANIFEST).exists()
-        self.num_written = self._resume()
-        self._num_appended = self.num_written
-        self._file = open(self.path / "values.bin", "ab")  # noqa: SIM115 (open until `close`)
-        self._file.truncate(4 * self.num_written)
-
-    def _resume(self) -> int:
-        """Values of an earlier writer that count."""
-        file = self.path / (MANIFEST if self._finished else "progress.json")
-        if not file.exists():
-            return 0
-        content = _read_json(file)
-        _check_column_format(file, content)
-        found = {key: value for key, value in content.items() if key != "num_written"}
-        if mismatch := describe_mismatch(self._header, found):
-            raise ValueError(
-                f"token column: {self.path} holds another column: {mismatch}; move it or take another path"
-            )
-        num_written = self._num_values if self._finished else content["num_written"]
-        values = self.path / "values.bin"
-        size = values.stat().st_size if values.exists() else 0
-        if size < 4 * num_written:
-            raise ValueError(
-                f"token column: {values} has {size} bytes where {4 * num_written} were committed; "
-                "delete the folder and compute the column again"
-            )
-        return num_written
-
-    def append(self, values: np.ndarray) -> None:
-        """Append values float32 [n]; durable after the next `commit`. ValueError beyond `num_values`."""
-        assert values.dtype == np.float32 and values.ndim == 1, (values.dtype, values.shape)
-        if self._num_appended + values.size > self._num_values:
-            raise ValueError(
-                f"token column: {self.path} takes {self._num_values} values, "
-                f"{self._num_appended} are there and {values.size} more are given"
-            )
-        self._file.write(values.tobytes())
-        self._num_appended += values.size
-
-    def commit(self) -> None:
-        """Make everything appended so far durable."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        if not self._finished:
-            _write_json(self.path / "progress.json", {**self._header, "num_written": self._num_appended})
-        self.num_written = self._num_appended
-
-    def finish(self) -> None:
-        """Complete the column; it can be opened from now on. ValueError if values are missing."""
-        self.commit()
-        if self.num_written != self._num_values:
-            raise ValueError(
-                f"token column: {self.path} has {self.num_written} of {self._num_values} values; append more"
-            )
-        self.close()
-        _write_json(self.path / MANIFEST, self._header)
-        (self.path / "progress.json").unlink(missing_ok=True)
-        self._finished = True
-
-    def close(self) -> None:
-        """Release the file without finishing; values appended after the last `commit` do not count."""
-        self._file.close()
-
-    def __enter__(self) -> "TokenColumnWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def describe_mismatch(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
-    """The keys in which two JSON objects differ, with both values (nested keys dotted); None if equal."""
-    absent = object()
-
-    def differences(left: dict[str, Any], right: dict[str, Any], prefix: str) -> list[str]:
-        lines = []
-        for key in dict.fromkeys([*left, *right]):
-            ours, theirs = left.get(key, absent), right.get(key, absent)
-            if isinstance(ours, dict) and isinstance(theirs, dict):
-                lines += differences(ours, theirs, f"{prefix}{key}.")
-            elif ours != theirs:
-                shown = ["nothing" if value is absent else repr(value) for value in (ours, theirs)]
-                lines.append(f"{prefix}{key}: expected {shown[0]}, found {shown[1]}")
-        return lines
-
-    return "; ".join(differences(expected, found, "")) or None
-
-
-def _check_column_format(file: Path, content: dict[str, Any]) -> None:
-    found = (content.get("format"), content.get("format_version"))
-    if found != (COLUMN_FORMAT, COLUMN_VERSION):
-        raise ValueError(
-            f"token column: {file} has format {found[0]} version {found[1]}, this version reads "
-            f"{COLUMN_FORMAT} version {COLUMN_VERSION}; move the folder away and compute the column again"
-        )
-
-
-def _check_size(file: Path, size: int, remedy: str) -> None:
-    found = file.stat().st_size if file.exists() else None
-    if found != size:
-        problem = "is missing" if found is None else f"has {found} bytes instead of {size}: it is damaged"
-        raise ValueError(f"{file} {problem}; {remedy}")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}): it is damaged; delete the folder and make it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is not a JSON object: it is damaged; delete the folder and make it again")
-    return content
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    """Replace `file` atomically: after a crash it has the old content or the new one."""
-    partial = file.with_name(f"{file.name}.partial")
-    with open(partial, "w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)

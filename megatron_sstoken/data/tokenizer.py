@@ -207,7 +207,7 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> TextTo
         return HuggingFaceTokenizer(path, chat_template)
     if Path(path).is_file() and Path(path).suffix == ".model":
         return SentencePieceTokenizer(path, chat_template)
-    raise ValueError(f"tokenizer: {path} is neither a Hugging Face folder nor a sentencepiece .model file; give either")
+    raise ValueError(f"tokenizer: {path} is neither a Hugging Face folder nor a sentencepiece .model file: give either")
 
 
 def sha256(data: bytes) -> str:
@@ -226,14 +226,14 @@ def has_generation_marks(template: str) -> bool:
     try:
         tree = environment.parse(template)
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"chat template: line {error.lineno}: {error}; correct the template") from error
+        raise ValueError(f"chat template: line {error.lineno}: {error}: correct the template") from error
     blocks = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock, nodes.Scope)
     buffered = [*tree.find_all(blocks), *(loop for loop in tree.find_all(nodes.For) if loop.recursive)]
     for block in buffered:
         for mark in block.find_all(nodes.Scope):
             raise ValueError(
                 f"chat template: line {mark.lineno}: a generation mark inside a macro, call, filter, set "
-                "block, recursive loop or another mark cannot be located; move the mark out of it"
+                "block, recursive loop or another mark cannot be located: move the mark out of it"
             )
     return tree.find(nodes.Scope) is not None
 
@@ -268,7 +268,7 @@ def _split_encoding(text: str, encode: Callable[[str], list[int]]) -> Encoding:
         if head + encode(text[char:]) != ids:
             raise BadRow(
                 f"the tokenizer has no offsets, and its tokens run across the role border at character "
-                f"{char}; use a fast tokenizer (tokenizer.json) or a template with a special token there"
+                f"{char}: use a fast tokenizer (tokenizer.json) or a template with a special token there"
             )
         return len(head)
 

@@ -13,7 +13,8 @@ import torch
 from megatron_sstoken.checkpoint.weights_source import WeightsSource, starting_weights
 from megatron_sstoken.config import LoraSettings, Settings, SettingsError
 from megatron_sstoken.data.batches import BatchLoader, TokenValues
-from megatron_sstoken.data.store import StoreManifest, TokenColumn, TokenColumnWriter
+from megatron_sstoken.data.column import TokenColumn, TokenColumnWriter
+from megatron_sstoken.data.store import StoreManifest
 from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.model.backend import numerics_of
 from megatron_sstoken.model.build import Model, build_model

@@ -1,6 +1,5 @@
-"""Token records: what selection saw and did, one row a token, as Parquet."""
+"""Token records: what selection saw and did, one row per token, as Parquet."""
 
-import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_sstoken.data.batches import TokenBatch
+from megatron_sstoken.files import partial_path, publish_file
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.parallel import Layout
 from megatron_sstoken.passes.columns import gather_columns
@@ -45,7 +45,7 @@ class RecordWriter:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._partial = partial_path(self.path)
 
     def __enter__(self) -> "RecordWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,9 +63,9 @@ class RecordWriter:
     def __exit__(self, error_type, error, traceback) -> None:
         self._writer.close()
         if error_type is None:
-            os.replace(self._partial, self.path)
+            publish_file(self._partial, self.path)
         else:
-            os.unlink(self._partial)
+            self._partial.unlink()
 
 
 def read_records(path: str | Path) -> dict[str, np.ndarray]:

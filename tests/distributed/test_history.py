@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from megatron_sstoken.data.store import SampleStore, TokenColumn
+from megatron_sstoken.data.column import TokenColumn
+from megatron_sstoken.data.store import SampleStore
 from tests.distributed_runner import run_distributed
 from tests.reference.hf_reference import token_losses
 from tests.workbench import load_model, make_model, make_samples, make_settings, make_store

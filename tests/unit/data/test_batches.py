@@ -234,7 +234,7 @@ def test_nothing_left(store):
         filter_samples(store, 1, "drop")
     assert str(error.value) == (
         f"{store.path}: no sample is left with data.sequence_length=1 and data.too_long=drop: "
-        "the shortest sample has 2 tokens; use a larger length"
+        "the shortest sample has 2 tokens: use a larger length"
     )
 
 

@@ -196,7 +196,7 @@ def test_overwriting(tokenizer, tmp_path, monkeypatch):
     run([path], tokenizer, out)
     before = contents(out)
     write_rows(path, ROWS[:5])
-    with pytest.raises(ValueError, match="exists; choose another folder or pass --overwrite"):
+    with pytest.raises(ValueError, match="exists: choose another folder or pass --overwrite"):
         run([path], tokenizer, out)
     write_rows(path, [{"wrong": 1}])
     with pytest.raises(ValueError, match="1 of 1 rows cannot be prepared"):
@@ -265,5 +265,5 @@ def test_command_line(tokenizer, tmp_path):
     assert table["template"] == "of the tokenizer, roles by generation marks"
     assert parse_row(path.read_bytes().splitlines()[0]) == ROWS[0]["messages"]
     again = subprocess.run([*command, "--output", "out"], cwd=tmp_path, capture_output=True, text=True)
-    assert again.returncode == 1 and again.stdout == ""
+    assert again.returncode == 2 and again.stdout == ""
     assert again.stderr.splitlines()[-1].startswith("error: --output: out exists")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sstoken.data.store import StoreManifest, describe_mismatch
+from megatron_sstoken.data.column import describe_mismatch
+from megatron_sstoken.data.store import StoreManifest
 from megatron_sstoken.history.frozen import history_identity, history_path
 
 MANIFEST = StoreManifest(

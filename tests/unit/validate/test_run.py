@@ -189,12 +189,12 @@ LAYOUT_PROBLEMS = {
     "no data": (
         {"data__train": "/nowhere/data"},
         1,
-        "data.train: prepared data: /nowhere/data does not exist; make it with tools/prepare_data.py",
+        "data.train: prepared data: /nowhere/data does not exist: make it with tools/prepare_data.py",
     ),
     "no validation data": (
         {"data__validation": "/nowhere/data"},
         1,
-        "data.validation: prepared data: /nowhere/data does not exist; make it with tools/prepare_data.py",
+        "data.validation: prepared data: /nowhere/data does not exist: make it with tools/prepare_data.py",
     ),
     "no model": (
         {"model__hf_path": "/nowhere/model"},

@@ -1,0 +1,158 @@
+"""Write what a conversion makes: safetensors files or a megatron checkpoint, several files in parallel."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sstoken.checkpoint.manifest import RunState, write_run_state
+from megatron_sstoken.conversion.adapters import AdapterCheckpoint
+from megatron_sstoken.conversion.contents import Contents, Parameter
+from megatron_sstoken.conversion.folder import FolderReader
+from megatron_sstoken.conversion.safetensors_files import INDEX, ShardWriter, index_text, plan_shards
+from megatron_sstoken.conversion.torch_dist import CheckpointReader, write_metadata, write_objects, write_parameter
+from megatron_sstoken.conversion.work import (
+    ConversionOptions,
+    MemoryBudget,
+    Workplace,
+    check_memory,
+    progress_bar,
+    run_tasks,
+)
+from megatron_sstoken.files import write_durably
+
+_OBJECTS_FILE = "__0_0.distcp"
+
+
+def convert_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor.to(dtype)`. Raises ValueError where fp16 cannot hold a value."""
+    if dtype is torch.float16 and tensor.dtype is not dtype:
+        low, high = torch.aminmax(tensor)
+        if max(-low.item(), high.item()) > torch.finfo(dtype).max:
+            raise ValueError(f"{name} has values that fp16 cannot hold: use --dtype=bf16 or fp32")
+    return tensor.to(dtype)
+
+
+def write_safetensors(
+    place: Workplace,
+    reader: FolderReader | CheckpointReader,
+    contents: Contents,
+    dtype: torch.dtype,
+    costs: dict[str, int],
+    options: ConversionOptions,
+    adapters: AdapterCheckpoint | None,
+) -> None:
+    """Write the weights of a checkpoint as safetensors files, all parameters in parallel, and the index."""
+    shards = plan_shards(dict(_hugging_face_shapes(contents)), dtype, options.shard_size)
+    total = sum(shard.size for shard in shards)
+    place.require_space(total)
+    writers: dict[str, ShardWriter] = {}
+    for shard in shards:
+        if shard.file_name not in place.complete:
+            writer = ShardWriter(place.folder, shard)
+            writers |= dict.fromkeys(shard.places, writer)
+    budget = MemoryBudget(options.max_memory)
+    done = sum(record["size"] for record in place.complete.values())
+
+    def convert(parameter: Parameter, check: Callable[[], None]) -> None:
+        check()
+        with budget.hold(costs[parameter.name]), torch.no_grad():
+            for name, tensor in parameter.hugging_face(reader.read(parameter), contents.architecture):
+                writer = writers.get(name)
+                if writer is None:  # in a file that is complete, while its siblings are in another
+                    continue
+                merged = adapters.merged(name, tensor) if adapters else tensor
+                is_last = writer.write(name, convert_dtype(name, merged, dtype).contiguous())
+                bar.update(writer.plan.places[name][1])
+                if is_last:
+                    place.add(writer.plan.file_name, writer.descriptor, {})
+
+    def missing(parameter: Parameter) -> bool:
+        parts = parameter.hugging_face(parameter.meta_tensor(), contents.architecture)
+        return any(name in writers for name, _ in parts)
+
+    try:
+        with progress_bar(total, done, "writing") as bar:
+            run_tasks(convert, [one for one in contents.parameters if missing(one)], options.workers)
+    finally:
+        for writer in set(writers.values()):
+            writer.close()
+    if len(shards) > 1:
+        write_durably(place.folder / INDEX, index_text(shards))
+
+
+def write_checkpoint(
+    output: str,
+    identity: dict[str, Any],
+    contents: Contents,
+    dtype: torch.dtype,
+    costs: dict[str, int],
+    options: ConversionOptions,
+    state: RunState,
+    read: Callable[[Parameter], torch.Tensor],
+    release: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write a megatron checkpoint whose parameters `read` gives, several data files in parallel.
+
+    `release` is called after each parameter: what it was read from may leave memory.
+    """
+    check_memory(options.max_memory, costs)
+    files = _data_files(contents, dtype, options.shard_size)
+    total = sum(one.numel for one in contents.parameters) * dtype.itemsize
+    budget = MemoryBudget(options.max_memory)
+
+    def convert(parameter: Parameter, file: Any) -> list[dict[str, Any]]:
+        with budget.hold(costs[parameter.name]), torch.no_grad():
+            places = write_parameter(file, parameter, convert_dtype(parameter.name, read(parameter), dtype))
+            release()
+        bar.update(parameter.numel * dtype.itemsize)
+        return places
+
+    with Workplace(output, identity) as place:
+        folder = place.folder / f"step_{state.step:07d}"
+        folder.mkdir(exist_ok=True)
+
+        def write_file(name: str, check: Callable[[], None]) -> None:
+            path = f"{folder.name}/{name}"
+            with open(place.folder / path, "wb") as file:
+                places = []
+                for parameter in files[name]:
+                    check()
+                    places += convert(parameter, file)
+                if name == _OBJECTS_FILE:
+                    places += write_objects(file, contents)
+                file.flush()
+                place.add(path, file.fileno(), {"places": places})
+
+        place.require_space(total)
+        done = sum(record["size"] for record in place.complete.values())
+        with progress_bar(total, min(done, total), "writing") as bar:
+            todo = [name for name in files if f"{folder.name}/{name}" not in place.complete]
+            run_tasks(write_file, todo, options.workers)
+        records = json.loads(json.dumps(place.complete))  # alike whether written now or before
+        write_metadata(folder, contents, dtype, {Path(name).name: records[name]["places"] for name in sorted(records)})
+        write_run_state(folder, replace(state, split=[1, 1, "cpu"]))
+        return place.publish()
+
+
+def _data_files(contents: Contents, dtype: torch.dtype, shard_size: int) -> dict[str, list[Parameter]]:
+    """Data files of at most `shard_size` bytes of tensors: name → parameters; the first holds the objects alone."""
+    groups: list[list[Parameter]] = [[], []]
+    filled = 0
+    for parameter in contents.parameters:
+        size = parameter.numel * dtype.itemsize
+        if groups[-1] and filled + size > shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(parameter)
+        filled += size
+    return {f"__0_{number}.distcp": group for number, group in enumerate(groups)}
+
+
+def _hugging_face_shapes(contents: Contents) -> Iterator[tuple[str, torch.Size]]:
+    for parameter in contents.parameters:
+        for name, tensor in parameter.hugging_face(parameter.meta_tensor(), contents.architecture):
+            yield name, tensor.shape

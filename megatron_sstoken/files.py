@@ -1,0 +1,94 @@
+"""Publish by renaming: a file or folder appears under its name whole, or not at all, also after a crash."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def partial_path(path: Path) -> Path:
+    """Where to write a file before `publish_file` gives it the name `path`."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def publish_file(partial: Path, path: Path) -> None:
+    """Rename a complete file to `path` once its bytes are on disk; replaces what is there."""
+    sync(partial)
+    os.replace(partial, path)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file: after a crash it has the old content or the new one."""
+    partial = partial_path(path)
+    partial.write_text(text, encoding="utf-8")
+    publish_file(partial, path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an indented JSON object as `write_durably` does."""
+    write_durably(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a folder that is made again when it is damaged. Raises ValueError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not JSON ({error}), so it is damaged: delete the folder and make it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object, so it is damaged: delete the folder and make it again")
+    return content
+
+
+def require_size(path: Path, size: int, remedy: str) -> None:
+    """Raise ValueError unless the file is there with `size` bytes."""
+    found = path.stat().st_size if path.exists() else None
+    if found != size:
+        problem = "is missing" if found is None else f"has {found} bytes instead of {size}, so it is damaged"
+        raise ValueError(f"{path} {problem}: {remedy}")
+
+
+def publish_folder(folder: Path, target: Path, *, overwrite: bool) -> None:
+    """Rename a complete folder to `target` once everything in it is on disk.
+
+    With `overwrite` it takes the place of what is there; without, a folder that is not empty raises OSError.
+    """
+    inside = list(folder.rglob("*"))
+    for path in (*inside, folder):  # a folder's entries after the files they name
+        sync(path)
+    replaced = None
+    if overwrite and target.exists():
+        # A folder cannot replace a folder in one step.
+        replaced = target.with_name(f"{target.name}.replaced-{os.getpid()}")
+        os.replace(target, replaced)
+    os.replace(folder, target)
+    sync(target.parent)
+    if replaced is not None and replaced.is_dir() and not replaced.is_symlink():
+        shutil.rmtree(replaced)
+    elif replaced is not None:
+        replaced.unlink()
+
+
+@contextmanager
+def whole_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder to write to; `publish_folder` publishes it if the block succeeds, else it is deleted."""
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        publish_folder(partial, target, overwrite=overwrite)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
