@@ -60,8 +60,6 @@ class Options:
 class DrawnHistory(HistorySource):
     """History losses drawn at random, so that nothing has to be scored before something else is timed."""
 
-    name = "drawn"
-
     def token_values(self) -> "DrawnHistory":
         return self
 

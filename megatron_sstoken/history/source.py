@@ -27,7 +27,8 @@ class HistorySource:
     """Whether it scores with weights of its own: `history.hf_path`, or the starting weights."""
 
     def __init_subclass__(cls) -> None:
-        _SOURCES[cls.name] = cls
+        if name := cls.__dict__.get("name"):  # a name of its own, not its parent's
+            _SOURCES[name] = cls
 
     @classmethod
     def problems(cls, settings: Settings) -> list[str]:
