@@ -70,7 +70,7 @@ def history_sources() -> dict[str, type[HistorySource]]:
     package = importlib.import_module(__package__)
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{__package__}.{module.name}")
-    return _SOURCES
+    return dict(sorted(_SOURCES.items()))
 
 
 def open_history(plan: RunPlan, layout: Layout) -> HistorySource:

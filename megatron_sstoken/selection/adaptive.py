@@ -7,16 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sstoken.selection.topk import (
-    Rho,
-    Rounds,
-    Traffic,
-    histogram,
-    parse_rho,
-    refuse_nan,
-    run_rounds,
-    sum_over,
-)
+from megatron_sstoken.selection.rho import Rho, parse_rho
+from megatron_sstoken.selection.topk import Rounds, Traffic, histogram, refuse_nan, run_rounds, sum_over
 
 NUM_BINS = 1024
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sstoken.selection.rho import Rho
 from megatron_sstoken.selection.signals import (
     TokenSignals,
     combine,
@@ -19,7 +20,6 @@ from megatron_sstoken.selection.signals import (
     retrospective_excess_loss,
 )
 from megatron_sstoken.selection.topk import (
-    Rho,
     count_selected,
     distributed_topk,
     histogram,

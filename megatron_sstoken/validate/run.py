@@ -77,15 +77,15 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
 def _check_model(settings: Settings, a: Architecture, found: Findings) -> None:
     check_split("model", a, settings, found)
     check_adapters(settings, a, found)
-    for layer in layers_of(settings):
+    for layer in settings.selection.layers:
         found.require(
             -a.num_layers <= layer < a.num_layers,
             f"selection.layer={layer} does not exist in a model of {a.num_layers} layers: "
             f"use {-a.num_layers} to {a.num_layers - 1}",
         )
-    distinct = {layer % a.num_layers for layer in layers_of(settings)}
+    distinct = {layer % a.num_layers for layer in settings.selection.layers}
     found.require(
-        len(distinct) == len(layers_of(settings)),
+        len(distinct) == len(settings.selection.layers),
         f"selection.layer={settings.selection.layer} names a layer twice in a model of {a.num_layers} layers: "
         f"use each once",
     )
@@ -211,13 +211,7 @@ def needs_history(settings: Settings) -> bool:
     return "history_loss" in find_method(settings.selection.method).needs
 
 
-def layers_of(settings: Settings) -> list[int]:
-    """`selection.layer` as a list."""
-    layer = settings.selection.layer
-    return layer if isinstance(layer, list) else [layer]
-
-
 def _captured_layers(settings: Settings, a: Architecture) -> tuple[int, ...]:
     if "attention" not in find_method(settings.selection.method).needs:
         return ()
-    return tuple(sorted(layer % a.num_layers + 1 for layer in layers_of(settings)))
+    return tuple(sorted(layer % a.num_layers + 1 for layer in settings.selection.layers))

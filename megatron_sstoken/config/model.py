@@ -1,0 +1,147 @@
+"""Settings of what is computed, on what, and from which data."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from megatron_sstoken.config.rules import Rules
+
+
+@dataclass
+class ModelSettings:
+    """The model to fine-tune."""
+
+    hf_path: str | None = None
+    """Hugging Face folder (config.json, safetensors, tokenizer) with the architecture and the starting weights."""
+
+    checkpoint: str | None = None
+    """megatron checkpoint made by `tools/convert_checkpoint.py from-hf` or by a run; replaces the weights of `hf_path`."""
+
+    head: Literal["selective", "standard"] = "selective"
+    """How losses are computed: selective makes logits of response tokens only, and gradients of selected tokens only, a
+    chunk at a time; standard keeps the logits of every token. The losses and gradients are the same."""
+
+    compiled_head: bool = False
+    """Let torch.compile make one kernel of what the selective head does to logits between its matrix products. Needs Triton on
+    a GPU, a C++ compiler without one. Off: it has not been measured on a GPU yet."""
+
+    vocabulary_multiple: int = 128
+    """The vocabulary is padded to a multiple of this (and of the tensor parallel size); padded entries get no probability."""
+
+    backend: Literal["auto", "transformer_engine", "torch"] = "auto"
+    """What layers are made of: NVIDIA's Transformer Engine (fused kernels, FlashAttention or cuDNN attention; needs a GPU) or
+    torch. auto: Transformer Engine where it can run and `training.precision` is not fp32."""
+
+    def problems(self) -> list[str]:
+        """Rules that need this section alone."""
+        rules = Rules("model", self)
+        rules.require(self.hf_path is not None, "model.hf_path is not set: name a Hugging Face folder")
+        rules.at_least("vocabulary_multiple", 1)
+        rules.require(
+            not self.compiled_head or self.head == "selective",
+            f"model.compiled_head=true needs model.head=selective, which is {self.head}: use compiled_head=false",
+        )
+        return rules.broken
+
+
+@dataclass
+class ParallelSettings:
+    """How the model and the batch are split over processes. What is left of the processes is data parallel."""
+
+    tensor: int = 1
+    """Tensor parallel size: attention heads, feed-forward columns and the vocabulary are split."""
+
+    pipeline: int = 1
+    """Pipeline parallel size: layers are split into consecutive stages."""
+
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline stage (interleaved schedule); 1 is the plain 1F1B schedule."""
+
+    context: int = 1
+    """Context parallel size: the tokens of every sample are split."""
+
+    expert: int = 1
+    """Expert parallel size: the experts of a mixture are dealt out over the ranks of a pipeline stage."""
+
+    sequence: bool = False
+    """Sequence parallel: norms and residuals are split over the tensor parallel group. Needs tensor > 1."""
+
+    def problems(self) -> list[str]:
+        """Rules that need this section alone."""
+        rules = Rules("parallel", self)
+        for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert"):
+            rules.at_least(name, 1)
+        rules.require(
+            self.virtual_pipeline == 1 or self.pipeline > 1,
+            f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline > 1, "
+            f"which is {self.pipeline}: use virtual_pipeline=1",
+        )
+        rules.require(
+            not self.sequence or self.tensor > 1,
+            f"parallel.sequence=true needs parallel.tensor > 1, which is {self.tensor}: use sequence=false",
+        )
+        return rules.broken
+
+
+@dataclass
+class DataSettings:
+    """What is read."""
+
+    train: str | None = None
+    """Folder made by `tools/prepare_data.py`."""
+
+    validation: str | None = None
+    """Another such folder, for the validation loss."""
+
+    sequence_length: int = 2048
+    """Longest sample in tokens; the length of a row."""
+
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """Samples longer than `sequence_length` are cut to it, or left out. Either is counted and shown."""
+
+    packing: bool = True
+    """Put several samples into a row of `sequence_length` tokens; they do not see each other. Otherwise rows are padded."""
+
+    shuffle: bool = True
+    """A new order every epoch, from `training.seed`."""
+
+    def problems(self) -> list[str]:
+        """Rules that need this section alone."""
+        rules = Rules("data", self)
+        rules.require(self.train is not None, "data.train is not set: name a folder made by tools/prepare_data.py")
+        rules.at_least("sequence_length", 2)
+        return rules.broken
+
+
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters: small matrices beside frozen weights are trained instead of the weights."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains the weights themselves."""
+
+    alpha: float = 16.0
+    """The adapters' output is multiplied by alpha / rank."""
+
+    dropout: float = 0.0
+    """Share of the adapters' inputs that is set to zero while training."""
+
+    targets: list[LoraTarget] = field(default_factory=lambda: list(get_args(LoraTarget)))
+    """The linears that get adapters, by their names in the Hugging Face model (PEFT's target_modules); default: all."""
+
+    def problems(self) -> list[str]:
+        """Rules that need this section alone."""
+        rules = Rules("lora", self)
+        rules.require(self.rank >= 0, f"lora.rank={self.rank} is too small: use 0 (no adapters) or more")
+        rules.require(self.alpha > 0, f"lora.alpha={self.alpha} must be above 0: use the rank, or twice it")
+        rules.require(0 <= self.dropout < 1, f"lora.dropout={self.dropout} is outside [0, 1): use 0 for none")
+        rules.require(
+            len(self.targets) > 0, "lora.targets=[] names no linear: leave it out for all, or use lora.rank=0"
+        )
+        rules.require(
+            len(set(self.targets)) == len(self.targets),
+            f"lora.targets={self.targets} names a linear twice: use each once",
+        )
+        return rules.broken

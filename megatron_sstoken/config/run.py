@@ -1,0 +1,172 @@
+"""Settings of the run: optimizer, training loop, checkpoints, logs."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_sstoken.config.rules import Rules
+
+
+@dataclass
+class OptimizerSettings:
+    """AdamW and its learning rate."""
+
+    learning_rate: float = 1e-5
+    """Highest learning rate."""
+
+    min_learning_rate: float = 0.0
+    """Learning rate at the end."""
+
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the decay after the warm-up."""
+
+    warmup_fraction: float = 0.03
+    """Share of the steps over which the learning rate rises from 0."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
+
+    beta1: float = 0.9
+    """AdamW's first moment."""
+
+    beta2: float = 0.95
+    """AdamW's second moment."""
+
+    epsilon: float = 1e-8
+    """AdamW's epsilon."""
+
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+
+    def problems(self) -> list[str]:
+        """Rules that need this section alone."""
+        rules = Rules("optimizer", self)
+        for name in ("learning_rate", "min_learning_rate", "weight_decay", "clip_grad"):
+            rules.at_least(name, 0)
+        rules.require(
+            self.min_learning_rate <= self.learning_rate,
+            f"optimizer.min_learning_rate={self.min_learning_rate} is above "
+            f"optimizer.learning_rate={self.learning_rate}: use a smaller one",
+        )
+        rules.in_range("warmup_fraction", 0, 1)
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            rules.require(0 <= value < 1, f"optimizer.{name}={value} is outside [0, 1): use 0.9 to 0.999")
+        rules.require(self.epsilon > 0, f"optimizer.epsilon={self.epsilon} must be above 0: use 1e-8")
+        return rules.broken
+
+
+@dataclass
+class TrainingSettings:
+    """The run."""
+
+    micro_batch_size: int = 1
+    """Rows a data-parallel rank computes at once."""
+
+    global_batch_size: int = 48
+    """Rows of one optimizer step, over all ranks."""
+
+    steps: int | None = None
+    """Optimizer steps; default: as many as `epochs` need."""
+
+    epochs: int = 1
+    """Passes over the data; the last batch may hold fewer rows, none is seen twice."""
+
+    seed: int = 1234
+    """Seed of the data order, of random selection and of dropout."""
+
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """Arithmetic of the model; losses, scores and optimizer state are fp32 in any case.
+
+    fp8: matrix products of the layers in FP8, all else as in bf16; needs Transformer Engine and a GPU that has FP8.
+    """
+
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 values are scaled: by the largest value of passes before (delayed), of the tensor itself (tensorwise), of
+    tiles of 128 (blockwise; Hopper and CUDA 12.9) or of 32 values (mxfp8; Blackwell)."""
+
+    fp8_first_bf16_layers: int = 0
+    """With fp8: so many of the first layers stay in bf16. Not with the delayed recipe."""
+
+    fp8_last_bf16_layers: int = 0
+    """With fp8: so many of the last layers stay in bf16. Not with the delayed recipe."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: none, attention only, or whole layers."""
+
+    validate_every: int = 0
+    """Steps between validations; 0 validates only at the end. Needs `data.validation`."""
+
+    def problems(self) -> list[str]:
+        """Rules that need this section alone."""
+        rules = Rules("training", self)
+        for name in ("micro_batch_size", "global_batch_size", "epochs"):
+            rules.at_least(name, 1)
+        rules.at_least("seed", 0)
+        if self.steps is not None:
+            rules.at_least("steps", 1)
+        layers_choose = self.precision == "fp8" and self.fp8_recipe != "delayed"
+        for name in ("fp8_first_bf16_layers", "fp8_last_bf16_layers"):
+            rules.at_least(name, 0)
+            value = getattr(self, name)
+            rules.require(
+                value == 0 or layers_choose,
+                f"training.{name}={value} needs training.precision=fp8 and a training.fp8_recipe other than delayed: use 0",
+            )
+        rules.at_least("validate_every", 0)
+        return rules.broken
+
+
+@dataclass
+class CheckpointSettings:
+    """Saving and resuming."""
+
+    directory: str | None = None
+    """Where checkpoints lie; nothing is saved without it."""
+
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves only at the end."""
+
+    keep: int = 2
+    """How many of the newest checkpoints stay; 0 keeps all."""
+
+    resume: bool = True
+    """Go on from the newest complete checkpoint in `directory`, if there is one."""
+
+    def problems(self) -> list[str]:
+        """Rules that need this section alone."""
+        rules = Rules("checkpoint", self)
+        rules.at_least("save_every", 0)
+        rules.at_least("keep", 0)
+        rules.require(
+            self.save_every == 0 or self.directory is not None,
+            f"checkpoint.save_every={self.save_every} needs checkpoint.directory: name one, or use 0",
+        )
+        return rules.broken
+
+
+@dataclass
+class LoggingSettings:
+    """What the run tells."""
+
+    directory: str | None = None
+    """TensorBoard events and token records; default: `checkpoint.directory`/logs, or nothing."""
+
+    every: int = 1
+    """Steps between lines and TensorBoard points."""
+
+    records_every: int = 0
+    """Steps between token records (Parquet, one row a token); 0 writes none."""
+
+    entropy: bool = False
+    """Token records tell the entropy of each prediction and the probability of its likeliest token. Costs no further
+    logits. Needs `model.head: selective`."""
+
+    context_loss: bool = False
+    """Losses of context tokens, too, in token records and history. Training needs none; costs the logits of all tokens."""
+
+    def problems(self) -> list[str]:
+        """Rules that need this section alone."""
+        rules = Rules("logging", self)
+        rules.at_least("records_every", 0)
+        rules.at_least("every", 1)
+        return rules.broken

@@ -1,0 +1,94 @@
+"""Settings of which tokens are trained on, and of the history that they are compared with."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_sstoken.config.rules import Rules
+from megatron_sstoken.selection.rho import parse_rho
+
+
+@dataclass
+class SelectionSettings:
+    """Which response tokens are trained on."""
+
+    method: str = "sstoken"
+    """sstoken, full (every response token), random, or another name of `selection/methods.py`."""
+
+    rho: float | Literal["auto"] = 0.6
+    """Share of the response tokens to train on, in (0, 1]; of n tokens the ceil(rho·n) best are taken, exactly.
+
+    auto: chosen for every global batch at the cut that separates its low from its high scores best (Otsu), between
+    `rho_min` and `rho_max`; costs a forward pass, as `scope: batch` does.
+    """
+
+    rho_min: float = 0.3
+    """Smallest share that `rho: auto` may choose."""
+
+    rho_max: float = 0.9
+    """Largest share that `rho: auto` may choose."""
+
+    gamma: float = 0.5
+    """Weight of the retrospective excess loss in the score; 1 − gamma is the weight of the attention."""
+
+    layer: int | list[int] = -1
+    """Layer whose attention is scored, from 0; negative numbers count from the last. Of a list the mean is taken."""
+
+    scope: Literal["sample", "microbatch", "batch"] = "sample"
+    """Which tokens compete: those of one sample (the paper), of one micro-step over all ranks, or of the global batch.
+
+    batch is exact over the whole global batch, and costs a forward pass more: every score is needed before the first
+    gradient.
+    """
+
+    loss_average: Literal["token", "sample", "microbatch"] = "token"
+    """The loss of a global batch: over its selected tokens, each alike; a mean per sample, then over samples (paper,
+    Eq. 11); or a mean per micro-batch of one data-parallel rank, then over those (official code)."""
+
+    rel_floor: float = 1e-3
+    """If the excess losses of a sample spread less than this (nat), they count as equal. 0 is the official code."""
+
+    warmup_samples: int = 0
+    """For so many samples gamma is 0: at the start the history model and the model are the same."""
+
+    def problems(self) -> list[str]:
+        """Rules that need this section alone."""
+        rules = Rules("selection", self)
+        for name in ("rho", "rho_min", "rho_max"):
+            value = getattr(self, name)
+            try:
+                if value != "auto":
+                    parse_rho(value)
+            except ValueError as error:
+                rules.require(False, f"selection.{str(error).replace('rho', name, 1)}")
+        rules.require(
+            self.rho_min <= self.rho_max,
+            f"selection.rho_min={self.rho_min} is above selection.rho_max={self.rho_max}: use a smaller rho_min",
+        )
+        rules.require(len(self.layers) > 0, "selection.layer=[] names no layer: use -1 for the last")
+        rules.in_range("gamma", 0, 1)
+        rules.at_least("rel_floor", 0)
+        rules.at_least("warmup_samples", 0)
+        return rules.broken
+
+    @property
+    def layers(self) -> list[int]:
+        """`layer` as a list."""
+        return self.layer if isinstance(self.layer, list) else [self.layer]
+
+
+@dataclass
+class HistorySettings:
+    """Where history losses come from."""
+
+    source: str = "frozen"
+    """frozen: fixed weights score the data once, before training, into a store beside the data.
+
+    adapters_off: the model that is trained scores each batch with its adapters switched off, one forward pass a step; no
+    store, no second model. Needs lora.rank > 0.
+    """
+
+    hf_path: str | None = None
+    """Hugging Face folder of the history model; default: the starting weights."""
+
+    store: str | None = None
+    """Folder of the history losses; default: a folder under `data.train`/history named by the fingerprint."""
