@@ -79,13 +79,13 @@ def head(options: Options) -> None:
     chunk, num_tokens = trainer.model.unwrapped[-1], 1024
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_tokens, 1, options.shape.hidden, generator=generator)
-    words = torch.randint(chunk.vocabulary_size, (1, num_tokens), generator=generator)
+    words = torch.randint(chunk.head.vocabulary_size, (1, num_tokens), generator=generator)
     place = torch.rand(num_tokens, generator=generator)
 
     kinds = ["standard", "selective", *([] if compiler_problem() else ["selective, compiled"])]
 
     def run(kind: str, response: float, kept: float):
-        chunk.selective, chunk.compiled_head = kind != "standard", kind == "selective, compiled"
+        chunk.head = replace(chunk.head, selective=kind != "standard", compiled=kind == "selective, compiled")
         labels = words.masked_fill(place >= response, IGNORE_INDEX)
         leaf = hidden.clone().requires_grad_()
         nothing = dict.fromkeys(("input_ids", "position_ids", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin"))
@@ -207,7 +207,7 @@ def history(options: Options) -> None:
 
     def forward(kind: str):
         for chunk in model.unwrapped:
-            chunk.selective = kind == "selective"
+            chunk.head = replace(chunk.head, selective=kind == "selective")
         model.train(False)
         with torch.no_grad():
             for batch in batches:
@@ -219,7 +219,7 @@ def history(options: Options) -> None:
 
     def score():
         for chunk in model.unwrapped:
-            chunk.selective = True
+            chunk.head = replace(chunk.head, selective=True)
         build_history(model, plan, layout, str(folder / str(next(counter))), {})
 
     variants = {

@@ -1,7 +1,7 @@
 """What is measured on: a random Llama, and GSM8K through the project's own preparation. Made once, in a work folder."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,4 +154,4 @@ def use(trainer: Trainer, method: str, head: str) -> None:
     trainer.settings.selection.method = method
     trainer.model.captured_layers = () if method == "full" else trainer.plan.captured_layers
     for chunk in trainer.model.unwrapped:
-        chunk.selective = head == "selective"
+        chunk.head = replace(chunk.head, selective=head == "selective")

@@ -58,9 +58,15 @@ _MEGATRON_MODEL = (
     ),
     PrivateName(
         _MEGATRON + "transformer.transformer_layer",
+        "TransformerLayer._forward_attention",
+        (_LAST,),
+        "The first half of forward, called with its arguments; gives hidden states and the context of cross-attention.",
+    ),
+    PrivateName(
+        _MEGATRON + "transformer.transformer_layer",
         "TransformerLayer._forward_mlp",
         (_LAST,),
-        "Overridden: the part of the layer after attention, row by row. Called by forward with hidden states first.",
+        "The second half of forward, row by row, called with the hidden states that it is to compute.",
     ),
     PrivateName(
         _MEGATRON + "transformer.transformer_block",

@@ -21,7 +21,7 @@ from megatron_sstoken.model.attention import AttentionCapture
 from megatron_sstoken.model.backend import backend_of, fp8_options, fusion_options
 from megatron_sstoken.model.dtypes import weight_dtype
 from megatron_sstoken.model.families import Architecture, Split, rope_inverse_frequencies
-from megatron_sstoken.model.head import IGNORE_INDEX, selective_head, vocabulary_parallel_loss
+from megatron_sstoken.model.head import IGNORE_INDEX, HeadOptions, selective_head, vocabulary_parallel_loss
 from megatron_sstoken.model.last_layer import HeadRows, LastLayer, head_rows
 from megatron_sstoken.model.lora import adapted_linears, base_parameters, prepare_adapters
 from megatron_sstoken.model.spec import block_spec
@@ -35,22 +35,20 @@ class TokenLossModel(GPTModel):
     With labels it returns fp32 [1, tokens], NaN where the label is `IGNORE_INDEX`; [3, tokens] with entropy.
     """
 
-    vocabulary_size: int
-    """Vocabulary size without padding."""
-    selective: bool
-    """Whether losses come from the selective head, else from megatron's output layer."""
-    with_entropy: bool
-    compiled_head: bool
-    """Whether the selective head's elementwise steps are compiled."""
+    def __init__(self, *args, head: HeadOptions, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.head = head
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels int64 [batch, tokens] and logits [tokens, batch, words / tensor size] → fp32 [batch, tokens]."""
-        losses = vocabulary_parallel_loss(logits, labels.transpose(0, 1), self.vocabulary_size, self.pg_collection.tp)
+        losses = vocabulary_parallel_loss(
+            logits, labels.transpose(0, 1), self.head.vocabulary_size, self.pg_collection.tp
+        )
         return losses.transpose(0, 1).masked_fill(labels == IGNORE_INDEX, torch.nan)
 
     def _postprocess(self, hidden_states, *, labels=None, **options):
         """megatron's last step of the forward pass; with the selective head, losses take the place of logits."""
-        if not self.selective or labels is None or not self.post_process:
+        if not self.head.selective or labels is None or not self.post_process:
             return super()._postprocess(hidden_states, labels=labels, **options)
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
@@ -64,10 +62,10 @@ class TokenLossModel(GPTModel):
             hidden_states.squeeze(1),
             weight,
             labels[0],
-            self.vocabulary_size,
+            self.head.vocabulary_size,
             group,
-            with_entropy=self.with_entropy,
-            compiled=self.compiled_head,
+            with_entropy=self.head.with_entropy,
+            compiled=self.head.compiled,
         )
 
 
@@ -112,7 +110,7 @@ class Model:
         `labels`: int64 [tokens of this context parallel rank], `IGNORE_INDEX` where there is no loss.
         """
         layout, layers = self.layout, self.unwrapped[chunk].decoder.layers
-        if not self.unwrapped[chunk].selective or not isinstance(layers[-1], LastLayer):
+        if not self.unwrapped[chunk].head.selective or not isinstance(layers[-1], LastLayer):
             return None
         if self.config.sequence_parallel:
             return head_rows(labels, layout.tensor_size, layout.tensor_rank)
@@ -252,6 +250,8 @@ def build_model(
         needs_calibration=bool(config.fp8) and config.fp8_recipe == "delayed",
     )
     virtual = layout.virtual_pipeline
+    selective, compiled = settings.model.head == "selective", settings.model.compiled_head
+    head = HeadOptions(architecture.vocabulary_size, selective, with_entropy, compiled)
     for index in range(virtual):
         vp_stage = index if virtual > 1 else None
         capture = AttentionCapture()
@@ -272,11 +272,8 @@ def build_model(
                 rotary_base=architecture.rope_base,
                 pg_collection=layout.groups,
                 vp_stage=vp_stage,
+                head=head,
             )
-        chunk.vocabulary_size = architecture.vocabulary_size
-        chunk.selective = settings.model.head == "selective"
-        chunk.with_entropy = with_entropy
-        chunk.compiled_head = settings.model.compiled_head
         chunk.rotary_pos_emb.inv_freq = rope_inverse_frequencies(architecture).to(compute_device())
         if not shapes_only:
             chunk.to(compute_device())

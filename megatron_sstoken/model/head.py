@@ -5,6 +5,7 @@
 """
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,19 @@ CHUNK_ROWS = {"cpu": 416, "cuda": 1024}
 """Tokens whose logits are held at once, at most. c of them cost 4·c·hidden·vocabulary operations for gradients and
 8·hidden·vocabulary bytes to read and write the summed gradient of the weight, so that c must be above twice the machine's
 operations a byte (about 20 for a core, 300 for an H100); and MKL's products are a sixth slower for 256 rows than for 1,024."""
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """How a model's head computes."""
+
+    vocabulary_size: int
+    """Without padding."""
+    selective: bool = True
+    """Whether losses come from `selective_head`, else from megatron's output layer."""
+    with_entropy: bool = False
+    compiled: bool = False
+    """Whether the selective head's elementwise steps are compiled."""
 
 
 def vocabulary_parallel_loss(

@@ -40,18 +40,16 @@ def head_rows(labels: torch.Tensor, sequence_ranks: int, sequence_rank: int) -> 
 class LastLayer(TransformerLayer):
     """megatron's layer; its MLP leaves out rows that `packed_seq_params.head_rows` does not name.
 
-    The rows left out keep what came out of attention: finite numbers that nobody reads. The micro-batch's rows come with its
-    bounds, as in a repetition of the forward pass under activation recompute.
+    The rows left out keep what came out of attention: finite numbers that nobody reads. The rows come with the micro-batch's
+    bounds because that is the one argument of our own that megatron hands through its model, its block and activation
+    recompute to every layer.
     """
 
     def forward(self, *args, packed_seq_params=None, **kwargs):
-        self._rows = packed_seq_params.head_rows
-        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
-
-    def _forward_mlp(self, hidden_states, *args, **kwargs):
-        rows = self._rows
+        hidden_states, context = self._forward_attention(*args, packed_seq_params=packed_seq_params, **kwargs)
+        rows = packed_seq_params.head_rows
         if rows is None:
-            return super()._forward_mlp(hidden_states, *args, **kwargs)
-        output = super()._forward_mlp(hidden_states.index_select(0, rows.padded), *args, **kwargs)
+            return self._forward_mlp(hidden_states), context
+        output = self._forward_mlp(hidden_states.index_select(0, rows.padded))
         # index_copy would keep `output` for its backward pass.
-        return hidden_states.index_put((rows.padded[: rows.number],), output[: rows.number])
+        return hidden_states.index_put((rows.padded[: rows.number],), output[: rows.number]), context

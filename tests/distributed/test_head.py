@@ -67,7 +67,7 @@ def one_step(trainer, selection, selective):
 
     model, layout, batches = trainer.model, trainer.layout, trainer.loader.load(0)
     for chunk in model.unwrapped:
-        chunk.selective = selective
+        chunk.head = replace(chunk.head, selective=selective)
     model.zero_gradients()
     selector = selector_of(trainer.settings, layout, gamma=0.0, step=0)
     if selection.startswith("none"):
