@@ -124,7 +124,7 @@ def measure(settings, rounds: int) -> list[dict]:
     randomize(model)
     optimizer, _ = build_optimizer(model, settings.optimizer, 100)
     loader = BatchLoader(
-        plan.train.store, plan.train.order, plan.shape, data_rank=0, num_rows=plan.num_rows, history=ConstantHistory()
+        plan.train.store, plan.train.order, plan.shape, data_rank=0, num_packs=plan.num_packs, history=ConstantHistory()
     )
     batches = loader.load(0)
     positions = sum(batch.tokens.numel() for batch in batches)

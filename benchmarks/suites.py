@@ -198,7 +198,7 @@ def history(options: Options) -> None:
     trainer = make_trainer(settings_for(options.work, tensor=options.tensor))
     model, plan, layout = trainer.model, trainer.plan, trainer.layout
     model.captured_layers = ()
-    batches = [trainer.loader.load(number)[0] for number in range(plan.train.order.num_rows(1))]
+    batches = [trainer.loader.load(number)[0] for number in range(plan.train.order.num_packs(1))]
     rows = Rows("history", options.config())
     positions = sum(batch.response.numel() for batch in batches)
     share = round(sum(int(batch.response.sum()) for batch in batches) / positions, 4)
@@ -244,7 +244,7 @@ def huggingface(options: Options) -> None:
     rows = Rows("huggingface", options.config())
 
     def compare(trainer: Trainer, number: int, case: str, rounds: int) -> None:
-        index = np.concatenate([row.tolist() for row in trainer.loader.rows(number)]).astype(int)
+        index = np.concatenate([row.tolist() for row in trainer.loader.packs(number)]).astype(int)
         np.random.default_rng(0).shuffle(index)
         store = trainer.loader.store
         samples, roles = [store.tokens(i) for i in index], [store.roles(i) for i in index]

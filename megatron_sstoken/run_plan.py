@@ -28,8 +28,8 @@ class RunPlan:
     train: DataPlan
     validation: DataPlan | None
     shape: BatchShape
-    num_rows: int
-    """Rows that training sees, over all epochs."""
+    num_packs: int
+    """Packs that training sees, over all epochs."""
     captured_layers: tuple[int, ...]
     """Layers (from 1) whose attention is measured; empty if the method does not use it."""
     notes: tuple[str, ...] = ()
@@ -37,7 +37,7 @@ class RunPlan:
 
     @property
     def num_steps(self) -> int:
-        return -(-self.num_rows // self.shape.global_batch_size)
+        return -(-self.num_packs // self.shape.global_batch_size)
 
     @property
     def method(self) -> Method:

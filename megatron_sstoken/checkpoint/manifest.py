@@ -10,12 +10,13 @@ from typing import Any
 from megatron_sstoken.config import LoraSettings, SettingsError
 
 STATE_FILE = "sstoken.json"
+_NUM_PACKS = "num_rows"  # what files call it since the first version
 _NAME = re.compile(r"step_(\d+)")
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What decides which rows a step holds; a run resumes only where all of it is equal."""
+    """What decides which packs a step holds; a run resumes only where all of it is equal."""
 
     data_fingerprint: str
     sequence_length: int
@@ -50,8 +51,8 @@ class RunState:
     """None for a conversion, which no run made."""
     hf_path: str
     """Hugging Face folder that the architecture and the tokenizer came from."""
-    num_rows: int = 0
-    """Rows of the whole run; the last batch may be filled up with empty ones."""
+    num_packs: int = 0
+    """Packs of the whole run; the last batch may be filled up with empty ones."""
     objective: dict[str, Any] = field(default_factory=dict)
     """Settings of selection and history, and the starting weights: told where a resumed run changes them."""
     adapters: AdapterIdentity | None = None
@@ -86,9 +87,11 @@ def read_run_state(folder: Path) -> RunState:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         identity, adapters = content.pop("identity"), content.pop("adapters", None)
+        num_packs = content.pop(_NUM_PACKS, 0)
         return RunState(
             identity=RunIdentity(**identity) if identity else None,
             adapters=AdapterIdentity(**adapters) if adapters else None,
+            num_packs=num_packs,
             **content,
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -100,7 +103,11 @@ def read_run_state(folder: Path) -> RunState:
 def write_run_state(folder: Path, state: RunState) -> None:
     """Describe a checkpoint folder; written last, its file says that the checkpoint is whole."""
     with open(folder / STATE_FILE, "w", encoding="utf-8") as file:
-        json.dump(asdict(state), file, indent=1)
+        json.dump(
+            {_NUM_PACKS if name == "num_packs" else name: value for name, value in asdict(state).items()},
+            file,
+            indent=1,
+        )
         file.flush()
         os.fsync(file.fileno())
 
@@ -121,10 +128,10 @@ def open_checkpoint(path: str) -> Checkpoint:
     return Checkpoint(folder, read_run_state(folder))
 
 
-def check_identity(checkpoint: Checkpoint, expected: RunIdentity, num_rows: int, lora: LoraSettings) -> None:
+def check_identity(checkpoint: Checkpoint, expected: RunIdentity, num_packs: int, lora: LoraSettings) -> None:
     """Raise SettingsError if the checkpoint was made on other data or in another order, naming what differs.
 
-    So is a longer run than the one that ended with a batch filled up with empty rows: it would miss those rows.
+    So is a longer run than the one that ended with a batch filled up with empty packs: it would miss those.
     """
     folder, state = checkpoint.folder, checkpoint.state
     identity = state.identity
@@ -154,10 +161,10 @@ def check_identity(checkpoint: Checkpoint, expected: RunIdentity, num_rows: int,
             f"cannot resume from {folder}: it holds whole weights, and lora.rank={lora.rank} trains adapters: use lora.rank=0, "
             "or another checkpoint.directory and this as model.checkpoint"
         )
-    if state.step * identity.global_batch_size > state.num_rows and num_rows > state.num_rows:
+    if state.step * identity.global_batch_size > state.num_packs and num_packs > state.num_packs:
         differing.append(
-            f"cannot resume from {folder}: its run of {state.num_rows} rows ended with a batch that is not full, so that "
-            "a longer one would miss rows: start it with another checkpoint.directory and model.checkpoint"
+            f"cannot resume from {folder}: its run of {state.num_packs} packs ended with a batch that is not full, so that "
+            "a longer one would miss packs: start it with another checkpoint.directory and model.checkpoint"
         )
     if differing:
         raise SettingsError(differing)

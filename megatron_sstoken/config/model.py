@@ -93,13 +93,13 @@ class DataSettings:
     """Another such folder, for the validation loss."""
 
     sequence_length: int = 2048
-    """Longest sample in tokens; the length of a row."""
+    """Longest sample in tokens; the length of a pack."""
 
     too_long: Literal["truncate", "drop"] = "truncate"
     """Samples longer than `sequence_length` are cut to it, or left out. Either is counted and shown."""
 
     packing: bool = True
-    """Put several samples into a row of `sequence_length` tokens; they do not see each other. Otherwise rows are padded."""
+    """Put several samples into a pack of `sequence_length` tokens; they do not see each other. Otherwise a sample is padded."""
 
     shuffle: bool = True
     """A new order every epoch, from `training.seed`."""

@@ -60,16 +60,16 @@ class TrainingSettings:
     """The run."""
 
     micro_batch_size: int = 1
-    """Rows a data-parallel rank computes at once."""
+    """Packs that a data-parallel rank computes at once."""
 
     global_batch_size: int = 48
-    """Rows of one optimizer step, over all ranks."""
+    """Packs of one optimizer step, over all ranks."""
 
     steps: int | None = None
     """Optimizer steps; default: as many as `epochs` need."""
 
     epochs: int = 1
-    """Passes over the data; the last batch may hold fewer rows, none is seen twice."""
+    """Passes over the data; the last batch may hold fewer packs, none is seen twice."""
 
     seed: int = 1234
     """Seed of the data order, of random selection and of dropout."""
@@ -155,7 +155,7 @@ class LoggingSettings:
     """Steps between lines and TensorBoard points."""
 
     records_every: int = 0
-    """Steps between token records (Parquet, one row a token); 0 writes none."""
+    """Steps between token records (Parquet, one row per token); 0 writes none."""
 
     entropy: bool = False
     """Token records tell the entropy of each prediction and the probability of its likeliest token. Costs no further

@@ -1,4 +1,4 @@
-"""Samples → rows → the token batches of this rank, in an order that depends on the seed alone and resumes exactly."""
+"""Samples → packs → the token batches of this rank, in an order that depends on the seed alone and resumes exactly."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -19,7 +19,7 @@ class TokenValues(Protocol):
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """One micro-batch of one data-parallel rank: its rows one after another, T tokens in all.
+    """One micro-batch of one data-parallel rank: its packs one after another, T tokens in all.
 
     `tokens` and `labels` are what the model takes, [1, T]. The rest is one-dimensional over T; entry t speaks of
     token t itself, while `labels[t]` is token t + 1 and the loss that the model returns at t belongs to it.
@@ -44,7 +44,7 @@ class TokenBatch:
     lengths: list[int]
     """Lengths of the stretches that do not attend to each other; their sum is T.
 
-    In each row its samples (with the padding that aligns them) and then the row's padding.
+    In each pack its samples (with the padding that aligns them) and then the pack's padding.
     """
     num_segments: int
     """Samples in this batch."""
@@ -102,10 +102,10 @@ Packing = Literal["none", "next_fit", "first_fit"]
 
 
 class PackOrder:
-    """The endless sequence of rows of a run: epoch after epoch, each in its own order.
+    """The endless sequence of packs of a run: epoch after epoch, each in its own order.
 
-    A row is an array of sample numbers whose lengths sum to at most `capacity`. Row n is a function of the arguments
-    here and n alone, never of the layout, so that a run resumes by its number of rows.
+    A pack is an array of sample numbers whose lengths sum to at most `capacity`. Pack n is a function of the arguments
+    here and n alone, never of the layout, so that a run resumes by its number of packs.
     """
 
     def __init__(
@@ -119,25 +119,25 @@ class PackOrder:
         self._rows: list[np.ndarray] = []
         self._samples_before: np.ndarray = np.zeros(1, dtype=np.int64)
 
-    def num_rows(self, epochs: int) -> int:
+    def num_packs(self, epochs: int) -> int:
         """Rows of the first `epochs` epochs; with packing they differ from epoch to epoch."""
         while len(self._first_row) <= epochs:
             self._load(len(self._first_row) - 1)
         return self._first_row[epochs]
 
-    def row(self, number: int) -> np.ndarray:
-        """Sample numbers of row `number`, counted over all epochs."""
+    def pack(self, number: int) -> np.ndarray:
+        """Sample numbers of pack `number`, counted over all epochs."""
         self._seek(number)
         return self._rows[number - self._first_row[self._epoch]]
 
     def num_samples_before(self, number: int) -> int:
-        """Samples in the rows before row `number`."""
+        """Samples in the packs before pack `number`."""
         self._seek(number)
         within = number - self._first_row[self._epoch]
         return self._first_sample[self._epoch] + int(self._samples_before[within])
 
     def _seek(self, number: int) -> None:
-        """Load the epoch that holds row `number`."""
+        """Load the epoch that holds pack `number`."""
         if self._epoch >= 0 and self._first_row[self._epoch] <= number < self._first_row[self._epoch + 1]:
             return
         while self._first_row[-1] <= number:
@@ -166,13 +166,13 @@ class PackOrder:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How a global batch is divided: rows of a micro-batch, of the whole, and over how many ranks."""
+    """How a global batch is divided: packs of a micro-batch, of the whole, and over how many ranks."""
 
     micro_batch_size: int
     global_batch_size: int
     data_size: int
     pack_multiple: int = 64
-    """Row lengths are multiples of this: what sequence and context parallel divide."""
+    """Pack lengths are multiples of this: what sequence and context parallel divide."""
     sample_multiple: int = 1
     """Samples are padded to multiples of this: 2 chunks for every context parallel rank."""
 
@@ -181,8 +181,8 @@ class BatchShape:
         """Micro-batches that each data-parallel rank computes a step."""
         return self.global_batch_size // (self.micro_batch_size * self.data_size)
 
-    def row_length(self, tokens: int) -> int:
-        """Length of a row that holds this many tokens, with the padding at its end."""
+    def pack_length(self, tokens: int) -> int:
+        """Length of a pack that holds this many tokens, with the padding at its end."""
         return -(-tokens // self.pack_multiple) * self.pack_multiple
 
 
@@ -198,7 +198,7 @@ def batch_shape(
 ) -> BatchShape:
     """The shape for a layout. Rows are multiples of 64 at least, so that the number of shapes stays small.
 
-    What one rank holds of a row is a multiple of `tokens_multiple`.
+    What one rank holds of a pack is a multiple of `tokens_multiple`.
     """
     parts = context * (tensor if sequence else 1)
     return BatchShape(
@@ -211,10 +211,10 @@ def batch_shape(
 
 
 class BatchLoader:
-    """Global batches of rows, and this rank's part of each as token batches.
+    """Global batches of packs, and this rank's part of each as token batches.
 
-    Batch b holds rows [b·global, (b + 1)·global) of the order, up to `num_rows`; what is missing in the last one are
-    empty rows. At micro-step m data rank d computes rows [(m·data_size + d)·micro, … + micro) of the batch.
+    Batch b holds packs [b·global, (b + 1)·global) of the order, up to `num_packs`; what is missing in the last one are
+    empty packs. At micro-step m data rank d computes packs [(m·data_size + d)·micro, … + micro) of the batch.
     """
 
     def __init__(
@@ -224,35 +224,35 @@ class BatchLoader:
         shape: BatchShape,
         *,
         data_rank: int,
-        num_rows: int,
+        num_packs: int,
         history: TokenValues | None = None,
     ):
         self.store, self.order, self.shape = store, order, shape
-        self.data_rank, self.num_rows, self.history = data_rank, num_rows, history
+        self.data_rank, self.num_packs, self.history = data_rank, num_packs, history
 
     @property
     def num_batches(self) -> int:
-        return -(-self.num_rows // self.shape.global_batch_size)
+        return -(-self.num_packs // self.shape.global_batch_size)
 
-    def rows(self, batch: int) -> list[np.ndarray]:
-        """All rows of a global batch, the same on every rank."""
+    def packs(self, batch: int) -> list[np.ndarray]:
+        """All packs of a global batch, the same on every rank."""
         first = batch * self.shape.global_batch_size
-        last = min(first + self.shape.global_batch_size, self.num_rows)
-        return [self.order.row(number) for number in range(first, last)]
+        last = min(first + self.shape.global_batch_size, self.num_packs)
+        return [self.order.pack(number) for number in range(first, last)]
 
     def num_samples_before(self, batch: int) -> int:
         """Samples in all batches before this one."""
-        return self.order.num_samples_before(min(batch * self.shape.global_batch_size, self.num_rows))
+        return self.order.num_samples_before(min(batch * self.shape.global_batch_size, self.num_packs))
 
     def load(self, batch: int) -> list[TokenBatch]:
         """This rank's micro-batches of a global batch, on the CPU, all of one length T."""
-        rows = self.rows(batch)
-        length = self._pack_length(rows)
+        packs = self.packs(batch)
+        length = self._pack_length(packs)
         step = self.shape.micro_batch_size * self.shape.data_size
         result = []
         for micro_step in range(self.shape.num_micro_batches):
             first = micro_step * step + self.data_rank * self.shape.micro_batch_size
-            mine = rows[first : first + self.shape.micro_batch_size]
+            mine = packs[first : first + self.shape.micro_batch_size]
             empty = [np.empty(0, dtype=np.int64)] * (self.shape.micro_batch_size - len(mine))
             result.append(self._assemble(mine + empty, length))
         return result
@@ -262,12 +262,12 @@ class BatchLoader:
         multiple = self.shape.sample_multiple
         return -(-lengths // multiple) * multiple
 
-    def _pack_length(self, rows: list[np.ndarray]) -> int:
-        longest = max((int(self._aligned(self.order.samples.lengths[row]).sum()) for row in rows), default=1)
-        return self.shape.row_length(longest)
+    def _pack_length(self, packs: list[np.ndarray]) -> int:
+        longest = max((int(self._aligned(self.order.samples.lengths[pack]).sum()) for pack in packs), default=1)
+        return self.shape.pack_length(longest)
 
-    def _assemble(self, rows: list[np.ndarray], row_length: int) -> TokenBatch:
-        total = len(rows) * row_length
+    def _assemble(self, packs: list[np.ndarray], pack_length: int) -> TokenBatch:
+        total = len(packs) * pack_length
         tokens = np.zeros(total, dtype=np.int64)
         labels = np.zeros(total, dtype=np.int64)
         position = np.zeros(total, dtype=np.int64)
@@ -277,9 +277,9 @@ class BatchLoader:
         history = np.full(total, np.nan, dtype=np.float32) if self.history is not None else None
         lengths: list[int] = []
         num_segments = 0
-        for number, row in enumerate(rows):
-            start = number * row_length
-            for index in row.tolist():
+        for number, pack in enumerate(packs):
+            start = number * pack_length
+            for index in pack.tolist():
                 length = int(self.order.samples.lengths[index])
                 here = slice(start, start + length)
                 tokens[here] = self.store.tokens(index, length)
@@ -295,7 +295,7 @@ class BatchLoader:
                 lengths.append(aligned)
                 num_segments += 1
                 start += aligned
-            padding = (number + 1) * row_length - start
+            padding = (number + 1) * pack_length - start
             if padding:
                 lengths.append(padding)
         real = torch.from_numpy(segment) >= 0

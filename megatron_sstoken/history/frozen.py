@@ -143,8 +143,8 @@ def build_history(model: Model, plan: RunPlan, layout: Layout, path: str, identi
 
 def _batch_span(loader: BatchLoader, number: int) -> tuple[int, int]:
     """Flat tokens [start, stop) that belong to a batch of an unshuffled order, unused samples before the next included."""
-    store, rows = loader.store, loader.rows(number)
-    start = 0 if number == 0 else int(store.offsets[rows[0][0]])
-    following = loader.rows(number + 1) if number + 1 < loader.num_batches else []
+    store, packs = loader.store, loader.packs(number)
+    start = 0 if number == 0 else int(store.offsets[packs[0][0]])
+    following = loader.packs(number + 1) if number + 1 < loader.num_batches else []
     stop = int(store.offsets[following[0][0]]) if following else int(store.offsets[-1])
     return start, stop

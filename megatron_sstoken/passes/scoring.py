@@ -20,7 +20,7 @@ def sequential_loader(data: DataPlan, plan: RunPlan, layout: Layout, history: To
     packing: Packing = "next_fit" if plan.settings.data.packing else "none"
     order = PackOrder(data.samples, seed=0, shuffle=False, packing=packing, capacity=capacity)
     return BatchLoader(
-        data.store, order, plan.shape, data_rank=layout.data_rank, num_rows=order.num_rows(1), history=history
+        data.store, order, plan.shape, data_rank=layout.data_rank, num_packs=order.num_packs(1), history=history
     )
 
 

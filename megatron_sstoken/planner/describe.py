@@ -50,7 +50,7 @@ def _head(estimate: Estimate) -> str:
         ("GPUs", f"{w.world_size} × {estimate.gpu.name} = {describe_layout(w)}"),
         (
             "batch",
-            f"{w.global_batch_size} rows of {w.sequence_length} = micro-batch {w.micro_batch_size} × data {w.data} × "
+            f"{w.global_batch_size} packs of {w.sequence_length} = micro-batch {w.micro_batch_size} × data {w.data} × "
             f"accumulation {w.num_micro_batches}",
         ),
         ("computed", f"{precision}, {w.backend}, recompute {w.recompute}, {w.head} head{share}"),

@@ -100,7 +100,7 @@ def _torch_layer(w: Workload) -> dict[str, int]:
     values = q if grouped or w.context > 1 else 3 * q
     kept["attention"] = tokens * (3 * q * width + 4 * heads) + whole * (q + values) * width
     if w.context > 1:
-        # Two chunks of a sample, each with its mask; one sample a row is the worst case. SDPA keeps it as numbers.
+        # Two chunks of a sample, each with its mask; one sample a pack is the worst case. SDPA keeps it as numbers.
         kept["attention_mask"] = w.micro_batch_size * (whole // w.micro_batch_size) ** 2 // (2 * w.context) * width
     return kept
 

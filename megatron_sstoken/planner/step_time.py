@@ -1,6 +1,6 @@
 """Expected step time from FLOPs, bytes and rates; every share that is assumed is a field of `Assumptions`.
 
-Not modelled: launch gaps, load imbalance of packed samples (rows count as one causal sample), validation, saving.
+Not modelled: launch gaps, load imbalance of packed samples (packs count as one causal sample), validation, saving.
 """
 
 from dataclasses import dataclass

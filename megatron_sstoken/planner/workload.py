@@ -31,7 +31,7 @@ class Workload:
     sequence_length: int = 2048
     precision: Precision = "bf16"
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
-    """With fp8; its tiles decide how rows are rounded."""
+    """With fp8; its tiles decide how packs are rounded."""
     recompute: Literal["none", "selective", "full"] = "none"
     backend: Literal["transformer_engine", "torch"] = "transformer_engine"
     head: Literal["standard", "selective"] = "selective"
@@ -60,7 +60,7 @@ class Workload:
 
     @cached_property
     def pack_tokens(self) -> int:
-        """Tokens of a micro-batch of full rows over all context parallel ranks, rounded up as the loader does."""
+        """Tokens of a micro-batch of full packs over all context parallel ranks, rounded up as the loader does."""
         shape = batch_shape(
             self.micro_batch_size,
             self.global_batch_size,
@@ -70,7 +70,7 @@ class Workload:
             sequence=self.sequence,
             tokens_multiple=token_multiple(self.settings().training),
         )
-        return shape.micro_batch_size * shape.row_length(self.sequence_length)
+        return shape.micro_batch_size * shape.pack_length(self.sequence_length)
 
     @property
     def tokens(self) -> int:

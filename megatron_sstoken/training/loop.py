@@ -89,7 +89,7 @@ def resumable_checkpoint(plan: RunPlan) -> Checkpoint | None:
     if not steps:
         return None
     newest = open_checkpoint(str(steps[max(steps)]))
-    check_identity(newest, identity_of(plan), plan.num_rows, plan.settings.lora)
+    check_identity(newest, identity_of(plan), plan.num_packs, plan.settings.lora)
     return newest
 
 
@@ -115,7 +115,7 @@ def create_trainer(plan: RunPlan, layout: Layout, model: Model, history: History
         plan.train.order,
         plan.shape,
         data_rank=layout.data_rank,
-        num_rows=plan.num_rows,
+        num_packs=plan.num_packs,
         history=history.token_values(),
     )
     logger = StepLogger(plan.settings.logging_directory, plan.settings.logging.every, plan.num_steps, layout)
@@ -216,7 +216,7 @@ def save(trainer: Trainer) -> None:
         step=trainer.step,
         identity=identity_of(plan),
         hf_path=os.path.abspath(settings.model.hf_path or ""),
-        num_rows=plan.num_rows,
+        num_packs=plan.num_packs,
         objective=objective_of(plan),
         adapters=trainer.adapters,
     )

@@ -17,7 +17,7 @@ def describe(plan: RunPlan) -> str:
     parallel = s.parallel
     samples = plan.train.samples
     used = samples.lengths[samples.indices]
-    rows_per_epoch = plan.train.order.num_rows(1)
+    packs_per_epoch = plan.train.order.num_packs(1)
     rows: list[tuple[str, Any]] = [
         ("model", f"{a.family}, {a.num_parameters():,} parameters, {a.num_layers} layers ({s.model.hf_path})"),
         (
@@ -39,21 +39,21 @@ def describe(plan: RunPlan) -> str:
         ),
         (
             "batch",
-            f"{shape.global_batch_size} rows = micro-batch {shape.micro_batch_size} × data {shape.data_size} × "
+            f"{shape.global_batch_size} packs = micro-batch {shape.micro_batch_size} × data {shape.data_size} × "
             f"accumulation {shape.num_micro_batches}; about "
-            f"{math.ceil(used.sum() / rows_per_epoch * shape.global_batch_size):,} real tokens a step",
+            f"{math.ceil(used.sum() / packs_per_epoch * shape.global_batch_size):,} real tokens a step",
         ),
         (
-            "rows",
-            f"{rows_per_epoch:,} of up to {s.data.sequence_length} tokens an epoch, "
+            "packs",
+            f"{packs_per_epoch:,} of up to {s.data.sequence_length} tokens an epoch, "
             + (
-                f"packed {len(used) / rows_per_epoch:.1f} samples a row, "
-                f"{100 * used.sum() / rows_per_epoch / s.data.sequence_length:.1f} % full"
+                f"packed {len(used) / packs_per_epoch:.1f} samples each, "
+                f"{100 * used.sum() / packs_per_epoch / s.data.sequence_length:.1f} % full"
                 if s.data.packing
-                else "one sample a row, padded to the longest of its batch"
+                else "one sample each, padded to the longest of its batch"
             ),
         ),
-        ("steps", f"{plan.num_steps:,} ({plan.num_rows / rows_per_epoch:.3g} epochs)"),
+        ("steps", f"{plan.num_steps:,} ({plan.num_packs / packs_per_epoch:.3g} epochs)"),
         ("selection", _describe_selection(s)),
         ("trained", describe_trained(a, s.lora)),
         ("layers", _describe_layers(s)),

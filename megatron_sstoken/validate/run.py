@@ -58,9 +58,9 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
     _check_checkpoint(settings, found)
     if found.problems or not (architecture and train and shape):
         raise SettingsError(found.problems)
-    num_rows = train.order.num_rows(settings.training.epochs)
+    num_packs = train.order.num_packs(settings.training.epochs)
     if settings.training.steps is not None:
-        num_rows = settings.training.steps * shape.global_batch_size
+        num_packs = settings.training.steps * shape.global_batch_size
     return RunPlan(
         settings=settings,
         world_size=world_size,
@@ -68,7 +68,7 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
         train=train,
         validation=validation,
         shape=shape,
-        num_rows=num_rows,
+        num_packs=num_packs,
         captured_layers=_captured_layers(settings, architecture),
         notes=tuple(found.notes),
     )

@@ -154,7 +154,7 @@ def global_batch(folder, packed):
     chosen = filter_samples(SampleStore(folder / "data"), 128, "truncate")
     packing = {"shuffle": True, "packing": "first_fit", "capacity": 128} if packed else {"shuffle": False}
     order = PackOrder(chosen, seed=1234, **packing)
-    return [order.row(number).tolist() for number in range(GLOBAL_BATCH)]
+    return [order.pack(number).tolist() for number in range(GLOBAL_BATCH)]
 
 
 @pytest.mark.timeout(400)

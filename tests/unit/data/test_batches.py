@@ -53,11 +53,11 @@ class History:
         return np.arange(start, stop, dtype=np.float32) / 4
 
 
-def make_loader(store, shape=(2, 4, 1, 4), data_rank=0, length=100, num_rows=None, history=None, shuffle=False):
+def make_loader(store, shape=(2, 4, 1, 4), data_rank=0, length=100, num_packs=None, history=None, shuffle=False):
     """A loader of the store's rows; `shape` is micro-batch, global batch, data size, row multiple."""
     order = PackOrder(filter_samples(store, length, "truncate"), seed=7, shuffle=shuffle)
-    num_rows = order.num_rows(1) if num_rows is None else num_rows
-    return BatchLoader(store, order, BatchShape(*shape), data_rank=data_rank, num_rows=num_rows, history=history)
+    num_packs = order.num_packs(1) if num_packs is None else num_packs
+    return BatchLoader(store, order, BatchShape(*shape), data_rank=data_rank, num_packs=num_packs, history=history)
 
 
 def naive(rows: list[list[int]], row_length: int, length: int = 100) -> dict[str, list]:
@@ -122,15 +122,15 @@ def test_contents_cut_to_the_sequence_length(store):
 
 
 def test_rows_that_are_full_have_no_padding(store):
-    (batch,) = make_loader(store, shape=(1, 1, 1, 7), num_rows=4).load(2)
+    (batch,) = make_loader(store, shape=(1, 1, 1, 7), num_packs=4).load(2)
     assert batch.lengths == [7] and batch.tokens.tolist() == [SAMPLES[2][0]]
 
 
 def test_rows_of_several_samples(store):
     """What packing will make: samples one after another, segments counted over the micro-batch."""
     rows = [np.array([3, 0]), np.array([1])]
-    order = SimpleNamespace(samples=filter_samples(store, 100, "truncate"), row=rows.__getitem__)
-    loader = BatchLoader(store, order, BatchShape(2, 2, 1, 8), data_rank=0, num_rows=2, history=History())
+    order = SimpleNamespace(samples=filter_samples(store, 100, "truncate"), pack=rows.__getitem__)
+    loader = BatchLoader(store, order, BatchShape(2, 2, 1, 8), data_rank=0, num_packs=2, history=History())
     (batch,) = loader.load(0)
     check(batch, naive([[3, 0], [1]], 8))
     assert batch.lengths == [2, 5, 1, 3, 5] and batch.num_segments == 3
@@ -148,7 +148,7 @@ def test_moved_to_a_device(store):
 
 
 def test_the_last_batch_is_filled_with_empty_rows(store):
-    loader = make_loader(store, shape=(1, 3, 1, 4), num_rows=4, history=History())
+    loader = make_loader(store, shape=(1, 3, 1, 4), num_packs=4, history=History())
     assert loader.num_batches == 2
     real, empty, also_empty = loader.load(1)
     check(real, naive([[3]], 4))
@@ -158,7 +158,7 @@ def test_the_last_batch_is_filled_with_empty_rows(store):
 
 
 def test_a_rank_whose_rows_are_all_missing(store):
-    batches = make_loader(store, shape=(1, 4, 2, 4), data_rank=1, num_rows=1).load(0)
+    batches = make_loader(store, shape=(1, 4, 2, 4), data_rank=1, num_packs=1).load(0)
     assert len(batches) == 2
     assert all(batch.num_segments == 0 and batch.lengths == [8] for batch in batches)
 
@@ -192,7 +192,7 @@ def test_multiples_of_a_layout(tensor, context, sequence, row, sample):
 def test_samples_are_aligned_for_context_parallel(store):
     order = PackOrder(filter_samples(store, 100, "truncate"), seed=0, shuffle=False, packing="next_fit", capacity=9)
     shape = BatchShape(3, 3, 1, pack_multiple=8, sample_multiple=4)
-    loader = BatchLoader(store, order, shape, data_rank=0, num_rows=2, history=History())
+    loader = BatchLoader(store, order, shape, data_rank=0, num_packs=2, history=History())
     (batch,) = loader.load(0)
     # rows [0, 1] and [2, 3] of 5 + 3 and 7 + 2 tokens, each sample on a border of 4; the third row is empty
     assert batch.lengths == [8, 4, 4, 8, 4, 4, 16] and batch.num_segments == 4
@@ -246,7 +246,7 @@ def selection_of(lengths: list[int]) -> SampleFilter:
 
 
 def rows_of(order: PackOrder, numbers) -> list[list[int]]:
-    return [order.row(number).tolist() for number in numbers]
+    return [order.pack(number).tolist() for number in numbers]
 
 
 def flat(rows: list[list[int]]) -> list[int]:
@@ -266,7 +266,7 @@ def test_order_is_a_function_of_seed_and_number(lengths, packing, seed, epochs, 
         return PackOrder(chosen, seed=seed, shuffle=True, packing=packing, capacity=20)
 
     order = new_order()
-    borders = [order.num_rows(epoch) for epoch in range(epochs + 1)]
+    borders = [order.num_packs(epoch) for epoch in range(epochs + 1)]
     whole = rows_of(order, range(borders[-1]))
     for first, last in zip(borders, borders[1:], strict=False):
         assert sorted(flat(whole[first:last])) == chosen.indices.tolist()
@@ -312,9 +312,9 @@ def test_every_sample_once_an_epoch(many, num, packing, micro, data_size, accumu
     chosen = filter_samples(many, 100, "truncate")
     mine = SampleFilter(chosen.indices[:num], chosen.lengths, 0, 0, 0)
     order = PackOrder(mine, seed=seed, shuffle=True, packing=packing, capacity=100)
-    num_rows = order.num_rows(epochs)
+    num_packs = order.num_packs(epochs)
     shape = BatchShape(micro, micro * data_size * accumulation, data_size, *multiples)
-    loaders = [BatchLoader(many, order, shape, data_rank=rank, num_rows=num_rows) for rank in range(data_size)]
+    loaders = [BatchLoader(many, order, shape, data_rank=rank, num_packs=num_packs) for rank in range(data_size)]
     seen: list[int] = []
     for number in range(loaders[0].num_batches):
         assert loaders[0].num_samples_before(number) == len(seen)
@@ -332,12 +332,12 @@ def test_every_sample_once_an_epoch(many, num, packing, micro, data_size, accumu
                 seen += batch.sample[starts].tolist()
     assert loaders[0].num_samples_before(loaders[0].num_batches) == len(seen) == epochs * num
     # micro-step by micro-step and rank by rank, the rows come in their order: no layout changes what a batch holds
-    assert seen == [int(many.rows[sample]) for number in range(num_rows) for sample in order.row(number)]
+    assert seen == [int(many.rows[sample]) for number in range(num_packs) for sample in order.pack(number)]
 
 
 def test_a_batch_is_a_function_of_its_number(many):
     """A loader that was asked for nothing before gives the same, across epochs of 23 rows."""
-    loaders = [make_loader(many, shape=(2, 8, 2, 8), num_rows=50, shuffle=True) for _ in range(2)]
+    loaders = [make_loader(many, shape=(2, 8, 2, 8), num_packs=50, shuffle=True) for _ in range(2)]
     whole = [loaders[0].load(number) for number in range(loaders[0].num_batches)]
     assert len(whole) == 7
     for number in (5, 2, 3):

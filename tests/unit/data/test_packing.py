@@ -64,15 +64,15 @@ def test_packed_order_is_a_function_of_seed_and_row_number(lengths, seed, data):
         return PackOrder(selection_of(lengths), seed=seed, shuffle=True, packing="first_fit", capacity=CAPACITY)
 
     whole = order()
-    ends = [whole.num_rows(epoch) for epoch in range(4)]
-    rows = [whole.row(number).tolist() for number in range(ends[3])]
+    ends = [whole.num_packs(epoch) for epoch in range(4)]
+    rows = [whole.pack(number).tolist() for number in range(ends[3])]
     for first, last in zip(ends, ends[1:], strict=False):
         assert sorted(sum(rows[first:last], [])) == list(range(len(lengths))), "every sample once an epoch"
     start = data.draw(st.integers(0, ends[3] - 1))
     resumed = order()
-    assert [resumed.row(number).tolist() for number in range(start, ends[3])] == rows[start:]
+    assert [resumed.pack(number).tolist() for number in range(start, ends[3])] == rows[start:]
     assert resumed.num_samples_before(start) == sum(map(len, rows[:start]))
-    assert resumed.row(0).tolist() == rows[0], "going back works too"
+    assert resumed.pack(0).tolist() == rows[0], "going back works too"
 
 
 def test_windows_are_packed_tightly_and_shuffled():

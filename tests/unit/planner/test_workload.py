@@ -35,7 +35,7 @@ def loaded_tokens(w: Workload) -> int:
     )
     lengths = np.full(w.global_batch_size, length, dtype=np.int32)
     order = PackOrder(SampleFilter(np.arange(w.global_batch_size), lengths, 0, 0, 0), seed=0, shuffle=False)
-    loader = BatchLoader(cast(SampleStore, store), order, shape, data_rank=0, num_rows=w.global_batch_size)
+    loader = BatchLoader(cast(SampleStore, store), order, shape, data_rank=0, num_packs=w.global_batch_size)
     return loader.load(0)[0].tokens.numel()
 
 

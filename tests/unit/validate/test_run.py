@@ -65,10 +65,10 @@ def write_samples(folder: Path, samples: list[Sample], **changes) -> str:
 
 def test_a_plan(settings):
     plan = plan_run(settings(training__epochs=3), 4)
-    assert (plan.num_rows, plan.num_steps, plan.world_size) == (60, 8, 4)
+    assert (plan.num_packs, plan.num_steps, plan.world_size) == (60, 8, 4)
     assert (plan.shape.data_size, plan.shape.num_micro_batches, plan.shape.pack_multiple) == (4, 2, 64)
     assert plan.captured_layers == (4,) and plan.needs_history and plan.validation is None
-    assert plan.train.order.num_rows(1) == NUM_SAMPLES
+    assert plan.train.order.num_packs(1) == NUM_SAMPLES
 
 
 def test_rows_may_be_as_long_as_the_model_allows(settings):
@@ -77,7 +77,7 @@ def test_rows_may_be_as_long_as_the_model_allows(settings):
 
 def test_steps_replace_epochs(settings):
     plan = plan_run(settings(training__steps=7, training__epochs=3), 1)
-    assert (plan.num_rows, plan.num_steps) == (56, 7)
+    assert (plan.num_packs, plan.num_steps) == (56, 7)
 
 
 def test_layers_are_counted_from_either_end(settings):
@@ -319,7 +319,7 @@ def test_data_of_a_larger_vocabulary(settings, folder, tmp_path):
         "prepare the data with the model's tokenizer"
     )
     smaller = write_samples(tmp_path / "smaller", [Sample([1, 2, 3], [0, 0, 1])], vocabulary_size=50)
-    assert plan_run(settings(data__train=smaller), 1).num_rows == 1
+    assert plan_run(settings(data__train=smaller), 1).num_packs == 1
 
 
 def test_tokenizer_beside_the_model(settings, folder, tmp_path):
@@ -334,7 +334,7 @@ def test_tokenizer_beside_the_model(settings, folder, tmp_path):
     )
     fingerprint = load_tokenizer(model).fingerprint
     data = write_samples(tmp_path / "data", make_samples(3), tokenizer_fingerprint=fingerprint)
-    assert plan_run(settings(model__hf_path=model, data__train=data), 1).num_rows == 3
+    assert plan_run(settings(model__hf_path=model, data__train=data), 1).num_packs == 3
 
 
 def test_validation_of_another_tokenizer(settings, folder, tmp_path):
@@ -439,9 +439,9 @@ def test_description(settings, folder):
     )
     mean = sum(lengths) / NUM_SAMPLES
     assert facts["batch"] == (
-        f"8 rows = micro-batch 2 × data 2 × accumulation 2; about {math.ceil(mean * 8)} real tokens a step"
+        f"8 packs = micro-batch 2 × data 2 × accumulation 2; about {math.ceil(mean * 8)} real tokens a step"
     )
-    assert facts["rows"] == "20 of up to 50 tokens an epoch, one sample a row, padded to the longest of its batch"
+    assert facts["packs"] == "20 of up to 50 tokens an epoch, one sample each, padded to the longest of its batch"
     assert facts["steps"] == "5 (2 epochs)"
     assert facts["selection"] == (
         "sstoken, rho 0.6, scope sample, loss averaged by token, gamma 0.5, layer -1, history frozen (starting weights)"
@@ -474,12 +474,12 @@ def test_packing_of_a_plan(settings):
     """Rows are counted as the batches will hold them; the arithmetic is of packed rows."""
     plan = plan_run(settings(data__packing=True, training__epochs=2, training__global_batch_size=2), 1)
     tokens = sum(len(sample.tokens) for sample in make_samples(NUM_SAMPLES))
-    rows = plan.train.order.num_rows(1)
-    assert tokens / 128 <= rows < NUM_SAMPLES / 2 and plan.num_rows == plan.train.order.num_rows(2)
-    assert plan.num_steps == math.ceil(plan.num_rows / 2)
+    rows = plan.train.order.num_packs(1)
+    assert tokens / 128 <= rows < NUM_SAMPLES / 2 and plan.num_packs == plan.train.order.num_packs(2)
+    assert plan.num_steps == math.ceil(plan.num_packs / 2)
     facts = facts_of(describe(plan))
-    assert facts["rows"] == (
-        f"{rows} of up to 128 tokens an epoch, packed {NUM_SAMPLES / rows:.1f} samples a row, "
+    assert facts["packs"] == (
+        f"{rows} of up to 128 tokens an epoch, packed {NUM_SAMPLES / rows:.1f} samples each, "
         f"{100 * tokens / rows / 128:.1f} % full"
     )
     assert facts["batch"].endswith(f"about {math.ceil(tokens / rows * 2)} real tokens a step")
@@ -534,7 +534,7 @@ def test_dry_run_of_a_resumable_run(settings, tmp_path, capsys):
     (newest / "sstoken.json").write_text(json.dumps(state | {"num_rows": 20}))
     run.training.steps = 9
     assert dry_run(run, "--world_size=1") == 2
-    assert "its run of 20 rows ended with a batch that is not full" in capsys.readouterr().err
+    assert "its run of 20 packs ended with a batch that is not full" in capsys.readouterr().err
     (newest / "sstoken.json").write_text(json.dumps(state))
     run.training.seed = 5
     assert dry_run(run, "--world_size=1") == 2
