@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_sstoken.selection.methods import METHODS, Selection, random_scores, select_tokens
+from megatron_sstoken.selection.methods import METHODS, Method, Selection, find_method, random_scores, select_tokens
 from megatron_sstoken.selection.signals import TokenSignals, concatenate_signals
 from tests.unit.selection import brute_force
 from tests.unit.selection.brute_force import Token, by_key, keys_of, signals_of
@@ -248,3 +248,36 @@ class TestRandom:
         kept, other = select(signals_of(tokens), "random"), select(signals_of(moved), "random")
         assert by_key(tokens, kept.score) == by_key(moved, other.score)
         assert keys_of(tokens, kept.mask) == keys_of(moved, other.mask)
+
+
+surprise = Method(lambda x: x["entropy"] * x["loss"], needs=frozenset({"entropy"}))
+not_a_method = 3
+
+
+class TestImportPath:
+    """Methods outside the package."""
+
+    NAME = f"{__name__}.surprise"
+
+    def test_selects_by_its_score(self):
+        signals = example()
+        entropy = torch.linspace(2.0, 1.0, len(signals.response))
+        found = select(signals.changed(entropy=entropy), self.NAME)
+        assert torch.equal(found.score[signals.response], (entropy * signals["loss"])[signals.response])
+
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [
+            ("no.such.module.method", "cannot be imported"),
+            (f"{__name__}.absent", "cannot be imported"),
+            (f"{__name__}.not_a_method", "is a int: name a Method"),
+            ("best", "is unknown: use one of sstoken"),
+        ],
+    )
+    def test_mistakes(self, name, reason):
+        with pytest.raises(ValueError, match=reason):
+            find_method(name)
+
+    def test_needs_are_signals_that_somebody_computes(self):
+        with pytest.raises(ValueError, match="needs surprise, which nobody computes"):
+            Method(lambda x: x["surprise"], needs=frozenset({"surprise"}))
