@@ -29,7 +29,7 @@ METHODS = ("full", "random", "sstoken")
 SHAPES = {"8B, half the layers": ("Llama-3.1-8B", 16), "1B": ("Llama-3.2-1B", 16), "3B": ("Llama-3.2-3B", 28)}
 Precision = Literal["fp32", "bf16", "fp8"]
 Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
-ARITHMETICS: tuple[tuple[Precision, Recipe | None], ...] = (
+NUMERICS: tuple[tuple[Precision, Recipe | None], ...] = (
     ("bf16", None),
     ("fp8", "tensorwise"),
     ("fp8", "blockwise"),
@@ -65,7 +65,7 @@ def matmul_ceiling(size: int) -> float:
     return 2 * size**3 / best / 1e12
 
 
-def make_case(folder: Path, shape: str, length: int, arithmetic: tuple[Precision, Recipe | None], tiny: bool):
+def make_case(folder: Path, shape: str, length: int, numerics: tuple[Precision, Recipe | None], tiny: bool):
     """Settings of one measurement; writes config.json and data where they are missing."""
     from megatron_sstoken.config import Settings
     from megatron_sstoken.model.presets import model_config
@@ -87,14 +87,14 @@ def make_case(folder: Path, shape: str, length: int, arithmetic: tuple[Precision
         max(8192 // length, 1),
         max(8192 // length, 1),
     )
-    settings.training.precision, recipe = arithmetic
+    settings.training.precision, recipe = numerics
     settings.training.fp8_recipe = recipe or settings.training.fp8_recipe
     settings.training.steps = 100
     return settings
 
 
 def randomize(model) -> None:
-    """Weights as a fresh model's, the same for every arithmetic."""
+    """Weights as a fresh model's, the same for all numerics."""
     import torch
 
     torch.manual_seed(0)
@@ -105,7 +105,7 @@ def randomize(model) -> None:
 
 
 def measure(settings, rounds: int) -> list[dict]:
-    """Rows of one shape, length and arithmetic: a method each."""
+    """Rows of one shape, length and numerics: a method each."""
     import torch
 
     from megatron_sstoken.data.batches import BatchLoader
@@ -150,7 +150,7 @@ def measure(settings, rounds: int) -> list[dict]:
     plain = statistics.median(seconds["full"])
     return [
         {
-            "arithmetic": numerics_of(settings),
+            "numerics": numerics_of(settings),
             "method": method,
             "median_s": statistics.median(values),
             "ratio_to_full": statistics.median(v / f for v, f in zip(values, seconds["full"], strict=True)),
@@ -178,12 +178,12 @@ def release_memory() -> None:
 
 
 def cases(tiny: bool) -> list[tuple[str, int, tuple[Precision, Recipe | None]]]:
-    """(shape, length, arithmetic), the most telling first: FP8 at one length, other lengths in bf16 only."""
+    """(shape, length, numerics), the most telling first: FP8 at one length, other lengths in bf16 only."""
     if tiny:
         return [("8B, half the layers", 256, ("bf16", None)), ("1B", 128, ("fp32", None))]
-    first = [(shape, LENGTHS[0], arithmetic) for shape, arithmetic in itertools.product(SHAPES, ARITHMETICS)]
-    first.sort(key=lambda case: ARITHMETICS.index(case[2]) > 1)  # bf16 and one recipe everywhere before the others
-    return first + [(shape, length, ARITHMETICS[0]) for shape in SHAPES for length in LENGTHS[1:]]
+    first = [(shape, LENGTHS[0], numerics) for shape, numerics in itertools.product(SHAPES, NUMERICS)]
+    first.sort(key=lambda case: NUMERICS.index(case[2]) > 1)  # bf16 and one recipe everywhere before the others
+    return first + [(shape, length, NUMERICS[0]) for shape in SHAPES for length in LENGTHS[1:]]
 
 
 def main() -> int:
@@ -212,9 +212,9 @@ def main() -> int:
     print(f"matrix product ceiling: {ceiling:.4g} TFLOP/s bf16")
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
-        for shape, length, arithmetic in cases(options.tiny):
-            what = f"{shape}, rows of {length}, {' '.join(filter(None, arithmetic))}"
-            settings = make_case(Path(folder), shape, length, arithmetic, options.tiny)
+        for shape, length, numerics in cases(options.tiny):
+            what = f"{shape}, packs of {length}, {' '.join(filter(None, numerics))}"
+            settings = make_case(Path(folder), shape, length, numerics, options.tiny)
             if time.monotonic() - begun > 60 * options.minutes:
                 print(f"left out, no time: {what}")
             elif problems := machine_problems(settings):
@@ -248,7 +248,7 @@ def write_results(rows: list[dict], folder: Path) -> None:
     columns = (
         "shape",
         "length",
-        "arithmetic",
+        "numerics",
         "method",
         "tokens_per_s",
         "tflops",

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How far another arithmetic moves losses and selection: scores the same data with the same weights twice, and compares.
+"""How far other numerics move losses and selection: scores the same data with the same weights twice, and compares.
 
     python benchmarks/numerics_shift.py --config FILE.yaml --other training.precision=fp8 [--other key=value …] --work FOLDER
 

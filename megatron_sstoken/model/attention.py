@@ -1,4 +1,4 @@
-"""Core attention on torch SDPA for packed samples, and the tap that measures attention to the context.
+"""Core attention on torch SDPA for packed samples, and the capture of attention to the context.
 
 Tokens are in megatron's THD form: the samples of a micro-batch one after another, `cu_seqlens` giving their bounds.
 Under context parallel each rank holds, of every sample, chunk r and chunk 2·cp − 1 − r of 2·cp equal ones.
@@ -125,9 +125,9 @@ class TorchCoreAttention(torch.nn.Module):
 
 @dataclass
 class AttentionCapture:
-    """Hand-over between the training step and the taps of one model chunk.
+    """What the captured layers of one model chunk share with the pass.
 
-    The step sets `context` before a forward pass; each tapped layer then adds its mass once and ignores the
+    The pass sets `context` before it runs the chunk; each captured layer then adds its mass once and ignores the
     repetition of its forward under activation recompute.
     """
 
@@ -142,7 +142,7 @@ class AttentionCapture:
         self.context, self.masses = context, {}
 
     def take(self) -> dict[int, torch.Tensor]:
-        """The masses measured since `arm`; disarms."""
+        """The attention captured since `arm`; disarms."""
         masses, self.context, self.masses = self.masses, None, {}
         return masses
 
@@ -171,13 +171,13 @@ class CapturingCoreAttention(torch.nn.Module):
         return self.inner(query, key, value, attention_mask, **kwargs)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """The checkpoint does not know of the tap: the inner attention's state, under the layer's own name."""
+        """The checkpoint does not know of the capture: the inner attention's state, under the layer's own name."""
         state = getattr(self.inner, "sharded_state_dict", None)
         return state(prefix, sharded_offsets, metadata) if state else {}
 
 
 def core_attention_builder(inner: type, captured_layers: frozenset[int], capture: AttentionCapture):
-    """What megatron's layer spec calls for `core_attention`: `inner`, wrapped in a tap on the layers named."""
+    """What megatron's layer spec calls for `core_attention`: `inner`, wrapped in a capture on the layers named."""
 
     def build(*, layer_number: int, **kwargs):
         attention = inner(layer_number=layer_number, **kwargs)

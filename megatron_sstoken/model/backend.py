@@ -1,4 +1,4 @@
-"""What the layers run on: Transformer Engine or torch, in which arithmetic, and what this machine lacks for it."""
+"""What the layers run on: Transformer Engine or torch, with which numerics, and what this machine lacks for it."""
 
 import functools
 import importlib.util
@@ -46,7 +46,7 @@ def transformer_engine_problem() -> str | None:
 
 
 def backend_of(settings: Settings) -> Backend:
-    """What the layers of this run are made of. `auto` is Transformer Engine where it can run and the arithmetic is its.
+    """What the layers of this run are made of. `auto` is Transformer Engine where it can run and has the precision.
 
     Adapters sit on megatron's own linears: Transformer Engine's hold the norm before them, whose output they do not give.
     """
@@ -142,5 +142,5 @@ def fusion_options(backend: Backend) -> dict[str, bool]:
 
 
 def token_multiple(training: TrainingSettings) -> int:
-    """What the tokens of a rank must be a multiple of for the arithmetic alone."""
+    """What the tokens of a rank must be a multiple of for the numerics alone."""
     return TOKEN_MULTIPLE[training.fp8_recipe] if training.precision == "fp8" else 1

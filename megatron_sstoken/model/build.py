@@ -249,31 +249,12 @@ def build_model(
         scores_context=settings.logging.context_loss,
         needs_calibration=bool(config.fp8) and config.fp8_recipe == "delayed",
     )
-    virtual = layout.virtual_pipeline
     selective, compiled = settings.model.head == "selective", settings.model.compiled_head
     head = HeadOptions(architecture.vocabulary_size, selective, with_entropy, compiled)
-    for index in range(virtual):
-        vp_stage = index if virtual > 1 else None
-        capture = AttentionCapture()
-        first = layout.is_first_stage and index == 0
-        last = layout.is_last_stage and index == virtual - 1
+    for index in range(layout.virtual_pipeline):
+        model.captures.append(AttentionCapture())
         with torch.device("meta") if shapes_only else nullcontext():
-            chunk = TokenLossModel(
-                config=config,
-                transformer_layer_spec=block_spec(
-                    config, captured_layers, capture, vp_stage, layout, settings.lora, last
-                ),
-                vocab_size=architecture.padded_vocabulary(settings.model.vocabulary_multiple, layout.tensor_size),
-                max_sequence_length=architecture.max_positions,
-                pre_process=first,
-                post_process=last,
-                share_embeddings_and_output_weights=architecture.tied_embeddings,
-                position_embedding_type="rope",
-                rotary_base=architecture.rope_base,
-                pg_collection=layout.groups,
-                vp_stage=vp_stage,
-                head=head,
-            )
+            chunk = _build_chunk(model, settings, head, index)
         chunk.rotary_pos_emb.inv_freq = rope_inverse_frequencies(architecture).to(compute_device())
         if not shapes_only:
             chunk.to(compute_device())
@@ -282,12 +263,34 @@ def build_model(
             full_recompute = settings.training.recompute == "full"
             prepare_adapters(chunk, settings.training.seed, full_recompute=full_recompute)
         model.unwrapped.append(chunk)
-        model.captures.append(capture)
     model.chunks = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in model.unwrapped]
     if trainable:
         model.chunks = _data_parallel(config, model.chunks, layout)
         config.finalize_model_grads_func = finalize_model_grads
     return model
+
+
+def _build_chunk(model: Model, settings: Settings, head: HeadOptions, index: int) -> TokenLossModel:
+    """Model chunk number `index` of this rank."""
+    config, layout, architecture = model.config, model.layout, model.architecture
+    vp_stage = index if layout.virtual_pipeline > 1 else None
+    last = layout.is_last_stage and index == layout.virtual_pipeline - 1
+    return TokenLossModel(
+        config=config,
+        transformer_layer_spec=block_spec(
+            config, model.captured_layers, model.captures[index], vp_stage, layout, settings.lora, last
+        ),
+        vocab_size=architecture.padded_vocabulary(settings.model.vocabulary_multiple, layout.tensor_size),
+        max_sequence_length=architecture.max_positions,
+        pre_process=layout.is_first_stage and index == 0,
+        post_process=last,
+        share_embeddings_and_output_weights=architecture.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_base,
+        pg_collection=layout.groups,
+        vp_stage=vp_stage,
+        head=head,
+    )
 
 
 def _mark_tensor_parallel(chunk: TokenLossModel, architecture: Architecture) -> None:

@@ -29,10 +29,10 @@ def agreed_plan(settings: Settings, check: Callable[[RunPlan], object] | None = 
     return plan
 
 
-def _require_equal(arithmetic: str) -> None:
+def _require_equal(numerics: str) -> None:
     """SettingsError on every process if their layers would round differently: `auto` depends on what a node has installed."""
     found: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(found, arithmetic)
+    dist.all_gather_object(found, numerics)
     other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
     if other is not None:
         raise SettingsError(

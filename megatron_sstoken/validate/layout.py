@@ -1,4 +1,4 @@
-"""Whether a layout, an arithmetic and a batch fit a model and a number of processes.
+"""Whether a layout, a precision and a batch fit a model and a number of processes.
 
 Broken rules are collected as messages that name setting, value, rule and remedy.
 """

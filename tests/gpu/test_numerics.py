@@ -1,4 +1,4 @@
-"""On a GPU with Transformer Engine: each arithmetic against a plainer one, through `megatron_sstoken.score` on both.
+"""On a GPU with Transformer Engine: each kind of numerics against a plainer one, through `megatron_sstoken.score` on both.
 
     python -m pytest tests/gpu
 
@@ -51,7 +51,7 @@ def why_no_gpu() -> str:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """A configuration of a small random model whose sizes FP8's tiles divide; head_dim 64 as Llama-3.2-1B's."""
-    folder = tmp_path_factory.mktemp("arithmetic")
+    folder = tmp_path_factory.mktemp("numerics")
     model = make_model(
         folder / "model", hidden_size=256, intermediate_size=512, num_attention_heads=4, initializer_range=0.05
     )
@@ -95,7 +95,7 @@ def shift(config, tmp_path, first: list[str], other: list[str], device: str) -> 
 
 
 def assert_within_bounds(found: dict) -> None:
-    """Differences are as large as the coarser arithmetic makes them, and no larger."""
+    """Differences are as large as the coarser numerics makes them, and no larger."""
     coarser = next(name for name in BOUNDS if name in found["other"] or name in found["first"])
     overlap, loss, attention = BOUNDS[coarser]
     assert found["overlap"] >= overlap, found

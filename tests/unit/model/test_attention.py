@@ -1,4 +1,4 @@
-"""Core attention on packed samples, and the tap, against one dense softmax over all tokens."""
+"""Core attention on packed samples, and the attention capture, against one dense softmax over all tokens."""
 
 import math
 from types import SimpleNamespace
@@ -123,8 +123,8 @@ class Counted(torch.nn.Module):
 
 
 @pytest.fixture
-def tapped():
-    """(tap, its capture): around a counted core attention of layer 3."""
+def capturing():
+    """(capturing core attention, its capture): around a counted core attention of layer 3."""
     capture = AttentionCapture()
     return CapturingCoreAttention(Counted(make_core()), LAYER, capture), capture
 
@@ -141,12 +141,12 @@ def dense_mass(q, k, context) -> torch.Tensor:
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_mass(tapped, heads, groups, dtype):
-    tap, capture = tapped
+def test_mass(capturing, heads, groups, dtype):
+    core, capture = capturing
     q, k, v = make_qkv(heads, groups, dtype)
     context = make_context()
     capture.arm(context)
-    attend(tap, q, k, v)
+    attend(core, q, k, v)
     masses = capture.take()
     assert list(masses) == [LAYER]
     mass = masses[LAYER]
@@ -154,22 +154,22 @@ def test_mass(tapped, heads, groups, dtype):
     torch.testing.assert_close(mass.double(), dense_mass(q, k, context), rtol=0, atol=1e-5)
 
 
-def test_mass_of_no_context_and_of_nothing_else(tapped):
-    tap, capture = tapped
+def test_mass_of_no_context_and_of_nothing_else(capturing):
+    core, capture = capturing
     q, k, v = make_qkv(4, 2)
     for context, wanted in (
         (torch.zeros(TOKENS, dtype=torch.bool), 0.0),
         (torch.ones(TOKENS, dtype=torch.bool), 4.0),
     ):
         capture.arm(context)
-        attend(tap, q, k, v)
+        attend(core, q, k, v)
         torch.testing.assert_close(capture.take()[LAYER], torch.full((TOKENS,), wanted), rtol=0, atol=1e-6)
 
 
-def test_the_layers_output_and_gradients_are_unchanged(tapped):
-    tap, capture = tapped
+def test_the_layers_output_and_gradients_are_unchanged(capturing):
+    core, capture = capturing
     results = []
-    for core, armed in ((make_core(), False), (tap, False), (tap, True)):
+    for core, armed in ((make_core(), False), (core, False), (core, True)):
         qkv = make_qkv(4, 2)
         if armed:
             capture.arm(make_context())
@@ -180,52 +180,52 @@ def test_the_layers_output_and_gradients_are_unchanged(tapped):
         assert all(torch.equal(mine, plain) for mine, plain in zip(other, results[0], strict=True))
 
 
-def test_an_unarmed_tap_does_nothing(tapped):
-    tap, capture = tapped
-    attend(tap, *make_qkv(4, 2))
-    assert tap.inner.calls == 1 and capture.take() == {}
+def test_an_unarmed_capture_does_nothing(capturing):
+    core, capture = capturing
+    attend(core, *make_qkv(4, 2))
+    assert core.inner.calls == 1 and capture.take() == {}
 
 
-def test_a_tap_fires_once_when_armed(tapped):
-    tap, capture = tapped
+def test_a_capture_fires_once_when_armed(capturing):
+    core, capture = capturing
     context = make_context()
     q, k, v = make_qkv(4, 2)
     capture.arm(context)
-    attend(tap, q, k, v)
-    attend(tap, *make_qkv(4, 2, seed=9))
-    assert tap.inner.calls == 3
+    attend(core, q, k, v)
+    attend(core, *make_qkv(4, 2, seed=9))
+    assert core.inner.calls == 3
     torch.testing.assert_close(capture.take()[LAYER].double(), dense_mass(q, k, context), rtol=0, atol=1e-5)
-    attend(tap, q, k, v)
-    assert tap.inner.calls == 4 and capture.take() == {}, "taking disarms"
+    attend(core, q, k, v)
+    assert core.inner.calls == 4 and capture.take() == {}, "taking disarms"
     other = make_context(seed=5)
     capture.arm(other)
-    attend(tap, q, k, v)
+    attend(core, q, k, v)
     torch.testing.assert_close(capture.take()[LAYER].double(), dense_mass(q, k, other), rtol=0, atol=1e-5)
 
 
-def test_arming_forgets_what_nobody_took(tapped):
-    tap, capture = tapped
+def test_arming_forgets_what_nobody_took(capturing):
+    core, capture = capturing
     q, k, v = make_qkv(4, 2)
     capture.arm(make_context(seed=5))
-    attend(tap, q, k, v)
+    attend(core, q, k, v)
     capture.arm(make_context())
-    attend(tap, q, k, v)
+    attend(core, q, k, v)
     torch.testing.assert_close(capture.take()[LAYER].double(), dense_mass(q, k, make_context()), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("taken_before_backward", [True, False])
-def test_recomputation_does_not_fire_again(tapped, reentrant, taken_before_backward):
-    tap, capture = tapped
+def test_recomputation_does_not_fire_again(capturing, reentrant, taken_before_backward):
+    core, capture = capturing
     plain, recomputed = make_qkv(4, 2), make_qkv(4, 2)
     attend(make_core(), *plain).square().sum().backward()
     context = make_context()
     capture.arm(context)
-    output = checkpoint(lambda *qkv: attend(tap, *qkv), *recomputed, use_reentrant=reentrant)
+    output = checkpoint(lambda *qkv: attend(core, *qkv), *recomputed, use_reentrant=reentrant)
     masses = capture.take() if taken_before_backward else None
-    assert tap.inner.calls == 2
+    assert core.inner.calls == 2
     output.square().sum().backward()
-    assert tap.inner.calls == 3, "the recomputation runs the layer, and not the tap"
+    assert core.inner.calls == 3, "the recomputation runs the layer, and does not capture again"
     masses = masses or capture.take()
     torch.testing.assert_close(masses[LAYER].double(), dense_mass(*recomputed[:2], context), rtol=0, atol=1e-5)
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain, recomputed, strict=True))
@@ -249,9 +249,9 @@ def test_several_layers_share_a_probe():
         torch.testing.assert_close(mass.double(), dense_mass(*inputs[layer - 1][:2], context), rtol=0, atol=1e-5)
 
 
-def test_a_checkpoint_does_not_see_the_tap(tapped):
-    tap, _ = tapped
-    assert tap.sharded_state_dict("layer.", (), {}) == {}
+def test_a_checkpoint_does_not_see_the_capture(capturing):
+    core, _ = capturing
+    assert core.sharded_state_dict("layer.", (), {}) == {}
 
     class Stateful(torch.nn.Module):
         def sharded_state_dict(self, prefix, sharded_offsets, metadata):
