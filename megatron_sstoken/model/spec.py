@@ -26,7 +26,7 @@ def block_spec(
     lora: LoraSettings,
     with_last_layer: bool,
 ) -> TransformerBlockSubmodules:
-    """The layers of one model chunk, made as `config.transformer_impl` says, with an attention capture around the core attention.
+    """The layers of one model chunk, made as `config.transformer_impl` says, their core attention wrapped in a capture.
 
     `transformer_engine`: megatron's spec for it. `local`: megatron's spec for torch, with our norm and core attention in
     place of those that need apex or refuse packs, and with adapters where `lora` asks for them. `with_last_layer`: whether

@@ -169,11 +169,11 @@ def test_mass_of_no_context_and_of_nothing_else(capturing):
 def test_the_layers_output_and_gradients_are_unchanged(capturing):
     core, capture = capturing
     results = []
-    for core, armed in ((make_core(), False), (core, False), (core, True)):
+    for tried, armed in ((make_core(), False), (core, False), (core, True)):
         qkv = make_qkv(4, 2)
         if armed:
             capture.arm(make_context())
-        output = attend(core, *qkv)
+        output = attend(tried, *qkv)
         output.square().sum().backward()
         results.append([output.detach(), *(tensor.grad for tensor in qkv)])
     for other in results[1:]:
