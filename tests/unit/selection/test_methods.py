@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from megatron_sstoken.selection.methods import METHODS, Selection, random_scores, select_tokens
 from megatron_sstoken.selection.signals import TokenSignals, concatenate_signals
-from tests.unit.selection import brute_force
-from tests.unit.selection.brute_force import Token, by_key, keys_of, signals_of
-from tests.unit.selection.strategies import RHOS, micro_batches
+from tests.helpers import brute_force
+from tests.helpers.brute_force import Token, by_key, keys_of, signals_of
+from tests.helpers.strategies import RHOS, micro_batches
 
 NAN = math.nan
 WORD = 2**64 - 1
