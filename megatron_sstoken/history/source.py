@@ -66,11 +66,11 @@ class HistorySource:
 
 @functools.cache
 def history_sources() -> dict[str, type[HistorySource]]:
-    """Name → source, of all modules in this folder."""
+    """Name → source, of all modules in this folder, by name."""
     package = importlib.import_module(__package__)
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{__package__}.{module.name}")
-    return _SOURCES
+    return dict(sorted(_SOURCES.items()))  # modules may have been imported in any order
 
 
 def open_history(plan: RunPlan, layout: Layout) -> HistorySource:

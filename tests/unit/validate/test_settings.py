@@ -5,6 +5,7 @@ import math
 import pytest
 
 from megatron_sstoken.config import Settings, SettingsError
+from megatron_sstoken.history.source import history_sources
 from megatron_sstoken.validate.settings import problems_of
 
 
@@ -136,7 +137,9 @@ def test_broken_rule(name):
 
 
 def test_unknown_history_source_is_told_the_known_ones():
-    problem = "history.source=yesterday is unknown: use one of adapters_off, frozen"
+    known = list(history_sources())
+    assert known == sorted(known) and {"adapters_off", "frozen"} <= set(known)
+    problem = f"history.source=yesterday is unknown: use one of {', '.join(known)}"
     assert problems_of(settings_with(history__source="yesterday")) == [problem]
 
 
