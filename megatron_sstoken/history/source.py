@@ -23,8 +23,6 @@ class HistorySource:
 
     name: ClassVar[str] = ""
     """Value of `history.source`."""
-    scores_with_weights: ClassVar[bool] = False
-    """Whether it scores with weights of its own: `history.hf_path`, or the starting weights."""
 
     def __init_subclass__(cls) -> None:
         if name := cls.__dict__.get("name"):  # a name of its own, not its parent's
