@@ -29,14 +29,13 @@ class Frozen(HistorySource):
     """Reads the losses of a store, which it fills first if need be."""
 
     name = "frozen"
-    scores_with_weights = True
 
     def __init__(self, column: TokenColumn):
         self.column = column
 
     @classmethod
     def describe(cls, settings: Settings) -> str:
-        return f"frozen ({settings.history.hf_path or 'starting weights'})"
+        return f"{cls.name} ({settings.history.hf_path or 'starting weights'})"
 
     @classmethod
     def open(cls, plan: RunPlan, layout: Layout) -> "Frozen":

@@ -23,8 +23,6 @@ class HistorySource:
 
     name: ClassVar[str] = ""
     """Value of `history.source`."""
-    scores_with_weights: ClassVar[bool] = False
-    """Whether it scores with weights of its own: `history.hf_path`, or the starting weights."""
 
     def __init_subclass__(cls) -> None:
         if name := cls.__dict__.get("name"):  # a name of its own, not its parent's
@@ -66,11 +64,11 @@ class HistorySource:
 
 @functools.cache
 def history_sources() -> dict[str, type[HistorySource]]:
-    """Name → source, of all modules in this folder."""
+    """Name → source, of all modules in this folder, by name."""
     package = importlib.import_module(__package__)
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{__package__}.{module.name}")
-    return dict(sorted(_SOURCES.items()))
+    return dict(sorted(_SOURCES.items()))  # modules may have been imported in any order
 
 
 def open_history(plan: RunPlan, layout: Layout) -> HistorySource:

@@ -5,8 +5,8 @@ import torch
 from megatron_sstoken.checkpoint.manifest import RunIdentity, RunState, checkpoint_steps, open_checkpoint
 from megatron_sstoken.checkpoint.save_load import load_checkpoint, save_checkpoint
 from megatron_sstoken.config import Settings
-from tests.distributed_runner import run_distributed
-from tests.workbench import make_model
+from tests.helpers.distributed_runner import run_distributed
+from tests.helpers.workbench import make_model
 
 IDENTITY = RunIdentity("data", 128, "truncate", True, True, 1, 8)
 

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from megatron_sstoken.conversion.hf import from_hf, to_hf
 from megatron_sstoken.parallel import reset_layout
-from tests.distributed_runner import run_distributed
-from tests.workbench import LAYOUTS, load_model, make_model, make_samples, make_settings, make_store
+from tests.helpers.distributed_runner import run_distributed
+from tests.helpers.workbench import LAYOUTS, load_model, make_model, make_samples, make_settings, make_store
 
 FAMILIES = ("llama", "qwen2")
 

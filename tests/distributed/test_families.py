@@ -6,11 +6,10 @@ also split tensors, samples or the batch.
 
 import pytest
 
-from tests.distributed.test_invariance import largest_difference, run_cases
-from tests.distributed_runner import run_distributed
-from tests.reference.hf_reference import Objective, loss_and_gradients
-from tests.workbench import FAMILIES as ALL_FAMILIES
-from tests.workbench import (
+from tests.helpers.distributed_runner import run_distributed
+from tests.helpers.gradients import largest_difference, run_cases
+from tests.helpers.workbench import FAMILIES as ALL_FAMILIES
+from tests.helpers.workbench import (
     MIXTURES,
     load_model,
     make_model,
@@ -20,6 +19,7 @@ from tests.workbench import (
     names_on_disk,
     run_training,
 )
+from tests.reference.hf_reference import Objective, loss_and_gradients
 
 FAMILIES = tuple(name for name in ALL_FAMILIES if name not in ("llama", "qwen2"))  # test_invariance has these two
 LAYOUTS = {
@@ -112,7 +112,7 @@ def four_steps(folder, **changes):
 
 def train_and_save(rank, settings):
     from megatron_sstoken.training.loop import save, training_step
-    from tests.workbench import make_trainer
+    from tests.helpers.workbench import make_trainer
 
     trainer = make_trainer(settings)
     for number in range(2):
@@ -123,7 +123,7 @@ def train_and_save(rank, settings):
 
 def resume(rank, settings):
     from megatron_sstoken.training.loop import training_step
-    from tests.workbench import make_trainer
+    from tests.helpers.workbench import make_trainer
 
     trainer = make_trainer(settings)
     assert trainer.step == 2

@@ -6,8 +6,8 @@ Layouts of four ranks are compared with transformers in test_invariance.py, with
 
 import pytest
 
-from tests.distributed_runner import run_distributed
-from tests.workbench import make_model, make_samples, make_settings, make_store, make_trainer
+from tests.helpers.distributed_runner import run_distributed
+from tests.helpers.workbench import make_model, make_samples, make_settings, make_store, make_trainer
 
 LAYOUTS = {
     "dp2": {},

@@ -5,9 +5,9 @@ import pytest
 
 from megatron_sstoken.data.column import TokenColumn
 from megatron_sstoken.data.store import SampleStore
-from tests.distributed_runner import run_distributed
+from tests.helpers.distributed_runner import run_distributed
+from tests.helpers.workbench import load_model, make_model, make_samples, make_settings, make_store
 from tests.reference.hf_reference import token_losses
-from tests.workbench import load_model, make_model, make_samples, make_settings, make_store
 
 SAMPLES = make_samples(21, seed=8)
 

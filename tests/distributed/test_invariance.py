@@ -11,15 +11,20 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_sstoken.data.batches import PackOrder, filter_samples
 from megatron_sstoken.data.store import SampleStore
-from megatron_sstoken.model.families import Split
-from megatron_sstoken.model.weights import rules_of_chunk, to_hugging_face
-from tests.distributed_runner import run_distributed
+from tests.helpers.distributed_runner import run_distributed
+from tests.helpers.gradients import largest_difference, run_cases
+from tests.helpers.workbench import (
+    LAYOUTS,
+    load_model,
+    make_model,
+    make_samples,
+    make_settings,
+    make_store,
+)
 from tests.reference.hf_reference import Objective, loss_and_gradients
-from tests.workbench import LAYOUTS, load_model, make_model, make_samples, make_settings, make_store, make_trainer
 
 ALL_LAYOUTS = LAYOUTS | {
     "cp2": (2, {"parallel.context": 2}),
@@ -64,57 +69,6 @@ def settings_of(folder, case, parallel, micro_batch_size):
         training__steps=1,
         **parallel,
     )
-
-
-def run_cases(rank, settings):
-    """One global batch with each of the settings: loss, token records and gradients by Hugging Face name (rank 0)."""
-    from megatron_sstoken.parallel import reset_layout
-    from megatron_sstoken.passes.columns import gather_columns
-    from megatron_sstoken.training.metrics import summarize
-    from megatron_sstoken.training.selector import selector_of, train_on_selected
-
-    results = []
-    for one in settings:
-        trainer = make_trainer(one)
-        model, layout = trainer.model, trainer.layout
-        model.zero_gradients()
-        selector = selector_of(one, layout, gamma=one.selection.gamma, step=0)
-        reports = train_on_selected(model, trainer.loader.load(0), selector, whole_gradients=True)
-        loss = summarize(reports, model.architecture, layout).loss_selected
-        parts = [None] * layout.world_size
-        torch.distributed.all_gather_object(parts, (gather_columns(reports, layout), local_gradients(model)))
-        if rank == 0:
-            columns = next(part[0] for part in parts if part[0] is not None)
-            results.append((loss, columns, whole_gradients(model.architecture, [part[1] for part in parts])))
-        reset_layout()
-    return results
-
-
-def local_gradients(model):
-    """This rank's slices: (rule, layer) → (tensor rank, gradient)."""
-    found = {}
-    for chunk in model.unwrapped:
-        rules = rules_of_chunk(chunk, model.architecture)
-        for name, parameter in chunk.named_parameters():
-            found[rules[name]] = (model.layout.tensor_rank, parameter.main_grad.clone())
-    return found
-
-
-def whole_gradients(architecture, parts):
-    """Slices of all ranks → gradients by Hugging Face name."""
-    whole = {}
-    for rule, layer in {key for part in parts for key in part}:
-        slices = {part[rule, layer][0]: part[rule, layer][1] for part in parts if (rule, layer) in part}
-        ordered = [slices[number] for number in sorted(slices)]
-        if rule.split is Split.GATED and rule.expert is None:
-            halves = [piece.chunk(2) for piece in ordered]
-            gradient = torch.cat([half[0] for half in halves] + [half[1] for half in halves])
-        elif rule.split is Split.WHOLE or rule.expert is not None:
-            gradient = ordered[0]
-        else:
-            gradient = torch.cat(ordered, dim=1 if rule.split is Split.COLUMNS else 0)
-        whole |= dict(to_hugging_face(rule, layer, gradient, architecture))
-    return whole
 
 
 @pytest.fixture(scope="module")
@@ -203,9 +157,3 @@ def tokens_near_threshold(columns, case, folder, rows_at_once):
         if lowest - highest_dropped < NEAR:
             near[inside] = np.abs(scores - lowest) < NEAR
     return near
-
-
-def largest_difference(found, wanted):
-    """Largest difference of any gradient, relative to the largest element of its tensor."""
-    assert found.keys() == wanted.keys()
-    return max(float((found[name] - wanted[name]).abs().max() / wanted[name].abs().max()) for name in wanted)

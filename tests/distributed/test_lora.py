@@ -17,9 +17,17 @@ from safetensors.torch import load_file
 
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.validate.run import plan_run
-from tests.distributed_runner import run_distributed
+from tests.helpers.distributed_runner import run_distributed
+from tests.helpers.workbench import (
+    LAYOUTS,
+    load_model,
+    make_model,
+    make_samples,
+    make_settings,
+    make_store,
+    make_trainer,
+)
 from tests.reference.hf_reference import Objective, loss_and_gradients
-from tests.workbench import LAYOUTS, load_model, make_model, make_samples, make_settings, make_store, make_trainer
 
 pytestmark = pytest.mark.timeout(400)
 

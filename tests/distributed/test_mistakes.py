@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from megatron_sstoken.data.store import StoreWriter
-from tests import cli
-from tests.distributed_runner import run_distributed
-from tests.workbench import make_model, make_samples, make_settings, make_store
+from tests.helpers import cli
+from tests.helpers.distributed_runner import run_distributed
+from tests.helpers.workbench import make_model, make_samples, make_settings, make_store
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from megatron_sstoken.checkpoint.manifest import checkpoint_steps
-from tests import cli
-from tests.distributed_runner import free_port, run_distributed
-from tests.workbench import make_model, make_samples, make_settings, make_store, make_trainer
+from tests.helpers import cli
+from tests.helpers.distributed_runner import free_port, run_distributed
+from tests.helpers.workbench import make_model, make_samples, make_settings, make_store, make_trainer
 
 NUM_STEPS, SAVE_EVERY, PATIENCE = 12, 4, 100
 

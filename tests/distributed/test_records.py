@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from megatron_sstoken.training.records import read_records
-from tests.distributed_runner import run_distributed
+from tests.helpers.distributed_runner import run_distributed
+from tests.helpers.workbench import LAYOUTS, load_model, make_model, make_samples, make_settings, make_store, run_score
 from tests.reference.hf_reference import score_sample
-from tests.workbench import LAYOUTS, load_model, make_model, make_samples, make_settings, make_store, run_score
 
 FAMILIES = ("llama", "qwen2")
 TOLERANCE = {"loss": 5e-4, "history_loss": 5e-4, "attention": 1e-4, "rel_norm": 1e-3, "score": 1e-3}

@@ -9,8 +9,8 @@ import pytest
 
 from megatron_sstoken.checkpoint.manifest import checkpoint_steps
 from megatron_sstoken.training.records import read_records
-from tests import cli
-from tests.workbench import make_model, make_samples, make_settings, make_store
+from tests.helpers import cli
+from tests.helpers.workbench import make_model, make_samples, make_settings, make_store
 
 NUM_SAMPLES, GLOBAL_BATCH, NUM_STEPS, SAVE_EVERY = 42, 4, 23, 2
 LAYOUT = {"parallel__tensor": 2}

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from tests.distributed_runner import run_distributed
+from tests.helpers.distributed_runner import run_distributed
 
 
 def one_raises_while_the_other_waits(rank):

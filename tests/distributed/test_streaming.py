@@ -21,8 +21,8 @@ from megatron_sstoken.conversion import hf
 from megatron_sstoken.conversion.hf import from_hf, reshard, to_hf
 from megatron_sstoken.conversion.inspection import describe_checkpoint, format_description
 from megatron_sstoken.conversion.work import ConversionOptions, Workplace
-from tests.distributed_runner import run_distributed
-from tests.workbench import make_model, make_settings
+from tests.helpers.distributed_runner import run_distributed
+from tests.helpers.workbench import make_model, make_settings
 
 FAMILIES = ("llama", "qwen2")
 SMALL_FILES = ConversionOptions(shard_size=50_000, workers=2)

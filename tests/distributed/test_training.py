@@ -5,9 +5,17 @@ Rows have different lengths, so that every micro-batch counts differently: any m
 
 import pytest
 
-from tests.distributed_runner import run_distributed
+from tests.helpers.distributed_runner import run_distributed
+from tests.helpers.workbench import (
+    LAYOUTS,
+    load_model,
+    make_model,
+    make_samples,
+    make_settings,
+    make_store,
+    run_training,
+)
 from tests.reference.hf_reference import Objective, train_full
-from tests.workbench import LAYOUTS, load_model, make_model, make_samples, make_settings, make_store, run_training
 
 NUM_STEPS, GLOBAL_BATCH = 5, 8
 OPTIMIZER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "clip_grad": 1.0}

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.distributed.test_invariance import largest_difference, run_cases
-from tests.distributed_runner import run_distributed
-from tests.workbench import make_model, make_samples, make_settings, make_store, run_training
+from tests.helpers.distributed_runner import run_distributed
+from tests.helpers.gradients import largest_difference, run_cases
+from tests.helpers.workbench import make_model, make_samples, make_settings, make_store, run_training
 
 BASE = {"selection__layer": [0, 2, -1], "training__global_batch_size": 8, "training__steps": 1, "data__packing": True}
 VARIANTS = {

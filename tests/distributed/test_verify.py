@@ -14,9 +14,9 @@ from megatron_sstoken.conversion.hf import from_hf
 from megatron_sstoken.model import weights
 from megatron_sstoken.model.families import reading, registry
 from megatron_sstoken.parallel import reset_layout
-from tests.distributed_runner import run_distributed
-from tests.toy import make_tokenizer
-from tests.workbench import FAMILIES, MIXTURES, make_model
+from tests.helpers.distributed_runner import run_distributed
+from tests.helpers.toy import make_tokenizer
+from tests.helpers.workbench import FAMILIES, MIXTURES, make_model
 from tools.convert_checkpoint import main
 
 LAYOUTS = {

@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 
-from tests import cli
-from tests.workbench import make_model, make_samples, make_store
+from tests.helpers import cli
+from tests.helpers.workbench import make_model, make_samples, make_store
 
 ROOT = cli.ROOT
 TE, FP8 = "transformer_engine", "training.precision=fp8"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import measure
-from tests.distributed_runner import run_distributed
+from tests.helpers.distributed_runner import run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "--hidden 32 --layers 2 --vocabulary 512 --intermediate 64 --heads 2 --groups 1 --problems 12 --rounds 1".split()

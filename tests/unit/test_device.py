@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from tests.cli import ROOT, environment
+from tests.helpers.cli import ROOT, environment
 
 CHECK = """
 import torch

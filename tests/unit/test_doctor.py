@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_sstoken.doctor import LITTLE_DISK, PACKAGES, Machine, diagnose, fp8_recipes, main, try_import
-from tests.cli import ROOT, environment
+from tests.helpers.cli import ROOT, environment
 
 INSTALLED = dict.fromkeys(PACKAGES, "1.0") | {"megatron-core": "0.16.1"}
 ABSENT = dict.fromkeys(("transformer-engine", "transformer-engine-torch", "apex", "flash-attn"))

@@ -12,7 +12,7 @@ from megatron_sstoken.config import SettingsError
 from megatron_sstoken.model.presets import MODELS
 from megatron_sstoken.validate.describe import describe
 from megatron_sstoken.validate.run import plan_run
-from tests import cli
+from tests.helpers import cli
 from tools.make_config import make_config, make_stand_in_data
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's own

@@ -10,7 +10,7 @@ from megatron_sstoken import supported
 from megatron_sstoken.config import Settings, TrainingSettings
 from megatron_sstoken.doctor import Machine, fp8_recipes
 from megatron_sstoken.model import backend
-from tests.cli import ROOT
+from tests.helpers.cli import ROOT
 
 
 @pytest.mark.parametrize("cuda", ["12.4", "12.9", "13.0"])

@@ -18,7 +18,7 @@ from megatron_sstoken.data.batches import (
     filter_samples,
 )
 from megatron_sstoken.data.store import SampleStore, StoreWriter
-from tests.workbench import make_samples, make_store
+from tests.helpers.workbench import make_samples, make_store
 
 SAMPLES = [
     ([11, 12, 13, 14, 15], [0, 0, 1, 1, 0]),  # context after the response, as a template may have

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_sstoken.data.conversation import FieldNames, parse_row, tokenize_conversations
 from megatron_sstoken.data.tokenizer import BadRow, load_tokenizer
-from tests.toy import CHAT_TEMPLATES, exchange, make_sentencepiece, make_tokenizer, random_conversations
+from tests.helpers.toy import CHAT_TEMPLATES, exchange, make_sentencepiece, make_tokenizer, random_conversations
 
 MULTI_TURN = [
     *exchange("the quick fox", "the lazy dog", system="you are helpful"),

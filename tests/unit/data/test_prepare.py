@@ -16,7 +16,7 @@ from megatron_sstoken.data.conversation import FieldNames, parse_row, tokenize_c
 from megatron_sstoken.data.prepare import prepare, summary
 from megatron_sstoken.data.store import SampleStore, StoreWriter
 from megatron_sstoken.data.tokenizer import load_tokenizer
-from tests.toy import (
+from tests.helpers.toy import (
     CHAT_TEMPLATES,
     exchange,
     make_sentencepiece,

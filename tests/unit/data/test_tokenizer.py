@@ -8,7 +8,7 @@ from transformers import ByT5Tokenizer
 
 from megatron_sstoken.data.conversation import tokenize_conversations
 from megatron_sstoken.data.tokenizer import BadRow, has_generation_marks, load_tokenizer
-from tests.toy import CHAT_TEMPLATES, exchange, make_sentencepiece, make_tokenizer
+from tests.helpers.toy import CHAT_TEMPLATES, exchange, make_sentencepiece, make_tokenizer
 
 MARK = "{% generation %}{{ x }}{% endgeneration %}"
 

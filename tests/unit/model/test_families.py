@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Con
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_sstoken.model.families import family_of, read_architecture, register, rope_inverse_frequencies
-from tests.workbench import FAMILIES, names_on_disk, tiny_config
+from tests.helpers.workbench import FAMILIES, names_on_disk, tiny_config
 
 LLAMA2 = {
     "architectures": ["LlamaForCausalLM"],

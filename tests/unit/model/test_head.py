@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from megatron_sstoken.model import head
 from megatron_sstoken.model.backend import compiler_problem
 from megatron_sstoken.model.head import IGNORE_INDEX, selective_head, vocabulary_parallel_loss
-from tests.distributed_runner import run_distributed
+from tests.helpers.distributed_runner import run_distributed
 
 WORDS, PADDED = 99, 128
 SHAPE = (3, 7)

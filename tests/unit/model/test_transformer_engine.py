@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.distributed_runner import run_distributed
-from tests.workbench import make_model, make_settings
+from tests.helpers.distributed_runner import run_distributed
+from tests.helpers.workbench import make_model, make_settings
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is None, reason="transformer_engine is not installed"

@@ -18,7 +18,7 @@ from megatron_sstoken.model.weights import (
     rules_of_chunk,
     to_hugging_face,
 )
-from tests.workbench import load_model, make_model
+from tests.helpers.workbench import load_model, make_model
 
 FAMILIES = ("llama", "qwen2")
 PADDED = 128

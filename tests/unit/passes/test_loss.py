@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_sstoken.passes.loss import loss_weights
-from tests.unit.training import make_batch
+from tests.helpers.token_batches import make_batch
 
 TURNS = [[0, 1, 1, 1], [0, 0, 1, 1], [0, 1]]
 SELECTED = [[1, 2], [3], []]  # positions, by sample

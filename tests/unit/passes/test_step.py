@@ -8,7 +8,6 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sstoken.config import SelectionSettings
 from megatron_sstoken.model.attention import AttentionCapture, SampleBounds, sample_bounds
 from megatron_sstoken.passes import step
 from megatron_sstoken.passes.step import (
@@ -21,10 +20,8 @@ from megatron_sstoken.passes.step import (
     train_on,
 )
 from megatron_sstoken.selection.methods import Selection
-from megatron_sstoken.training.selector import Selector, signals_of
-from tests.unit.training import make_batch, make_report
+from tests.helpers.token_batches import TURNS, indices, make_batch, make_selector
 
-TURNS = [[0, 0, 1, 1, 0, 1], [1, 0, 1, 1], [0, 1]]
 ROLES = st.lists(st.integers(0, 1), min_size=1, max_size=9)
 
 
@@ -67,80 +64,6 @@ def test_to_predicting_moves_one_to_the_left():
     mask = torch.tensor([True, False, True, True, False])
     assert to_predicting(mask).tolist() == [False, True, True, False, False]
     assert mask.tolist() == [True, False, True, True, False]
-
-
-def test_signals_of_a_report():
-    report = make_report(make_batch(TURNS, 8))
-    signals = signals_of(report)
-    assert (
-        signals.num_segments == 3
-        and signals["loss"] is report.loss
-        and signals["attention"] is report.values["attention"]
-    )
-    assert signals["history_loss"] is report.batch.history_loss
-    for name in ("segment", "response", "sample", "position"):
-        assert getattr(signals, name) is getattr(report.batch, name)
-    assert set(signals_of(make_report(make_batch(TURNS, 8, history=False), attention=False)).values) == {"loss"}
-
-
-def selector(gamma: float = 0.5, seed: int = 1, step: int = 2, **changes) -> Selector:
-    return Selector(SelectionSettings(**changes), gamma=gamma, seed=seed, step=step, group=None)
-
-
-def by_hand(values: torch.Tensor, batch, counts: list[int]) -> list[int]:
-    """Indices of the `counts[s]` highest values among the response tokens of each sample s."""
-    chosen = []
-    for number, count in enumerate(counts):
-        mine = [t for t in range(len(values)) if batch.segment[t] == number and batch.response[t]]
-        chosen += sorted(mine, key=lambda t: -float(values[t]))[:count]
-    return sorted(chosen)
-
-
-def indices(mask: torch.Tensor) -> list[int]:
-    return mask.nonzero().flatten().tolist()
-
-
-def test_selector_uses_gamma_rho_and_the_reports_values():
-    batch = make_batch(TURNS, 8, seed=3)
-    report = make_report(batch, seed=3, selected=False)
-    counts = [2, 1, 1]  # half of 3, 2 and 1, rounded up
-    by_attention = selector(gamma=0.0, rho=0.5)(report)
-    assert indices(by_attention.mask) == by_hand(report.values["attention"], batch, counts)
-    by_rel = selector(gamma=1.0, rho=0.5)(report)
-    assert indices(by_rel.mask) == by_hand(batch.history_loss - report.loss, batch, counts)
-    assert by_rel.mask.tolist() != by_attention.mask.tolist()
-    assert torch.equal(selector(method="full")(report).mask, batch.response)
-
-
-def test_random_selection_depends_on_seed_and_step():
-    report = make_report(make_batch([[0] + [1] * 60] * 2, 64), selected=False)
-    masks = [
-        selector(method="random", rho=0.5, seed=seed, step=step)(report).mask.tolist()
-        for seed, step in ((1, 2), (1, 2), (1, 3), (2, 2))
-    ]
-    assert masks[0] == masks[1] and len(set(map(tuple, masks))) == 3
-    assert sum(masks[0]) == 60
-
-
-def test_a_selection_over_the_whole_batch():
-    """The tokens of both micro-batches compete: all of the higher one's are taken before any of the other's."""
-    batches = [make_batch([[0] + [1] * 4], 8), make_batch([[0] + [1] * 6, [0, 1]], 8, first_sample=9)]
-    high, low = (make_report(batch, selected=False) for batch in batches)
-    reports = [
-        TokenReport(batch, {"loss": report.loss, "attention": attention})
-        for batch, report, attention in (
-            (batches[0], low, torch.linspace(0.1, 0.2, 8)),
-            (batches[1], high, torch.linspace(0.9, 0.5, 16)),
-        )
-    ]
-    choose = selector(gamma=0.0, rho=0.75, scope="batch", method="attention")
-    assert choose.needs_all_scores
-    (first, second), rho = choose.over_batch(reports)
-    assert rho == 0.75
-    assert torch.equal(second.mask, batches[1].response), "7 of the 9 that are wanted"
-    assert indices(first.mask) == [3, 4], "the highest two of the rest"
-    assert not selector(method="full", scope="batch").needs_all_scores
-    assert not selector(scope="microbatch").needs_all_scores and selector(rho="auto").needs_all_scores
 
 
 def test_of_this_rank():
@@ -207,7 +130,7 @@ def test_select_and_train_sums_the_selected_losses(monkeypatch):
     values = [torch.rand(24) + 1, torch.rand(8) + 1]
     chunk = Chunk(values)
     model, handed = run_as_megatron(monkeypatch, chunk)
-    reports = select_and_train(model, batches, selector(method="random", rho=0.5))
+    reports = select_and_train(model, batches, make_selector(method="random", rho=0.5))
     assert [int(count) for _, count in handed] == [4, 1]
     for batch, row, parameter, report, (total, count) in zip(
         batches, values, chunk.losses, reports, handed, strict=True
@@ -277,7 +200,7 @@ def test_the_model_gets_the_batch_and_its_bounds(monkeypatch):
     batch = make_batch(TURNS, 8)
     chunk = Chunk([torch.zeros(24)])
     model, _ = run_as_megatron(monkeypatch, chunk)
-    select_and_train(model, [batch], selector(method="full"))
+    select_and_train(model, [batch], make_selector(method="full"))
     ((tokens, position, attention_mask, labels, bounds),) = chunk.calls
     assert torch.equal(tokens, batch.tokens) and attention_mask is None
     assert labels.tolist() == [labels_by_hand(batch, batch.response)]
@@ -293,7 +216,7 @@ def test_a_loss_that_is_not_finite_and_not_selected_stays_out(monkeypatch, bad, 
     losses[1:3] = 1.0  # what predicts tokens 2 and 3
     chunk = Chunk([losses])
     model, handed = run_as_megatron(monkeypatch, chunk)
-    select_and_train(model, [batch], selector(method="full"), loss_average=average)
+    select_and_train(model, [batch], make_selector(method="full"), loss_average=average)
     weight = 1.0 if average == "token" else 0.5
     assert float(handed[0][0]) == 2 * weight and int(handed[0][1]) == (2 if average == "token" else 1)
     assert chunk.losses[0].grad.tolist() == [[0, weight, weight, 0, 0, 0, 0, 0]]
@@ -304,14 +227,14 @@ def test_a_micro_batch_without_samples(monkeypatch, average):
     chunk = Chunk([torch.rand(8)])
     model, handed = run_as_megatron(monkeypatch, chunk)
     batch = make_batch([], 8, num_rows=1)
-    select_and_train(model, [batch], selector(method="random"), loss_average=average)
+    select_and_train(model, [batch], make_selector(method="random"), loss_average=average)
     assert float(handed[0][0]) == 0.0 and int(handed[0][1]) == 0
     assert not chunk.losses[0].grad.any()
 
 
 def test_score_batch_selects_only_on_demand(monkeypatch):
     batch = make_batch(TURNS, 8)
-    for choose, selected in ((None, None), (selector(method="full"), batch.response)):
+    for choose, selected in ((None, None), (make_selector(method="full"), batch.response)):
         chunk = Chunk([torch.rand(24)])
         model, handed = run_as_megatron(monkeypatch, chunk)
         (report,) = score_batch(model, [batch], choose)
@@ -352,7 +275,7 @@ def test_attention_is_the_mean_over_heads_and_measured_layers(monkeypatch, alone
         capture.masses |= {2: masses[len(chunk.calls), 0], 4: masses[len(chunk.calls), 1]}
 
     chunk.register_forward_pre_hook(attend)
-    reports = select_and_train(model, batches, selector(method="attention", gamma=0.0))
+    reports = select_and_train(model, batches, make_selector(method="attention", gamma=0.0))
     for number, (report, batch) in enumerate(zip(reports, batches, strict=True)):
         assert torch.equal(contexts[number], batch.context)
         torch.testing.assert_close(report.values["attention"], (masses[number, 0] + masses[number, 1]) / 8)

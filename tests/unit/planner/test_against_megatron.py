@@ -12,7 +12,7 @@ from megatron_sstoken.model.presets import find_architecture
 from megatron_sstoken.planner.hardware import Assumptions
 from megatron_sstoken.planner.memory import parameter_sizes, stage_memory
 from megatron_sstoken.planner.workload import Workload
-from tests.cli import ROOT
+from tests.helpers.cli import ROOT
 
 LARGE = {"world_size": 128, "tensor": 8, "pipeline": 4, "sequence": True, "global_batch_size": 16}
 TINY = [

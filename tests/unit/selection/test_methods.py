@@ -8,11 +8,19 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_sstoken.selection.methods import METHODS, Method, Selection, find_method, random_scores, select_tokens
+from megatron_sstoken.selection.methods import (
+    METHODS,
+    OPTIONAL_SIGNALS,
+    Method,
+    Selection,
+    find_method,
+    random_scores,
+    select_tokens,
+)
 from megatron_sstoken.selection.signals import TokenSignals, concatenate_signals
-from tests.unit.selection import brute_force
-from tests.unit.selection.brute_force import Token, by_key, keys_of, signals_of
-from tests.unit.selection.strategies import RHOS, micro_batches
+from tests.helpers import brute_force
+from tests.helpers.brute_force import Token, by_key, keys_of, signals_of
+from tests.helpers.strategies import RHOS, micro_batches
 
 NAN = math.nan
 WORD = 2**64 - 1
@@ -25,13 +33,15 @@ def select(signals: TokenSignals, method: str = "sstoken", **changes) -> Selecti
 
 
 def example() -> TokenSignals:
-    """Two samples of 6 and 3 response tokens."""
+    """Two samples of 6 and 3 response tokens, with every signal that a method may need."""
     tokens = [
         Token(sample, position, position > 0, loss=0.1 * position, history_loss=0.3 * position, attention=0.1)
         for sample, length in ((5, 7), (8, 4))
         for position in range(length)
     ]
-    return signals_of(tokens)
+    signals = signals_of(tokens)
+    others = OPTIONAL_SIGNALS - signals.values.keys()
+    return signals.changed(**{name: torch.linspace(0, 1, len(signals.response)) for name in others})
 
 
 def expected_scores(tokens: list[Token], method: str, gamma: float) -> dict[brute_force.Key, float]:
@@ -93,11 +103,7 @@ def test_what_a_method_does_not_need_it_does_not_look_at(method):
     signals = example()
     nothing = torch.full_like(signals["loss"], NAN)
     plain = select(signals, method)
-    without = signals
-    if "history_loss" not in METHODS[method].needs:
-        without = without.changed(history_loss=nothing)
-    if "attention" not in METHODS[method].needs:
-        without = without.changed(attention=nothing)
+    without = signals.changed(**dict.fromkeys(OPTIONAL_SIGNALS - METHODS[method].needs, nothing))
     assert torch.equal(select(without, method).mask, plain.mask)
 
 
@@ -105,14 +111,11 @@ def test_what_a_method_does_not_need_it_does_not_look_at(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_nan_in_what_it_needs_names_the_token(method, scope):
     signals = example()
-    for needed, name in (
-        ("history_loss" in METHODS[method].needs, "history_loss"),
-        ("attention" in METHODS[method].needs, "attention"),
-    ):
+    for name in sorted(OPTIONAL_SIGNALS):
         values = signals[name].clone()
         values[[10, 9]] = NAN  # positions 3 and 2 of sample 8
         poisoned = signals.changed(**{name: values})
-        if needed:
+        if name in METHODS[method].needs:
             with pytest.raises(ValueError, match=r"sample 8 \(row number in the input\), position 2, is NaN"):
                 select(poisoned, method, scope=scope)
         else:

@@ -11,8 +11,8 @@ from megatron_sstoken.selection.adaptive import choose_rho
 from megatron_sstoken.selection.methods import score_tokens, select_tokens
 from megatron_sstoken.selection.signals import TokenSignals, concatenate_signals
 from megatron_sstoken.selection.topk import Traffic, distributed_topk, token_id
-from tests.distributed_runner import run_distributed
-from tests.unit.selection.brute_force import Token, signals_of
+from tests.helpers.brute_force import Token, signals_of
+from tests.helpers.distributed_runner import run_distributed
 
 RHO = "0.3"
 SCORING = {"gamma": 0.5, "rel_floor": 1e-3, "seed": 7, "step": 2}

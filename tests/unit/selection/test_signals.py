@@ -14,8 +14,8 @@ from megatron_sstoken.selection.signals import (
     normalize_per_sample,
     retrospective_excess_loss,
 )
-from tests.unit.selection import brute_force
-from tests.unit.selection.strategies import micro_batches
+from tests.helpers import brute_force
+from tests.helpers.strategies import micro_batches
 
 NAN = math.nan
 

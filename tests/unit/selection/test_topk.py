@@ -27,7 +27,7 @@ from megatron_sstoken.selection.topk import (
     sum_over,
     token_id,
 )
-from tests.unit.selection.strategies import DENORMAL, RHOS, scores
+from tests.helpers.strategies import DENORMAL, RHOS, scores
 
 INF, NAN = math.inf, math.nan
 PLAIN_BYTES = 8 * (2049 + 2049 + 1025)

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from megatron_sstoken.config import ParallelSettings
 from megatron_sstoken.model.families import Architecture, read_architecture
 from megatron_sstoken.training.metrics import QUANTILES, StepLogger, StepMetrics, summarize, training_flops
-from tests.cli import scalars
-from tests.distributed_runner import run_distributed
-from tests.unit.training import make_batch, make_report
-from tests.workbench import load_model, make_model
+from tests.helpers.cli import scalars
+from tests.helpers.distributed_runner import run_distributed
+from tests.helpers.token_batches import make_batch, make_report
+from tests.helpers.workbench import load_model, make_model
 
 TINY = Architecture(
     family="llama",

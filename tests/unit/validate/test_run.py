@@ -1,66 +1,17 @@
-"""Settings against model, data and number of processes: each cross-check, the plan's text, the dry run."""
+"""Settings against model, data and number of processes: the plan, and each cross-check."""
 
 import json
-import math
 import os
 import shutil
-from dataclasses import asdict
-from pathlib import Path
 
-import numpy as np
 import pytest
 
 from megatron_sstoken.config import SettingsError
-from megatron_sstoken.data.store import StoreWriter
-from megatron_sstoken.train import main
-from megatron_sstoken.training.loop import identity_of
-from megatron_sstoken.validate.describe import describe
-from megatron_sstoken.validate.layout import divisors
 from megatron_sstoken.validate.run import plan_run
-from tests.cli import settings_arguments
+from tests.helpers.plans import NUM_SAMPLES, only_problem, problems_of, write_samples
+from tests.helpers.toy import make_tokenizer
+from tests.helpers.workbench import VOCABULARY, make_model, make_samples
 from tests.reference.hf_reference import Sample
-from tests.toy import make_tokenizer
-from tests.workbench import VOCABULARY, make_model, make_samples, make_settings, make_store
-
-# `main` reads the settings with what jsonargparse 4.49 renamed; the old name goes with its version 5.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-NUM_SAMPLES = 20
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """`model` (4 layers, 4 heads, 2 groups, feed-forward 48, vocabulary 99, 512 positions) and `data`."""
-    folder = tmp_path_factory.mktemp("plan")
-    make_model(folder / "model")
-    make_store(folder / "data", make_samples(NUM_SAMPLES))
-    return folder
-
-
-@pytest.fixture
-def settings(folder):
-    return lambda **changes: make_settings(str(folder / "model"), str(folder / "data"), **changes)
-
-
-def problems_of(settings, world_size: int = 1) -> list[str]:
-    with pytest.raises(SettingsError) as error:
-        plan_run(settings, world_size)
-    return error.value.problems
-
-
-def only_problem(settings, world_size: int = 1) -> str:
-    (problem,) = problems_of(settings, world_size)
-    return problem
-
-
-def write_samples(folder: Path, samples: list[Sample], **changes) -> str:
-    """A store of these samples with other facts in its manifest."""
-    facts = {"vocabulary_size": VOCABULARY, "tokenizer_fingerprint": "toy", "tokenizer_path": "toy"} | changes
-    writer = StoreWriter(folder)
-    for row, sample in enumerate(samples):
-        writer.add(np.array(sample.tokens, dtype=np.int32), np.array(sample.roles, dtype=np.uint8), 10 * row)
-    writer.finalize(eos_token_id=1, template=None, **facts)
-    return str(folder)
 
 
 def test_a_plan(settings):
@@ -95,162 +46,6 @@ def test_layers_are_counted_from_either_end(settings):
 def test_needs_of_methods(settings, method, history, attention):
     plan = plan_run(settings(selection__method=method), 1)
     assert plan.needs_history is history and plan.captured_layers == attention
-
-
-@pytest.mark.parametrize(
-    ("world_size", "parallel", "data_size", "pack_multiple", "sample_multiple"),
-    [
-        (4, {"parallel__tensor": 2}, 2, 64, 1),
-        (
-            4,
-            {"parallel__tensor": 4, "parallel__sequence": True},
-            1,
-            64,
-            1,
-        ),  # the cut goes through query groups
-        (2, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}, 1, 64, 1),
-        (8, {"parallel__tensor": 2, "parallel__pipeline": 2}, 2, 64, 1),
-        (6, {"parallel__context": 3}, 2, 192, 6),
-        (8, {"parallel__context": 2, "parallel__tensor": 2, "parallel__sequence": True}, 2, 64, 4),
-    ],
-)
-def test_layouts_that_fit(settings, world_size, parallel, data_size, pack_multiple, sample_multiple):
-    shape = plan_run(settings(**parallel), world_size).shape
-    assert (shape.data_size, shape.pack_multiple, shape.sample_multiple) == (
-        data_size,
-        pack_multiple,
-        sample_multiple,
-    )
-
-
-# name → changes, number of processes, the whole message ({model} and {data} are folders)
-LAYOUT_PROBLEMS = {
-    "processes": (
-        {"parallel__tensor": 2, "parallel__pipeline": 2},
-        6,
-        "6 processes cannot be split into parallel.tensor=2 × parallel.pipeline=2 × parallel.context=1 = 4: "
-        "start a multiple of 4 processes, or use smaller sizes",
-    ),
-    "global batch": (
-        {"training__global_batch_size": 10, "training__micro_batch_size": 2},
-        4,
-        "training.global_batch_size=10 is not a multiple of training.micro_batch_size=2 × data parallel size 4 = 8: "
-        "use 8 or 16",
-    ),
-    "small global batch": (
-        {"training__global_batch_size": 3},
-        4,
-        "training.global_batch_size=3 is not a multiple of training.micro_batch_size=1 × data parallel size 4 = 4: "
-        "use 4",
-    ),
-    "interleaved batch": (
-        {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "training__global_batch_size": 7},
-        2,
-        "training.global_batch_size=7 gives 7 micro-batches; the interleaved schedule needs a multiple of "
-        "parallel.pipeline=2: use a multiple of 2",
-    ),
-    "layers": (
-        {"parallel__pipeline": 3},
-        3,
-        "parallel.pipeline=3 × parallel.virtual_pipeline=1 = 3 does not divide model.num_hidden_layers=4: "
-        "use a product of 1, 2 or 4",
-    ),
-    "layers and chunks": (
-        {"parallel__pipeline": 2, "parallel__virtual_pipeline": 3},
-        2,
-        "parallel.pipeline=2 × parallel.virtual_pipeline=3 = 6 does not divide model.num_hidden_layers=4: "
-        "use a product of 1, 2 or 4",
-    ),
-    "length": (
-        {"data__sequence_length": 513},
-        1,
-        "data.sequence_length=513 is longer than the model's max_position_embeddings=512: use 512 or less",
-    ),
-    "no such layer": (
-        {"selection__layer": 4},
-        1,
-        "selection.layer=4 does not exist in a model of 4 layers: use -4 to 3",
-    ),
-    "no such layer from the end": (
-        {"selection__layer": -5},
-        1,
-        "selection.layer=-5 does not exist in a model of 4 layers: use -4 to 3",
-    ),
-    "no such layer in a list": (
-        {"selection__layer": [0, 7]},
-        1,
-        "selection.layer=7 does not exist in a model of 4 layers: use -4 to 3",
-    ),
-    "a layer twice": (
-        {"selection__layer": [3, -1]},
-        1,
-        "selection.layer=[3, -1] names a layer twice in a model of 4 layers: use each once",
-    ),
-    "no data": (
-        {"data__train": "/nowhere/data"},
-        1,
-        "data.train: prepared data: /nowhere/data does not exist: make it with tools/prepare_data.py",
-    ),
-    "no validation data": (
-        {"data__validation": "/nowhere/data"},
-        1,
-        "data.validation: prepared data: /nowhere/data does not exist: make it with tools/prepare_data.py",
-    ),
-    "no model": (
-        {"model__hf_path": "/nowhere/model"},
-        1,
-        "model.hf_path: /nowhere/model has no config.json: name the folder of a Hugging Face checkpoint",
-    ),
-    "no checkpoint": (
-        {"model__checkpoint": "/nowhere/step"},
-        1,
-        "model.checkpoint: /nowhere/step holds no complete checkpoint (a folder step_<number> with sstoken.json)",
-    ),
-    "no history model": (
-        {"history__hf_path": "/nowhere/old"},
-        1,
-        "history.hf_path: /nowhere/old has no config.json: name the folder of a Hugging Face checkpoint",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", LAYOUT_PROBLEMS)
-def test_what_does_not_fit(settings, name):
-    changes, world_size, message = LAYOUT_PROBLEMS[name]
-    assert problems_of(settings(**changes), world_size)[0] == message
-
-
-@pytest.mark.parametrize(
-    ("shape", "tensor", "message"),
-    [
-        (
-            {"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 36},
-            4,
-            "parallel.tensor=4 does not divide model.num_attention_heads=6: use 1, 2, 3 or 6",
-        ),
-        (
-            {"intermediate_size": 50},
-            4,
-            "parallel.tensor=4 does not divide model.intermediate_size=50: use 1, 2, 5, 10, 25 or 50",
-        ),
-        (
-            {"num_attention_heads": 12, "num_key_value_heads": 4, "hidden_size": 48},
-            6,
-            "parallel.tensor=6 neither divides nor is a multiple of model.num_key_value_heads=4: use 1, 2 or 4",
-        ),
-    ],
-)
-def test_tensor_parallel_against_the_model(folder, tmp_path, shape, tensor, message):
-    make_model(tmp_path / "model", **shape)
-    settings = make_settings(str(tmp_path / "model"), str(folder / "data"), parallel__tensor=tensor)
-    assert message in problems_of(settings, tensor)
-    settings.parallel.tensor = 2
-    assert plan_run(settings, 2).shape.data_size == 1
-
-
-def test_divisors():
-    assert (divisors(1), divisors(7), divisors(12)) == ("1", "1 or 7", "1, 2, 3, 4, 6 or 12")
-    assert divisors(128) == "1, 2, 4, 8, 16, 32 or 64"
 
 
 def test_settings_rules_come_first_and_alone(settings):
@@ -359,24 +154,6 @@ def test_history_model_of_another_vocabulary(settings, tmp_path):
     plan_run(settings(history__hf_path=larger), 1)
 
 
-@pytest.mark.parametrize(
-    ("shape", "parallel", "named"),
-    [
-        ({"num_hidden_layers": 3}, {"parallel__pipeline": 2}, "num_hidden_layers=3"),
-        ({"intermediate_size": 49}, {"parallel__tensor": 2}, "intermediate_size=49"),
-        (
-            {"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 48},
-            {"parallel__tensor": 2},
-            "num_key_value_heads=3",
-        ),
-    ],
-)
-def test_history_model_that_the_layout_does_not_divide(settings, tmp_path, shape, parallel, named):
-    history = make_model(tmp_path / "history", **shape)
-    assert f"history.{named}: use" in only_problem(settings(history__hf_path=history, **parallel), 2)
-    plan_run(settings(history__hf_path=history), 1)
-
-
 def test_history_model_that_is_too_short(settings, tmp_path):
     history = make_model(tmp_path / "history", max_position_embeddings=64)
     problem = only_problem(settings(history__hf_path=history))
@@ -419,131 +196,6 @@ def test_folders_that_cannot_be_made(settings, tmp_path, setting):
     assert not (tmp_path / "new").exists(), "planning writes nothing"
 
 
-def facts_of(text: str) -> dict[str, str]:
-    """Name → value of each line of a described plan."""
-    return dict(line.split(maxsplit=1) for line in text.splitlines())
-
-
-def test_description(settings, folder):
-    changes = {"training__micro_batch_size": 2, "training__epochs": 2, "parallel__tensor": 2}
-    samples = make_samples(NUM_SAMPLES)
-    lengths = [min(len(sample.tokens), 50) for sample in samples]
-    long = sum(len(sample.tokens) > 50 for sample in samples)
-    assert 0 < long < NUM_SAMPLES
-    facts = facts_of(describe(plan_run(settings(data__sequence_length=50, **changes), 4)))
-    assert facts["model"].startswith("llama, 37,344 parameters, 4 layers")
-    assert facts["vocabulary"] == "99, padded to 128"
-    assert facts["processes"] == "4 = tensor 2 × pipeline 1 × context 1 × data 2"
-    assert facts["data"] == (
-        f"20 samples, {sum(lengths):,} tokens, longest 50 ({long} truncated, 0 dropped, 0 left without response)"
-    )
-    mean = sum(lengths) / NUM_SAMPLES
-    assert facts["batch"] == (
-        f"8 packs = micro-batch 2 × data 2 × accumulation 2; about {math.ceil(mean * 8)} real tokens a step"
-    )
-    assert facts["packs"] == "20 of up to 50 tokens an epoch, one sample each, padded to the longest of its batch"
-    assert facts["steps"] == "5 (2 epochs)"
-    assert facts["selection"] == (
-        "sstoken, rho 0.6, scope sample, loss averaged by token, gamma 0.5, layer -1, history frozen (starting weights)"
-    )
-    assert facts["precision"] == "fp32" and facts["checkpoints"] == "none"
-
-
-def test_description_of_other_runs(settings, folder):
-    plan = plan_run(
-        settings(
-            parallel__pipeline=2,
-            parallel__virtual_pipeline=2,
-            parallel__tensor=2,
-            parallel__sequence=True,
-            training__steps=5,
-            selection__method="full",
-            checkpoint__directory="runs/1",
-        ),
-        4,
-    )
-    facts = facts_of(describe(plan))
-    assert facts["processes"] == ("4 = tensor 2 × pipeline 2 (× 2 chunks) × context 1 × data 1, sequence parallel")
-    assert facts["steps"] == "5 (2 epochs)" and facts["checkpoints"] == "runs/1"
-    assert facts["selection"] == "full: every response token"
-    random = plan_run(settings(selection__method="random", selection__rho=0.25), 1)
-    assert facts_of(describe(random))["selection"] == "random, rho 0.25, scope sample, loss averaged by token"
-
-
-def test_packing_of_a_plan(settings):
-    """Rows are counted as the batches will hold them; the arithmetic is of packed rows."""
-    plan = plan_run(settings(data__packing=True, training__epochs=2, training__global_batch_size=2), 1)
-    tokens = sum(len(sample.tokens) for sample in make_samples(NUM_SAMPLES))
-    rows = plan.train.order.num_packs(1)
-    assert tokens / 128 <= rows < NUM_SAMPLES / 2 and plan.num_packs == plan.train.order.num_packs(2)
-    assert plan.num_steps == math.ceil(plan.num_packs / 2)
-    facts = facts_of(describe(plan))
-    assert facts["packs"] == (
-        f"{rows} of up to 128 tokens an epoch, packed {NUM_SAMPLES / rows:.1f} samples each, "
-        f"{100 * tokens / rows / 128:.1f} % full"
-    )
-    assert facts["batch"].endswith(f"about {math.ceil(tokens / rows * 2)} real tokens a step")
-
-
-def dry_run(settings, *options: str) -> int:
-    return main([*settings_arguments(settings), "--dry_run", *options])
-
-
-def test_dry_run_prints_the_plan_and_makes_nothing(settings, tmp_path, capsys):
-    run = settings(checkpoint__directory=str(tmp_path / "run"), parallel__tensor=2)
-    assert dry_run(run, "--world_size=8") == 0
-    printed = capsys.readouterr()
-    assert printed.out.strip() == describe(plan_run(run, 8)) and "data 4" in printed.out
-    assert printed.err == "" and not (tmp_path / "run").exists()
-
-
-def test_dry_run_counts_the_processes_of_torchrun(settings, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert dry_run(settings()) == 0
-    assert "4 = tensor 1 × pipeline 1 × context 1 × data 4" in capsys.readouterr().out
-    monkeypatch.setenv("RANK", "3")
-    assert dry_run(settings()) == 0
-    assert capsys.readouterr() == ("", "")
-
-
-def test_dry_run_tells_all_problems_once(settings, monkeypatch, capsys):
-    run = settings(data__sequence_length=1000, selection__layer=9)
-    assert dry_run(run, "--world_size=1") == 2
-    printed = capsys.readouterr()
-    lines = printed.err.strip().splitlines()
-    assert printed.out == "" and lines == [f"error: {problem}" for problem in problems_of(run)] and len(lines) == 2
-    monkeypatch.setenv("RANK", "1")
-    assert dry_run(run, "--world_size=1") == 2
-    assert capsys.readouterr() == ("", "")
-
-
-def test_dry_run_of_a_resumable_run(settings, tmp_path, capsys):
-    run = settings(checkpoint__directory=str(tmp_path))
-    state = {"step": 3, "identity": asdict(identity_of(plan_run(run, 1))), "hf_path": "model", "num_rows": 80}
-    newest = tmp_path / "step_0000003"
-    for name, content in (
-        (newest.name, state),
-        ("step_0000002", state | {"step": 2}),
-        ("step_0000004", None),
-    ):
-        (tmp_path / name).mkdir()
-        if content is not None:
-            (tmp_path / name / "sstoken.json").write_text(json.dumps(content))
-    assert dry_run(run, "--world_size=1") == 0
-    assert capsys.readouterr().out.endswith(f"would resume from {newest}\n")
-    (newest / "sstoken.json").write_text(json.dumps(state | {"num_rows": 20}))
-    run.training.steps = 9
-    assert dry_run(run, "--world_size=1") == 2
-    assert "its run of 20 packs ended with a batch that is not full" in capsys.readouterr().err
-    (newest / "sstoken.json").write_text(json.dumps(state))
-    run.training.seed = 5
-    assert dry_run(run, "--world_size=1") == 2
-    assert f"error: cannot resume from {newest}: it was made with training.seed=1234, now 5" in capsys.readouterr().err
-    run.checkpoint.resume = False
-    assert dry_run(run, "--world_size=1") == 2
-    assert "holds checkpoints of another run (step 3)" in capsys.readouterr().err
-
-
 def test_model_checkpoint_below_a_folder(settings, tmp_path):
     os.makedirs(tmp_path / "step_0000012")
     problem = only_problem(settings(model__checkpoint=str(tmp_path)))
@@ -552,46 +204,6 @@ def test_model_checkpoint_below_a_folder(settings, tmp_path):
     assert "does not describe a checkpoint" in only_problem(settings(model__checkpoint=str(tmp_path)))
     (tmp_path / "step_0000012" / "sstoken.json").write_text(CONVERSION)
     assert plan_run(settings(model__checkpoint=str(tmp_path)), 1)
-
-
-@pytest.fixture(scope="module")
-def mixture(folder) -> str:
-    """Another `mixture` of 4 experts a layer, same vocabulary."""
-    return make_model(folder / "mixture", "mixtral")
-
-
-@pytest.mark.parametrize(
-    ("world_size", "parallel", "message"),
-    [
-        (
-            2,
-            {"parallel__expert": 3},
-            "parallel.expert=3 does not divide the 2 processes of a pipeline stage: use 1 or 2",
-        ),
-        (6, {"parallel__expert": 3}, "parallel.expert=3 does not divide model.num_experts=4: use 1, 2 or 4"),
-        (
-            2,
-            {"parallel__tensor": 2},
-            "parallel.sequence=false with parallel.tensor=2 would compute the experts of every token 2 times: "
-            "use parallel.sequence=true",
-        ),
-    ],
-)
-def test_experts_must_be_dealt_out_evenly(settings, mixture, world_size, parallel, message):
-    problems = problems_of(settings(model__hf_path=mixture, training__global_batch_size=12, **parallel), world_size)
-    assert message in problems
-
-
-def test_experts_over_all_the_processes_of_a_stage(settings, mixture):
-    split = {"parallel__tensor": 2, "parallel__sequence": True, "parallel__pipeline": 2, "parallel__expert": 4}
-    plan = plan_run(settings(model__hf_path=mixture, **split), 8)
-    assert (plan.shape.data_size, plan.architecture.num_experts) == (2, 4)
-
-
-def test_a_dense_model_has_no_experts(settings):
-    assert only_problem(settings(parallel__expert=2), 2) == (
-        "parallel.expert=2 needs a mixture of experts, which model.model_type=llama is not: use 1"
-    )
 
 
 def test_adapters_settings_that_cannot_work(settings):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-_PRELOADED = ["tests.workbench", "megatron_sstoken.training.loop", "megatron_sstoken.conversion.hf"]
+_PRELOADED = ["tests.helpers.workbench", "megatron_sstoken.training.loop", "megatron_sstoken.conversion.hf"]
 
 
 def run_distributed(function: Callable[..., Any], num_ranks: int, *args: Any, timeout: float = 120) -> list[Any]:

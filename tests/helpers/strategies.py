@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from tests.unit.selection.brute_force import Token
+from tests.helpers.brute_force import Token
 
 RHOS = ("0.07", "0.1", "0.25", "0.6", "0.999999999", "1")
 

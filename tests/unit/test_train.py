@@ -1,0 +1,75 @@
+"""The dry run: the plan or all problems, once, and nothing made."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from megatron_sstoken.train import main
+from megatron_sstoken.training.loop import identity_of
+from megatron_sstoken.validate.describe import describe
+from megatron_sstoken.validate.run import plan_run
+from tests.helpers.cli import settings_arguments
+from tests.helpers.plans import problems_of
+
+# `main` reads the settings with what jsonargparse 4.49 renamed; the old name goes with its version 5.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def dry_run(settings, *options: str) -> int:
+    return main([*settings_arguments(settings), "--dry_run", *options])
+
+
+def test_dry_run_prints_the_plan_and_makes_nothing(settings, tmp_path, capsys):
+    run = settings(checkpoint__directory=str(tmp_path / "run"), parallel__tensor=2)
+    assert dry_run(run, "--world_size=8") == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == describe(plan_run(run, 8)) and "data 4" in printed.out
+    assert printed.err == "" and not (tmp_path / "run").exists()
+
+
+def test_dry_run_counts_the_processes_of_torchrun(settings, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert dry_run(settings()) == 0
+    assert "4 = tensor 1 × pipeline 1 × context 1 × data 4" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "3")
+    assert dry_run(settings()) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_dry_run_tells_all_problems_once(settings, monkeypatch, capsys):
+    run = settings(data__sequence_length=1000, selection__layer=9)
+    assert dry_run(run, "--world_size=1") == 2
+    printed = capsys.readouterr()
+    lines = printed.err.strip().splitlines()
+    assert printed.out == "" and lines == [f"error: {problem}" for problem in problems_of(run)] and len(lines) == 2
+    monkeypatch.setenv("RANK", "1")
+    assert dry_run(run, "--world_size=1") == 2
+    assert capsys.readouterr() == ("", "")
+
+
+def test_dry_run_of_a_resumable_run(settings, tmp_path, capsys):
+    run = settings(checkpoint__directory=str(tmp_path))
+    state = {"step": 3, "identity": asdict(identity_of(plan_run(run, 1))), "hf_path": "model", "num_rows": 80}
+    newest = tmp_path / "step_0000003"
+    for name, content in (
+        (newest.name, state),
+        ("step_0000002", state | {"step": 2}),
+        ("step_0000004", None),
+    ):
+        (tmp_path / name).mkdir()
+        if content is not None:
+            (tmp_path / name / "sstoken.json").write_text(json.dumps(content))
+    assert dry_run(run, "--world_size=1") == 0
+    assert capsys.readouterr().out.endswith(f"would resume from {newest}\n")
+    (newest / "sstoken.json").write_text(json.dumps(state | {"num_rows": 20}))
+    run.training.steps = 9
+    assert dry_run(run, "--world_size=1") == 2
+    assert "its run of 20 packs ended with a batch that is not full" in capsys.readouterr().err
+    (newest / "sstoken.json").write_text(json.dumps(state))
+    run.training.seed = 5
+    assert dry_run(run, "--world_size=1") == 2
+    assert f"error: cannot resume from {newest}: it was made with training.seed=1234, now 5" in capsys.readouterr().err
+    run.checkpoint.resume = False
+    assert dry_run(run, "--world_size=1") == 2
+    assert "holds checkpoints of another run (step 3)" in capsys.readouterr().err

@@ -1,0 +1,222 @@
+"""Rules that need only the settings: each broken one is named with its remedy."""
+
+import math
+
+import pytest
+
+from megatron_sstoken.config import Settings, SettingsError
+from megatron_sstoken.history.source import history_sources
+from megatron_sstoken.validate.settings import problems_of
+
+
+def settings_with(**changes) -> Settings:
+    """Settings that have no problem, changed: `section__name=value`."""
+    settings = Settings()
+    settings.model.hf_path, settings.data.train = "model", "data"
+    for name, value in changes.items():
+        section, key = name.split("__")
+        assert hasattr(getattr(settings, section), key), name
+        setattr(getattr(settings, section), key, value)
+    return settings
+
+
+def test_defaults_are_the_papers_and_work_once_model_and_data_are_named():
+    settings = settings_with()
+    assert problems_of(settings) == []
+    selection = settings.selection
+    assert (selection.method, selection.rho, selection.gamma, selection.layer) == ("sstoken", 0.6, 0.5, -1)
+    assert (selection.scope, selection.rel_floor, selection.warmup_samples) == ("sample", 1e-3, 0)
+    assert settings.history.source == "frozen" and settings.checkpoint.resume is True
+
+
+# Changes that break one rule → the whole message.
+BROKEN = {
+    "no model": (
+        {"model__hf_path": None},
+        "model.hf_path is not set: name a Hugging Face folder",
+    ),
+    "no data": (
+        {"data__train": None},
+        "data.train is not set: name a folder made by tools/prepare_data.py",
+    ),
+    "tensor": ({"parallel__tensor": 0}, "parallel.tensor=0 is too small: use 1 or more"),
+    "pipeline": ({"parallel__pipeline": -1}, "parallel.pipeline=-1 is too small: use 1 or more"),
+    "context": ({"parallel__context": 0}, "parallel.context=0 is too small: use 1 or more"),
+    "virtual without pipeline": (
+        {"parallel__virtual_pipeline": 2},
+        "parallel.virtual_pipeline=2 needs parallel.pipeline > 1, which is 1: use virtual_pipeline=1",
+    ),
+    "sequence without tensor": (
+        {"parallel__sequence": True},
+        "parallel.sequence=true needs parallel.tensor > 1, which is 1: use sequence=false",
+    ),
+    "vocabulary": (
+        {"model__vocabulary_multiple": 0},
+        "model.vocabulary_multiple=0 is too small: use 1 or more",
+    ),
+    "length": ({"data__sequence_length": 1}, "data.sequence_length=1 is too small: use 2 or more"),
+    "rho 0": ({"selection__rho": 0.0}, "selection.rho=0.0 is outside (0, 1]: use the share to keep, as 0.6"),
+    "rho 60": (
+        {"selection__rho": 60.0},
+        "selection.rho=60.0 is outside (0, 1]: use the share to keep, as 0.6",
+    ),
+    "rho nan": (
+        {"selection__rho": math.nan},
+        "selection.rho=nan is outside (0, 1]: use the share to keep, as 0.6",
+    ),
+    "rho auto of unbounded scores": (
+        {"selection__rho": "auto", "selection__method": "random"},
+        "selection.rho=auto needs scores between 0 and 1, which selection.method=random does not give: "
+        "use sstoken or rel or attention, or a number",
+    ),
+    "least rho": (
+        {"selection__rho_min": 0.0},
+        "selection.rho_min=0.0 is outside (0, 1]: use the share to keep, as 0.6",
+    ),
+    "greatest rho": (
+        {"selection__rho_max": 1.1},
+        "selection.rho_max=1.1 is outside (0, 1]: use the share to keep, as 0.6",
+    ),
+    "rhos": (
+        {"selection__rho_min": 0.5, "selection__rho_max": 0.4},
+        "selection.rho_min=0.5 is above selection.rho_max=0.4: use a smaller rho_min",
+    ),
+    "no layer": ({"selection__layer": []}, "selection.layer=[] names no layer: use -1 for the last"),
+    "gamma": ({"selection__gamma": 1.5}, "selection.gamma=1.5 is outside [0, 1]: use a value in it"),
+    "gamma below": ({"selection__gamma": -0.1}, "selection.gamma=-0.1 is outside [0, 1]: use a value in it"),
+    "floor": ({"selection__rel_floor": -1.0}, "selection.rel_floor=-1.0 is too small: use 0 or more"),
+    "warm-up": ({"selection__warmup_samples": -1}, "selection.warmup_samples=-1 is too small: use 0 or more"),
+    "decay": ({"optimizer__weight_decay": -0.1}, "optimizer.weight_decay=-0.1 is too small: use 0 or more"),
+    "clip": ({"optimizer__clip_grad": -1.0}, "optimizer.clip_grad=-1.0 is too small: use 0 or more"),
+    "least rate": (
+        {"optimizer__min_learning_rate": -1.0},
+        "optimizer.min_learning_rate=-1.0 is too small: use 0 or more",
+    ),
+    "rates": (
+        {"optimizer__min_learning_rate": 0.1},
+        "optimizer.min_learning_rate=0.1 is above optimizer.learning_rate=1e-05: use a smaller one",
+    ),
+    "fraction": (
+        {"optimizer__warmup_fraction": 1.01},
+        "optimizer.warmup_fraction=1.01 is outside [0, 1]: use a value in it",
+    ),
+    "beta1": ({"optimizer__beta1": 1.0}, "optimizer.beta1=1.0 is outside [0, 1): use 0.9 to 0.999"),
+    "beta2": ({"optimizer__beta2": -0.5}, "optimizer.beta2=-0.5 is outside [0, 1): use 0.9 to 0.999"),
+    "epsilon": ({"optimizer__epsilon": 0.0}, "optimizer.epsilon=0.0 must be above 0: use 1e-8"),
+    "micro": ({"training__micro_batch_size": 0}, "training.micro_batch_size=0 is too small: use 1 or more"),
+    "global": (
+        {"training__global_batch_size": 0},
+        "training.global_batch_size=0 is too small: use 1 or more",
+    ),
+    "epochs": ({"training__epochs": 0}, "training.epochs=0 is too small: use 1 or more"),
+    "steps": ({"training__steps": 0}, "training.steps=0 is too small: use 1 or more"),
+    "keep": ({"checkpoint__keep": -1}, "checkpoint.keep=-1 is too small: use 0 or more"),
+    "every": ({"logging__every": 0}, "logging.every=0 is too small: use 1 or more"),
+    "save": ({"checkpoint__save_every": 5}, "checkpoint.save_every=5 needs checkpoint.directory: name one, or use 0"),
+    "save below": (
+        {"checkpoint__save_every": -1, "checkpoint__directory": "runs"},
+        "checkpoint.save_every=-1 is too small: use 0 or more",
+    ),
+    "validate": (
+        {"training__validate_every": 5},
+        "training.validate_every=5 needs data.validation: name a prepared folder, or use 0",
+    ),
+    "validate below": (
+        {"training__validate_every": -1, "data__validation": "held out"},
+        "training.validate_every=-1 is too small: use 0 or more",
+    ),
+    "records": (
+        {"logging__records_every": 5},
+        "logging.records_every=5 needs logging.directory (or checkpoint.directory): name one, or use 0",
+    ),
+    "records below": (
+        {"logging__records_every": -1, "logging__directory": "logs"},
+        "logging.records_every=-1 is too small: use 0 or more",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_rule(name):
+    changes, message = BROKEN[name]
+    assert problems_of(settings_with(**changes)) == [message]
+
+
+def test_unknown_history_source_is_told_the_known_ones():
+    known = list(history_sources())
+    assert known == sorted(known) and {"adapters_off", "frozen"} <= set(known)
+    problem = f"history.source=yesterday is unknown: use one of {', '.join(known)}"
+    assert problems_of(settings_with(history__source="yesterday")) == [problem]
+
+
+def test_unknown_method_is_told_the_known_ones():
+    (problem,) = problems_of(settings_with(selection__method="best"))
+    assert problem.startswith("selection.method=best is unknown: use one of ")
+    known = problem.split("use one of ")[1].split(", or ")[0].split(", ")
+    assert {"sstoken", "full", "random"} <= set(known)
+    assert all(problems_of(settings_with(selection__method=method)) == [] for method in known)
+
+
+def test_rho_with_too_many_decimals():
+    for name in ("rho", "rho_min"):
+        (problem,) = problems_of(settings_with(**{f"selection__{name}": 1 / 3}))
+        assert problem.startswith(f"selection.{name}={1 / 3} has ") and "round it" in problem
+    assert problems_of(settings_with(selection__rho=0.333333333)) == []
+
+
+def test_impossible_virtual_pipeline_and_negative_rate_are_named():
+    assert "parallel.virtual_pipeline=0 is too small: use 1 or more" in problems_of(
+        settings_with(parallel__virtual_pipeline=0)
+    )
+    assert "optimizer.learning_rate=-1.0 is too small: use 0 or more" in problems_of(
+        settings_with(optimizer__learning_rate=-1.0)
+    )
+    assert "optimizer.learning_rate=nan is too small: use 0 or more" in problems_of(
+        settings_with(optimizer__learning_rate=math.nan)
+    )
+
+
+# Values on the border of a rule, and combinations that make a setting possible.
+ALLOWED = (
+    {"selection__rho": 1.0},
+    {"selection__rho": 1e-9},
+    {"selection__rho": "auto"},
+    {
+        "selection__rho": "auto",
+        "selection__method": "rel",
+        "selection__rho_min": 1.0,
+        "selection__rho_max": 1.0,
+    },
+    {"selection__layer": [0, -1]},
+    {"selection__gamma": 0.0},
+    {"selection__gamma": 1.0},
+    {"selection__rel_floor": 0.0},
+    {"data__sequence_length": 2},
+    {"model__vocabulary_multiple": 1},
+    {"optimizer__learning_rate": 0.0},
+    {"optimizer__min_learning_rate": 1e-5},
+    {"optimizer__warmup_fraction": 1.0},
+    {"optimizer__beta1": 0.0},
+    {"optimizer__clip_grad": 0.0},
+    {"training__steps": 1},
+    {"checkpoint__keep": 0},
+    {"parallel__tensor": 2, "parallel__sequence": True},
+    {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2},
+    {"parallel__context": 2},
+    {"checkpoint__save_every": 1, "checkpoint__directory": "runs"},
+    {"training__validate_every": 1, "data__validation": "held out"},
+    {"logging__records_every": 1, "logging__directory": "logs"},
+    {"logging__records_every": 1, "checkpoint__directory": "runs"},
+)
+
+
+@pytest.mark.parametrize("changes", ALLOWED, ids=str)
+def test_allowed(changes):
+    assert problems_of(settings_with(**changes)) == []
+
+
+def test_all_problems_at_once():
+    problems = problems_of(Settings())
+    assert [problem.split(" ")[0] for problem in problems] == ["model.hf_path", "data.train"]
+    error = SettingsError(problems)
+    assert error.problems == problems and str(error) == "\n".join(problems)
