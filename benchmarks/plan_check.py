@@ -11,6 +11,7 @@ published: predicted against published throughput.
 Appends nothing: rewrites benchmarks/results/plan_*.csv.
 """
 
+import argparse
 import csv
 import json
 import os
@@ -120,7 +121,9 @@ def check_published() -> list[dict[str, Any]]:
 def main() -> None:
     """Run all checks and write their rows."""
     checks = {"parameters": check_parameters, "steps": check_steps, "published": check_published}
-    for name in sys.argv[1:] or checks:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("check", nargs="*", choices=[*checks, []], metavar="check", help="which to run; default: all")
+    for name in parser.parse_args().check or checks:
         rows = checks[name]()
         with open(ROOT / "benchmarks" / "results" / f"plan_{name}.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])

@@ -2,9 +2,10 @@
 
 import os
 import sys
+from dataclasses import replace
 
 from megatron_sstoken.command_line import parse_settings
-from megatron_sstoken.config import Settings, SettingsError
+from megatron_sstoken.config import CheckpointSettings, LoggingSettings, Settings, SettingsError
 from megatron_sstoken.history.source import open_history
 from megatron_sstoken.parallel import agree_on_problems, create_layout, run_to_exit_code, start_processes
 from megatron_sstoken.training.loop import model_to_train
@@ -26,7 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(settings: Settings, output: str) -> None:
-    """History → model → records."""
+    """History → model → records. Nothing else is written: what the settings say of checkpoints and logs is not used."""
+    said = settings.logging
+    logging = LoggingSettings(entropy=said.entropy, context_loss=said.context_loss)
+    settings = replace(settings, checkpoint=CheckpointSettings(), logging=logging)
     start_processes()
     if os.path.isdir(output):
         raise SettingsError([f"output={output} is a folder: name a file, as {output.rstrip('/')}/records.parquet"])

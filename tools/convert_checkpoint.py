@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Convert checkpoints: Hugging Face folders to megatron's format and back; prove it; reshard and inspect.
 
-A conversion that was stopped goes on when the same command is started again. Needs no GPU.
+Run the same command again to resume a conversion that was stopped. Needs no GPU.
 """
 
 import argparse

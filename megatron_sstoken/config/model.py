@@ -8,7 +8,7 @@ from megatron_sstoken.config.rules import Rules
 
 @dataclass
 class ModelSettings:
-    """The model to fine-tune."""
+    """Model to fine-tune."""
 
     hf_path: str | None = None
     """Hugging Face folder (config.json, safetensors, tokenizer) with the architecture and the starting weights."""
@@ -28,7 +28,7 @@ class ModelSettings:
     """The vocabulary is padded to a multiple of this (and of the tensor parallel size); padded entries get no probability."""
 
     backend: Literal["auto", "transformer_engine", "torch"] = "auto"
-    """What layers are made of: NVIDIA's Transformer Engine (fused kernels, FlashAttention or cuDNN attention; needs a GPU) or
+    """Implementation of the layers: NVIDIA's Transformer Engine (fused kernels, FlashAttention or cuDNN attention; needs a GPU) or
     torch. auto: Transformer Engine where it can run and `training.precision` is not fp32."""
 
     def problems(self) -> list[str]:
@@ -45,7 +45,7 @@ class ModelSettings:
 
 @dataclass
 class ParallelSettings:
-    """How the model and the batch are split over processes. What is left of the processes is data parallel."""
+    """Parallelism: how model and batch are split over processes. The remaining processes are data parallel."""
 
     tensor: int = 1
     """Tensor parallel size: attention heads, feed-forward columns and the vocabulary are split."""
@@ -84,7 +84,7 @@ class ParallelSettings:
 
 @dataclass
 class DataSettings:
-    """What is read."""
+    """Training and validation data."""
 
     train: str | None = None
     """Folder made by `tools/prepare_data.py`."""
@@ -117,7 +117,7 @@ LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 
 @dataclass
 class LoraSettings:
-    """Low-rank adapters: small matrices beside frozen weights are trained instead of the weights."""
+    """LoRA: low-rank adapters beside frozen weights are trained instead of the weights."""
 
     rank: int = 0
     """Rank of the adapters; 0 trains the weights themselves."""

@@ -8,7 +8,7 @@ from megatron_sstoken.config.rules import Rules
 
 @dataclass
 class OptimizerSettings:
-    """AdamW and its learning rate."""
+    """Optimizer: AdamW and its learning rate."""
 
     learning_rate: float = 1e-5
     """Highest learning rate."""
@@ -57,7 +57,7 @@ class OptimizerSettings:
 
 @dataclass
 class TrainingSettings:
-    """The run."""
+    """Training loop."""
 
     micro_batch_size: int = 1
     """Packs that a data-parallel rank computes at once."""
@@ -75,7 +75,7 @@ class TrainingSettings:
     """Seed of the data order, of random selection and of dropout."""
 
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
-    """Arithmetic of the model; losses, scores and optimizer state are fp32 in any case.
+    """Number format of the model's computation; losses, scores and optimizer state are fp32 in any case.
 
     fp8: matrix products of the layers in FP8, all else as in bf16; needs Transformer Engine and a GPU that has FP8.
     """
@@ -85,10 +85,10 @@ class TrainingSettings:
     tiles of 128 (blockwise; Hopper and CUDA 12.9) or of 32 values (mxfp8; Blackwell)."""
 
     fp8_first_bf16_layers: int = 0
-    """With fp8: so many of the first layers stay in bf16. Not with the delayed recipe."""
+    """With fp8: number of first layers that stay in bf16. Not with the delayed recipe."""
 
     fp8_last_bf16_layers: int = 0
-    """With fp8: so many of the last layers stay in bf16. Not with the delayed recipe."""
+    """With fp8: number of last layers that stay in bf16. Not with the delayed recipe."""
 
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: none, attention only, or whole layers."""
@@ -118,10 +118,10 @@ class TrainingSettings:
 
 @dataclass
 class CheckpointSettings:
-    """Saving and resuming."""
+    """Checkpoints: saving and resuming."""
 
     directory: str | None = None
-    """Where checkpoints lie; nothing is saved without it."""
+    """Folder for checkpoints; nothing is saved without it."""
 
     save_every: int = 0
     """Steps between checkpoints; 0 saves only at the end."""
@@ -130,7 +130,7 @@ class CheckpointSettings:
     """How many of the newest checkpoints stay; 0 keeps all."""
 
     resume: bool = True
-    """Go on from the newest complete checkpoint in `directory`, if there is one."""
+    """Resume from the newest complete checkpoint in `directory`, if there is one."""
 
     def problems(self) -> list[str]:
         """Rules that need this section alone."""
@@ -146,7 +146,7 @@ class CheckpointSettings:
 
 @dataclass
 class LoggingSettings:
-    """What the run tells."""
+    """Logs and token records."""
 
     directory: str | None = None
     """TensorBoard events and token records; default: `checkpoint.directory`/logs, or nothing."""
@@ -158,11 +158,12 @@ class LoggingSettings:
     """Steps between token records (Parquet, one row per token); 0 writes none."""
 
     entropy: bool = False
-    """Token records tell the entropy of each prediction and the probability of its likeliest token. Costs no further
+    """Add the entropy of each prediction and the probability of its likeliest token to the token records. Needs no further
     logits. Needs `model.head: selective`."""
 
     context_loss: bool = False
-    """Losses of context tokens, too, in token records and history. Training needs none; costs the logits of all tokens."""
+    """Compute losses of context tokens as well, for token records and history. Training needs none; costs the logits of all
+    tokens."""
 
     def problems(self) -> list[str]:
         """Rules that need this section alone."""

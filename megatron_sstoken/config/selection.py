@@ -9,10 +9,11 @@ from megatron_sstoken.selection.rho import parse_rho
 
 @dataclass
 class SelectionSettings:
-    """Which response tokens are trained on."""
+    """Selection of the response tokens to train on."""
 
     method: str = "sstoken"
-    """sstoken, full (every response token), random, or another name of `selection/methods.py`."""
+    """sstoken, full (every response token), random, another name of `selection/methods.py`, or the import path of a method of
+    your own, as `my_package.my_module:my_method`."""
 
     rho: float | Literal["auto"] = 0.6
     """Share of the response tokens to train on, in (0, 1]; of n tokens the ceil(rho·n) best are taken, exactly.
@@ -48,7 +49,7 @@ class SelectionSettings:
     """If the excess losses of a sample spread less than this (nat), they count as equal. 0 is the official code."""
 
     warmup_samples: int = 0
-    """For so many samples gamma is 0: at the start the history model and the model are the same."""
+    """gamma is 0 for the first this many samples: at the start the history model and the model are the same."""
 
     def problems(self) -> list[str]:
         """Rules that need this section alone."""
@@ -78,7 +79,7 @@ class SelectionSettings:
 
 @dataclass
 class HistorySettings:
-    """Where history losses come from."""
+    """History losses and where they come from."""
 
     source: str = "frozen"
     """frozen: fixed weights score the data once, before training, into a store beside the data.

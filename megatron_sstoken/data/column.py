@@ -157,8 +157,8 @@ def describe_mismatch(expected: dict[str, Any], found: dict[str, Any]) -> str | 
             if isinstance(ours, dict) and isinstance(theirs, dict):
                 lines += differences(ours, theirs, f"{prefix}{key}.")
             elif ours != theirs:
-                shown = ["nothing" if value is absent else repr(value) for value in (ours, theirs)]
-                lines.append(f"{prefix}{key}: expected {shown[0]}, found {shown[1]}")
+                shown = ["absent" if value is absent else repr(value) for value in (ours, theirs)]
+                lines.append(f"{prefix}{key} is {shown[1]}, must be {shown[0]}")
         return lines
 
     return "; ".join(differences(expected, found, "")) or None

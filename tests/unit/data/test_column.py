@@ -86,10 +86,10 @@ def test_another_column_in_the_way(tmp_path, finished):
     writer.finish() if finished else writer.commit()
     writer.close()
     other = IDENTITY | {"weights": {"hash": "456", "dtype": "float32"}}
-    difference = "weights.hash: expected '456', found '123': move it"
+    difference = "weights.hash is '123', must be '456': move it"
     with pytest.raises(ValueError, match=difference):
         TokenColumnWriter(tmp_path, other, 1)
-    with pytest.raises(ValueError, match="num_values: expected 2, found 1: move it"):
+    with pytest.raises(ValueError, match="num_values is 1, must be 2: move it"):
         TokenColumnWriter(tmp_path, IDENTITY, 2)
     if finished:
         TokenColumn(tmp_path).require(IDENTITY)
@@ -128,7 +128,4 @@ def test_damaged_columns(tmp_path):
 def test_describe_mismatch():
     assert describe_mismatch({"a": 1, "b": {"c": 2}}, {"b": {"c": 2}, "a": 1}) is None
     found = describe_mismatch({"a": 1, "b": {"c": 2}, "d": None}, {"a": 2, "b": {"c": 3, "e": 4}})
-    assert found == (
-        "a: expected 1, found 2; b.c: expected 2, found 3; b.e: expected nothing, found 4; "
-        "d: expected None, found nothing"
-    )
+    assert found == ("a is 2, must be 1; b.c is 3, must be 2; b.e is 4, must be absent; d is absent, must be None")

@@ -48,7 +48,7 @@ def identity_with(manifest_changes=None, fact_changes=None):
 def test_every_ingredient_counts_and_is_named(name):
     changed = identity_with(*CHANGES[name])
     mismatch = describe_mismatch(identity_with(), changed)
-    assert mismatch is not None and mismatch.startswith(f"{name}: expected ") and ";" not in mismatch
+    assert mismatch is not None and mismatch.startswith(f"{name} is ") and ";" not in mismatch
     assert history_path(DATA, changed) != history_path(DATA, identity_with())
 
 
