@@ -28,8 +28,8 @@ class ModelSettings:
     """The vocabulary is padded to a multiple of this (and of the tensor parallel size); padded entries get no probability."""
 
     backend: Literal["auto", "transformer_engine", "torch"] = "auto"
-    """Implementation of the layers: NVIDIA's Transformer Engine (fused kernels, FlashAttention or cuDNN attention; needs a GPU) or
-    torch. auto: Transformer Engine where it can run and `training.precision` is not fp32."""
+    """Implementation of the layers: Transformer Engine (NVIDIA's fused kernels, FlashAttention or cuDNN attention; needs a GPU)
+    or torch. auto: Transformer Engine where it can run and `training.precision` is not fp32."""
 
     def problems(self) -> list[str]:
         """Rules that need this section alone."""
