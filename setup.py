@@ -1,11 +1,14 @@
-"""Packaging. The version stands in megatron_sstoken/__init__.py, read here without importing the package."""
+"""Packaging. Versions stand in megatron_sstoken/__init__.py and supported.py, read here without importing the package."""
 
 import re
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).resolve().parent
+# Not imported: the package needs what is about to be installed.
+LINES = runpy.run_path(str(HERE / "megatron_sstoken" / "supported.py"))["LINES"]
 
 
 def read_version() -> str:
@@ -29,7 +32,7 @@ setup(
     packages=find_packages(include=["megatron_sstoken", "megatron_sstoken.*"]),
     install_requires=[
         "torch>=2.6",
-        "megatron-core==0.16.1",  # device.py adapts this version to machines without CUDA
+        *(line.megatron_core_requirement for line in LINES),
         "transformers>=5",
         "tokenizers>=0.22",
         "safetensors>=0.5",
@@ -46,7 +49,7 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        "te": [f"{line.transformer_engine}; {line.python}" for line in LINES],
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "peft>=0.17"],
     },
 )

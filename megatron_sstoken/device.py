@@ -1,6 +1,6 @@
 """CUDA or CPU: the only place that adapts megatron-core to a machine without CUDA.
 
-With CUDA present nothing here changes anything. Without it, megatron-core 0.16 still asks for "cuda" in about thirty
+With CUDA present nothing here changes anything. Without it, megatron-core still asks for "cuda" in about thirty
 places; `adapt_megatron_to_cpu` answers those with the CPU. Each substitution stands with its reason.
 """
 
@@ -50,7 +50,7 @@ def peak_memory_bytes() -> int:
 
 @functools.lru_cache(maxsize=1)
 def adapt_megatron_to_cpu() -> None:
-    """Make megatron-core 0.16 run on the CPU. Call it before megatron-core is first used; does nothing with CUDA."""
+    """Make megatron-core run on the CPU. Call it before megatron-core is first used; does nothing with CUDA."""
     if have_cuda():
         torch.cuda.set_device(compute_device())
         return
@@ -58,6 +58,8 @@ def adapt_megatron_to_cpu() -> None:
     torch.cuda.current_device = compute_device  # type: ignore[assignment]
     torch.cuda.set_device = lambda device: None
     torch.cuda.synchronize = lambda device=None: None
+    # 0.19 lets gradient buffers wait for the current stream's CUDA graphs; a CPU's stream has nothing to wait for.
+    torch.cuda.current_stream = torch.cpu.current_stream  # type: ignore[assignment]
 
     # The random state tracker (dropout, initialisation) forks the generator of "cuda": here the CPU's.
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]

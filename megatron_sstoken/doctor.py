@@ -19,9 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_sstoken.supported import MEGATRON_CORE, TOKEN_MULTIPLE, TRANSFORMER_ENGINE_REQUIREMENT, fp8_problem
+from megatron_sstoken.supported import LINES, TOKEN_MULTIPLE, Line, fp8_problem, line_of
 
-INSTALL_TRANSFORMER_ENGINE = f"pip install --no-build-isolation '{TRANSFORMER_ENGINE_REQUIREMENT}'"
 PACKAGES = (
     "torch megatron-core transformer-engine transformer-engine-torch apex flash-attn triton transformers tokenizers "
     "safetensors sentencepiece pyarrow jsonargparse tensorboard psutil numpy".split()
@@ -61,12 +60,25 @@ class Machine:
     shared_memory: int = LITTLE_SHARED_MEMORY
     disk: int = LITTLE_DISK
     environment: dict[str, str] = field(default_factory=dict)
+    python: tuple[int, int] = sys.version_info[:2]
+
+    @property
+    def line(self) -> Line:
+        """The supported line of megatron-core that this machine has, or should have."""
+        return line_of(self.versions.get("megatron-core"), self.python)
 
     def has(self, package: str) -> bool:
         return self.versions.get(package) is not None
 
     def works(self, module: str) -> bool:
         return self.imports.get(module) == ""
+
+    @property
+    def runs_transformer_engine(self) -> bool:
+        """Whether it imports, in a version that megatron-core takes."""
+        version = self.versions.get("transformer-engine")
+        fits = version is None or self.line.takes_transformer_engine(version)
+        return fits and self.works("transformer_engine.pytorch")
 
 
 @dataclass
@@ -186,15 +198,19 @@ def _check_packages(machine: Machine, found: Diagnosis) -> None:
     if absent:
         found.errors.append(f"{', '.join(absent)} not installed: pip install -c constraints.txt -e '.[dev]'")
     installed = machine.versions.get("megatron-core")
-    if installed and installed != MEGATRON_CORE:
+    tested = [line.megatron_core for line in LINES]
+    if installed and installed not in tested:
         found.warnings.append(
-            f"megatron-core {installed} is not the tested {MEGATRON_CORE}: pip install megatron-core=={MEGATRON_CORE}"
+            f"megatron-core {installed} is not one of the tested {' and '.join(tested)}: "
+            f"pip install megatron-core=={machine.line.megatron_core}"
         )
     if machine.imports.get("megatron.core"):
         found.errors.append(f"megatron.core does not import: {machine.imports['megatron.core']}")
 
 
 def _check_transformer_engine(machine: Machine, found: Diagnosis) -> None:
+    install = f"pip install --no-build-isolation '{machine.line.transformer_engine}'"
+    version = machine.versions.get("transformer-engine")
     installed = machine.has("transformer-engine") or machine.has("transformer-engine-torch")
     if installed and machine.cuda is None:
         found.errors.append(
@@ -203,9 +219,14 @@ def _check_transformer_engine(machine: Machine, found: Diagnosis) -> None:
             "build of torch"
         )
     elif reason := machine.imports.get("transformer_engine.pytorch"):
-        found.warnings.append(f"Transformer Engine does not import ({reason}): {INSTALL_TRANSFORMER_ENGINE}")
+        found.warnings.append(f"Transformer Engine does not import ({reason}): {install}")
+    elif installed and not machine.runs_transformer_engine:
+        found.warnings.append(
+            f"Transformer Engine {version} is not one that megatron-core {machine.versions.get('megatron-core')} takes, and is "
+            f"not used: {install}"
+        )
     elif machine.gpus and not installed:
-        found.missing.append(f"Transformer Engine (fused layers, FlashAttention, FP8): {INSTALL_TRANSFORMER_ENGINE}")
+        found.missing.append(f"Transformer Engine (fused layers, FlashAttention, FP8): {install}")
 
 
 def _check_apex(machine: Machine, found: Diagnosis) -> None:
@@ -219,7 +240,7 @@ def _check_apex(machine: Machine, found: Diagnosis) -> None:
 def _components(machine: Machine) -> dict[str, str]:
     """Component → what it will run on."""
     gpu = bool(machine.gpus) and machine.environment.get("SSTOKEN_DEVICE") != "cpu"
-    engine = gpu and machine.works("transformer_engine.pytorch")
+    engine = gpu and machine.runs_transformer_engine
     apex = gpu and machine.works("amp_C") and machine.works("apex.multi_tensor_apply")
     fused = "Transformer Engine"
     where = f"{fused} in bf16 and fp8, else " if engine else ""  # model/backend.py: not in fp32, not with adapters
@@ -239,7 +260,7 @@ def _components(machine: Machine) -> dict[str, str]:
 
 def fp8_recipes(machine: Machine) -> list[str]:
     """Recipes that every GPU computes, with Transformer Engine."""
-    if not machine.gpus or not machine.works("transformer_engine.pytorch"):
+    if not machine.gpus or not machine.runs_transformer_engine:
         return []
     capabilities = {capability for _, capability, _ in machine.gpus}
     return [r for r in TOKEN_MULTIPLE if not any(fp8_problem(r, each, machine.cuda) for each in capabilities)]

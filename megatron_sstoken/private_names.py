@@ -333,12 +333,6 @@ _TRANSFORMER_ENGINE = (
         "The version that megatron sees.",
     ),
     PrivateName(
-        _MEGATRON + "utils",
-        "is_te_min_version",
-        ("model/backend.py",),
-        "Whether that version is one that megatron-core takes.",
-    ),
-    PrivateName(
         _MEGATRON + "extensions.transformer_engine",
         "TENorm",
         ("model/spec.py",),

@@ -1,12 +1,53 @@
-"""Which versions and GPUs are supported. Plain Python that imports nothing: the doctor reads it on broken machines too."""
+"""Which versions and GPUs are supported. Plain Python: set-up and the doctor read it on broken machines, too."""
 
-MEGATRON_CORE = "0.16.1"
-"""The one version that is tested; `device.py` adapts its private parts."""
-TRANSFORMER_ENGINE_OLDEST, TRANSFORMER_ENGINE_TOO_NEW = "2.9", "2.12"
-"""megatron-core takes the first of these and later ones, up to but without the second."""
-TRANSFORMER_ENGINE_RANGE = f">={TRANSFORMER_ENGINE_OLDEST},<{TRANSFORMER_ENGINE_TOO_NEW}"
-TRANSFORMER_ENGINE_REQUIREMENT = f"transformer-engine[pytorch]{TRANSFORMER_ENGINE_RANGE}"
-"""As setup.py's extra `te` names it."""
+from typing import NamedTuple
+
+
+class Line(NamedTuple):
+    """One line of megatron-core: the version that is tested, for which Python, and beside which Transformer Engine."""
+
+    megatron_core: str
+    python: str
+    """The environment marker under which it is installed."""
+    oldest_transformer_engine: str
+    newer_transformer_engine: str
+    """The first version that is too new."""
+
+    @property
+    def megatron_core_requirement(self) -> str:
+        """As setup.py and constraints.txt name it."""
+        return f"megatron-core=={self.megatron_core}; {self.python}"
+
+    @property
+    def transformer_engine_range(self) -> str:
+        """Versions of Transformer Engine that this line takes."""
+        return f">={self.oldest_transformer_engine},<{self.newer_transformer_engine}"
+
+    def takes_transformer_engine(self, version: str) -> bool:
+        """Whether `version` is in that range, its release and build suffixes left aside."""
+        oldest, newer = self.oldest_transformer_engine, self.newer_transformer_engine
+        return _version(oldest) <= _version(version) < _version(newer)
+
+    @property
+    def transformer_engine(self) -> str:
+        """What to install beside it."""
+        return f"transformer-engine[pytorch]{self.transformer_engine_range}"
+
+
+LINES = (
+    # The range is that of its extra `dev`.
+    Line("0.16.1", 'python_version < "3.12"', "2.9", "2.12"),
+    # The newest for Python 3.12 and later. It states no range; whatever it imports is there from 2.9 to 2.20.
+    Line("0.19.2", 'python_version >= "3.12"', "2.9", "2.21"),
+)
+"""Both run on Python 3.12 as well; which one is installed there is `python`'s choice."""
+
+
+def line_of(megatron_core: str | None, python: tuple[int, int]) -> Line:
+    """The line that an installed version belongs to; of an unknown version, or None, the one for this Python."""
+    installed = [line for line in LINES if line.megatron_core == megatron_core]
+    return installed[0] if installed else LINES[python >= (3, 12)]
+
 
 TOKEN_MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 """FP8 recipe → what the number of tokens that a rank holds must be a multiple of: the tiles that share a scale."""

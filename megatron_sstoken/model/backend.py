@@ -4,20 +4,15 @@ import functools
 import importlib.util
 import os
 import shutil
+import sys
 from typing import Any, Literal
 
+import megatron.core
 import torch
 
 from megatron_sstoken.config import Settings, TrainingSettings
 from megatron_sstoken.device import have_cuda
-from megatron_sstoken.supported import (
-    MEGATRON_CORE,
-    TOKEN_MULTIPLE,
-    TRANSFORMER_ENGINE_OLDEST,
-    TRANSFORMER_ENGINE_RANGE,
-    TRANSFORMER_ENGINE_TOO_NEW,
-    fp8_problem,
-)
+from megatron_sstoken.supported import TOKEN_MULTIPLE, fp8_problem, line_of
 
 Backend = Literal["transformer_engine", "torch"]
 
@@ -33,14 +28,15 @@ def transformer_engine_problem() -> str | None:
     if importlib.util.find_spec("transformer_engine") is None:
         return "transformer_engine is not installed: pip install 'megatron-sstoken[te]'"
     from megatron.core.extensions.transformer_engine import HAVE_TE
-    from megatron.core.utils import get_te_version, is_te_min_version
+    from megatron.core.utils import get_te_version
 
     if not HAVE_TE:
         return "transformer_engine is installed but cannot be imported: python -c 'import transformer_engine.pytorch'"
-    if not is_te_min_version(TRANSFORMER_ENGINE_OLDEST) or is_te_min_version(TRANSFORMER_ENGINE_TOO_NEW):
+    line = line_of(megatron.core.__version__, sys.version_info[:2])
+    if not line.takes_transformer_engine(str(get_te_version())):
         return (
-            f"transformer_engine {get_te_version()} is not one that megatron-core {MEGATRON_CORE} takes: "
-            f"install {TRANSFORMER_ENGINE_RANGE}"
+            f"transformer_engine {get_te_version()} is not one that megatron-core {megatron.core.__version__} takes: "
+            f"install {line.transformer_engine_range}"
         )
     return None
 

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
+from megatron_sstoken.compat import silence_announcements
 from megatron_sstoken.config import Settings
 from megatron_sstoken.device import compute_device, have_cuda
 from megatron_sstoken.model.attention import AttentionCapture
@@ -239,6 +240,7 @@ def build_model(
     head tells of every prediction's entropy and likeliest token. `shapes_only`: parameters on the meta device, which take no
     memory (conversion asks only what they are called and how large they are).
     """
+    silence_announcements()
     config = transformer_config(architecture, settings, layout)
     model = Model(
         architecture,

@@ -27,10 +27,10 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from megatron_sstoken.compat import dense_mlp
 from megatron_sstoken.config import LoraSettings
 from megatron_sstoken.model.families import Architecture
 
@@ -219,8 +219,7 @@ def adapt_layer(layer: TransformerLayerSubmodules, config: TransformerConfig, lo
         )
     if "o_proj" in lora.targets:
         attention.linear_proj = ModuleSpec(AdaptedRowParallelLinear, params={"lora": lora, "target": "o_proj"})
-    mlp = layer.mlp.submodules
-    if not isinstance(mlp, MLPSubmodules):
+    if (mlp := dense_mlp(layer)) is None:
         return
     if {"gate_proj", "up_proj"} & set(lora.targets):
         mlp.linear_fc1 = ModuleSpec(

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 
 from megatron_sstoken.doctor import LITTLE_DISK, PACKAGES, Machine, diagnose, fp8_recipes, main, try_import
+from megatron_sstoken.supported import LINES
 from tests.helpers.cli import ROOT, environment
 
+TESTED = [line.megatron_core for line in LINES]
 INSTALLED = dict.fromkeys(PACKAGES, "1.0") | {"megatron-core": "0.16.1"}
 ABSENT = dict.fromkeys(("transformer-engine", "transformer-engine-torch", "apex", "flash-attn"))
 CPU = Machine(versions=INSTALLED | ABSENT, imports={"megatron.core": ""})
@@ -55,7 +57,16 @@ def test_fp8_recipes(capability, cuda, recipes):
         ({"versions": CPU.versions | {"pyarrow": None}}, "errors", "pyarrow not installed: pip install"),
         ({"imports": {"megatron.core": "RuntimeError: broken"}}, "errors", "RuntimeError: broken"),
         ({"rendezvous": "Connection refused"}, "errors", "GLOO_SOCKET_IFNAME"),
-        ({"versions": CPU.versions | {"megatron-core": "0.17.0"}}, "warnings", "megatron-core==0.16.1"),
+        (
+            {"versions": CPU.versions | {"megatron-core": "0.17.0"}, "python": (3, 11)},
+            "warnings",
+            "megatron-core==0.16.1",
+        ),
+        (
+            {"versions": CPU.versions | {"megatron-core": "0.20.0"}, "python": (3, 13)},
+            "warnings",
+            "megatron-core==0.19.2",
+        ),
         (
             {"versions": CPU.versions | {"apex": "0.9.10dev"}, "imports": CPU.imports | {"amp_C": "No module"}},
             "warnings",
@@ -70,6 +81,25 @@ def test_what_hinders_is_named_with_its_remedy(changes, kind, message):
     found = diagnose(machine)
     assert any(message in text for text in getattr(found, kind)), found
     assert main([], look=lambda: machine) == (2 if kind == "errors" else 0)
+
+
+@pytest.mark.parametrize(
+    ("core", "engine", "wanted"),
+    [("0.16.1", "2.12.0", ">=2.9,<2.12"), ("0.19.2", "2.21.1+abc", ">=2.9,<2.21"), ("0.19.2", "2.8.0", ">=2.9,<2.21")],
+)
+def test_a_transformer_engine_that_megatron_does_not_take(core, engine, wanted):
+    versions = HOPPER.versions | {"megatron-core": core, "transformer-engine": engine}
+    machine = replace(HOPPER, versions=versions)
+    found = diagnose(machine)
+    (warning,) = found.warnings
+    assert f"Transformer Engine {engine} is not one that megatron-core {core} takes" in warning and wanted in warning
+    assert fp8_recipes(machine) == [] and found.components["linear"].startswith("torch")
+
+
+def test_newer_megatron_takes_newer_transformer_engine():
+    versions = HOPPER.versions | {"megatron-core": "0.19.2", "transformer-engine": "2.20.2"}
+    machine = replace(HOPPER, versions=versions)
+    assert diagnose(machine).warnings == [] and fp8_recipes(machine) == ["delayed", "tensorwise", "blockwise"]
 
 
 def test_hidden_gpus_are_told():
@@ -88,4 +118,4 @@ def test_this_machine():
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)
-    assert result["torch_path"] and result["versions"]["megatron-core"] == "0.16.1" and result["rendezvous"] == ""
+    assert result["torch_path"] and result["versions"]["megatron-core"] in TESTED and result["rendezvous"] == ""

@@ -1,10 +1,13 @@
 """What is supported stands in one place: who asks for it gets the same answer."""
 
 import re
+import sys
+from importlib import metadata
 from typing import get_type_hints
 
 import pytest
 import torch
+from packaging.markers import Marker
 
 from megatron_sstoken import supported
 from megatron_sstoken.config import Settings, TrainingSettings
@@ -37,16 +40,38 @@ def test_a_recipe_is_offered_only_if_every_gpu_computes_it():
 
 
 def test_setup_and_constraints_name_the_same_versions():
-    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
-    assert f'"te": ["{supported.TRANSFORMER_ENGINE_REQUIREMENT}"]' in setup
-    assert f'"megatron-core=={supported.MEGATRON_CORE}"' in setup
-    assert f"megatron-core=={supported.MEGATRON_CORE}\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    required = metadata.requires("megatron-sstoken") or []
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    for line in supported.LINES:
+        assert line.megatron_core_requirement in required and line.megatron_core_requirement in pinned
+    assert len([one for one in required + pinned if one.startswith("megatron-core")]) == 2 * len(supported.LINES)
+    assert len([one for one in required if one.startswith("transformer-engine")]) == len(supported.LINES)
+
+
+def test_the_markers_part_all_pythons():
+    for python in ("3.10", "3.11", "3.12", "3.13", "3.14"):
+        fits = [line for line in supported.LINES if Marker(line.python).evaluate({"python_version": python})]
+        major, minor = map(int, python.split("."))
+        assert fits == [supported.line_of(None, (major, minor))], python
+
+
+def test_this_environment_has_the_line_of_its_python():
+    installed = metadata.version("megatron-core")
+    assert supported.line_of(installed, sys.version_info[:2]) == supported.line_of(None, sys.version_info[:2])
+    assert installed in [line.megatron_core for line in supported.LINES]
+
+
+def test_an_installed_version_counts_more_than_python():
+    for line in supported.LINES:
+        assert {supported.line_of(line.megatron_core, (3, minor)) for minor in (10, 11, 12, 13)} == {line}
+    assert supported.line_of("0.17.0", (3, 11)) == supported.LINES[0]
+    assert supported.line_of("0.17.0", (3, 13)) == supported.LINES[1]
 
 
 def test_every_recipe_of_the_settings_has_its_tile():
     assert set(get_type_hints(TrainingSettings)["fp8_recipe"].__args__) == set(supported.TOKEN_MULTIPLE)
 
 
-def test_it_imports_nothing():
+def test_it_needs_nothing():
     text = (ROOT / "megatron_sstoken" / "supported.py").read_text(encoding="utf-8")
-    assert not re.search(r"^\s*(import|from)\s", text, re.MULTILINE)
+    assert re.findall(r"^\s*(?:import|from)\s+(\S+)", text, re.MULTILINE) == ["typing"]
