@@ -191,9 +191,16 @@ def reset_layout() -> None:
 
 
 def stop_processes() -> None:
-    """Leave all process groups."""
+    """Leave all process groups. All processes call it."""
     if dist.is_initialized():
         reset_layout()
+        _leave_groups()
+
+
+def _leave_groups() -> None:
+    """Leave all process groups without waiting for anybody."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
@@ -232,13 +239,16 @@ def run_to_exit_code(body: Callable[[], None]) -> int:
     """Run `body()` and turn its outcome into an exit code; mistakes of users are printed once, without a traceback.
 
     SettingsError is raised alike on all processes and printed by rank 0; the others leave after that, for torchrun
-    ends all processes as soon as one fails. Any other exception keeps its traceback: the others may be waiting in a
-    collective, and torchrun ends them. Where the fault is another process that went away, perhaps on another node, that
-    is said below the traceback.
+    ends all processes as soon as one fails. All leave their groups first: a process that ends inside them may be aborted
+    by gloo's threads when another one is gone, and then its exit code is a signal instead of 2.
+
+    Any other exception keeps its traceback: the others may be waiting in a collective, and torchrun ends them. Where the
+    fault is another process that went away, perhaps on another node, that is said below the traceback.
     """
     try:
         body()
     except SettingsError as error:
+        _leave_groups()
         if int(os.environ.get("RANK", "0")) == 0:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr, flush=True)
