@@ -4,10 +4,17 @@
 """
 
 import functools
+import io
 import logging
+from pathlib import Path
+from typing import Any
 
+import torch
+from megatron.core import dist_checkpointing
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, ReadItem
+from torch.distributed.checkpoint import load as load_stored
 
 _UNWANTED = {
     # GPTModel gets no new features. 0.16 has no HybridModel that could take its place; see docs/platform.md.
@@ -37,3 +44,35 @@ def dense_mlp(layer: TransformerLayerSubmodules) -> MLPSubmodules | None:
     described = layer.mlp.keywords if isinstance(layer.mlp, functools.partial) else vars(layer.mlp)
     submodules = described.get("submodules")
     return submodules if isinstance(submodules, MLPSubmodules) else None
+
+
+COMMON_STATE = "common_state/shard_0_1"
+"""Under this name 0.19 stores, among the tensors, what is not split over ranks; 0.16 has a file for it, `common.pt`."""
+
+
+def load_options(folder: Path) -> dict[str, Any]:
+    """Keyword arguments with which either line's `dist_checkpointing.load` reads the checkpoints of both.
+
+    0.19 knows both forms. 0.16 knows its own, and is given a strategy that finds the other.
+    """
+    if hasattr(dist_checkpointing.serialization, "_legacy_common_state_exists") or (folder / "common.pt").exists():
+        return {}
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+
+    class LoadFromTensors(TorchCommonLoadStrategy):
+        def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+            planner = _ReadObject()
+            wanted = {COMMON_STATE: io.BytesIO()}
+            load_stored(wanted, storage_reader=FileSystemReader(checkpoint_dir), planner=planner, no_dist=True)
+            return planner.value[0]
+
+    return {"common_strategy": LoadFromTensors()}
+
+
+class _ReadObject(DefaultLoadPlanner):
+    """Reads one stored object, and of its pickle nothing but plain values and tensors."""
+
+    value: Any = None
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.value = torch.load(value, weights_only=True)

@@ -18,6 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sstoken.checkpoint.manifest import Checkpoint, RunState, checkpoint_steps, write_run_state
+from megatron_sstoken.compat import load_options
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.device import compute_device
 from megatron_sstoken.model.build import Model
@@ -82,7 +83,9 @@ def load_checkpoint(
     same_split = checkpoint.state.split == _split(model)
     if optimizer is not None and same_split:
         wanted["random"] = _random_states(model)
-    state, _, absent = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RETURN_UNEXPECTED)
+    state, _, absent = dist_checkpointing.load(
+        wanted, str(folder), strict=StrictHandling.RETURN_UNEXPECTED, **load_options(folder)
+    )
     _require_only_extra(absent, folder)
     for name, chunk in zip(_chunk_names(model), model.unwrapped, strict=True):
         _load_chunk(chunk, state[name], adapters=adapters)
