@@ -71,4 +71,7 @@ def _load_yaml(text: str) -> Any:
 
 def _tell_renamed(section: str, old: str, new: str) -> None:
     """Under torchrun heard of rank 0 alone: the others' stderr is silent while they parse."""
-    print(f"note: {section}.{old} is now {section}.{new}: the old name goes with the next version", file=sys.stderr)
+    print(
+        f"note: {section}.{old} is now {section}.{new}: the old name will be removed in the next version",
+        file=sys.stderr,
+    )

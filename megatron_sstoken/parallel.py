@@ -25,7 +25,7 @@ class Layout:
     """The process groups of this process and its place in each.
 
     `groups` is what megatron-core's modules and schedules take. `data` spans the data-parallel ranks (same slices of
-    the model, other rows), `control` all processes over gloo (objects and error messages, never tensors in bulk).
+    the model, other packs), `control` all processes over gloo (objects and error messages, never tensors in bulk).
     """
 
     groups: ProcessGroupCollection
@@ -248,11 +248,11 @@ def run_to_exit_code(body: Callable[[], None]) -> int:
     try:
         body()
     except SettingsError as error:
-        _leave_groups()
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_first := int(os.environ.get("RANK", "0")) == 0:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr, flush=True)
-        else:
+        _leave_groups()
+        if not is_first:
             time.sleep(1)
         return 2
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import BatchShape, PackOrder, SampleFilter
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.model.head import UNCERTAINTY
 from megatron_sstoken.selection.methods import Method, find_method
 
 
@@ -31,7 +32,7 @@ class RunPlan:
     num_packs: int
     """Packs that training sees, over all epochs."""
     captured_layers: tuple[int, ...]
-    """Layers (from 1) whose attention is measured; empty if the method does not use it."""
+    """Layers (from 1) whose attention is captured; empty if the method does not use it."""
     notes: tuple[str, ...] = ()
     """What a dry run lets pass: weights or devices that are not here yet."""
 
@@ -50,5 +51,5 @@ class RunPlan:
 
     @property
     def needs_entropy(self) -> bool:
-        """Whether the head tells of every prediction's entropy and likeliest token."""
-        return self.settings.logging.entropy or bool({"entropy", "top1"} & self.method.needs)
+        """Whether the head tells more of every prediction than its loss."""
+        return self.settings.logging.entropy or bool(UNCERTAINTY & self.method.needs)

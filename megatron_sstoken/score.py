@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 
 from megatron_sstoken.command_line import parse_settings
-from megatron_sstoken.config import CheckpointSettings, LoggingSettings, Settings, SettingsError
+from megatron_sstoken.config import CheckpointSettings, LoggingSettings, Settings
 from megatron_sstoken.history.source import open_history
 from megatron_sstoken.parallel import agree_on_problems, create_layout, run_to_exit_code, start_processes
 from megatron_sstoken.training.loop import model_to_train
@@ -20,7 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     settings, options = parse_settings(
         arguments,
         program="python -m megatron_sstoken.score",
-        description="Scores data.train with the starting weights, forward only, and writes one Parquet row a token.",
+        description="Scores data.train with the starting weights, forward only, and writes one Parquet row per token. Of the "
+        "settings of checkpoints and logs it uses logging.entropy and logging.context_loss alone: it writes neither.",
         extra={"output": {"type": str, "required": True, "help": "Parquet file to write."}},
     )
     return run_to_exit_code(lambda: run(settings, options["output"]))
@@ -32,9 +33,9 @@ def run(settings: Settings, output: str) -> None:
     logging = LoggingSettings(entropy=said.entropy, context_loss=said.context_loss)
     settings = replace(settings, checkpoint=CheckpointSettings(), logging=logging)
     start_processes()
-    if os.path.isdir(output):
-        raise SettingsError([f"output={output} is a folder: name a file, as {output.rstrip('/')}/records.parquet"])
     problem = writing_problem("output", output)
+    if os.path.isdir(output):
+        problem = f"output={output} is a folder: name a file, as {output.rstrip('/')}/records.parquet"
     agree_on_problems([problem] if problem else [])
     plan = agreed_plan(settings)
     layout = create_layout(settings.parallel, settings.training.seed)

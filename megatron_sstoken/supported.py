@@ -59,12 +59,12 @@ def fp8_problem(recipe: str, capability: tuple[int, int], cuda: str | None) -> s
     Transformer Engine's own rules, which it asserts in the middle of a run.
     """
     has = f"compute capability {capability[0]}.{capability[1]}"
+    if capability < (8, 9):
+        return f"{has}, FP8 needs 8.9 (Ada, Hopper): use another GPU"
     if recipe == "mxfp8" and not (10, 0) <= capability < (12, 0):
         return f"{has}, mxfp8 needs 10.x (Blackwell): use tensorwise"
     if recipe == "blockwise" and (capability < (9, 0) or _version(cuda) < (12, 9)):
         return f"{has} and CUDA {cuda or '-'}, blockwise needs 9.0 (Hopper) and CUDA 12.9: use tensorwise"
-    if capability < (8, 9):
-        return f"{has}, FP8 needs 8.9 (Ada, Hopper)"
     return None
 
 

@@ -37,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def dry_run(settings: Settings, world_size: int | None) -> None:
     """Print what a run would do, from rank 0, without starting process groups."""
-    plan = plan_run(settings, world_size or int(os.environ.get("WORLD_SIZE", "1")), dry_run=True)
+    if world_size is None:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    plan = plan_run(settings, world_size, dry_run=True)
     newest = resumable_checkpoint(plan)
     if int(os.environ.get("RANK", "0")) == 0:
         print(describe(plan))

@@ -143,6 +143,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     """Exit code 0 if nothing differs, else 1; rank 0 prints the findings."""
     parallel = ParallelSettings(tensor=arguments.tensor, pipeline=arguments.pipeline, expert=arguments.expert)
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if problems := parallel.problems():
+        raise ValueError("; ".join(problem.replace("parallel.", "--") for problem in problems))
     if world_size % (parallel.tensor * parallel.pipeline):
         raise ValueError(processes_problem(parallel, world_size))
     result = verify(

@@ -22,7 +22,7 @@ from megatron_sstoken.model.presets import MODELS, find_architecture
 from megatron_sstoken.planner.describe import describe_assumptions, describe_estimate, describe_proposals, verdict
 from megatron_sstoken.planner.hardware import GPU, GPUS, Assumptions
 from megatron_sstoken.planner.search import estimate, precision_problems, propose, smallest_excess
-from megatron_sstoken.planner.workload import Workload, problems_of_workload
+from megatron_sstoken.planner.workload import Workload, problems_of_any_layout, problems_of_workload
 from megatron_sstoken.supported import TOKEN_MULTIPLE
 
 NUMBERS = (
@@ -33,7 +33,7 @@ CHOICES = {
     "precision": ("bf16", "fp32", "fp8"),
     "fp8_recipe": tuple(TOKEN_MULTIPLE),
     "recompute": ("none", "selective", "full"),
-    "backend": ("transformer_engine", "torch"),
+    "backend": ("auto", "transformer_engine", "torch"),
     "head": ("standard", "selective"),
     "scope": ("sample", "microbatch", "batch"),
 }
@@ -82,7 +82,10 @@ def read_assumptions(changes: list[str]) -> Assumptions:
         name, _, value = change.partition("=")
         if name not in known:
             raise ValueError(f"--assume {change}: there is no assumption {name!r}: use one of {', '.join(known)}")
-        values[name] = float(value)
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise ValueError(f"--assume {change}: {value!r} is not a number: use one above 0") from None
         if values[name] < 0 or (values[name] == 0 and name in ("matmul", "matmul_fp8", "attention", "memory", "links")):
             raise ValueError(f"--assume {change}: use a number above 0")
     return replace(Assumptions(), **values)
@@ -97,8 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _refuse([str(error)])
     problems = precision_problems(workload, gpu)
-    if not options.propose:
-        problems += problems_of_workload(workload)
+    problems += problems_of_any_layout(workload) if options.propose else problems_of_workload(workload)
     if problems:
         return _refuse(problems)
     if options.propose:

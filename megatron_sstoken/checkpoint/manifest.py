@@ -96,7 +96,7 @@ def read_run_state(folder: Path) -> RunState:
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{path} does not describe a checkpoint ({error!r}): it is damaged, or of another version"
+            f"{path} does not describe a checkpoint ({error!r}), damaged, or of another version: name another checkpoint"
         ) from error
 
 
@@ -118,7 +118,9 @@ def resolve_checkpoint(path: str) -> Path:
         return Path(path)
     steps = checkpoint_steps(path)
     if not steps:
-        raise ValueError(f"{path} holds no complete checkpoint (a folder step_<number> with {STATE_FILE})")
+        raise ValueError(
+            f"{path} holds no complete checkpoint (a folder step_<number> with {STATE_FILE}): name another folder"
+        )
     return steps[max(steps)]
 
 

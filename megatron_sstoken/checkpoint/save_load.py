@@ -113,7 +113,8 @@ def _load_chunk(chunk: torch.nn.Module, state: dict[str, Any], *, adapters: bool
 def _require_only_extra(absent: set[str], folder: Path) -> None:
     """Raise SettingsError where a checkpoint lacks more than state of FP8 scaling, which not every run has."""
     if lacking := sorted(name for name in absent if not name.endswith(_EXTRA)):
-        raise SettingsError([f"{folder} lacks {', '.join(lacking[:5])}: it is of another model, or damaged"])
+        names = ", ".join(lacking[:5])
+        raise SettingsError([f"{folder} lacks {names}, so it is of another model, or damaged: name another checkpoint"])
 
 
 def _chunk_names(model: Model) -> list[str]:

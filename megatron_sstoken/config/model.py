@@ -60,7 +60,7 @@ class ParallelSettings:
     """Context parallel size: the tokens of every sample are split."""
 
     expert: int = 1
-    """Expert parallel size: the experts of a mixture are dealt out over the ranks of a pipeline stage."""
+    """Expert parallel size: the experts of a mixture are distributed over the ranks of a pipeline stage."""
 
     sequence: bool = False
     """Sequence parallel: norms and residuals are split over the tensor parallel group. Needs tensor > 1."""
@@ -117,7 +117,7 @@ LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 
 @dataclass
 class LoraSettings:
-    """LoRA: low-rank adapters beside frozen weights are trained instead of the weights."""
+    """LoRA: training of low-rank adapters beside frozen weights."""
 
     rank: int = 0
     """Rank of the adapters; 0 trains the weights themselves."""

@@ -13,7 +13,7 @@ class SelectionSettings:
 
     method: str = "sstoken"
     """sstoken, full (every response token), random, another name of `selection/methods.py`, or the import path of a method of
-    your own, as `my_package.my_module:my_method`."""
+    your own, as `my_package.my_module.my_method`."""
 
     rho: float | Literal["auto"] = 0.6
     """Share of the response tokens to train on, in (0, 1]; of n tokens the ceil(rho·n) best are taken, exactly.
@@ -32,12 +32,12 @@ class SelectionSettings:
     """Weight of the retrospective excess loss in the score; 1 − gamma is the weight of the attention."""
 
     layer: int | list[int] = -1
-    """Layer whose attention is scored, from 0; negative numbers count from the last. Of a list the mean is taken."""
+    """Layer whose attention is scored, from 0; negative numbers count from the last. The mean over the layers of a list."""
 
     scope: Literal["sample", "microbatch", "batch"] = "sample"
     """Which tokens compete: those of one sample (the paper), of one micro-step over all ranks, or of the global batch.
 
-    batch is exact over the whole global batch, and costs a forward pass more: every score is needed before the first
+    batch is exact over the whole global batch, and costs one more forward pass: every score is needed before the first
     gradient.
     """
 
@@ -46,10 +46,10 @@ class SelectionSettings:
     Eq. 11); or a mean per micro-batch of one data-parallel rank, then over those (official code)."""
 
     rel_floor: float = 1e-3
-    """If the excess losses of a sample spread less than this (nat), they count as equal. 0 is the official code."""
+    """If the excess losses of a sample spread less than this (nat), they count as equal. 0 is what the official code does."""
 
     warmup_samples: int = 0
-    """gamma is 0 for the first this many samples: at the start the history model and the model are the same."""
+    """gamma is 0 for the first N samples: at the start the history model and the model are the same."""
 
     def problems(self) -> list[str]:
         """Rules that need this section alone."""

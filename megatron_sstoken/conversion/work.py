@@ -48,7 +48,7 @@ class ConversionOptions:
             raise ValueError(f"--dtype={self.dtype} is unknown: use {', '.join(DTYPES)}")
         for name in ("max_memory", "shard_size", "workers"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name}={getattr(self, name)} must be positive")
+                raise ValueError(f"--{name}={getattr(self, name)} is too small: use 1 or more")
 
 
 def parse_bytes(text: str) -> int:

@@ -38,7 +38,7 @@ class TokenBatch:
     context: torch.Tensor
     """bool [T]: real tokens that the assistant did not say."""
     response: torch.Tensor
-    """bool [T]: response tokens that something precedes: those with a loss, R of the design page."""
+    """bool [T]: response tokens that something precedes: those with a loss."""
     history_loss: torch.Tensor | None
     """fp32 [T], NaN where undefined; None if nobody needs it."""
     lengths: list[int]
@@ -113,36 +113,36 @@ class PackOrder:
     ):
         self.samples = samples
         self._seed, self._shuffle, self._packing, self._capacity = seed, shuffle, packing, capacity
-        self._first_row = [0]  # of each epoch so far, and of the one after
+        self._first_pack = [0]  # of each epoch so far, and of the one after
         self._first_sample = [0]
         self._epoch = -1
-        self._rows: list[np.ndarray] = []
+        self._packs: list[np.ndarray] = []
         self._samples_before: np.ndarray = np.zeros(1, dtype=np.int64)
 
     def num_packs(self, epochs: int) -> int:
         """Rows of the first `epochs` epochs; with packing they differ from epoch to epoch."""
-        while len(self._first_row) <= epochs:
-            self._load(len(self._first_row) - 1)
-        return self._first_row[epochs]
+        while len(self._first_pack) <= epochs:
+            self._load(len(self._first_pack) - 1)
+        return self._first_pack[epochs]
 
     def pack(self, number: int) -> np.ndarray:
         """Sample numbers of pack `number`, counted over all epochs."""
         self._seek(number)
-        return self._rows[number - self._first_row[self._epoch]]
+        return self._packs[number - self._first_pack[self._epoch]]
 
     def num_samples_before(self, number: int) -> int:
         """Samples in the packs before pack `number`."""
         self._seek(number)
-        within = number - self._first_row[self._epoch]
+        within = number - self._first_pack[self._epoch]
         return self._first_sample[self._epoch] + int(self._samples_before[within])
 
     def _seek(self, number: int) -> None:
         """Load the epoch that holds pack `number`."""
-        if self._epoch >= 0 and self._first_row[self._epoch] <= number < self._first_row[self._epoch + 1]:
+        if self._epoch >= 0 and self._first_pack[self._epoch] <= number < self._first_pack[self._epoch + 1]:
             return
-        while self._first_row[-1] <= number:
-            self._load(len(self._first_row) - 1)
-        epoch = int(np.searchsorted(self._first_row, number, side="right")) - 1
+        while self._first_pack[-1] <= number:
+            self._load(len(self._first_pack) - 1)
+        epoch = int(np.searchsorted(self._first_pack, number, side="right")) - 1
         if epoch != self._epoch:
             self._load(epoch)
 
@@ -152,15 +152,15 @@ class PackOrder:
             generator = np.random.default_rng([self._seed, epoch])
             order = generator.permutation(order)
         if self._packing == "first_fit":
-            self._rows = first_fit_decreasing(order, self.samples.lengths, self._capacity, generator)
+            self._packs = first_fit_decreasing(order, self.samples.lengths, self._capacity, generator)
         elif self._packing == "next_fit":
-            self._rows = next_fit(order, self.samples.lengths, self._capacity)
+            self._packs = next_fit(order, self.samples.lengths, self._capacity)
         else:
-            self._rows = one_per_pack(order)
+            self._packs = one_per_pack(order)
         self._epoch = epoch
-        self._samples_before = np.cumsum([0, *map(len, self._rows)])
-        if epoch == len(self._first_row) - 1:
-            self._first_row.append(self._first_row[epoch] + len(self._rows))
+        self._samples_before = np.cumsum([0, *map(len, self._packs)])
+        if epoch == len(self._first_pack) - 1:
+            self._first_pack.append(self._first_pack[epoch] + len(self._packs))
             self._first_sample.append(self._first_sample[epoch] + len(order))
 
 

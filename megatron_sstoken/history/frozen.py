@@ -19,7 +19,7 @@ from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.model.backend import numerics_of
 from megatron_sstoken.model.build import Model, build_model
 from megatron_sstoken.model.families import read_architecture
-from megatron_sstoken.parallel import Layout, broadcast_object, writer_rank
+from megatron_sstoken.parallel import Layout, agree_on_problems, broadcast_object, writer_rank
 from megatron_sstoken.passes.columns import gather_columns
 from megatron_sstoken.passes.scoring import scored_batches, sequential_loader
 from megatron_sstoken.run_plan import RunPlan
@@ -55,11 +55,14 @@ class Frozen(HistorySource):
         complete = broadcast_object(os.path.isfile(os.path.join(path, "manifest.json")), source=0)
         if not complete:
             build_history(history_model(plan, layout), plan, layout, path, identity)
+        column, problems = None, []
         try:
             column = TokenColumn(path)
             column.require(identity)
         except ValueError as error:
-            raise SettingsError([f"history.store={path}: {error}"]) from error
+            problems = [f"history.store={path}: {error}"]
+        agree_on_problems(problems)
+        assert column is not None
         return cls(column)
 
     def token_values(self) -> TokenValues:

@@ -152,7 +152,7 @@ class CapturingCoreAttention(torch.nn.Module):
 
     With the indicator "x_j is context" as value, attention's output is Σ_{j context} softmax_j, so the kernel that
     computes the layer computes the mass too, and brings causality, packing, grouped queries and context parallel
-    along (design page, section 2). One attention forward, without gradient.
+    along. One attention forward, without gradient.
     """
 
     def __init__(self, inner: torch.nn.Module, layer_number: int, capture: AttentionCapture):

@@ -46,14 +46,17 @@ def backend_of(settings: Settings) -> Backend:
 
     Adapters sit on megatron's own linears: Transformer Engine's hold the norm before them, whose output they do not give.
     """
-    chosen = settings.model.backend
-    if chosen != "auto":
-        return chosen
-    if settings.training.precision == "fp8":
-        return "transformer_engine"  # there is no other: where it cannot run, `machine_problems` says so
-    fits = settings.training.precision == "bf16" and settings.lora.rank == 0
-    can_run = fits and transformer_engine_problem() is None
-    return "transformer_engine" if can_run else "torch"
+    wanted = preferred_backend(settings)
+    if settings.model.backend != "auto" or settings.training.precision == "fp8":
+        return wanted  # there is no other: where it cannot run, `machine_problems` says so
+    return "torch" if wanted == "torch" or transformer_engine_problem() else "transformer_engine"
+
+
+def preferred_backend(settings: Settings) -> Backend:
+    """What the layers are made of on a machine on which Transformer Engine can run."""
+    if settings.model.backend != "auto":
+        return settings.model.backend
+    return "torch" if settings.training.precision == "fp32" or settings.lora.rank else "transformer_engine"
 
 
 def machine_problems(settings: Settings) -> list[str]:

@@ -1,4 +1,4 @@
-"""Architecture and settings → the model chunks of this rank, wrapped for training, and their optimizer."""
+"""Architecture and settings → the model chunks of this rank, wrapped for training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -87,7 +87,7 @@ class Model:
     """One attention capture for each chunk."""
 
     captured_layers: tuple[int, ...] = ()
-    """Layer numbers (from 1) whose attention is measured."""
+    """Layer numbers (from 1) whose attention is captured."""
 
     scores_context: bool = False
     """Whether losses of context tokens are wanted, too."""
@@ -97,7 +97,7 @@ class Model:
 
     @property
     def capturing_chunks(self) -> list[tuple[int, int]]:
-        """Where the measured layers lie: (pipeline stage, model chunk on that stage), each once.
+        """Where the captured layers lie: (pipeline stage, model chunk on that stage), each once.
 
         Layers are dealt out evenly, chunk by chunk over the stages (megatron's interleaved assignment).
         """
@@ -129,7 +129,7 @@ class Model:
 
     @contextmanager
     def adapters_off(self) -> Iterator["Model"]:
-        """Within, the model computes what its base does; yields it as a model whose attention is not measured."""
+        """Within, the model computes what its base does; yields it as a model whose attention is not captured."""
         linears = list(adapted_linears(self.unwrapped))
         for linear in linears:
             linear.adapters_on = False

@@ -14,7 +14,9 @@ IGNORE_INDEX = -100
 """Label of positions whose loss nobody wants: torch's `ignore_index`."""
 
 HEAD_SIGNALS = ("loss", "entropy", "top1")
-"""What the rows are that a head returns; the last two on demand."""
+"""What the rows are that a head returns; those after the loss on demand."""
+UNCERTAINTY = frozenset(HEAD_SIGNALS[1:])
+"""The signals that only the selective head tells, where they are asked for."""
 
 CHUNK_ROWS = {"cpu": 416, "cuda": 1024}
 """Tokens whose logits are held at once, at most. c of them cost 4·c·hidden·vocabulary operations for gradients and
@@ -204,7 +206,7 @@ def _compiled(function):
 
 
 def _real_rows(weight: torch.Tensor, vocabulary_size: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """This rank's rows of real words: without the padding at the end of the vocabulary."""
+    """This rank's rows of the vocabulary without the padding at its end."""
     return weight[: max(vocabulary_size - group.rank() * len(weight), 0)]
 
 

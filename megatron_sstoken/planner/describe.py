@@ -53,7 +53,7 @@ def _head(estimate: Estimate) -> str:
             f"{w.global_batch_size} packs of {w.sequence_length} = micro-batch {w.micro_batch_size} × data {w.data} × "
             f"accumulation {w.num_micro_batches}",
         ),
-        ("computed", f"{precision}, {w.backend}, recompute {w.recompute}, {w.head} head{share}"),
+        ("computed", f"{precision}, {w.layers_of}, recompute {w.recompute}, {w.head} head{share}"),
     ]
     return "\n".join(f"{name:<10}{value}" for name, value in rows)
 

@@ -77,7 +77,7 @@ def adapter_parameters(w: Workload) -> int:
 
 def layer_activations(w: Workload) -> dict[str, int]:
     """What one layer keeps of one micro-batch, in bytes, without recomputation of whole layers."""
-    return _torch_layer(w) if w.backend == "torch" else _fused_layer(w)
+    return _torch_layer(w) if w.layers_of == "torch" else _fused_layer(w)
 
 
 def _torch_layer(w: Workload) -> dict[str, int]:
@@ -155,7 +155,7 @@ def activation_bytes(w: Workload, stage: int) -> int:
 
 def received_bytes(w: Workload, stage: int) -> int:
     """Inputs from the stage before, which live until their backward pass; where the first norm keeps them, nothing."""
-    if w.backend != "torch" or w.precision == "fp32" or w.recompute == "full":
+    if w.layers_of != "torch" or w.precision == "fp32" or w.recompute == "full":
         return 0
     own = _first_chunks(w) if stage == 0 else 0
     return (chunks_in_flight(w, stage) - own) * _between_layers(w)
@@ -172,7 +172,7 @@ def _first_chunks(w: Workload) -> int:
 
 def final_norm_bytes(w: Workload) -> int:
     """Kept by the norm before the head for one micro-batch."""
-    widths = 4 + 2 * w.width if w.backend == "torch" else 2 * w.width
+    widths = 4 + 2 * w.width if w.layers_of == "torch" else 2 * w.width
     return w.split_tokens * (w.architecture.hidden_size * widths + 4)
 
 
@@ -198,7 +198,7 @@ def selection_bytes(w: Workload, stage: int) -> int:
     if stage == w.pipeline - 1:
         total += w.num_micro_batches * w.pack_tokens * REPORT_BYTES
         if w.selects:
-            repeated = 2 * w.context * w.query_width if w.backend == "torch" else 0
+            repeated = 2 * w.context * w.query_width if w.layers_of == "torch" else 0
             total += w.tokens * (w.key_width + w.query_width + repeated) * w.width
     return total
 

@@ -70,8 +70,6 @@ def precision_problems(w: Workload, gpu: GPU) -> list[str]:
         found.append(f"precision=fp8: {gpu.name} has no FP8 units: use precision=bf16, or another GPU")
     elif problem := fp8_problem(w.fp8_recipe, gpu.capability, NEW_CUDA):
         found.append(f"fp8_recipe={w.fp8_recipe}: {gpu.name} has {problem}")
-    if w.backend == "torch":
-        found.append("precision=fp8 needs backend=transformer_engine: the torch path has no FP8")
     return found
 
 

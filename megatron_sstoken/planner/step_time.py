@@ -80,7 +80,7 @@ def layer_bytes(w: Workload) -> float:
     """Memory traffic of one layer's element-wise work, forward: norms, residuals, RoPE, SwiGLU; backward is twice it."""
     norms = 10 * w.split_tokens * w.architecture.hidden_size
     fused = (norms + 2 * w.tokens * (w.query_width + w.key_width) + 3 * w.tokens * w.ffn_width) * w.width
-    return fused * (1 if w.backend == "transformer_engine" else 3)  # unfused: each operation reads and writes
+    return fused * (1 if w.layers_of == "transformer_engine" else 3)  # unfused: each operation reads and writes
 
 
 def _head_seconds(w: Workload, gpu: GPU, assumptions: Assumptions, scoring: int) -> float:
@@ -116,7 +116,7 @@ def speed_of(w: Workload, gpu: GPU, assumptions: Assumptions) -> Speed:
             name = traffic.kind if traffic.kind != "data" else f"data {traffic.operation}"
             seconds[name] = seconds.get(name, 0.0) + transfer_seconds(traffic, gpu, assumptions)
         seconds["tensor"] = seconds.get("tensor", 0.0) * assumptions.tensor_exposed
-        exposed = 1.0 if w.backend == "torch" else assumptions.context_exposed
+        exposed = 1.0 if w.layers_of == "torch" else assumptions.context_exposed
         seconds["context"] = seconds.get("context", 0.0) * exposed
         stages.append(seconds)
     busy = [sum(one[kind] for kind in ("compute", "tensor", "context")) for one in stages]

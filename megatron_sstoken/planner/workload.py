@@ -6,7 +6,7 @@ from typing import Literal
 
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import batch_shape
-from megatron_sstoken.model.backend import token_multiple
+from megatron_sstoken.model.backend import Backend, preferred_backend, token_multiple
 from megatron_sstoken.model.dtypes import weight_dtype
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.validate.layout import layout_problems
@@ -33,7 +33,8 @@ class Workload:
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
     """With fp8; its tiles decide how packs are rounded."""
     recompute: Literal["none", "selective", "full"] = "none"
-    backend: Literal["transformer_engine", "torch"] = "transformer_engine"
+    backend: Literal["auto", "transformer_engine", "torch"] = "auto"
+    """auto: Transformer Engine, but torch in fp32 and with adapters."""
     head: Literal["standard", "selective"] = "selective"
     """selective: logits of response tokens only, in chunks; kept and trained only for the selected ones."""
     response: float = 1.0
@@ -47,6 +48,11 @@ class Workload:
     lora_rank: int = 0
     """0 trains all parameters; otherwise adapters on all seven linears, the rest frozen."""
     vocabulary_multiple: int = 128
+
+    @cached_property
+    def layers_of(self) -> Backend:
+        """What the layers are made of."""
+        return preferred_backend(self.settings())
 
     @property
     def data(self) -> int:
@@ -112,13 +118,15 @@ class Workload:
         """Vocabulary rows of one tensor parallel rank, with padding."""
         return self.architecture.padded_vocabulary(self.vocabulary_multiple, self.tensor) // self.tensor
 
-    def settings(self) -> Settings:
-        """The settings of a run with this layout, for the checks that runs pass."""
+    def settings(self, *, split: bool = True) -> Settings:
+        """The settings of a run with this layout, or with `split` False with none, for the checks that runs pass."""
         settings = Settings()
         settings.model.hf_path = settings.data.train = "(estimated)"
         settings.model.vocabulary_multiple = self.vocabulary_multiple
-        for name in ("tensor", "pipeline", "virtual_pipeline", "context", "sequence"):
-            setattr(settings.parallel, name, getattr(self, name))
+        settings.model.backend, settings.model.head = self.backend, self.head
+        if split:
+            for name in ("tensor", "pipeline", "virtual_pipeline", "context", "sequence"):
+                setattr(settings.parallel, name, getattr(self, name))
         settings.data.sequence_length = self.sequence_length
         settings.training.micro_batch_size = self.micro_batch_size
         settings.training.global_batch_size = self.global_batch_size
@@ -126,15 +134,23 @@ class Workload:
         settings.training.precision = self.precision
         settings.training.fp8_recipe = self.fp8_recipe
         settings.lora.rank = self.lora_rank
-        settings.selection.rho = self.rho
+        settings.selection.rho, settings.selection.scope = self.rho, self.scope
         return settings
+
+
+def problems_of_any_layout(workload: Workload) -> list[str]:
+    """What no layout can change, in the words that a run would use. Empty when all is well."""
+    found = problems_of(workload.settings(split=False))
+    if workload.world_size < 1:
+        found.append(f"world_size={workload.world_size} is too small: use 1 or more")
+    if not 0 < workload.response <= 1:
+        found.append(f"response={workload.response} is outside (0, 1]: use a share such as 0.6")
+    return found
 
 
 def problems_of_workload(workload: Workload) -> list[str]:
     """What cannot work, in the words that a run would use. Empty when all is well."""
-    found = problems_of(workload.settings())
-    if workload.world_size < 1:
-        found.append(f"world_size={workload.world_size} is too small: use 1 or more")
-    if not 0 < workload.response <= 1:
-        found.append(f"response={workload.response} is outside (0, 1]")
-    return found or layout_problems(workload.settings(), workload.architecture, workload.world_size)
+    found = [*problems_of_any_layout(workload), *problems_of(workload.settings())]
+    return list(dict.fromkeys(found)) or layout_problems(
+        workload.settings(), workload.architecture, workload.world_size
+    )

@@ -101,15 +101,19 @@ def find_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
-    module, dot, attribute = name.rpartition(".")
-    if not dot:
+    module, _, attribute = name.rpartition(".")
+    if not module:
         raise ValueError(
             f"method={name} is unknown: use one of {', '.join(METHODS)}, or the import path of a Method of your own"
         )
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
         raise ValueError(f"method={name} cannot be imported ({error}): put its package on PYTHONPATH") from error
+    except Exception as error:  # whatever a user's module raises when it runs
+        raise ValueError(f"method={name} cannot be imported: mend {module}: {error!r}") from error
+    if found is None:
+        raise ValueError(f"method={name} does not exist: name a Method that {module} defines, after a dot")
     if not isinstance(found, Method):
         raise ValueError(
             f"method={name} is a {type(found).__name__}: name a Method, as made by "

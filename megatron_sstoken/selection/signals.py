@@ -16,7 +16,7 @@ class TokenSignals:
     num_segments: int
     """Samples in this micro-batch."""
     response: Tensor
-    """bool [T]: response tokens at position 1 or later: R of the README's definition."""
+    """bool [T]: response tokens at position 1 or later, which compete."""
     sample: Tensor
     """int64 [T]: row number in the input."""
     position: Tensor

@@ -21,7 +21,7 @@ from megatron_sstoken.checkpoint.manifest import (
 )
 from megatron_sstoken.checkpoint.save_load import load_checkpoint, save_checkpoint
 from megatron_sstoken.checkpoint.weights_source import adapter_identity, require_base, starting_weights
-from megatron_sstoken.config import Settings
+from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.data.batches import BatchLoader
 from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.model.build import Model, build_model
@@ -88,7 +88,14 @@ def resumable_checkpoint(plan: RunPlan) -> Checkpoint | None:
     steps = checkpoint_steps(checkpoint.directory) if checkpoint.directory and checkpoint.resume else {}
     if not steps:
         return None
-    newest = open_checkpoint(str(steps[max(steps)]))
+    folder = steps[max(steps)]
+    try:
+        newest = open_checkpoint(str(folder))
+    except ValueError as error:
+        told = (
+            f"checkpoint.directory={checkpoint.directory}: {error}, or remove that folder to resume from the one before"
+        )
+        raise SettingsError([told]) from error
     check_identity(newest, identity_of(plan), plan.num_packs, plan.settings.lora)
     return newest
 

@@ -2,6 +2,7 @@
 
 from megatron_sstoken.config import Settings
 from megatron_sstoken.history.source import history_sources
+from megatron_sstoken.model.head import UNCERTAINTY
 from megatron_sstoken.selection.methods import METHODS, find_method
 
 
@@ -29,7 +30,7 @@ def _method_problems(settings: Settings) -> list[str]:
             f"selection.rho=auto needs scores between 0 and 1, which selection.method={name} does not give: use {bounded}, "
             "or a number"
         )
-    if head != "selective" and (wanted := {"entropy", "top1"} & method.needs):
+    if head != "selective" and (wanted := UNCERTAINTY & method.needs):
         found.append(
             f"selection.method={name} scores by {' and '.join(sorted(wanted))}, which model.head={head} does not tell: "
             "use model.head=selective"

@@ -204,3 +204,5 @@ def test_mistakes_are_told_in_a_line(folder, tmp_path, capsys):
     assert "has no config.json" in capsys.readouterr().err
     assert main(["verify", f"--hf={folder}/llama", "--tensor=2"]) == 2
     assert "1 processes cannot be split into parallel.tensor=2" in capsys.readouterr().err
+    assert main(["verify", f"--hf={folder}/llama", "--tensor=0"]) == 2
+    assert "--tensor=0 is too small" in capsys.readouterr().err

@@ -117,6 +117,9 @@ def compare(other: str) -> None:
             one, two = map(load_file, files)
             names = " ".join(file.stem.removeprefix(f"{family}-") for file in files)
             gradient = max(_apart(one[name], two[name], relative=True) for name in one if name.startswith("gradient."))
+            assert one["mean"].isfinite() and all(one[name].abs().sum() > 0 for name in one if "norm" in name), (
+                "vacuous"
+            )
             mean, token = (_apart(one[name], two[name]) for name in ("mean", "loss"))
             same = "same" if torch.equal(one["selected"], two["selected"]) else "DIFFERENT"
             print(f"{family:<12}{names:<18}{mean:>10.1e}{token:>12.1e}{gradient:>10.1e}{same:>10}")

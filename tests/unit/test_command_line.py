@@ -90,7 +90,7 @@ def test_unknown_name_in_yaml_exits_with_2(tmp_path, capsys):
     assert stop.value.code == 2 and "sede" in capsys.readouterr().err
 
 
-OLD_NAME_NOTE = "note: model.implementation is now model.backend: the old name goes with the next version\n"
+OLD_NAME_NOTE = "note: model.implementation is now model.backend: the old name will be removed in the next version\n"
 
 
 def test_the_old_name_of_backend_works_for_one_version(tmp_path, capsys):

@@ -73,3 +73,19 @@ def test_dry_run_of_a_resumable_run(settings, tmp_path, capsys):
     run.checkpoint.resume = False
     assert dry_run(run, "--world_size=1") == 2
     assert "holds checkpoints of another run (step 3)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ['{"step": 3', '{"step": 3, "of_a_later_version": 1}'])
+def test_a_damaged_checkpoint_is_told_as_a_mistake(settings, tmp_path, capsys, content):
+    (tmp_path / "step_0000003").mkdir()
+    (tmp_path / "step_0000003" / "sstoken.json").write_text(content)
+    assert dry_run(settings(checkpoint__directory=str(tmp_path)), "--world_size=1") == 2
+    told = capsys.readouterr().err
+    assert (
+        told.startswith(f"error: checkpoint.directory={tmp_path}: ") and "or remove that folder to resume from" in told
+    )
+
+
+def test_dry_run_without_processes(settings, capsys):
+    assert dry_run(settings(), "--world_size=0") == 2
+    assert "world_size=0 is too small" in capsys.readouterr().err

@@ -118,3 +118,16 @@ def test_adapter_parameters_of_all_ranks_are_the_models(layout):
 def test_what_a_run_refuses_is_not_estimated(changes, says):
     problems = problems_of_workload(Workload(EIGHT, **changes))
     assert any(says in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("changes", "made_of"),
+    [
+        ({}, "transformer_engine"),
+        ({"lora_rank": 8}, "torch"),
+        ({"precision": "fp32"}, "torch"),
+        ({"backend": "torch"}, "torch"),
+    ],
+)
+def test_layers_are_estimated_of_what_a_run_makes_them(changes, made_of):
+    assert Workload(EIGHT, **changes).layers_of == made_of

@@ -272,7 +272,13 @@ class TestImportPath:
         ("name", "reason"),
         [
             ("no.such.module.method", "cannot be imported"),
-            (f"{__name__}.absent", "cannot be imported"),
+            (f"{__name__}:absent", "does not exist: name a Method .* after a dot"),
+            (f"{__name__}.absent", f"absent does not exist: name a Method that {__name__} defines"),
+            (
+                "tests.helpers.broken_method.scores",
+                r"mend tests.helpers.broken_method: ValueError\('a selection method needs",
+            ),
+            (".scores", "method=.scores is unknown"),
             (f"{__name__}.not_a_method", "is a int: name a Method"),
             ("best", "is unknown: use one of sstoken"),
         ],
