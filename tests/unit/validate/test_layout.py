@@ -115,7 +115,8 @@ LAYOUT_PROBLEMS = {
     "no checkpoint": (
         {"model__checkpoint": "/nowhere/step"},
         1,
-        "model.checkpoint: /nowhere/step holds no complete checkpoint (a folder step_<number> with sstoken.json): name another folder",
+        "model.checkpoint: /nowhere/step holds no complete checkpoint (a folder step_<number> with sstoken.json): "
+        "name another folder",
     ),
     "no history model": (
         {"history__hf_path": "/nowhere/old"},
