@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import common
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, ReadItem
@@ -55,11 +55,11 @@ def load_options(folder: Path) -> dict[str, Any]:
 
     0.19 knows both forms. 0.16 knows its own, and is given a strategy that finds the other.
     """
-    if hasattr(dist_checkpointing.serialization, "_legacy_common_state_exists") or (folder / "common.pt").exists():
+    strategy: Any = getattr(common, "TorchCommonLoadStrategy", None)
+    if strategy is None or (folder / "common.pt").exists():
         return {}
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 
-    class LoadFromTensors(TorchCommonLoadStrategy):
+    class LoadFromTensors(strategy):
         def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
             planner = _ReadObject()
             wanted = {COMMON_STATE: io.BytesIO()}

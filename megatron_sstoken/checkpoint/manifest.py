@@ -95,9 +95,7 @@ def read_run_state(folder: Path) -> RunState:
             **content,
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path} does not describe a checkpoint ({error!r}), damaged, or of another version: name another checkpoint"
-        ) from error
+        raise ValueError(f"{path} is damaged or of another version ({error!r}): name another checkpoint") from error
 
 
 def write_run_state(folder: Path, state: RunState) -> None:

@@ -120,7 +120,7 @@ class PackOrder:
         self._samples_before: np.ndarray = np.zeros(1, dtype=np.int64)
 
     def num_packs(self, epochs: int) -> int:
-        """Rows of the first `epochs` epochs; with packing they differ from epoch to epoch."""
+        """Packs of the first `epochs` epochs; with packing they differ from epoch to epoch."""
         while len(self._first_pack) <= epochs:
             self._load(len(self._first_pack) - 1)
         return self._first_pack[epochs]
