@@ -37,7 +37,7 @@ class Line(NamedTuple):
 LINES = (
     # The range is that of its extra `dev`.
     Line("0.16.1", 'python_version < "3.12"', "2.9", "2.12"),
-    # The newest for Python 3.12 and later. It states no range; whatever it imports is there from 2.9 to 2.20.
+    # The newest for Python 3.12 and later. It states no range; what it imports without a fallback is there from 2.9 to 2.20.
     Line("0.19.2", 'python_version >= "3.12"', "2.9", "2.21"),
 )
 """Both run on Python 3.12 as well; which one is installed there is `python`'s choice."""
