@@ -89,7 +89,7 @@ def _add_vocabulary_argument(command: argparse.ArgumentParser) -> None:
 
 def _add_conversion_arguments(command: argparse.ArgumentParser, *, dtypes: str, shard_size: str) -> None:
     command.add_argument("--output", required=True, help="folder to write; it appears when it is complete")
-    command.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
+    command.add_argument("--overwrite", action="store_true", help="replace an output that a conversion made")
     command.add_argument("--dtype", help=f"type of the weights written: {dtypes} (default: the source's)")
     memory_help = "tensors in memory at any time, mapped pages included (default: 4GB)"
     command.add_argument("--max_memory", default="4GB", help=memory_help)

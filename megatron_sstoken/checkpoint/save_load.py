@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_sstoken.checkpoint.harmless import missing_parts, read_metadata, require_harmless
 from megatron_sstoken.checkpoint.manifest import Checkpoint, RunState, checkpoint_steps, write_run_state
 from megatron_sstoken.compat import load_options
 from megatron_sstoken.config import SettingsError
@@ -24,6 +25,7 @@ from megatron_sstoken.device import compute_device
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.model.lora import is_adapter
 from megatron_sstoken.model.optimizer import fuse_adamw
+from megatron_sstoken.parallel import Layout, broadcast_object
 
 _EXTRA = "_extra_state"  # Transformer Engine's name for the scales and largest values of FP8 training
 
@@ -55,6 +57,7 @@ def save_checkpoint(
         content["history"] = history
     dist_checkpointing.save(content, str(partial), validate_access_integrity=True)
     dist.barrier(group=model.layout.control)
+    _require_whole(directory, partial, model.layout)
     if dist.get_rank() == 0:
         write_run_state(partial, replace(state, split=_split(model)))
         shutil.rmtree(final, ignore_errors=True)
@@ -79,6 +82,7 @@ def load_checkpoint(
     source, which may be empty.
     """
     folder, adapters = checkpoint.folder, checkpoint.state.adapters is not None
+    _require_readable(folder, model.layout)
     wanted = _sharded_state(model, optimizer, scheduler, adapters=adapters, is_loading=True)
     same_split = checkpoint.state.split == _split(model)
     if optimizer is not None and same_split:
@@ -97,6 +101,31 @@ def load_checkpoint(
     if "random" in wanted:
         _set_random_states(state["random"])
     return state.get("history", {})
+
+
+def _require_whole(directory: str, partial: Path, layout: Layout) -> None:
+    """Raise SettingsError on all ranks unless rank 0 sees every file that the ranks say they wrote, with its length."""
+    missing = missing_parts(partial, read_metadata(partial)) if dist.get_rank() == 0 else []
+    if missing := broadcast_object(missing, source=0, group=layout.control):
+        raise SettingsError(
+            [
+                f"checkpoint.directory={directory}: process 0 does not see {len(missing)} of the files that other processes "
+                f"wrote ({', '.join(missing[:3])}): name a folder that all nodes share"
+            ]
+        )
+
+
+def _require_readable(folder: Path, layout: Layout) -> None:
+    """Raise SettingsError on all ranks where rank 0 finds the checkpoint damaged, or what could run code."""
+    problem = None
+    if dist.get_rank() == 0:
+        try:
+            if missing := missing_parts(folder, require_harmless(folder)):
+                problem = f"{folder} lacks {', '.join(missing[:3])}, or has it shortened: name another checkpoint"
+        except ValueError as error:
+            problem = str(error)
+    if problem := broadcast_object(problem, source=0, group=layout.control):
+        raise SettingsError([problem])
 
 
 def _load_chunk(chunk: torch.nn.Module, state: dict[str, Any], *, adapters: bool) -> None:

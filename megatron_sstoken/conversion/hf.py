@@ -65,7 +65,7 @@ def to_hf(
     missing or unfitting input and for an output in the way.
     """
     options = options or ConversionOptions()
-    refuse_existing(output, options.overwrite)
+    refuse_existing(output, options.overwrite, [checkpoint, *([hf_path] if hf_path else [])])
     opened = open_checkpoint(checkpoint)
     folder, source = opened.folder, _architecture_folder(opened, hf_path)
     adapters = AdapterCheckpoint(opened) if merge or opened.state.adapters else None
@@ -96,7 +96,7 @@ def from_hf(
     ValueError as `to_hf` does.
     """
     options = options or ConversionOptions()
-    refuse_existing(output, options.overwrite)
+    refuse_existing(output, options.overwrite, [hf_path])
     reader = FolderReader(hf_path)
     check_weights(reader.weights, reader.architecture)
     types = reader.types
@@ -125,7 +125,7 @@ def reshard(
     Raises ValueError as `to_hf` does.
     """
     options = options or ConversionOptions()
-    refuse_existing(output, options.overwrite)
+    refuse_existing(output, options.overwrite, [checkpoint, *([hf_path] if hf_path else [])])
     opened = open_checkpoint(checkpoint)
     folder, source = opened.folder, _architecture_folder(opened, hf_path)
     reader = CheckpointReader(folder)

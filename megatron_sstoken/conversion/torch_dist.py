@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_sstoken.checkpoint.harmless import read_metadata
 from megatron_sstoken.conversion.contents import Contents, Parameter, Piece
 
 _fake_mode_is_not_thread_safe = threading.Lock()
@@ -40,10 +41,7 @@ class CheckpointReader:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        try:
-            self.metadata = FileSystemReader(folder).read_metadata()
-        except Exception as error:  # it is a pickle: whatever its bytes say can go wrong
-            raise ValueError(f"{folder} is not a readable torch_dist checkpoint: {error}") from error
+        self.metadata = read_metadata(folder)
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: entry
             for key, entry in self.metadata.state_dict_metadata.items()

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from megatron_sstoken.files import publish_folder, write_durably
+from megatron_sstoken.files import publish_folder, write_durably, write_json
 from megatron_sstoken.model.dtypes import DTYPES
 
 Task = TypeVar("Task")
@@ -138,10 +138,41 @@ def run_tasks(work: Callable[[Task, Callable[[], None]], None], tasks: Iterable[
             raise
 
 
-def refuse_existing(output: str, overwrite: bool) -> None:
-    """Raise ValueError for an output in the way."""
-    if os.path.exists(output) and not overwrite:
+CONVERSION = "conversion.json"
+"""File in every output that lists its files, so that a later conversion knows what it may replace."""
+
+
+def refuse_existing(output: str, overwrite: bool, sources: Iterable[str]) -> None:
+    """Raise ValueError for an output that must not be made there: before any work, and whatever `overwrite` says.
+
+    With `overwrite` an output takes the place of what a conversion made and nobody has added to; never of a source (files
+    or folders), of a folder that holds one, or of a link.
+    """
+    target = Path(os.path.realpath(output))
+    for source in map(Path, map(os.path.realpath, sources)):
+        if target == source or target in source.parents:
+            raise ValueError(f"--output={output} is, or holds, what is read ({source}): name another --output")
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
         raise ValueError(f"{output} exists: name another --output, or pass --overwrite")
+    if foreign := _not_of_a_conversion(Path(output)):
+        raise ValueError(
+            f"--overwrite does not replace {output}: {foreign}: name another --output, or remove it yourself"
+        )
+
+
+def _not_of_a_conversion(folder: Path) -> str | None:
+    """What in a folder no conversion made; None if all of it is of one."""
+    if folder.is_symlink() or not folder.is_dir():
+        return "it is not a folder"
+    try:
+        made = set(json.loads((folder / CONVERSION).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return f"it has no {CONVERSION}, which every conversion leaves"
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
+    added = sorted(found - made - {CONVERSION})
+    return f"{', '.join(added[:3])} is not of the conversion that made it" if added else None
 
 
 class Workplace:
@@ -213,6 +244,8 @@ class Workplace:
 
     def publish(self) -> Path:
         """Make the output appear, in one rename."""
+        files = sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+        write_json(self.folder / CONVERSION, {"made_by": "tools/convert_checkpoint.py", "files": files})
         publish_folder(self.folder, self.target, overwrite=True)
         shutil.rmtree(self._partial)
         return self.target

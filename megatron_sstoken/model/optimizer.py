@@ -52,6 +52,19 @@ def build_optimizer(
     return optimizer, scheduler
 
 
+def follow_settings(
+    optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, settings: OptimizerSettings
+) -> None:
+    """Let a resumed optimizer do as the settings say: what its checkpoint brought back of them is replaced.
+
+    megatron takes the learning rate's bounds from the parameter groups, which a checkpoint holds.
+    """
+    for group in optimizer.param_groups:
+        group["max_lr"], group["min_lr"] = settings.learning_rate, settings.min_learning_rate
+        group["betas"], group["eps"] = (settings.beta1, settings.beta2), settings.epsilon
+    scheduler.step(0)
+
+
 def fuse_adamw(optimizer: MegatronOptimizer) -> None:
     """Let torch's AdamW, which runs for want of Transformer Engine's or apex's, pass over its state once, not a dozen times."""
     for group in optimizer.param_groups:

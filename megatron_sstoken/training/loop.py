@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
+from megatron_sstoken.checkpoint.harmless import missing_parts, read_metadata
 from megatron_sstoken.checkpoint.manifest import (
     AdapterIdentity,
     Checkpoint,
@@ -25,7 +26,7 @@ from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.data.batches import BatchLoader
 from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.model.build import Model, build_model
-from megatron_sstoken.model.optimizer import build_optimizer
+from megatron_sstoken.model.optimizer import build_optimizer, follow_settings
 from megatron_sstoken.parallel import Layout
 from megatron_sstoken.passes.columns import gather_columns
 from megatron_sstoken.passes.step import TokenReport
@@ -72,13 +73,19 @@ def identity_of(plan: RunPlan) -> RunIdentity:
     )
 
 
+_NOT_OF_RESULTS = ("validate_every", "micro_batch_size")
+"""Settings of the training loop that change nothing in what a run computes."""
+
+
 def objective_of(plan: RunPlan) -> dict:
-    """The settings that decide what is trained on."""
+    """The settings that decide what a run computes, besides its identity; told where a resumed run changes them."""
     settings = plan.settings
     return {
         "selection": asdict(settings.selection),
         "history": asdict(settings.history),
         "model": asdict(settings.model),
+        "optimizer": asdict(settings.optimizer),
+        "training": {name: value for name, value in asdict(settings.training).items() if name not in _NOT_OF_RESULTS},
     }
 
 
@@ -96,8 +103,24 @@ def resumable_checkpoint(plan: RunPlan) -> Checkpoint | None:
             f"checkpoint.directory={checkpoint.directory}: {error}, or remove that folder to resume from the one before"
         )
         raise SettingsError([told]) from error
+    if int(os.environ.get("RANK", "0")) == 0:
+        _require_files(checkpoint.directory or "", folder)
     check_identity(newest, identity_of(plan), plan.num_packs, plan.settings.lora)
     return newest
+
+
+def _require_files(directory: str, folder: Path) -> None:
+    """Raise SettingsError where files of the newest checkpoint are damaged or gone."""
+    try:
+        missing = missing_parts(folder, read_metadata(folder))
+        problem = (
+            f"{folder} lacks {', '.join(missing[:3])}, or has it shortened: name another directory" if missing else None
+        )
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        told = f"checkpoint.directory={directory}: {problem}, or remove that folder to resume from the one before"
+        raise SettingsError([told])
 
 
 def model_to_train(plan: RunPlan, layout: Layout, *, trainable: bool = True) -> Model:
@@ -134,6 +157,7 @@ def create_trainer(plan: RunPlan, layout: Layout, model: Model, history: History
         if state.adapters is not None:
             require_base(str(newest.folder), state.adapters, starting_weights(plan.settings).base, layout)
         history.load_state_dict(load_checkpoint(newest, model, optimizer, scheduler))
+        follow_settings(optimizer, scheduler, plan.settings.optimizer)
         trainer.step = state.step
         logger.say(f"resumed from {newest.folder}: {trainer.step} of {plan.num_steps} steps are done")
         if changes := differences(renamed(state.objective), objective_of(plan)):

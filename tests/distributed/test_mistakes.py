@@ -94,4 +94,77 @@ def plan_on_uneven_nodes(rank, model, data):
 
 def test_nodes_that_would_compute_differently_are_told(folder):
     told = run_distributed(plan_on_uneven_nodes, 2, str(folder / "model"), str(folder / "data"))
-    assert told[0] == told[1] and "in bf16 on process 0 and in bf16 on transformer_engine on process 1" in told[0][0]
+    assert told[0] == told[1] and "is bf16 on process 0 and bf16 on transformer_engine on process 1" in told[0][0]
+
+
+def plan_on_nodes_that_differ(rank, model, data, changes):
+    """What each process is told where the second has other settings or files."""
+    from megatron_sstoken.config import SettingsError
+    from megatron_sstoken.parallel import reset_layout
+    from megatron_sstoken.training.loop import resumable_checkpoint
+    from megatron_sstoken.validate.agree import agreed_plan
+
+    told = []
+    for change in changes:
+        values = {"model": model, "data": data} | (change if rank else {})
+        paths = {name: values.pop(name) for name in ("model", "data")}
+        values = {"checkpoint__directory": f"{model}-run"} | values
+        try:
+            agreed_plan(make_settings(**paths, **values), check=resumable_checkpoint)
+            told.append([])
+        except SettingsError as error:
+            told.append(error.problems)
+        reset_layout()
+    return told
+
+
+DIFFERENCES = {
+    "optimizer.learning_rate": {"optimizer__learning_rate": 7e-5},
+    "selection.rho": {"selection__rho": 0.25},
+    "selection.method": {"selection__method": "full"},
+    "training.seed": {"training__seed": 3},
+    "training.steps": {"training__steps": 5},
+    "training.global_batch_size": {"training__global_batch_size": 4},
+    "checkpoint.save_every": {"checkpoint__save_every": 1},
+    "data.sequence_length": {"data__sequence_length": 64},
+}
+
+
+def test_nodes_with_other_settings_are_told_what_differs(folder):
+    changes = [{}, *DIFFERENCES.values()]
+    told = run_distributed(plan_on_nodes_that_differ, 2, str(folder / "model"), str(folder / "data"), changes)
+    assert told[0] == told[1] and told[0][0] == []
+    for name, (problem,) in zip(DIFFERENCES, told[0][1:], strict=True):
+        assert problem.startswith(f"{name} is ") and " on process 0 and " in problem, problem
+
+
+def plan_in_own_places(rank, places):
+    """What each process is told where the same relative paths lead to files of its own."""
+    import os
+
+    os.chdir(places[rank])
+    os.environ["LOCAL_RANK"] = "0"  # each is the first of its node
+    return plan_on_nodes_that_differ(rank, "model", "data", [{}])[0]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("data", "the content of data.train is "),
+        ("model", "the content of the starting weights is "),
+        ("run", "checkpoint.directory=model-run of process 1 is not that of process 0"),
+    ],
+)
+def test_nodes_with_other_files_are_told_what_differs(folder, tmp_path, other, message):
+    places = [tmp_path / "node0", tmp_path / "node1"]
+    for number, place in enumerate(places):
+        place.mkdir()
+        seed = number if other == "data" else 0
+        make_store(place / "data", make_samples(8, seed=seed))
+        (place / "model").symlink_to(folder / ("other" if other == "model" and number else "model"))
+    if other != "run":
+        (tmp_path / "run").mkdir()
+        for place in places:
+            (place / "model-run").symlink_to(tmp_path / "run")
+    told = run_distributed(plan_in_own_places, 2, places)
+    assert told[0] == told[1] and told[0][0].startswith(message), told

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from megatron_sstoken.checkpoint.manifest import checkpoint_steps
 from megatron_sstoken.training.records import read_records
@@ -104,6 +105,24 @@ def test_another_layout_continues_closely(case, tmp_path, layout):
     assert max(rest) == NUM_STEPS
     for step, loss in rest.items():
         assert loss == pytest.approx(whole[step], abs=1e-5), (layout, step)
+
+
+def test_a_resumed_run_follows_the_optimizer_settings_that_it_is_given(case, tmp_path):
+    """megatron would take the learning rate's bounds, betas and epsilon from the checkpoint."""
+    changes = {"optimizer__learning_rate": 2e-5, "optimizer__min_learning_rate": 1e-5, "optimizer__beta1": 0.8}
+    shutil.copytree(case / "killed", tmp_path / "run", ignore=shutil.ignore_patterns("logs"))
+    settings = settings_in(case, tmp_path / "run", **LAYOUT, **changes)
+    result = cli.run(train_command(2, settings))
+    assert result.returncode == 0, result.stderr
+    note = next(line for line in result.stdout.splitlines() if "note: the run goes on with other settings: " in line)
+    for change in ("learning_rate: 0.001 → 2e-05", "min_learning_rate: 0.0 → 1e-05", "beta1: 0.9 → 0.8"):
+        assert f"optimizer.{change}" in note
+    rates = cli.scalars(tmp_path / "run" / "logs", "optimizer/learning_rate")
+    assert max(rates.values()) < 2e-5 and min(rates.values()) >= 1e-5, rates
+    _, state = max(checkpoint_steps(tmp_path / "run").items())
+    if (state / "common.pt").exists():  # the line of megatron-core that has this file
+        groups = torch.load(state / "common.pt", weights_only=True)["optimizer"]["optimizer"]["param_groups"]
+        assert {group["betas"] for group in groups} == {(0.8, 0.95)} and {group["max_lr"] for group in groups} == {2e-5}
 
 
 def test_resuming_another_run_is_refused(case, tmp_path):

@@ -67,12 +67,13 @@ def _wait(processes: list, folder: str, timeout: float) -> None:
         if failed or time.monotonic() > deadline:
             break
         time.sleep(0.02)
-    for rank, process in enumerate(processes):
-        if process.exitcode not in (None, 0):
-            time.sleep(0.2)
-            path = Path(folder, f"error-{rank}")
-            reason = path.read_text() if path.exists() else f"exit code {process.exitcode}"
-            raise AssertionError(f"rank {rank} of {len(processes)} failed:\n{reason}")
+    if failed := [rank for rank, process in enumerate(processes) if process.exitcode not in (None, 0)]:
+        time.sleep(0.2)
+        # A rank may end because another one has: the first to write down its error is the cause.
+        told = sorted(Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+        rank = int(told[0].name.removeprefix("error-")) if told else failed[0]
+        reason = told[0].read_text() if told else f"exit code {processes[rank].exitcode}"
+        raise AssertionError(f"rank {rank} of {len(processes)} failed:\n{reason}")
     waiting = [rank for rank, process in enumerate(processes) if process.is_alive()]
     if waiting:
         raise AssertionError(f"ranks {waiting} did not finish within {timeout} s")

@@ -1,9 +1,13 @@
 """The dry run: the plan or all problems, once, and nothing made."""
 
 import json
+import pickle
 from dataclasses import asdict
 
 import pytest
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_sstoken.train import main
 from megatron_sstoken.training.loop import identity_of
@@ -58,6 +62,7 @@ def test_dry_run_of_a_resumable_run(settings, tmp_path, capsys):
         ("step_0000004", None),
     ):
         (tmp_path / name).mkdir()
+        (tmp_path / name / ".metadata").write_bytes(pickle.dumps(Metadata({})))
         if content is not None:
             (tmp_path / name / "sstoken.json").write_text(json.dumps(content))
     assert dry_run(run, "--world_size=1") == 0
@@ -84,6 +89,22 @@ def test_a_damaged_checkpoint_is_told_as_a_mistake(settings, tmp_path, capsys, c
     assert (
         told.startswith(f"error: checkpoint.directory={tmp_path}: ") and "or remove that folder to resume from" in told
     )
+
+
+def test_a_newest_checkpoint_without_all_its_files(settings, tmp_path, capsys):
+    run = settings(checkpoint__directory=str(tmp_path))
+    state = {"step": 3, "identity": asdict(identity_of(plan_run(run, 1))), "hf_path": "model", "num_rows": 80}
+    newest = tmp_path / "step_0000003"
+    newest.mkdir()
+    (newest / "sstoken.json").write_text(json.dumps(state))
+    place = _StorageInfo("__0_0.distcp", 100, 20)
+    (newest / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data={MetadataIndex("weight"): place})))
+    for content, code in ((None, 2), (bytes(119), 2), (bytes(120), 0)):
+        if content is not None:
+            (newest / "__0_0.distcp").write_bytes(content)
+        assert dry_run(run, "--world_size=1") == code
+        told = capsys.readouterr()
+        assert code == 0 or "lacks __0_0.distcp" in told.err and "remove that folder to resume" in told.err
 
 
 def test_dry_run_without_processes(settings, capsys):

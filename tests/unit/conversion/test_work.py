@@ -12,6 +12,7 @@ from megatron_sstoken.conversion.work import (
     check_memory,
     format_bytes,
     parse_bytes,
+    refuse_existing,
     run_tasks,
 )
 
@@ -100,7 +101,7 @@ def test_publishing_replaces_the_output_and_leaves_nothing_beside_it(tmp_path):
         write(place, "new", b"new")
         assert [path.name for path in output.iterdir()] == ["old"]
         place.publish()
-    assert [path.name for path in output.iterdir()] == ["new"]
+    assert sorted(path.name for path in output.iterdir()) == ["conversion.json", "new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -110,3 +111,53 @@ def test_a_full_disk_is_told_before_the_work(tmp_path):
         pytest.raises(ValueError, match="GB free, the output takes 1e"),
     ):
         place.require_space(10**18)
+
+
+def converted(folder):
+    """An output of a conversion."""
+    with Workplace(str(folder), {}) as place:
+        write(place, "model.safetensors", b"new")
+        place.publish()
+    return folder
+
+
+def test_overwrite_replaces_what_a_conversion_made(tmp_path):
+    output = converted(tmp_path / "out")
+    refuse_existing(str(output), True, [str(tmp_path / "source")])
+    with pytest.raises(ValueError, match="exists: name another --output, or pass --overwrite"):
+        refuse_existing(str(output), False, [])
+    (output / "model.safetensors").unlink()  # less is no loss
+    refuse_existing(str(output), True, [])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: (folder / "out").mkdir(), "it has no conversion.json"),
+        (lambda folder: (folder / "out").write_text("mine"), "it is not a folder"),
+        (lambda folder: (folder / "out").symlink_to(converted(folder / "other")), "it is not a folder"),
+        (lambda folder: (folder / "out").symlink_to(folder / "nothing"), "it is not a folder"),
+        (lambda folder: (converted(folder / "out") / "step_0000005").mkdir(), None),
+        (
+            lambda folder: (converted(folder / "out") / "mine.txt").write_text("mine"),
+            "mine.txt is not of the conversion",
+        ),
+    ],
+)
+def test_overwrite_replaces_nothing_else(tmp_path, make, message):
+    make(tmp_path)
+    output = str(tmp_path / "out")
+    if message is None:
+        refuse_existing(output, True, [])  # an empty folder is nothing
+        return
+    with pytest.raises(ValueError, match=f"--overwrite does not replace .*{message}.*or remove it yourself"):
+        refuse_existing(output, True, [])
+
+
+@pytest.mark.parametrize("output", ["models/llama", "models", "link", "models/llama/../llama"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_source_is_never_replaced(tmp_path, output, overwrite):
+    converted(tmp_path / "models" / "llama")
+    (tmp_path / "link").symlink_to(tmp_path / "models")
+    with pytest.raises(ValueError, match="is, or holds, what is read"):
+        refuse_existing(str(tmp_path / output), overwrite, [str(tmp_path / "models" / "llama")])

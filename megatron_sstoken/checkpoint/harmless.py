@@ -1,0 +1,100 @@
+"""Nothing in a checkpoint runs code: what its pickles name is compared with a list before they are read.
+
+A checkpoint may come from anywhere. torch reads `.metadata`, and the objects among the tensors, with Python's unpickler,
+which calls whatever the file names.
+"""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.serialization import safe_globals
+
+_ALLOWED = {
+    "torch": {"Size", "device"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType",
+    },
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "collections": {"OrderedDict"},
+}  # fmt: skip
+"""What `.metadata` of torch and megatron is made of: module → names. Besides, torch's types of numbers."""
+
+
+class _Careful(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place in it")
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """`.metadata` of a checkpoint folder. Raises ValueError where it is damaged or names what could run code."""
+    path = folder / ".metadata"
+    try:
+        with open(path, "rb") as file:
+            found = _Careful(file).load()
+        if not isinstance(found, Metadata):
+            raise ValueError(f"it holds a {type(found).__name__}")
+    except Exception as error:  # whatever its bytes say can go wrong
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {error}), so it is damaged or not to be trusted: "
+            "name another checkpoint"
+        ) from error
+    return found
+
+
+def require_harmless(folder: Path) -> Metadata:
+    """`read_metadata`, once the objects among the tensors hold plain values and tensors alone. Raises ValueError else.
+
+    After this, megatron's own way of reading them meets nothing that it would call.
+    """
+    metadata = read_metadata(folder)
+    objects = [name for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)]
+    places = {index.fqn: place for index, place in (metadata.storage_data or {}).items()}
+    for name in objects:
+        place = places.get(name)
+        if place is None:
+            raise ValueError(f"{folder} does not say where {name} lies, so it is damaged: name another checkpoint")
+        path = _inside(folder, place.relative_path)
+        try:
+            with open(path, "rb") as file:
+                file.seek(place.offset)
+                stored = io.BytesIO(file.read(place.length))
+            with safe_globals([io.BytesIO]):
+                torch.load(stored, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"{path}: {name} is damaged or not to be trusted ({type(error).__name__}): name another checkpoint"
+            ) from error
+    return metadata
+
+
+def missing_parts(folder: Path, metadata: Metadata) -> list[str]:
+    """Files of a checkpoint that are not there, or shorter than `.metadata` says: names, sorted."""
+    needed: dict[str, int] = {}
+    for place in (metadata.storage_data or {}).values():
+        end = place.offset + place.length
+        needed[place.relative_path] = max(needed.get(place.relative_path, 0), end)
+    sizes = {name: path.stat().st_size for name in needed if (path := _inside(folder, name)).is_file()}
+    return sorted(name for name, size in needed.items() if sizes.get(name, -1) < size)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of the folder itself. Raises ValueError for a name that leads out of it."""
+    if Path(name).name != name:
+        raise ValueError(f"{folder}/.metadata names {name}, which is not in that folder: name another checkpoint")
+    return folder / name
