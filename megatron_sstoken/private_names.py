@@ -248,6 +248,12 @@ _MEGATRON_STATE = (
         "What metadata.json says, for checkpoints that we write without megatron.",
     ),
     PrivateName(
+        _MEGATRON + "dist_checkpointing.strategies.filesystem_async",
+        "_results_queue",
+        ("checkpoint/writer.py",),
+        "The queue of the process beside each rank that saving asks for, where it is not None.",
+    ),
+    PrivateName(
         _MEGATRON + "dist_checkpointing.core",
         "save_config",
         (_STORED,),

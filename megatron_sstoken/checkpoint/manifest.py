@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from megatron_sstoken.config import LoraSettings, SettingsError
 STATE_FILE = "sstoken.json"
 _NUM_PACKS = "num_rows"  # what files call it since the first version
 _NAME = re.compile(r"step_(\d+)")
+_PART = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|metadata\.json|common\.pt|" + re.escape(STATE_FILE))
+"""Files of a checkpoint: a folder that holds others is not deleted as left over."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,26 @@ def checkpoint_steps(directory: str) -> dict[int, Path]:
         if (match := _NAME.fullmatch(path.name)) and (path / STATE_FILE).is_file()
     }
     return dict(sorted(found.items()))
+
+
+def incomplete_steps(directory: str) -> list[Path]:
+    """Folders of checkpoints under `directory` that were not finished, or whose deletion was not."""
+    return [
+        path
+        for path in sorted(Path(directory).iterdir())
+        if path.is_dir()
+        and not path.is_symlink()
+        and _NAME.fullmatch(path.name.removesuffix(".partial"))
+        and (path.name.endswith(".partial") or not (path / STATE_FILE).is_file())
+        and all(_PART.fullmatch(one.name) for one in path.iterdir())
+    ]
+
+
+def drop(folder: Path) -> None:
+    """Delete a checkpoint folder, if it is there. What is left of it when this is interrupted does not count as complete."""
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def read_run_state(folder: Path) -> RunState:

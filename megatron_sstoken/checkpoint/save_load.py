@@ -3,8 +3,6 @@
 A checkpoint is a folder `step_<number>` that appears by renaming, once everything in it is on disk.
 """
 
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,19 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sstoken.checkpoint.harmless import missing_parts, read_metadata, require_harmless
-from megatron_sstoken.checkpoint.manifest import Checkpoint, RunState, checkpoint_steps, write_run_state
+from megatron_sstoken.checkpoint.manifest import (
+    Checkpoint,
+    RunState,
+    checkpoint_steps,
+    drop,
+    incomplete_steps,
+    write_run_state,
+)
+from megatron_sstoken.checkpoint.writer import prepare_writer
 from megatron_sstoken.compat import load_options
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.device import compute_device
+from megatron_sstoken.files import publish_folder
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.model.lora import is_adapter
 from megatron_sstoken.model.optimizer import fuse_adamw
@@ -48,23 +55,26 @@ def save_checkpoint(
     final = Path(directory) / f"step_{state.step:07d}"
     partial = Path(directory) / f"step_{state.step:07d}.partial"
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        drop(partial)
         partial.mkdir(parents=True)
     dist.barrier(group=model.layout.control)
     content = _sharded_state(model, optimizer, scheduler, adapters=model.has_adapters, is_loading=False)
     content["random"] = _random_states(model)
     if history:
         content["history"] = history
+    prepare_writer()
     dist_checkpointing.save(content, str(partial), validate_access_integrity=True)
     dist.barrier(group=model.layout.control)
     _require_whole(directory, partial, model.layout)
     if dist.get_rank() == 0:
         write_run_state(partial, replace(state, split=_split(model)))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+        drop(final)
+        publish_folder(partial, final, overwrite=False)
         steps = checkpoint_steps(directory)
         for step in list(steps)[: -keep or None] if keep else []:
-            shutil.rmtree(steps[step])
+            drop(steps[step])
+        for folder in incomplete_steps(directory):
+            drop(folder)
     dist.barrier(group=model.layout.control)
     return final
 

@@ -131,6 +131,9 @@ def build_history(model: Model, plan: RunPlan, layout: Layout, path: str, identi
     first = next((b for b in range(loader.num_batches) if _batch_span(loader, b)[1] > num_written), loader.num_batches)
     for number, reports in scored_batches(model, loader, layout, title="history losses", first=first):
         columns = gather_columns(reports, layout)
+        problem = _not_finite(columns) if writer is not None and columns is not None else None
+        if problem := broadcast_object(problem, source=source, group=layout.control):
+            raise SettingsError([f"history.store={path}: {problem}"])
         if writer is not None and columns is not None:
             start, stop = _batch_span(loader, number)
             values = np.full(stop - start, np.nan, dtype=np.float32)
@@ -141,6 +144,19 @@ def build_history(model: Model, plan: RunPlan, layout: Layout, path: str, identi
     if writer is not None:
         writer.finish()
     torch.distributed.barrier(group=layout.control)
+
+
+def _not_finite(columns: dict[str, np.ndarray]) -> str | None:
+    """The first response token of a batch whose loss says nothing."""
+    wrong = (columns["role"] == 1) & (columns["position"] > 0) & ~np.isfinite(columns["loss"])
+    if not wrong.any():
+        return None
+    first = int(wrong.argmax())
+    return (
+        f"the history model's loss of the token at position {columns['position'][first]} of input row "
+        f"{columns['sample'][first]} is {columns['loss'][first]}: check the weights of history.hf_path (default: "
+        "model.hf_path), or use training.precision=fp32"
+    )
 
 
 def _batch_span(loader: BatchLoader, number: int) -> tuple[int, int]:

@@ -46,9 +46,16 @@ def save_draw_and_load(rank, folder, model_path):
 
 def test_random_states_come_back_and_old_checkpoints_go(tmp_path):
     model = make_model(tmp_path / "model")
-    (tmp_path / "run" / "step_0000009.partial").mkdir(parents=True)  # as a killed run leaves it
+    for name in ("step_0000009.partial", "step_0000001"):  # as a killed run leaves them: a save, a deletion
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "__0_0.distcp").write_bytes(b"half")
+    for name in ("step_0000008.partial", "step_notes"):  # holds, or is, what no checkpoint has
+        (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / name / "mine.txt").write_text("mine")
     results = run_distributed(save_draw_and_load, 2, str(tmp_path / "run"), model)
     for before, after in results:
         assert before == after
     assert results[0][0][3:] != results[1][0][3:], "tensor ranks draw differently inside the tracker's fork"
     assert list(checkpoint_steps(str(tmp_path / "run"))) == [2, 3]
+    left = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert left == ["step_0000002", "step_0000003", "step_0000008.partial", "step_notes"]

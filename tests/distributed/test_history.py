@@ -1,7 +1,10 @@
 """History losses: every token's value, resumed after a stop with another batch size, cut and dropped samples as NaN."""
 
+import shutil
+
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_sstoken.data.column import TokenColumn
 from megatron_sstoken.data.store import SampleStore
@@ -76,3 +79,27 @@ def test_values_after_a_stop_and_another_batch_size(bench, tmp_path, too_long):
             wanted[:] = np.nan
         found = column.values(store.offsets[index], store.offsets[index + 1])
         np.testing.assert_allclose(found, wanted, atol=5e-4)
+
+
+def told_while_scoring(rank, settings):
+    """What each process is told where history cannot be scored."""
+    from megatron_sstoken.config import SettingsError
+
+    try:
+        score_history(rank, settings, None)
+    except SettingsError as error:
+        return error.problems
+    return []
+
+
+def test_losses_that_are_not_finite_end_the_scoring(bench, tmp_path):
+    folder, model, data, _ = bench
+    broken = shutil.copytree(model, tmp_path / "model")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    settings = make_settings(str(broken), data, history__store=str(tmp_path / "losses"), parallel__pipeline=2)
+    told = run_distributed(told_while_scoring, 2, settings)
+    assert told[0] == told[1] and "is nan: check the weights of history.hf_path" in told[0][0]
+    with pytest.raises(ValueError, match="incomplete"):
+        TokenColumn(tmp_path / "losses")

@@ -109,7 +109,8 @@ def train_until_signal(rank, settings, at_step):
 
     def load_and_signal(number):
         if rank == 1 and number == at_step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for process in (*psutil.Process().children(recursive=True), psutil.Process()):
+                process.send_signal(signal.SIGTERM)  # as torchrun and Slurm do
         return load(number)
 
     trainer.loader.load = load_and_signal
