@@ -7,7 +7,7 @@ from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import Settings
 from megatron_sstoken.history.source import open_history
 from megatron_sstoken.parallel import create_layout, run_to_exit_code, start_processes
-from megatron_sstoken.training.loop import create_trainer, model_to_train, resumable_checkpoint, train
+from megatron_sstoken.training.loop import create_trainer, model_to_train, resumable_checkpoint, sole_writer, train
 from megatron_sstoken.validate.agree import agreed_plan
 from megatron_sstoken.validate.describe import describe
 from megatron_sstoken.validate.run import plan_run
@@ -54,10 +54,11 @@ def run(settings: Settings) -> None:
     layout = create_layout(settings.parallel, settings.training.seed)
     if layout.rank == 0:
         print(describe(plan), flush=True)
-    history = open_history(plan, layout)
-    model = model_to_train(plan, layout)
-    trainer = create_trainer(plan, layout, model, history)
-    train(trainer)
+    with sole_writer(settings.checkpoint.directory, layout):
+        history = open_history(plan, layout)
+        model = model_to_train(plan, layout)
+        trainer = create_trainer(plan, layout, model, history)
+        train(trainer)
 
 
 if __name__ == "__main__":

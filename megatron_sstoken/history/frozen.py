@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_sstoken.data.batches import BatchLoader, TokenValues
 from megatron_sstoken.data.column import TokenColumn, TokenColumnWriter
 from megatron_sstoken.data.store import StoreManifest
 from megatron_sstoken.history.source import HistorySource
+from megatron_sstoken.lock import Lock
 from megatron_sstoken.model.backend import numerics_of
 from megatron_sstoken.model.build import Model, build_model
 from megatron_sstoken.model.families import read_architecture
@@ -52,9 +54,10 @@ class Frozen(HistorySource):
             source=0,
         )
         path = plan.settings.history.store or history_path(plan.train.store.path, identity)
-        complete = broadcast_object(os.path.isfile(os.path.join(path, "manifest.json")), source=0)
-        if not complete:
-            build_history(history_model(plan, layout), plan, layout, path, identity)
+        lock = Lock(f"{path}.lock")
+        with lock:
+            if not _complete_or_ours(path, lock, layout):
+                build_history(history_model(plan, layout), plan, layout, path, identity)
         column, problems = None, []
         try:
             column = TokenColumn(path)
@@ -67,6 +70,28 @@ class Frozen(HistorySource):
 
     def token_values(self) -> TokenValues:
         return self.column
+
+
+def _complete_or_ours(path: str, lock: Lock, layout: Layout) -> bool:
+    """Whether the store is complete. If not, rank 0 holds the lock on return; while another run scores it, all wait.
+
+    A sweep's runs start together on one data folder: one of them scores, the others use what it has scored.
+    """
+    told = False
+    while True:
+        complete, holder = False, None
+        if layout.rank == 0:
+            complete = os.path.isfile(os.path.join(path, "manifest.json"))
+            holder = None if complete else lock.take()
+            # Another run may have finished between the two questions.
+            complete = complete or (holder is None and os.path.isfile(os.path.join(path, "manifest.json")))
+            if holder and not told:
+                print(f"history losses: waiting for {holder}, which is scoring {path}", flush=True)
+                told = True
+        complete, holder = broadcast_object((complete, holder), source=0, group=layout.control)
+        if complete or holder is None:
+            return complete
+        time.sleep(2)
 
 
 def history_weights(settings: Settings) -> WeightsSource:

@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,9 +27,10 @@ from megatron_sstoken.checkpoint.weights_source import adapter_identity, require
 from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.data.batches import BatchLoader
 from megatron_sstoken.history.source import HistorySource
+from megatron_sstoken.lock import Lock
 from megatron_sstoken.model.build import Model, build_model
 from megatron_sstoken.model.optimizer import build_optimizer, follow_settings
-from megatron_sstoken.parallel import Layout
+from megatron_sstoken.parallel import Layout, broadcast_object
 from megatron_sstoken.passes.columns import gather_columns
 from megatron_sstoken.passes.step import TokenReport
 from megatron_sstoken.run_plan import RunPlan
@@ -121,6 +124,23 @@ def _require_files(directory: str, folder: Path) -> None:
     if problem:
         told = f"checkpoint.directory={directory}: {problem}, or remove that folder to resume from the one before"
         raise SettingsError([told])
+
+
+@contextmanager
+def sole_writer(directory: str | None, layout: Layout) -> Iterator[None]:
+    """Within, this run alone writes to its checkpoint directory. Raises SettingsError on all ranks if another one does."""
+    if directory is None:
+        yield
+        return
+    with Lock(Path(directory) / "run.lock") as lock:
+        holder = broadcast_object(lock.take_or_wait() if layout.rank == 0 else None, source=0, group=layout.control)
+        if holder is not None:
+            raise SettingsError(
+                [
+                    f"checkpoint.directory={directory} is in use by another run ({holder}): name another one, or stop that run"
+                ]
+            )
+        yield
 
 
 def model_to_train(plan: RunPlan, layout: Layout, *, trainable: bool = True) -> Model:
