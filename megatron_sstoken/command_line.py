@@ -9,10 +9,8 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from megatron_sstoken.config import Settings
+from megatron_sstoken.config import RENAMED, Settings
 
-RENAMED = {("model", "implementation"): "backend"}
-"""Section and name of a setting one version ago → its name today."""
 PARSER_MODE = "settings"
 """jsonargparse's name for our reader of YAML."""
 

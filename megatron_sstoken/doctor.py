@@ -21,13 +21,13 @@ from typing import Any
 
 from megatron_sstoken.supported import LINES, TOKEN_MULTIPLE, Line, fp8_problem, line_of
 
-PACKAGES = (
-    "torch megatron-core transformer-engine transformer-engine-torch apex flash-attn triton transformers tokenizers "
-    "safetensors sentencepiece pyarrow jsonargparse tensorboard psutil numpy".split()
-)
 REQUIRED = (
-    "torch megatron-core transformers safetensors sentencepiece pyarrow jsonargparse tensorboard psutil numpy".split()
+    "torch megatron-core transformers tokenizers safetensors sentencepiece pyarrow jsonargparse docstring-parser tqdm "
+    "tensorboard psutil numpy pyyaml jinja2 matplotlib".split()
 )
+"""What setup.py installs."""
+OPTIONAL = "transformer-engine transformer-engine-torch apex flash-attn triton".split()
+PACKAGES = [*REQUIRED, *OPTIONAL]
 INTERFACES = (
     "GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME NCCL_IB_HCA NCCL_IB_DISABLE NCCL_P2P_DISABLE NCCL_DEBUG MASTER_ADDR "
     "MASTER_PORT CUDA_DEVICE_MAX_CONNECTIONS OMP_NUM_THREADS SSTOKEN_DEVICE".split()

@@ -10,7 +10,7 @@ set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 NAMED_PYTHON="${PYTHON:-}"
 PYTHON="${PYTHON:-python3}"
-VENV="${VENV:-$ROOT/.venv}"
+VENV="$(realpath -m "${VENV:-$ROOT/.venv}")" # also where another folder is entered later
 
 # pyenv's commands answer only for versions that it has activated: take the newest it has by that name.
 find_python() {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_sstoken.config import ParallelSettings  # noqa: E402
+from megatron_sstoken.config import ModelSettings, ParallelSettings  # noqa: E402
 from megatron_sstoken.conversion.hf import from_hf, reshard, to_hf  # noqa: E402
 from megatron_sstoken.conversion.inspection import describe_checkpoint, format_description  # noqa: E402
 from megatron_sstoken.conversion.verify import REAL_TEXT, verify  # noqa: E402
@@ -83,8 +83,9 @@ def _add_checkpoint_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _add_vocabulary_argument(command: argparse.ArgumentParser) -> None:
-    help_text = "pad the vocabulary to a multiple of this, as model.vocabulary_multiple does (default: 128)"
-    command.add_argument("--vocabulary_multiple", type=int, default=128, help=help_text)
+    default = ModelSettings.vocabulary_multiple
+    help_text = f"pad the vocabulary to a multiple of this, as model.vocabulary_multiple does (default: {default})"
+    command.add_argument("--vocabulary_multiple", type=int, default=default, help=help_text)
 
 
 def _add_conversion_arguments(command: argparse.ArgumentParser, *, dtypes: str, shard_size: str) -> None:

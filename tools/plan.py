@@ -12,6 +12,7 @@ import json
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 try:
     import megatron_sstoken  # noqa: F401
@@ -23,19 +24,14 @@ from megatron_sstoken.planner.describe import describe_assumptions, describe_est
 from megatron_sstoken.planner.hardware import GPU, GPUS, Assumptions
 from megatron_sstoken.planner.search import estimate, precision_problems, propose, smallest_excess
 from megatron_sstoken.planner.workload import Workload, problems_of_any_layout, problems_of_workload
-from megatron_sstoken.supported import TOKEN_MULTIPLE
 
 NUMBERS = (
     "world_size tensor pipeline virtual_pipeline context micro_batch_size global_batch_size sequence_length lora_rank "
     "vocabulary_multiple".split()
 )
 CHOICES = {
-    "precision": ("bf16", "fp32", "fp8"),
-    "fp8_recipe": tuple(TOKEN_MULTIPLE),
-    "recompute": ("none", "selective", "full"),
-    "backend": ("auto", "transformer_engine", "torch"),
-    "head": ("standard", "selective"),
-    "scope": ("sample", "microbatch", "batch"),
+    name: get_args(get_type_hints(Workload)[name])
+    for name in ("precision", "fp8_recipe", "recompute", "backend", "head", "scope")
 }
 
 

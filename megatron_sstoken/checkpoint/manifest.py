@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sstoken.config import LoraSettings, SettingsError
+from megatron_sstoken.config import RENAMED, LoraSettings, SettingsError
 
 STATE_FILE = "sstoken.json"
 _NUM_PACKS = "num_rows"  # what files call it since the first version
@@ -207,10 +207,11 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
 
 def renamed(objective: dict[str, Any]) -> dict[str, Any]:
     """The settings of a checkpoint by their names of today."""
-    model = dict(objective.get("model", {}))
-    if "implementation" in model:
-        model["backend"] = model.pop("implementation")
-    return {**objective, "model": model} if "model" in objective else objective
+    found = {section: dict(values) for section, values in objective.items()}
+    for (section, old), new in RENAMED.items():
+        if old in found.get(section, {}):
+            found[section][new] = found[section].pop(old)
+    return found
 
 
 def adapter_problems(owner: str, saved: AdapterIdentity | None, lora: LoraSettings) -> list[str]:

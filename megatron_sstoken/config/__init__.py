@@ -8,11 +8,12 @@ import os
 from dataclasses import dataclass, field
 
 from megatron_sstoken.config.model import DataSettings, LoraSettings, LoraTarget, ModelSettings, ParallelSettings
-from megatron_sstoken.config.rules import SettingsError
+from megatron_sstoken.config.rules import RENAMED, SettingsError
 from megatron_sstoken.config.run import CheckpointSettings, LoggingSettings, OptimizerSettings, TrainingSettings
 from megatron_sstoken.config.selection import HistorySettings, SelectionSettings
 
 __all__ = [
+    "RENAMED",
     "CheckpointSettings", "DataSettings", "HistorySettings", "LoggingSettings", "LoraSettings", "LoraTarget", "ModelSettings",
     "OptimizerSettings", "ParallelSettings", "SelectionSettings", "Settings", "SettingsError", "TrainingSettings",
 ]  # fmt: skip

@@ -1,5 +1,8 @@
 """How the rules of a section of the settings are written: each broken one is a message with name, value, rule and remedy."""
 
+RENAMED = {("model", "implementation"): "backend"}
+"""Section and name of a setting one version ago → its name today: on the command line, in files, and in checkpoints."""
+
 
 class SettingsError(ValueError):
     """One or more settings cannot work; the message lists all of them, one a line."""

@@ -12,6 +12,7 @@ import torch
 from megatron_sstoken import __version__
 from megatron_sstoken.checkpoint.manifest import Checkpoint, RunState, open_checkpoint
 from megatron_sstoken.checkpoint.weights_source import WeightsSource
+from megatron_sstoken.config import ModelSettings
 from megatron_sstoken.conversion.adapters import AdapterCheckpoint
 from megatron_sstoken.conversion.contents import Parameter, checkpoint_contents
 from megatron_sstoken.conversion.folder import FolderReader, copy_companions
@@ -88,7 +89,11 @@ def to_hf(
 
 
 def from_hf(
-    hf_path: str, output: str, *, options: ConversionOptions | None = None, vocabulary_multiple: int = 128
+    hf_path: str,
+    output: str,
+    *,
+    options: ConversionOptions | None = None,
+    vocabulary_multiple: int = ModelSettings.vocabulary_multiple,
 ) -> Path:
     """Write a megatron checkpoint `output`/step_0000000 from a Hugging Face folder.
 
@@ -116,7 +121,7 @@ def reshard(
     checkpoint: str,
     output: str,
     *,
-    vocabulary_multiple: int = 128,
+    vocabulary_multiple: int = ModelSettings.vocabulary_multiple,
     hf_path: str | None = None,
     options: ConversionOptions | None = None,
 ) -> Path:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from megatron_sstoken.config import Settings
+from megatron_sstoken.config import ModelSettings, Settings
 from megatron_sstoken.data.batches import batch_shape
 from megatron_sstoken.model.backend import Backend, preferred_backend, token_multiple
 from megatron_sstoken.model.dtypes import weight_dtype
@@ -47,7 +47,7 @@ class Workload:
     """False is plain fine-tuning: no attention mass, no history, no scores."""
     lora_rank: int = 0
     """0 trains all parameters; otherwise adapters on all seven linears, the rest frozen."""
-    vocabulary_multiple: int = 128
+    vocabulary_multiple: int = ModelSettings.vocabulary_multiple
 
     @cached_property
     def layers_of(self) -> Backend:

@@ -10,10 +10,11 @@ import torch
 from packaging.markers import Marker
 
 from megatron_sstoken import supported
-from megatron_sstoken.config import Settings, TrainingSettings
-from megatron_sstoken.doctor import Machine, fp8_recipes
+from megatron_sstoken.config import ModelSettings, SelectionSettings, Settings, TrainingSettings
+from megatron_sstoken.doctor import REQUIRED, Machine, fp8_recipes
 from megatron_sstoken.model import backend
 from tests.helpers.cli import ROOT
+from tools.plan import CHOICES
 
 
 @pytest.mark.parametrize("cuda", ["12.4", "12.9", "13.0"])
@@ -46,6 +47,17 @@ def test_setup_and_constraints_name_the_same_versions():
         assert line.megatron_core_requirement in required and line.megatron_core_requirement in pinned
     assert len([one for one in required + pinned if one.startswith("megatron-core")]) == 2 * len(supported.LINES)
     assert len([one for one in required if one.startswith("transformer-engine")]) == len(supported.LINES)
+
+
+def test_the_doctor_looks_for_all_that_is_required():
+    required = [re.match(r"[\w-]+", one)[0] for one in metadata.requires("megatron-sstoken") if "extra ==" not in one]
+    assert sorted(set(required)) == sorted(REQUIRED)
+
+
+def test_the_planner_chooses_among_what_the_settings_offer():
+    offered = get_type_hints(TrainingSettings) | get_type_hints(ModelSettings) | get_type_hints(SelectionSettings)
+    for name, choices in CHOICES.items():
+        assert set(choices) == set(offered[name].__args__), name
 
 
 def test_the_markers_part_all_pythons():
