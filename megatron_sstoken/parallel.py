@@ -106,7 +106,10 @@ class Layout:
 
 
 def start_processes(timeout_minutes: float = 30) -> None:
-    """Join the other processes that torchrun started; alone, without torchrun, become a group of one."""
+    """Join the other processes that torchrun started; alone, without torchrun, become a group of one.
+
+    `timeout_minutes`: how long one waits for another before it ends with an error.
+    """
     adapt_megatron_to_cpu()
     if dist.is_initialized():
         return
@@ -122,22 +125,23 @@ def start_processes(timeout_minutes: float = 30) -> None:
     )
 
 
-def create_layout(settings: ParallelSettings, seed: int) -> Layout:
+def create_layout(settings: ParallelSettings, seed: int, timeout_minutes: float = 30) -> Layout:
     """Create megatron's process groups and seed its random states. All processes call it, after `start_processes`.
 
-    Raises SettingsError if the sizes do not divide the number of processes.
+    All groups wait `timeout_minutes`. Raises SettingsError if the sizes do not divide the number of processes.
     """
-    groups = create_groups(settings, seed)
+    groups = create_groups(settings, seed, timeout_minutes)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
     return Layout(
         groups=groups,
         data=groups.dp,
-        control=dist.new_group(backend="gloo"),
+        control=dist.new_group(backend="gloo", timeout=timeout),
         virtual_pipeline=settings.virtual_pipeline,
-        side_channel=_stage_groups(groups.pp, settings.virtual_pipeline) if settings.pipeline > 1 else (),
+        side_channel=_stage_groups(groups.pp, settings.virtual_pipeline, timeout) if settings.pipeline > 1 else (),
     )
 
 
-def create_groups(settings: ParallelSettings, seed: int) -> ProcessGroupCollection:
+def create_groups(settings: ParallelSettings, seed: int, timeout_minutes: float = 30) -> ProcessGroupCollection:
     """megatron's own process groups and random states; the part of `create_layout` that works on any backend."""
     model_processes = settings.tensor * settings.pipeline * settings.context
     if dist.get_world_size() % model_processes:
@@ -150,6 +154,7 @@ def create_groups(settings: ParallelSettings, seed: int) -> ProcessGroupCollecti
         expert_model_parallel_size=settings.expert,
         expert_tensor_parallel_size=1,  # experts are dealt out, never cut
         create_gloo_process_groups=have_cuda(),
+        distributed_timeout_minutes=timeout_minutes,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     # Dropout draws anew on every pipeline stage and for every share of the tokens; alike on the tensor ranks, for which
@@ -159,13 +164,13 @@ def create_groups(settings: ParallelSettings, seed: int) -> ProcessGroupCollecti
     return groups
 
 
-def _stage_groups(own: dist.ProcessGroup, number: int) -> tuple[dist.ProcessGroup, ...]:
+def _stage_groups(own: dist.ProcessGroup, number: int, timeout: datetime.timedelta) -> tuple[dist.ProcessGroup, ...]:
     """`number` more groups of the same members as this rank's pipeline group; all processes call it."""
     pipelines: list = [None] * dist.get_world_size()
     dist.all_gather_object(pipelines, tuple(dist.get_process_group_ranks(own)))
     created = {}
     for ranks in sorted(set(pipelines)):  # every process takes part in the creation of every group, in one order
-        created[ranks] = tuple(dist.new_group(list(ranks)) for _ in range(number))
+        created[ranks] = tuple(dist.new_group(list(ranks), timeout=timeout) for _ in range(number))
     return created[tuple(dist.get_process_group_ranks(own))]
 
 

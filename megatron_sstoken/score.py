@@ -32,13 +32,13 @@ def run(settings: Settings, output: str) -> None:
     said = settings.logging
     logging = LoggingSettings(entropy=said.entropy, context_loss=said.context_loss)
     settings = replace(settings, checkpoint=CheckpointSettings(), logging=logging)
-    start_processes()
+    start_processes(settings.training.timeout_minutes)
     problem = writing_problem("output", output)
     if os.path.isdir(output):
         problem = f"output={output} is a folder: name a file, as {output.rstrip('/')}/records.parquet"
     agree_on_problems([problem] if problem else [])
     plan = agreed_plan(settings)
-    layout = create_layout(settings.parallel, settings.training.seed)
+    layout = create_layout(settings.parallel, settings.training.seed, settings.training.timeout_minutes)
     history = open_history(plan, layout)
     model = model_to_train(plan, layout, trainable=False)
     selector = selector_of(settings, layout, gamma=settings.selection.gamma, step=0, history=history)

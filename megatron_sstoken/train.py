@@ -49,9 +49,9 @@ def dry_run(settings: Settings, world_size: int | None) -> None:
 
 def run(settings: Settings) -> None:
     """History → model → trainer → training."""
-    start_processes()
+    start_processes(settings.training.timeout_minutes)
     plan = agreed_plan(settings, check=resumable_checkpoint)
-    layout = create_layout(settings.parallel, settings.training.seed)
+    layout = create_layout(settings.parallel, settings.training.seed, settings.training.timeout_minutes)
     if layout.rank == 0:
         print(describe(plan), flush=True)
     with sole_writer(settings.checkpoint.directory, layout):

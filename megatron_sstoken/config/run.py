@@ -96,9 +96,15 @@ class TrainingSettings:
     validate_every: int = 0
     """Steps between validations; 0 validates only at the end. Needs `data.validation`."""
 
+    timeout_minutes: float = 30.0
+    """Minutes that a process waits for another one, which stands still or is gone, before the run ends with an error."""
+
     def problems(self) -> list[str]:
         """Rules that need this section alone."""
         rules = Rules("training", self)
+        rules.require(
+            self.timeout_minutes > 0, f"training.timeout_minutes={self.timeout_minutes} must be above 0: use 5 to 60"
+        )
         for name in ("micro_batch_size", "global_batch_size", "epochs"):
             rules.at_least(name, 1)
         rules.at_least("seed", 0)

@@ -44,6 +44,10 @@ class HuggingFaceWeights:
                 "save_pretrained (pickled .bin weights are not read)"
             )
         for name in sorted(set(self._file_of.values())):
+            if os.path.basename(name) != name:  # links of the hub's cache have plain names, too
+                raise ValueError(
+                    f"{hf_path}: the index names {name}, which is not in that folder: download the model again"
+                )
             if not os.path.isfile(os.path.join(hf_path, name)):
                 raise ValueError(f"{hf_path}: the file {name} named by the index is missing")
 

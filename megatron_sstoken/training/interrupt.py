@@ -1,6 +1,7 @@
 """Stopping between two steps when the machine is about to be taken away (Slurm's time limit or preemption, a user's kill)."""
 
 import signal
+import time
 from types import FrameType
 
 import torch
@@ -8,11 +9,13 @@ import torch.distributed as dist
 
 from megatron_sstoken.parallel import Layout
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+_IMPATIENT = 3.0
+"""Seconds after which another Ctrl-C is one of its own: a terminal and torchrun both pass the first on."""
 
 
 class StopRequest:
-    """While entered, SIGTERM and SIGUSR1 do not end this process but ask it to stop after the step it is in.
+    """While entered, SIGTERM, SIGUSR1, SIGHUP and Ctrl-C do not end this process but ask it to stop after its step.
 
     torchrun passes SIGTERM on to its processes, and kills them `--shutdown-timeout` seconds (30) later. The signal may
     reach some processes only, or in different steps: `agreed` lets all of them stop after the same one.
@@ -20,6 +23,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._when = 0.0
         self._before: dict = {}
 
     def __enter__(self) -> "StopRequest":
@@ -31,6 +35,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received and time.monotonic() - self._when > _IMPATIENT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
+        if self.received is None:
+            self._when = time.monotonic()
         self.received = signal.Signals(number).name
 
     def agreed(self, layout: Layout) -> bool:

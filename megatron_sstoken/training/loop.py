@@ -76,7 +76,7 @@ def identity_of(plan: RunPlan) -> RunIdentity:
     )
 
 
-_NOT_OF_RESULTS = ("validate_every", "micro_batch_size")
+_NOT_OF_RESULTS = ("validate_every", "micro_batch_size", "timeout_minutes")
 """Settings of the training loop that change nothing in what a run computes."""
 
 

@@ -100,25 +100,51 @@ def test_a_lost_node_ends_the_other_and_a_restart_equals_one_agent(folder, tmp_p
     assert found == whole
 
 
-def train_until_signal(rank, settings, at_step):
-    """On each rank: train, the second rank being sent SIGTERM in the middle of a step; the number of steps done."""
+def train_until_signal(rank, settings, at_step, number):
+    """On each rank: train, the second rank and its helpers being sent a signal in the middle of a step; the steps done."""
     from megatron_sstoken.training.loop import train
 
     trainer = make_trainer(settings)
     load = trainer.loader.load
 
-    def load_and_signal(number):
-        if rank == 1 and number == at_step:
+    def load_and_signal(step):
+        if rank == 1 and step == at_step:
             for process in (*psutil.Process().children(recursive=True), psutil.Process()):
-                process.send_signal(signal.SIGTERM)  # as torchrun and Slurm do
-        return load(number)
+                process.send_signal(number)  # as torchrun and Slurm do
+        return load(step)
 
     trainer.loader.load = load_and_signal
     train(trainer)
     return trainer.step, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_sigterm_to_one_process_ends_all_after_the_same_step_with_a_checkpoint(folder, tmp_path):
-    results = run_distributed(train_until_signal, 2, make_run(folder, tmp_path / "run"), SAVE_EVERY + 1)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_to_one_process_ends_all_after_the_same_step_with_a_checkpoint(folder, tmp_path, number):
+    results = run_distributed(train_until_signal, 2, make_run(folder, tmp_path / "run"), SAVE_EVERY + 1, number)
     assert results == [(SAVE_EVERY + 2, True)] * 2
     assert max(checkpoint_steps(tmp_path / "run")) == SAVE_EVERY + 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_process_that_stands_still_ends_the_run(folder, tmp_path):
+    """The others wait for it as long as the setting says; torchrun then ends it, too."""
+    settings = make_run(folder, tmp_path / "run", parallel__tensor=2, training__timeout_minutes=0.2)
+    settings.training.steps = 2000
+    command = cli.torchrun_command(2, "megatron_sstoken.train", *cli.settings_arguments(settings))
+    run = subprocess.Popen(
+        command, env=cli.environment(), cwd=cli.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        wait_for_step(tmp_path / "run", SAVE_EVERY, [run])
+        ranks = [
+            one for one in psutil.Process(run.pid).children() if "megatron_sstoken.train" in " ".join(one.cmdline())
+        ]
+        ranks[1].suspend()
+        since = time.monotonic()
+        output, _ = run.communicate(timeout=PATIENCE)
+        assert run.returncode != 0 and time.monotonic() - since < PATIENCE
+        assert "lost the connection to another one" in output, output[-3000:]
+        assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in ranks)
+    finally:
+        run.kill()

@@ -3,6 +3,7 @@
 The layouts of megatron's fused parameters are undone here by explicit loops over query groups and heads.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -316,6 +317,10 @@ def test_missing_files(folder, tmp_path):
     gone.unlink()
     with pytest.raises(ValueError, match=f"{tmp_path}: the file {gone.name} named by the index is missing"):
         HuggingFaceWeights(str(tmp_path))
+    for outside in ("../outside.safetensors", str(tmp_path / "single" / "outside.safetensors")):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": outside}}))
+        with pytest.raises(ValueError, match=f"the index names {outside}, which is not in that folder"):
+            HuggingFaceWeights(str(tmp_path))
     (tmp_path / "single").mkdir()
     (tmp_path / "single" / "model.safetensors").write_bytes(b"not a header")
     with pytest.raises(ValueError, match="single/model.safetensors is not a readable safetensors file"):
