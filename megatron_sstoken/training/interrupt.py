@@ -27,7 +27,9 @@ class StopRequest:
         self._before: dict = {}
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        # What is ignored stays so: nohup ignores SIGHUP, and a shell's background jobs Ctrl-C.
+        heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *error: object) -> None:
