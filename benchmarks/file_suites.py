@@ -80,11 +80,11 @@ def conversion(options: Options) -> None:
     how = ConversionOptions(workers=WORKERS, overwrite=True)
     from_hf(str(model), str(megatron), options=how)
     num_bytes = sum(path.stat().st_size for path in model.rglob("*.safetensors"))
-    target = options.work / "converted"
+    copied, target = options.work / "copied", options.work / "converted"
 
     def copy() -> None:
-        shutil.copytree(model, target, dirs_exist_ok=True)
-        for path in target.iterdir():
+        shutil.copytree(model, copied, dirs_exist_ok=True)
+        for path in copied.iterdir():
             sync(path)  # as conversion does with all that it writes
 
     variants = {
@@ -97,5 +97,5 @@ def conversion(options: Options) -> None:
         speed = round(num_bytes / 1e9 / timing.columns()["seconds"], 3)
         rows.add("random Llama, fp32", name, timing, gigabytes_per_second=speed)
     rows.append()
-    for folder in (target, megatron):
+    for folder in (copied, target, megatron):
         shutil.rmtree(folder)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megatron_sstoken.checkpoint.harmless import missing_parts, read_metadata, require_harmless
+from tests.helpers import cli
 from tests.helpers.lines import CHECKPOINTS, SAVED
 
 STEPS = [folder / "run" / f"step_{SAVED:07d}" for folder in sorted(CHECKPOINTS.iterdir())]
@@ -84,13 +86,12 @@ def test_files_that_are_gone_or_short_are_named(step):
 
 
 @pytest.mark.parametrize("command", ["inspect", "to-hf", "reshard"])
-def test_the_programs_run_none_of_it(step, tmp_path, capsys, command):
-    from tools.convert_checkpoint import main
-
+def test_the_programs_run_none_of_it(step, tmp_path, command):
     code = Code(tmp_path / "proof")
     (step / ".metadata").write_bytes(pickle.dumps(Metadata({"weight": code})))
     more = (
         [] if command == "inspect" else ["--output", str(tmp_path / "out"), "--hf", str(STEPS[0].parents[1] / "model")]
     )
-    assert main([command, "--checkpoint", str(step), *more]) == 2
-    assert "not to be trusted" in capsys.readouterr().err and not code.proof.exists()
+    program = str(cli.ROOT / "tools" / "convert_checkpoint.py")
+    result = cli.run([sys.executable, program, command, "--checkpoint", str(step), *more])
+    assert result.returncode == 2 and "not to be trusted" in result.stderr and not code.proof.exists()
