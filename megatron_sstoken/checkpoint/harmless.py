@@ -6,6 +6,7 @@ which calls whatever the file names.
 
 import io
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,10 @@ class _Careful(pickle.Unpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """`.metadata` of a checkpoint folder. Raises ValueError where it is damaged or names what could run code."""
+    """`.metadata` of a checkpoint folder.
+
+    Raises ValueError where it is damaged, or names what could run code or a file outside the folder.
+    """
     path = folder / ".metadata"
     try:
         with open(path, "rb") as file:
@@ -54,6 +58,9 @@ def read_metadata(folder: Path) -> Metadata:
             f"{path} cannot be read ({type(error).__name__}: {error}), so it is damaged or not to be trusted: "
             "name another checkpoint"
         ) from error
+    for name in {place.relative_path for place in (found.storage_data or {}).values()}:
+        if Path(name).name != name:
+            raise ValueError(f"{path} names {name}, which is not in that folder: name another checkpoint")
     return found
 
 
@@ -69,7 +76,7 @@ def require_harmless(folder: Path) -> Metadata:
         place = places.get(name)
         if place is None:
             raise ValueError(f"{folder} does not say where {name} lies, so it is damaged: name another checkpoint")
-        path = _inside(folder, place.relative_path)
+        path = folder / place.relative_path
         try:
             with open(path, "rb") as file:
                 file.seek(place.offset)
@@ -83,18 +90,23 @@ def require_harmless(folder: Path) -> Metadata:
     return metadata
 
 
-def missing_parts(folder: Path, metadata: Metadata) -> list[str]:
-    """Files of a checkpoint that are not there, or shorter than `.metadata` says: names, sorted."""
+def needed_lengths(places: Iterable[Any]) -> dict[str, int]:
+    """File → bytes that it must have, at least, to hold the `_StorageInfo` of `.metadata` that are given."""
     needed: dict[str, int] = {}
-    for place in (metadata.storage_data or {}).values():
+    for place in places:
         end = place.offset + place.length
         needed[place.relative_path] = max(needed.get(place.relative_path, 0), end)
-    sizes = {name: path.stat().st_size for name in needed if (path := _inside(folder, name)).is_file()}
+    return needed
+
+
+def missing_parts(folder: Path, metadata: Metadata) -> list[str]:
+    """Files of a checkpoint that are not there, or shorter than `.metadata` says: names, sorted."""
+    needed = needed_lengths((metadata.storage_data or {}).values())
+    sizes = {name: path.stat().st_size for name in needed if (path := folder / name).is_file()}
     return sorted(name for name, size in needed.items() if sizes.get(name, -1) < size)
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """A file of the folder itself. Raises ValueError for a name that leads out of it."""
-    if Path(name).name != name:
-        raise ValueError(f"{folder}/.metadata names {name}, which is not in that folder: name another checkpoint")
-    return folder / name
+def require_whole(folder: Path, metadata: Metadata) -> None:
+    """Raise ValueError where files of a checkpoint are gone or shortened."""
+    if missing := missing_parts(folder, metadata):
+        raise ValueError(f"{folder} lacks {', '.join(missing[:3])}, or has it shortened: name another checkpoint")

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_sstoken.checkpoint.harmless import missing_parts, read_metadata, require_harmless
+from megatron_sstoken.checkpoint.harmless import missing_parts, read_metadata, require_harmless, require_whole
 from megatron_sstoken.checkpoint.manifest import (
     Checkpoint,
     RunState,
@@ -130,8 +130,7 @@ def _require_readable(folder: Path, layout: Layout) -> None:
     problem = None
     if dist.get_rank() == 0:
         try:
-            if missing := missing_parts(folder, require_harmless(folder)):
-                problem = f"{folder} lacks {', '.join(missing[:3])}, or has it shortened: name another checkpoint"
+            require_whole(folder, require_harmless(folder))
         except ValueError as error:
             problem = str(error)
     if problem := broadcast_object(problem, source=0, group=layout.control):

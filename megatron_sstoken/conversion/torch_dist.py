@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_sstoken.checkpoint.harmless import read_metadata
+from megatron_sstoken.checkpoint.harmless import needed_lengths, read_metadata
 from megatron_sstoken.conversion.contents import Contents, Parameter, Piece
 
 _fake_mode_is_not_thread_safe = threading.Lock()
@@ -54,14 +54,13 @@ class CheckpointReader:
 
     def check(self, contents: Contents) -> None:
         """Raise ValueError unless every parameter is stored, with its shape, in files as long as they should be."""
-        needed: dict[str, int] = {}
-        for parameter in contents.parameters:
-            for piece in parameter.pieces(parameter.meta_tensor()):
-                for item in self._read_items(piece):
-                    place = self.metadata.storage_data[item.storage_index]
-                    end = place.offset + place.length
-                    needed[place.relative_path] = max(needed.get(place.relative_path, 0), end)
-        for name, size in needed.items():
+        places = (
+            self.metadata.storage_data[item.storage_index]
+            for parameter in contents.parameters
+            for piece in parameter.pieces(parameter.meta_tensor())
+            for item in self._read_items(piece)
+        )
+        for name, size in needed_lengths(places).items():
             path = self.folder / name
             if not path.is_file() or path.stat().st_size < size:
                 raise ValueError(f"{path} is missing or cut off: the checkpoint says that it has {size} bytes or more")

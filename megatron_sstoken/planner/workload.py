@@ -140,17 +140,19 @@ class Workload:
 
 def problems_of_any_layout(workload: Workload) -> list[str]:
     """What no layout can change, in the words that a run would use. Empty when all is well."""
-    found = problems_of(workload.settings(split=False))
+    return _problems(workload, workload.settings(split=False))
+
+
+def problems_of_workload(workload: Workload) -> list[str]:
+    """What cannot work, in the words that a run would use. Empty when all is well."""
+    settings = workload.settings()
+    return _problems(workload, settings) or layout_problems(settings, workload.architecture, workload.world_size)
+
+
+def _problems(workload: Workload, settings: Settings) -> list[str]:
+    found = problems_of(settings)
     if workload.world_size < 1:
         found.append(f"world_size={workload.world_size} is too small: use 1 or more")
     if not 0 < workload.response <= 1:
         found.append(f"response={workload.response} is outside (0, 1]: use a share such as 0.6")
     return found
-
-
-def problems_of_workload(workload: Workload) -> list[str]:
-    """What cannot work, in the words that a run would use. Empty when all is well."""
-    found = [*problems_of_any_layout(workload), *problems_of(workload.settings())]
-    return list(dict.fromkeys(found)) or layout_problems(
-        workload.settings(), workload.architecture, workload.world_size
-    )

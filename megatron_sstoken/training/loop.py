@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
-from megatron_sstoken.checkpoint.harmless import missing_parts, read_metadata
+from megatron_sstoken.checkpoint.harmless import read_metadata, require_whole
 from megatron_sstoken.checkpoint.manifest import (
     AdapterIdentity,
     Checkpoint,
@@ -101,29 +101,15 @@ def resumable_checkpoint(plan: RunPlan) -> Checkpoint | None:
     folder = steps[max(steps)]
     try:
         newest = open_checkpoint(str(folder))
+        if int(os.environ.get("RANK", "0")) == 0:
+            require_whole(folder, read_metadata(folder))
     except ValueError as error:
         told = (
             f"checkpoint.directory={checkpoint.directory}: {error}, or remove that folder to resume from the one before"
         )
         raise SettingsError([told]) from error
-    if int(os.environ.get("RANK", "0")) == 0:
-        _require_files(checkpoint.directory or "", folder)
     check_identity(newest, identity_of(plan), plan.num_packs, plan.settings.lora)
     return newest
-
-
-def _require_files(directory: str, folder: Path) -> None:
-    """Raise SettingsError where files of the newest checkpoint are damaged or gone."""
-    try:
-        missing = missing_parts(folder, read_metadata(folder))
-        problem = (
-            f"{folder} lacks {', '.join(missing[:3])}, or has it shortened: name another directory" if missing else None
-        )
-    except ValueError as error:
-        problem = str(error)
-    if problem:
-        told = f"checkpoint.directory={directory}: {problem}, or remove that folder to resume from the one before"
-        raise SettingsError([told])
 
 
 @contextmanager
