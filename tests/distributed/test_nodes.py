@@ -104,6 +104,7 @@ def train_until_signal(rank, settings, at_step, number):
     """On each rank: train, the second rank and its helpers being sent a signal in the middle of a step; the steps done."""
     from megatron_sstoken.training.loop import train
 
+    signal.signal(number, signal.SIG_DFL)  # whoever runs the tests may ignore it, as nohup does
     trainer = make_trainer(settings)
     load = trainer.loader.load
 

@@ -10,6 +10,17 @@ from megatron_sstoken.training import interrupt
 from megatron_sstoken.training.interrupt import StopRequest
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Signals as in a terminal: whoever runs the tests may ignore some, as nohup does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_asks_and_handlers_come_back(number):
     before = signal.getsignal(number)
