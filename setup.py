@@ -47,6 +47,7 @@ setup(
         "pyyaml>=6",
         "jinja2>=3.1",
         "matplotlib>=3.8",
+        "xxhash>=3.4",
     ],
     extras_require={
         "te": [f"{line.transformer_engine}; {line.python}" for line in LINES],

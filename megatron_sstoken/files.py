@@ -38,7 +38,12 @@ def write_durably(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write an indented JSON object as `write_durably` does."""
-    write_durably(path, json.dumps(content, indent=2) + "\n")
+    write_durably(path, json_text(content))
+
+
+def json_text(content: dict[str, Any]) -> str:
+    """What `write_json` writes."""
+    return json.dumps(content, indent=2) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -221,6 +221,13 @@ def agree_on_problems(problems: list[str]) -> None:
         raise SettingsError(union)
 
 
+def any_of(layout: Layout, *flags: bool) -> list[bool]:
+    """For each flag whether it is set on any process; the same answer on all of them, who all call it."""
+    asked = torch.tensor(flags, dtype=torch.int)
+    dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=layout.control)
+    return [bool(one) for one in asked]
+
+
 def broadcast_object(value: T, source: int, group: dist.ProcessGroup | None = None) -> T:
     """`value` of global rank `source`, on every rank of `group`."""
     box = [value]

@@ -33,12 +33,14 @@ class RunPlan:
     """Packs that training sees, over all epochs."""
     captured_layers: tuple[int, ...]
     """Layers (from 1) whose attention is captured; empty if the method does not use it."""
+    lag: int = 0
+    """Empty packs in the last batch of a shorter run that this one goes on from."""
     notes: tuple[str, ...] = ()
     """What a dry run lets pass: weights or devices that are not here yet."""
 
     @property
     def num_steps(self) -> int:
-        return -(-self.num_packs // self.shape.global_batch_size)
+        return -(-(self.num_packs + self.lag) // self.shape.global_batch_size)
 
     @property
     def method(self) -> Method:

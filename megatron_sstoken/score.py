@@ -13,6 +13,7 @@ from megatron_sstoken.training.records import write_records
 from megatron_sstoken.training.selector import selector_of
 from megatron_sstoken.validate.agree import agreed_plan
 from megatron_sstoken.validate.run import writing_problem
+from megatron_sstoken.validate.whole import RunFiles
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,7 +43,8 @@ def run(settings: Settings, output: str) -> None:
     history = open_history(plan, layout)
     model = model_to_train(plan, layout, trainable=False)
     selector = selector_of(settings, layout, gamma=settings.selection.gamma, step=0, history=history)
-    write_records(model, plan, layout, selector, output)
+    files = RunFiles(plan, layout, history=history.folders())
+    write_records(model, plan, layout, selector, output, before_publishing=files.require_whole)
     if layout.rank == 0:
         print(f"token records: {output}", flush=True)
 

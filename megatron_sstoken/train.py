@@ -7,10 +7,12 @@ from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import Settings
 from megatron_sstoken.history.source import open_history
 from megatron_sstoken.parallel import create_layout, run_to_exit_code, start_processes
-from megatron_sstoken.training.loop import create_trainer, model_to_train, resumable_checkpoint, sole_writer, train
+from megatron_sstoken.training.loop import create_trainer, model_to_train, sole_writer, train
+from megatron_sstoken.training.resume import resumable_checkpoint, resume_point
 from megatron_sstoken.validate.agree import agreed_plan
 from megatron_sstoken.validate.describe import describe
 from megatron_sstoken.validate.run import plan_run
+from megatron_sstoken.validate.whole import RunFiles
 
 DRY_RUN: dict[str, dict] = {
     "dry_run": {
@@ -52,12 +54,15 @@ def run(settings: Settings) -> None:
     start_processes(settings.training.timeout_minutes)
     plan = agreed_plan(settings, check=resumable_checkpoint)
     layout = create_layout(settings.parallel, settings.training.seed, settings.training.timeout_minutes)
-    if layout.rank == 0:
-        print(describe(plan), flush=True)
     with sole_writer(settings.checkpoint.directory, layout):
+        resume = resume_point(plan, layout)
+        plan = resume.plan
+        if layout.rank == 0:
+            print(describe(plan), flush=True)
         history = open_history(plan, layout)
+        files = RunFiles(plan, layout, resumed=resume.checkpoint, history=history.folders())
         model = model_to_train(plan, layout)
-        trainer = create_trainer(plan, layout, model, history)
+        trainer = create_trainer(plan, layout, model, history, resume=resume, files=files)
         train(trainer)
 
 

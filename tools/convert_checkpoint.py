@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sstoken.config import ModelSettings, ParallelSettings  # noqa: E402
+from megatron_sstoken.conversion.check import check_folders  # noqa: E402
 from megatron_sstoken.conversion.hf import from_hf, reshard, to_hf  # noqa: E402
 from megatron_sstoken.conversion.inspection import describe_checkpoint, format_description  # noqa: E402
 from megatron_sstoken.conversion.verify import REAL_TEXT, verify  # noqa: E402
@@ -50,6 +51,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     inspecting.add_argument("--json", action="store_true", help="print JSON")
     inspecting.set_defaults(run=_inspect)
+    checking = commands.add_parser(
+        "check",
+        help="compare files with their checksums; exit code 1 where one is damaged",
+        description="Compares every file that a checksums.json lists with it: checkpoints, conversions, prepared data and "
+        "history stores, wherever they lie below a path.",
+    )
+    checking.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="folders of any of these")
+    checking.add_argument("--workers", type=int, default=2, help="threads (default: 2)")
+    checking.set_defaults(run=_check)
     _add_verify(commands)
     return parser.parse_args(arguments)
 
@@ -96,6 +106,12 @@ def _add_conversion_arguments(command: argparse.ArgumentParser, *, dtypes: str, 
     command.add_argument("--max_memory", default="4GB", help=memory_help)
     command.add_argument("--shard_size", default=shard_size, help=f"largest file of weights (default: {shard_size})")
     command.add_argument("--workers", type=int, default=2, help="threads (default: 2)")
+    command.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare what is read with its checksums meanwhile, where it has them (default: yes)",
+    )
 
 
 def _options(arguments: argparse.Namespace) -> ConversionOptions:
@@ -105,6 +121,7 @@ def _options(arguments: argparse.Namespace) -> ConversionOptions:
         shard_size=parse_bytes(arguments.shard_size),
         workers=arguments.workers,
         overwrite=arguments.overwrite,
+        verify=arguments.verify,
     )
 
 
@@ -138,6 +155,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
     description = describe_checkpoint(arguments.checkpoint)
     print(json.dumps(description, indent=1) if arguments.json else format_description(description))
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """Exit code 0 if every file is as it was written, else 1."""
+    result = check_folders(arguments.paths, arguments.workers)
+    print("\n".join([*result.problems, result.describe()]))
+    return 1 if result.problems else 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sstoken.config import RENAMED, LoraSettings, SettingsError
+from megatron_sstoken.integrity import CHECKSUMS, damage, read_checksums
 
 STATE_FILE = "sstoken.json"
 _NUM_PACKS = "num_rows"  # what files call it since the first version
 _NAME = re.compile(r"step_(\d+)")
-_PART = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|metadata\.json|common\.pt|" + re.escape(STATE_FILE))
+_PART = re.compile(
+    r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|metadata\.json|common\.pt|"
+    + "|".join(map(re.escape, (STATE_FILE, CHECKSUMS)))
+)
 """Files of a checkpoint: a folder that holds others is not deleted as left over."""
+_DESCRIPTION = (STATE_FILE, ".metadata", "metadata.json", "common.pt")
+"""The small files, which say what the large ones hold."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,12 @@ class RunState:
     """Hugging Face folder that the architecture and the tokenizer came from."""
     num_packs: int = 0
     """Packs of the whole run; the last batch may be filled up with empty ones."""
+    lag: int = 0
+    """Places of empty packs in full batches: those of a shorter run's last batch that this run went on from."""
+    branch: int | None = None
+    """The step that `checkpoint.resume` chose, of the start that this checkpoint descends from."""
+    diverged: str | None = None
+    """What says that the weights are of a run that had diverged, for people; None where nothing does."""
     objective: dict[str, Any] = field(default_factory=dict)
     """Settings of selection and history, and the starting weights: told where a resumed run changes them."""
     adapters: AdapterIdentity | None = None
@@ -82,6 +94,25 @@ def checkpoint_steps(directory: str) -> dict[int, Path]:
         if (match := _NAME.fullmatch(path.name)) and (path / STATE_FILE).is_file()
     }
     return dict(sorted(found.items()))
+
+
+def without_description(directory: str) -> list[Path]:
+    """Folders of checkpoints under `directory` that have lost their `sstoken.json`, or were not quite deleted."""
+    if not os.path.isdir(directory):
+        return []
+    steps = [path for path in sorted(Path(directory).iterdir()) if _NAME.fullmatch(path.name)]
+    return [path for path in steps if (path / ".metadata").is_file() and not (path / STATE_FILE).is_file()]
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a checkpoint so that no run takes it, and none deletes it: to `step_<number>.<why>`. Returns its new place."""
+    target = folder.with_name(f"{folder.name}.{why}")
+    number = 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"{folder.name}.{why}-{number}")
+    os.rename(folder, target)
+    return target
 
 
 def incomplete_steps(directory: str) -> list[Path]:
@@ -148,14 +179,19 @@ def resolve_checkpoint(path: str) -> Path:
 def open_checkpoint(path: str) -> Checkpoint:
     """The checkpoint of a folder, or the newest complete one below it. Raises ValueError if there is none."""
     folder = resolve_checkpoint(path)
+    require_description(folder)
     return Checkpoint(folder, read_run_state(folder))
 
 
-def check_identity(checkpoint: Checkpoint, expected: RunIdentity, num_packs: int, lora: LoraSettings) -> None:
-    """Raise SettingsError if the checkpoint was made on other data or in another order, naming what differs.
+def require_description(folder: Path) -> None:
+    """Raise ValueError where the small files that describe a checkpoint are not as they were written."""
+    names = read_checksums(folder) or {}
+    if problems := damage(folder, [name for name in _DESCRIPTION if name in names]):
+        raise ValueError(f"{problems[0]}: name another checkpoint")
 
-    So is a longer run than the one that ended with a batch filled up with empty packs: it would miss those.
-    """
+
+def check_identity(checkpoint: Checkpoint, expected: RunIdentity, lora: LoraSettings) -> None:
+    """Raise SettingsError if the checkpoint was made on other data or in another order, naming what differs."""
     folder, state = checkpoint.folder, checkpoint.state
     identity = state.identity
     if identity is None:
@@ -183,11 +219,6 @@ def check_identity(checkpoint: Checkpoint, expected: RunIdentity, num_packs: int
         differing.append(
             f"cannot resume from {folder}: it holds whole weights, and lora.rank={lora.rank} trains adapters: use lora.rank=0, "
             "or another checkpoint.directory and this as model.checkpoint"
-        )
-    if state.step * identity.global_batch_size > state.num_packs and num_packs > state.num_packs:
-        differing.append(
-            f"cannot resume from {folder}: its run of {state.num_packs} packs ended with a batch that is not full, so that "
-            "a longer one would miss packs: start it with another checkpoint.directory and model.checkpoint"
         )
     if differing:
         raise SettingsError(differing)

@@ -29,6 +29,7 @@ from megatron_sstoken.compat import load_options
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.device import compute_device
 from megatron_sstoken.files import publish_folder
+from megatron_sstoken.integrity import Checksums, checksum_of, write_checksums
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.model.lora import is_adapter
 from megatron_sstoken.model.optimizer import fuse_adamw
@@ -66,8 +67,11 @@ def save_checkpoint(
     dist_checkpointing.save(content, str(partial), validate_access_integrity=True)
     dist.barrier(group=model.layout.control)
     _require_whole(directory, partial, model.layout)
+    written = _checksums_of_rank(partial, model.layout)
     if dist.get_rank() == 0:
         write_run_state(partial, replace(state, split=_split(model)))
+        others = [path for path in partial.iterdir() if path.name not in written]
+        write_checksums(partial, written | {path.name: checksum_of(path) for path in others})
         drop(final)
         publish_folder(partial, final, overwrite=False)
         steps = checkpoint_steps(directory)
@@ -111,6 +115,14 @@ def load_checkpoint(
     if "random" in wanted:
         _set_random_states(state["random"])
     return state.get("history", {})
+
+
+def _checksums_of_rank(folder: Path, layout: Layout) -> Checksums:
+    """Checksums of the data files, each made by the rank that wrote it (megatron puts its number into the name); on rank 0."""
+    mine = {path.name: checksum_of(path) for path in folder.glob(f"__{layout.rank}_*.distcp")}
+    gathered: list[Checksums] = [{}] * layout.world_size
+    dist.all_gather_object(gathered, mine, group=layout.control)
+    return {name: checksum for one in gathered for name, checksum in one.items()}
 
 
 def _require_whole(directory: str, partial: Path, layout: Layout) -> None:

@@ -96,6 +96,16 @@ class TrainingSettings:
     validate_every: int = 0
     """Steps between validations; 0 validates only at the end. Needs `data.validation`."""
 
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do in a step whose loss or gradient is not finite: stop, or leave the weights as they are and go on.
+
+    Skipped steps are counted in the log.
+    """
+
+    verify: Literal["background", "before", "off"] = "background"
+    """When to compare data, history, weights and checkpoints with their checksums: while the run goes on, and in any case
+    before it saves; before it starts; or never. Files without checksums pass."""
+
     timeout_minutes: float = 30.0
     """Minutes that a process waits for another one, which stands still or is gone, before the run ends with an error."""
 
@@ -135,14 +145,29 @@ class CheckpointSettings:
     keep: int = 2
     """How many of the newest checkpoints stay; 0 keeps all."""
 
-    resume: bool = True
-    """Resume from the newest complete checkpoint in `directory`, if there is one."""
+    resume: bool | int = True
+    """Resume from the newest complete checkpoint in `directory`, if there is one; a number: from that step.
+
+    From a step: newer checkpoints are renamed to step_<number>.aside. Started again by the same command, the run goes on from
+    the newest one that it has saved itself.
+    """
+
+    on_damaged: Literal["stop", "previous"] = "stop"
+    """What to do where the newest checkpoint is damaged: stop and say so, or go on from the one before.
+
+    previous: a checkpoint is compared with its checksums before it is taken; damaged ones are renamed to
+    step_<number>.damaged.
+    """
 
     def problems(self) -> list[str]:
         """Rules that need this section alone."""
         rules = Rules("checkpoint", self)
         rules.at_least("save_every", 0)
         rules.at_least("keep", 0)
+        rules.require(
+            isinstance(self.resume, bool) or self.resume >= 1,
+            f"checkpoint.resume={self.resume} is no step: use true, false, or the number of a checkpoint",
+        )
         rules.require(
             self.save_every == 0 or self.directory is not None,
             f"checkpoint.save_every={self.save_every} needs checkpoint.directory: name one, or use 0",

@@ -23,7 +23,7 @@ class FolderReader:
     """The weights of a Hugging Face folder, parameter by parameter, as `CheckpointReader` gives those of a checkpoint."""
 
     def __init__(self, hf_path: str):
-        self.hf_path = hf_path
+        self.hf_path, self.folder = hf_path, Path(hf_path)
         self._mine = threading.local()  # files that one worker closes must not be another's
         self.weights.close()  # a folder without weights is told before all else
         self.architecture = read_architecture(hf_path)

@@ -34,7 +34,9 @@ def _reader_of(source: WeightsSource) -> FolderReader | CheckpointReader:
     return FolderReader(source.hf_path) if source.checkpoint is None else CheckpointReader(Path(source.checkpoint))
 
 
-def _write_adapters(adapters: AdapterCheckpoint, source: str, named: str | None, output: str) -> Path:
+def _write_adapters(
+    adapters: AdapterCheckpoint, source: str, named: str | None, output: str, options: ConversionOptions
+) -> Path:
     """`named`: the base's Hugging Face folder, where the user named one."""
     base_checkpoint = adapters.identity.base_checkpoint
     if base_checkpoint is None:
@@ -44,7 +46,8 @@ def _write_adapters(adapters: AdapterCheckpoint, source: str, named: str | None,
             f"the adapters of {adapters.folder} belong to the weights of {base_checkpoint}: export those with to-hf and name "
             "their folder with --hf, or pass --merge"
         )
-    with Workplace(output, {"operation": "adapters", "version": __version__, "source": adapters.fingerprint}) as place:
+    identity = {"operation": "adapters", "version": __version__, "source": adapters.fingerprint}
+    with Workplace(output, identity, [adapters.folder] if options.verify else []) as place:
         adapters.write_peft(place.folder, os.path.abspath(source))
         return place.publish()
 
@@ -71,7 +74,7 @@ def to_hf(
     folder, source = opened.folder, _architecture_folder(opened, hf_path)
     adapters = AdapterCheckpoint(opened) if merge or opened.state.adapters else None
     if adapters is not None and not merge:
-        return _write_adapters(adapters, source, hf_path, output)
+        return _write_adapters(adapters, source, hf_path, output, options)
     contents = checkpoint_contents(read_architecture(source))  # unpadded
     reader = _reader_of(WeightsSource(source, str(folder)) if adapters is None else adapters.base(source))
     reader.check(contents)
@@ -82,7 +85,7 @@ def to_hf(
         costs = {parameter.name: costs[parameter.name] + 8 * parameter.numel for parameter in contents.parameters}
     check_memory(options.max_memory, costs)
     identity = _identity("to-hf", dtype, options, [folder / ".metadata", *reader.identifying_files()])
-    with Workplace(output, identity) as place:
+    with Workplace(output, identity, _folders_read(options, folder, reader)) as place:
         write_safetensors(place, reader, contents, dtype, costs, options, adapters)
         copy_companions(Path(source), place.folder, dtype=dtype)
         return place.publish()
@@ -113,7 +116,16 @@ def from_hf(
     reader.release()
     state = RunState(step=0, identity=None, hf_path=os.path.abspath(hf_path))
     return write_checkpoint(
-        output, identity, contents, dtype, costs, options, state, reader.read, release=reader.release
+        output,
+        identity,
+        contents,
+        dtype,
+        costs,
+        options,
+        state,
+        reader.read,
+        _folders_read(options, reader),
+        release=reader.release,
     )
 
 
@@ -156,7 +168,14 @@ def reshard(
         return padded
 
     state = RunState(step=0, identity=None, hf_path=os.path.abspath(source))
-    return write_checkpoint(output, identity, contents, dtype, costs, options, state, read)
+    sources = _folders_read(options, reader)
+    return write_checkpoint(output, identity, contents, dtype, costs, options, state, read, sources)
+
+
+def _folders_read(options: ConversionOptions, *readers: Path | FolderReader | CheckpointReader) -> list[Path]:
+    """Folders to compare with their checksums."""
+    folders = [one if isinstance(one, Path) else one.folder for one in readers]
+    return list(dict.fromkeys(folders)) if options.verify else []
 
 
 def _architecture_folder(checkpoint: Checkpoint, hf_path: str | None) -> str:

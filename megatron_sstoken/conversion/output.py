@@ -1,7 +1,7 @@
 """Write what a conversion makes: safetensors files or a megatron checkpoint, several files in parallel."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,10 @@ def write_checkpoint(
     options: ConversionOptions,
     state: RunState,
     read: Callable[[Parameter], torch.Tensor],
+    sources: Sequence[Path],
     release: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write a megatron checkpoint whose parameters `read` gives, several data files in parallel.
+    """Write a megatron checkpoint whose parameters `read` gives from the folders `sources`, several data files in parallel.
 
     `release` is called after each parameter: what it was read from may leave memory.
     """
@@ -111,7 +112,7 @@ def write_checkpoint(
         bar.update(parameter.numel * dtype.itemsize)
         return places
 
-    with Workplace(output, identity) as place:
+    with Workplace(output, identity, sources) as place:
         folder = place.folder / f"step_{state.step:07d}"
         folder.mkdir(exist_ok=True)
 
@@ -135,7 +136,7 @@ def write_checkpoint(
         records = json.loads(json.dumps(place.complete))  # alike whether written now or before
         write_metadata(folder, contents, dtype, {Path(name).name: records[name]["places"] for name in sorted(records)})
         write_run_state(folder, replace(state, split=[1, 1, "cpu"]))
-        return place.publish()
+        return place.publish(inside=folder.name)
 
 
 def _data_files(contents: Contents, dtype: torch.dtype, shard_size: int) -> dict[str, list[Parameter]]:

@@ -19,7 +19,9 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from megatron_sstoken.conversion.safetensors_files import INDEX
 from megatron_sstoken.files import publish_folder, write_durably, write_json
+from megatron_sstoken.integrity import CHECKSUMS, FileCheck, checksum_of, files_to_check, write_checksums
 from megatron_sstoken.model.dtypes import DTYPES
 
 Task = TypeVar("Task")
@@ -42,6 +44,8 @@ class ConversionOptions:
     """Threads that read, convert and write."""
     overwrite: bool = False
     """Replace an output that exists."""
+    verify: bool = True
+    """Compare what is read with its checksums, where it has them, while it is converted."""
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -175,14 +179,26 @@ def _not_of_a_conversion(folder: Path) -> str | None:
     return f"{', '.join(added[:3])} is not of the conversion that made it" if added else None
 
 
+_REMEDY = "take another copy, or pass --no-verify to convert it as it is"
+
+
+def is_read_by_conversion(name: str) -> bool:
+    """Whether a file decides the weights that are read: of a Hugging Face folder people edit the others."""
+    return not name.endswith((".json", ".jinja", ".md", ".txt", ".model", ".py")) or name in ("metadata.json", INDEX)
+
+
 class Workplace:
     """The partial folder of one conversion, which a second start of the same conversion goes on with.
 
     A context manager: it keeps other conversions away from the folder. `identity` (JSON) is what the bytes of the output
-    depend on. Files that are not complete, and all that a conversion of another identity left, are deleted.
+    depend on. Files that are not complete, and all that a conversion of another identity left, are deleted. `sources`:
+    folders whose files are compared with their checksums meanwhile; nothing is published of damaged ones.
     """
 
-    def __init__(self, output: str, identity: dict[str, Any]):
+    def __init__(self, output: str, identity: dict[str, Any], sources: Iterable[Path] = ()):
+        parts = [
+            files_to_check("what is converted", folder, _REMEDY, wanted=is_read_by_conversion) for folder in sources
+        ]
         self.target = Path(os.path.abspath(output))
         self._partial = self.target.with_name(self.target.name + ".partial")
         self._partial.mkdir(parents=True, exist_ok=True)
@@ -194,6 +210,7 @@ class Workplace:
         self.complete: dict[str, dict[str, Any]] = self._read_manifest()
         """Files that are complete: name → their record, with `size` in bytes."""
         self.folder.mkdir(exist_ok=True)
+        self._check = FileCheck(parts)
         for path in self.folder.rglob("*"):
             if path.is_file() and str(path.relative_to(self.folder)) not in self.complete:
                 path.unlink()
@@ -228,8 +245,9 @@ class Workplace:
     def add(self, name: str, descriptor: int, record: dict[str, Any]) -> None:
         """Note that the file `name`, open as `descriptor`, is complete, once its bytes are on disk."""
         os.fsync(descriptor)
+        checksum = checksum_of(self.folder / name)
         with self._guard:
-            self.complete[name] = record | {"size": os.fstat(descriptor).st_size}
+            self.complete[name] = record | {"checksum": checksum, "size": checksum["size"]}
             write_durably(self._manifest, json.dumps({"identity": self._identity, "files": self.complete}))
 
     def require_space(self, total: int) -> None:
@@ -242,8 +260,20 @@ class Workplace:
                 "make room or name another --output"
             )
 
-    def publish(self) -> Path:
-        """Make the output appear, in one rename."""
+    def publish(self, inside: str = ".") -> Path:
+        """Make the output appear, in one rename. Its files, or those of the folder `inside` it, get checksums.
+
+        Raises ValueError where the sources turn out to be damaged.
+        """
+        if problems := self._check.wait():
+            raise ValueError("; ".join(problems))
+        part = self.folder / inside
+        names = [str(path.relative_to(part)) for path in part.rglob("*") if path.is_file() and path.name != CHECKSUMS]
+        known = {name: record["checksum"] for name, record in self.complete.items() if "checksum" in record}
+        write_checksums(
+            part,
+            {name: known.get(os.path.normpath(f"{inside}/{name}")) or checksum_of(part / name) for name in names},
+        )
         files = sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
         write_json(self.folder / CONVERSION, {"made_by": "tools/convert_checkpoint.py", "files": files})
         publish_folder(self.folder, self.target, overwrite=True)

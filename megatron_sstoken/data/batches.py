@@ -215,6 +215,9 @@ class BatchLoader:
 
     Batch b holds packs [b·global, (b + 1)·global) of the order, up to `num_packs`; what is missing in the last one are
     empty packs. At micro-step m data rank d computes packs [(m·data_size + d)·micro, … + micro) of the batch.
+
+    `lag`: by how many packs every batch begins earlier, for a run that goes on from a shorter one whose last batch held so
+    many empty ones.
     """
 
     def __init__(
@@ -225,24 +228,25 @@ class BatchLoader:
         *,
         data_rank: int,
         num_packs: int,
+        lag: int = 0,
         history: TokenValues | None = None,
     ):
         self.store, self.order, self.shape = store, order, shape
-        self.data_rank, self.num_packs, self.history = data_rank, num_packs, history
+        self.data_rank, self.num_packs, self.lag, self.history = data_rank, num_packs, lag, history
 
     @property
     def num_batches(self) -> int:
-        return -(-self.num_packs // self.shape.global_batch_size)
+        return -(-(self.num_packs + self.lag) // self.shape.global_batch_size)
 
     def packs(self, batch: int) -> list[np.ndarray]:
         """All packs of a global batch, the same on every rank."""
-        first = batch * self.shape.global_batch_size
+        first = batch * self.shape.global_batch_size - self.lag
         last = min(first + self.shape.global_batch_size, self.num_packs)
         return [self.order.pack(number) for number in range(first, last)]
 
     def num_samples_before(self, batch: int) -> int:
         """Samples in all batches before this one."""
-        return self.order.num_samples_before(min(batch * self.shape.global_batch_size, self.num_packs))
+        return self.order.num_samples_before(min(batch * self.shape.global_batch_size - self.lag, self.num_packs))
 
     def load(self, batch: int) -> list[TokenBatch]:
         """This rank's micro-batches of a global batch, on the CPU, all of one length T."""

@@ -1,6 +1,6 @@
 """Token columns on disk: one float32 per token of a store, memory-mapped.
 
-A column folder holds `values.bin` (float32 [num_tokens]) and `manifest.json`, written last.
+A column folder holds `values.bin` (float32 [num_tokens]), `checksums.json`, and `manifest.json`, written last.
 """
 
 import json
@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sstoken.files import read_json, require_size, write_json
+from megatron_sstoken.files import json_text, read_json, require_size, write_json
+from megatron_sstoken.integrity import checksum_of, checksum_of_text, write_checksums
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
@@ -131,6 +132,9 @@ class TokenColumnWriter:
                 f"token column: {self.path} has {self.num_written} of {self._num_values} values: append more"
             )
         self.close()
+        values = self.path / "values.bin"
+        described = checksum_of_text(json_text(self._header))
+        write_checksums(self.path, {values.name: checksum_of(values), MANIFEST: described})
         write_json(self.path / MANIFEST, self._header)
         (self.path / PROGRESS).unlink(missing_ok=True)
         self._finished = True

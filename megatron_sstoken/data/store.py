@@ -2,7 +2,7 @@
 
 A prepared folder holds megatron's `IndexedDataset` pairs `tokens.bin/.idx` (int32) and `roles.bin/.idx`
 (uint8), each sample one document; `rows.npy` (int64 [num_samples], row of the input); `response_counts.npy`
-(int32 [num_samples]); and `manifest.json`, written last.
+(int32 [num_samples]); `manifest.json`; and `checksums.json` over all files, written last.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_sstoken import __version__
 from megatron_sstoken.files import read_json, require_size, write_json
+from megatron_sstoken.integrity import checksum_of, write_checksums
 
 # megatron.core.datasets.indexed_dataset is imported where it is used: importing megatron takes seconds, which
 # processes that tokenise do not have to spend.
@@ -211,6 +212,8 @@ class StoreWriter:
             sources=list(sources),
         )
         manifest.save(self.path)
+        files = [path for path in self.path.iterdir() if path.is_file()]
+        write_checksums(self.path, {path.name: checksum_of(path) for path in files})
         return manifest
 
     def close(self) -> None:

@@ -71,6 +71,9 @@ class Frozen(HistorySource):
     def token_values(self) -> TokenValues:
         return self.column
 
+    def folders(self) -> list[Path]:
+        return [self.column.path]
+
 
 def _complete_or_ours(path: str, lock: Lock, layout: Layout) -> bool:
     """Whether the store is complete. If not, rank 0 holds the lock on return; while another run scores it, all wait.

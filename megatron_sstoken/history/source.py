@@ -6,6 +6,7 @@ A source is one file: a subclass of `HistorySource` with a name. Nothing else kn
 import functools
 import importlib
 import pkgutil
+from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_sstoken.config import Settings
@@ -46,6 +47,10 @@ class HistorySource:
     def token_values(self) -> TokenValues | None:
         """Losses that are known before the step: the loader puts them into its batches."""
         return None
+
+    def folders(self) -> list[Path]:
+        """Folders that its losses are read from."""
+        return []
 
     def prepare(self, model: Model, batches: list[TokenBatch]) -> list[TokenBatch]:
         """This rank's batches with history losses, on the last stage, before a step or scoring; all ranks call it."""

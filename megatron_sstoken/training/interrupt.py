@@ -4,11 +4,6 @@ import signal
 import time
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
-from megatron_sstoken.parallel import Layout
-
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _IMPATIENT = 3.0
 """Seconds after which another Ctrl-C is one of its own: a terminal and torchrun both pass the first on."""
@@ -18,7 +13,7 @@ class StopRequest:
     """While entered, SIGTERM, SIGUSR1, SIGHUP and Ctrl-C do not end this process but ask it to stop after its step.
 
     torchrun passes SIGTERM on to its processes, and kills them `--shutdown-timeout` seconds (30) later. The signal may
-    reach some processes only, or in different steps: `agreed` lets all of them stop after the same one.
+    reach some processes only, or in different steps: they must agree on where to stop.
     """
 
     def __init__(self) -> None:
@@ -42,9 +37,3 @@ class StopRequest:
         if self.received is None:
             self._when = time.monotonic()
         self.received = signal.Signals(number).name
-
-    def agreed(self, layout: Layout) -> bool:
-        """Whether any process was asked to stop; the same answer on all of them, who all call it."""
-        asked = torch.tensor(int(self.received is not None))
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=layout.control)
-        return bool(asked)

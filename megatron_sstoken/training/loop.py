@@ -4,24 +4,13 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
-from megatron_sstoken.checkpoint.harmless import read_metadata, require_whole
-from megatron_sstoken.checkpoint.manifest import (
-    AdapterIdentity,
-    Checkpoint,
-    RunIdentity,
-    RunState,
-    check_identity,
-    checkpoint_steps,
-    differences,
-    open_checkpoint,
-    renamed,
-)
+from megatron_sstoken.checkpoint.manifest import AdapterIdentity, RunState, differences, renamed
 from megatron_sstoken.checkpoint.save_load import load_checkpoint, save_checkpoint
 from megatron_sstoken.checkpoint.weights_source import adapter_identity, require_base, starting_weights
 from megatron_sstoken.config import Settings, SettingsError
@@ -30,7 +19,7 @@ from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.lock import Lock
 from megatron_sstoken.model.build import Model, build_model
 from megatron_sstoken.model.optimizer import build_optimizer, follow_settings
-from megatron_sstoken.parallel import Layout, broadcast_object
+from megatron_sstoken.parallel import Layout, any_of, broadcast_object
 from megatron_sstoken.passes.columns import gather_columns
 from megatron_sstoken.passes.step import TokenReport
 from megatron_sstoken.run_plan import RunPlan
@@ -38,7 +27,9 @@ from megatron_sstoken.training.evaluate import validation_loss
 from megatron_sstoken.training.interrupt import StopRequest
 from megatron_sstoken.training.metrics import StepLogger, StepMetrics, summarize
 from megatron_sstoken.training.records import RecordWriter
+from megatron_sstoken.training.resume import ResumePoint, identity_of, objective_of
 from megatron_sstoken.training.selector import selector_of, train_on_selected
+from megatron_sstoken.validate.whole import RunFiles
 
 
 @dataclass
@@ -55,61 +46,25 @@ class Trainer:
     logger: StepLogger
     adapters: AdapterIdentity | None = None
     """What is trained and saved, where that is adapters."""
+    files: RunFiles | None = None
+    """The comparison of the run's files with their checksums."""
+    branch: int | None = None
+    """The step that `checkpoint.resume` chose."""
     step: int = 0
 
     @property
     def settings(self) -> Settings:
         return self.plan.settings
 
+    @property
+    def has_damaged_files(self) -> bool:
+        """Whether this rank has found a file of the run damaged by now."""
+        return self.files is not None and self.files.is_damaged
 
-def identity_of(plan: RunPlan) -> RunIdentity:
-    """What a checkpoint must agree on to be resumed in this run."""
-    data, training = plan.settings.data, plan.settings.training
-    return RunIdentity(
-        data_fingerprint=plan.train.store.manifest.data_fingerprint,
-        sequence_length=data.sequence_length,
-        too_long=data.too_long,
-        packing=data.packing,
-        shuffle=data.shuffle,
-        seed=training.seed,
-        global_batch_size=training.global_batch_size,
-    )
-
-
-_NOT_OF_RESULTS = ("validate_every", "micro_batch_size", "timeout_minutes")
-"""Settings of the training loop that change nothing in what a run computes."""
-
-
-def objective_of(plan: RunPlan) -> dict:
-    """The settings that decide what a run computes, besides its identity; told where a resumed run changes them."""
-    settings = plan.settings
-    return {
-        "selection": asdict(settings.selection),
-        "history": asdict(settings.history),
-        "model": asdict(settings.model),
-        "optimizer": asdict(settings.optimizer),
-        "training": {name: value for name, value in asdict(settings.training).items() if name not in _NOT_OF_RESULTS},
-    }
-
-
-def resumable_checkpoint(plan: RunPlan) -> Checkpoint | None:
-    """The newest complete checkpoint of this run, or None. Raises SettingsError if it belongs to another run."""
-    checkpoint = plan.settings.checkpoint
-    steps = checkpoint_steps(checkpoint.directory) if checkpoint.directory and checkpoint.resume else {}
-    if not steps:
-        return None
-    folder = steps[max(steps)]
-    try:
-        newest = open_checkpoint(str(folder))
-        if int(os.environ.get("RANK", "0")) == 0:
-            require_whole(folder, read_metadata(folder))
-    except ValueError as error:
-        told = (
-            f"checkpoint.directory={checkpoint.directory}: {error}, or remove that folder to resume from the one before"
-        )
-        raise SettingsError([told]) from error
-    check_identity(newest, identity_of(plan), plan.num_packs, plan.settings.lora)
-    return newest
+    def require_whole_files(self) -> None:
+        """Wait for the comparison of the run's files. Raises SettingsError, on all ranks, where one is damaged."""
+        if self.files is not None:
+            self.files.require_whole()
 
 
 @contextmanager
@@ -143,8 +98,17 @@ def model_to_train(plan: RunPlan, layout: Layout, *, trainable: bool = True) -> 
     return model
 
 
-def create_trainer(plan: RunPlan, layout: Layout, model: Model, history: HistorySource) -> Trainer:
-    """Optimizer, data and logger around a model that holds its starting weights; resumes where there is a checkpoint."""
+def create_trainer(
+    plan: RunPlan,
+    layout: Layout,
+    model: Model,
+    history: HistorySource,
+    *,
+    resume: ResumePoint | None = None,
+    files: RunFiles | None = None,
+) -> Trainer:
+    """Optimizer, data and logger around a model that holds its starting weights; goes on from `resume`, whose plan it is."""
+    newest = resume.checkpoint if resume is not None else None
     optimizer, scheduler = build_optimizer(model, plan.settings.optimizer, plan.num_steps)
     loader = BatchLoader(
         plan.train.store,
@@ -152,22 +116,24 @@ def create_trainer(plan: RunPlan, layout: Layout, model: Model, history: History
         plan.shape,
         data_rank=layout.data_rank,
         num_packs=plan.num_packs,
+        lag=plan.lag,
         history=history.token_values(),
     )
-    logger = StepLogger(plan.settings.logging_directory, plan.settings.logging.every, plan.num_steps, layout)
+    said = plan.settings.logging
+    resumed = newest.state.step if newest is not None else None
+    logger = StepLogger(plan.settings.logging_directory, said.every, plan.num_steps, layout, resumed=resumed)
     adapters = adapter_identity(plan.settings, layout)
-    trainer = Trainer(plan, layout, model, history, optimizer, scheduler, loader, logger, adapters)
-    newest = resumable_checkpoint(plan)
-    if newest is not None:
+    trainer = Trainer(plan, layout, model, history, optimizer, scheduler, loader, logger, adapters, files)
+    if resume is not None and newest is not None:
         state = newest.state
         if state.adapters is not None:
             require_base(str(newest.folder), state.adapters, starting_weights(plan.settings).base, layout)
         history.load_state_dict(load_checkpoint(newest, model, optimizer, scheduler))
         follow_settings(optimizer, scheduler, plan.settings.optimizer)
-        trainer.step = state.step
+        trainer.step, trainer.branch = state.step, resume.branch
         logger.say(f"resumed from {newest.folder}: {trainer.step} of {plan.num_steps} steps are done")
-        if changes := differences(renamed(state.objective), objective_of(plan)):
-            logger.say("note: the run goes on with other settings: " + "; ".join(changes))
+        for change in differences(renamed(state.objective), objective_of(plan)):
+            logger.say(f"note: the run goes on with other settings: {change}")
     return trainer
 
 
@@ -191,7 +157,10 @@ def _train_until_asked_to_stop(trainer: Trainer, stop: StopRequest) -> None:
         trainer.step = done = number + 1
         trainer.logger.step(done, metrics, gradient_norm, rate)
         last = done == plan.num_steps
-        stopping = stop.agreed(trainer.layout) and not last
+        asked, damaged = any_of(trainer.layout, stop.received is not None, trainer.has_damaged_files)
+        if damaged or last:
+            trainer.require_whole_files()
+        stopping = asked and not last
         if is_due(done, settings.logging.records_every):
             _write_step_records(trainer, reports, done)
         if plan.validation and not stopping and (last or is_due(done, settings.training.validate_every)):
@@ -247,13 +216,16 @@ def _require_finite(value: float, name: str, number: int, settings: Settings) ->
 
 
 def save(trainer: Trainer) -> None:
-    """Save a checkpoint of the steps done."""
+    """Save a checkpoint of the steps done, once the files that they come from are known to be whole."""
     plan, settings = trainer.plan, trainer.settings
+    trainer.require_whole_files()
     state = RunState(
         step=trainer.step,
         identity=identity_of(plan),
         hf_path=os.path.abspath(settings.model.hf_path or ""),
         num_packs=plan.num_packs,
+        lag=plan.lag,
+        branch=trainer.branch,
         objective=objective_of(plan),
         adapters=trainer.adapters,
     )

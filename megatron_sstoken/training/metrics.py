@@ -134,9 +134,13 @@ def _merge_percentiles(mine: torch.Tensor, layout: Layout) -> torch.Tensor:
 class StepLogger:
     """Prints a line every `every` steps and writes TensorBoard points; rank 0 does, the others hold their peace."""
 
-    def __init__(self, directory: str | None, every: int, num_steps: int, layout: Layout):
+    def __init__(
+        self, directory: str | None, every: int, num_steps: int, layout: Layout, *, resumed: int | None = None
+    ):
+        """`resumed`: steps done before this start. TensorBoard shows no later points of starts before."""
         self._active = layout.rank == 0
-        self._writer = SummaryWriter(directory) if directory is not None and self._active else None
+        purge = None if resumed is None else resumed + 1
+        self._writer = SummaryWriter(directory, purge_step=purge) if directory is not None and self._active else None
         self._every, self._num_steps, self._world_size = every, num_steps, layout.world_size
         self._last = time.monotonic()
         self._begun, self._done = self._last, 0

@@ -1,5 +1,6 @@
 """Token records: what selection saw and did, one row per token, as Parquet."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -74,8 +75,18 @@ def read_records(path: str | Path) -> dict[str, np.ndarray]:
     return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
 
 
-def write_records(model: Model, plan: RunPlan, layout: Layout, selector: Selector, path: str) -> None:
-    """Score all samples of `plan.train` in their order and write their token records to `path`."""
+def write_records(
+    model: Model,
+    plan: RunPlan,
+    layout: Layout,
+    selector: Selector,
+    path: str,
+    before_publishing: Callable[[], None] = lambda: None,
+) -> None:
+    """Score all samples of `plan.train` in their order and write their token records to `path`.
+
+    All ranks call `before_publishing` at the end; where it raises, no file appears.
+    """
     loader = sequential_loader(plan.train, plan, layout, selector.history.token_values())
 
     def score(number: int, batches: list[TokenBatch]) -> list[TokenReport]:
@@ -86,3 +97,4 @@ def write_records(model: Model, plan: RunPlan, layout: Layout, selector: Selecto
             columns = gather_columns(reports, layout)
             if writer is not None and columns is not None:
                 writer.write(columns)
+        before_publishing()

@@ -415,7 +415,7 @@ def test_exported_adapters_and_merged_model_give_megatrons_logits(two, exported)
 
 def test_adapters_do_not_load_where_they_do_not_fit(exported):
     folder, _ = exported
-    from megatron_sstoken.training.loop import resumable_checkpoint
+    from megatron_sstoken.training.resume import resumable_checkpoint
 
     checkpoint = str(folder / "dropout" / f"step_{NUM_STEPS:07d}")
     for changes, message in {

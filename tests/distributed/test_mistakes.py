@@ -105,7 +105,7 @@ def plan_on_nodes_that_differ(rank, model, data, changes):
     """What each process is told where the second has other settings or files."""
     from megatron_sstoken.config import SettingsError
     from megatron_sstoken.parallel import reset_layout
-    from megatron_sstoken.training.loop import resumable_checkpoint
+    from megatron_sstoken.training.resume import resumable_checkpoint
     from megatron_sstoken.validate.agree import agreed_plan
 
     told = []

@@ -114,9 +114,8 @@ def test_a_resumed_run_follows_the_optimizer_settings_that_it_is_given(case, tmp
     settings = settings_in(case, tmp_path / "run", **LAYOUT, **changes)
     result = cli.run(train_command(2, settings))
     assert result.returncode == 0, result.stderr
-    note = next(line for line in result.stdout.splitlines() if "note: the run goes on with other settings: " in line)
     for change in ("learning_rate: 0.001 → 2e-05", "min_learning_rate: 0.0 → 1e-05", "beta1: 0.9 → 0.8"):
-        assert f"optimizer.{change}" in note
+        assert f"note: the run goes on with other settings: optimizer.{change}" in result.stdout.splitlines()
     rates = cli.scalars(tmp_path / "run" / "logs", "optimizer/learning_rate")
     assert max(rates.values()) < 2e-5 and min(rates.values()) >= 1e-5, rates
     _, state = max(checkpoint_steps(tmp_path / "run").items())

@@ -86,12 +86,14 @@ def make_trainer(settings: Settings) -> Any:
     from megatron_sstoken.history.source import open_history
     from megatron_sstoken.parallel import create_layout
     from megatron_sstoken.training.loop import create_trainer, model_to_train
+    from megatron_sstoken.training.resume import resume_point
     from megatron_sstoken.validate.agree import agreed_plan
 
     plan = agreed_plan(settings)
     layout = create_layout(settings.parallel, settings.training.seed)
-    history = open_history(plan, layout)
-    trainer = create_trainer(plan, layout, model_to_train(plan, layout), history)
+    resume = resume_point(plan, layout)
+    history = open_history(resume.plan, layout)
+    trainer = create_trainer(resume.plan, layout, model_to_train(resume.plan, layout), history, resume=resume)
     trainer.model.train(True)
     return trainer
 

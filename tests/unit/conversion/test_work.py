@@ -15,6 +15,7 @@ from megatron_sstoken.conversion.work import (
     refuse_existing,
     run_tasks,
 )
+from megatron_sstoken.integrity import checksum_of
 
 
 def test_sizes():
@@ -87,7 +88,7 @@ def test_complete_files_are_kept_and_all_others_deleted(tmp_path):
         os.truncate(place.folder / "short", 3)
         (place.folder / "half").write_bytes(b"123")
     with Workplace(str(output), {"dtype": "fp32"}) as place:
-        assert place.complete == {"whole": {"size": 5}}
+        assert place.complete == {"whole": {"size": 5, "checksum": checksum_of(place.folder / "whole")}}
         assert [path.name for path in place.folder.iterdir()] == ["whole"]
     with Workplace(str(output), {"dtype": "bf16"}) as place:
         assert place.complete == {} and list(place.folder.iterdir()) == []
@@ -101,7 +102,7 @@ def test_publishing_replaces_the_output_and_leaves_nothing_beside_it(tmp_path):
         write(place, "new", b"new")
         assert [path.name for path in output.iterdir()] == ["old"]
         place.publish()
-    assert sorted(path.name for path in output.iterdir()) == ["conversion.json", "new"]
+    assert sorted(path.name for path in output.iterdir()) == ["checksums.json", "conversion.json", "new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

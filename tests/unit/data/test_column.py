@@ -76,7 +76,7 @@ def test_finished_column_can_be_opened_for_writing_again(tmp_path):
     assert writer.num_written == 3
     writer.finish()
     assert TokenColumn(tmp_path).values(0, 3).tolist() == [1, 2, 3]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["manifest.json", "values.bin"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checksums.json", "manifest.json", "values.bin"]
 
 
 @pytest.mark.parametrize("finished", [True, False])

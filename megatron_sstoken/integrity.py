@@ -1,0 +1,151 @@
+"""Checksums: `checksums.json` in a folder says what its files held when they were written.
+
+It is written once, with the folder. `FileCheck` compares in the background while work goes on; `damage` compares at once.
+xxh3 is as fast as memory, so that reading the files is what takes time.
+"""
+
+import json
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megatron_sstoken.files import write_json
+
+CHECKSUMS = "checksums.json"
+_ALGORITHM = "xxh3_128"
+_BLOCK = 1 << 23
+
+Checksums = dict[str, dict[str, Any]]
+"""Name of a file relative to its folder → `size` in bytes and `xxh3_128` in hex."""
+
+
+def checksum_of(path: Path, count: Callable[[int], None] = lambda size: None) -> dict[str, Any]:
+    """Size and checksum of a file as it is on disk; `count` is told of every block of bytes that was read."""
+    digest, size = xxhash.xxh3_128(), 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+            count(len(block))
+    return {"size": size, _ALGORITHM: digest.hexdigest()}
+
+
+def checksum_of_text(text: str) -> dict[str, Any]:
+    """What `checksum_of` gives for a file that holds `text` in UTF-8."""
+    data = text.encode()
+    return {"size": len(data), _ALGORITHM: xxhash.xxh3_128(data).hexdigest()}
+
+
+def write_checksums(folder: Path, checksums: Checksums) -> None:
+    """Say what the files of a folder hold."""
+    files = dict(sorted(checksums.items()))
+    write_json(folder / CHECKSUMS, {"of_this_list": _of_list(files), "files": files})
+
+
+def read_checksums(folder: Path) -> Checksums | None:
+    """What the files of a folder should hold; None where nothing says so. Raises ValueError where that itself is damaged."""
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        files: Checksums = content["files"]
+        intact = content["of_this_list"] == _of_list(files)
+        intact &= all(isinstance(one["size"], int) and isinstance(one[_ALGORITHM], str) for one in files.values())
+        outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__})") from error
+    if not intact or outside:
+        raise ValueError(f"{path} is damaged")
+    return files
+
+
+def _of_list(files: Checksums) -> str:
+    return xxhash.xxh3_128(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def damage(
+    folder: Path, names: Iterable[str] | None = None, count: Callable[[int], None] = lambda size: None
+) -> list[str]:
+    """What is wrong with the files of a folder, one line each: of those in `names`, or of all that have a checksum."""
+    try:
+        checksums = read_checksums(folder) or {}
+    except ValueError as error:
+        return [str(error)]
+    found = []
+    for name in checksums if names is None else names:
+        path, expected = folder / name, checksums[name]
+        try:
+            size = path.stat().st_size
+            if size != expected["size"]:
+                found.append(f"{path} has {size} bytes, and had {expected['size']} when it was written")
+            elif checksum_of(path, count) != expected:
+                found.append(f"{path} is damaged: its bytes are not those that were written")
+        except FileNotFoundError:
+            found.append(f"{path} is missing")
+        except OSError as error:
+            found.append(f"{path} cannot be read ({error.strerror})")
+    return found
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Files of one folder that are to be compared."""
+
+    owner: str
+    """The setting that names the folder, with its value, for messages."""
+    folder: Path
+    remedy: str
+    """What to do where a file is damaged."""
+    names: tuple[str, ...]
+    size: int
+    """Bytes of all of them."""
+
+    def damage(self) -> list[str]:
+        """One message for each file that is not as it was written."""
+        return [f"{self.owner}: {problem}: {self.remedy}" for problem in damage(self.folder, self.names)]
+
+
+def files_to_check(
+    owner: str,
+    folder: Path,
+    remedy: str,
+    *,
+    share: tuple[int, int] = (0, 1),
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> Checked:
+    """The files of a folder that have a checksum, or the share (number, of how many) that this process compares.
+
+    Of a folder without checksums there are none. Raises ValueError where `checksums.json` is damaged.
+    """
+    try:
+        checksums = read_checksums(folder) or {}
+    except ValueError as error:
+        raise ValueError(f"{owner}: {error}: {remedy}") from error
+    by_size = sorted((name for name in checksums if wanted(name)), key=lambda name: (-checksums[name]["size"], name))
+    mine = tuple(by_size[share[0] :: share[1]])
+    return Checked(owner, folder, remedy, mine, sum(checksums[name]["size"] for name in mine))
+
+
+class FileCheck:
+    """Compares files in a thread of its own; `problems` grows while it does."""
+
+    def __init__(self, parts: Sequence[Checked], *, known: Sequence[str] = ()):
+        """`known`: problems that were found before."""
+        self.problems: list[str] = list(known)
+        self._parts = parts
+        self._thread = threading.Thread(target=self._compare, name="checksums", daemon=True)
+        self._thread.start()
+
+    def _compare(self) -> None:
+        for part in self._parts:
+            self.problems += part.damage()
+
+    def wait(self) -> list[str]:
+        """All problems, once every file has been compared."""
+        self._thread.join()
+        return self.problems
