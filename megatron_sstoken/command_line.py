@@ -11,6 +11,10 @@ import yaml
 
 from megatron_sstoken.config import RENAMED, Settings
 
+DEBUG: dict[str, dict] = {
+    "debug": {"action": "store_true", "help": "Where something fails, print the traceback as well."}
+}
+"""Option of every program."""
 PARSER_MODE = "settings"
 """jsonargparse's name for our reader of YAML."""
 
@@ -29,7 +33,8 @@ def parse_settings(
         prog=program, description=description, exit_on_error=True, parser_mode=PARSER_MODE
     )
     parser.add_argument("--config", action="config", help="YAML file with settings; may be given more than once.")
-    for name, keywords in (extra or {}).items():
+    extra = (extra or {}) | DEBUG
+    for name, keywords in extra.items():
         parser.add_argument(f"--{name}", **keywords)
     parser.add_class_arguments(Settings, as_group=False)
     with ExitStack() as stack:
@@ -43,7 +48,7 @@ def parse_settings(
         namespace = parser.parse_args([_with_new_name(argument) for argument in given])
     objects = parser.instantiate(namespace)
     sections = {name: objects[name] for name in Settings.__dataclass_fields__}
-    return Settings(**sections), {name: objects[name] for name in (extra or {})}
+    return Settings(**sections), {name: objects[name] for name in extra}
 
 
 def _with_new_name(argument: str) -> str:

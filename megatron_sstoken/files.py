@@ -1,7 +1,9 @@
 """Publish by renaming: a file or folder appears under its name whole, or not at all, also after a crash."""
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,42 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+_NO_ROOM = 1 << 16
+"""Bytes free on a disk that counts as full."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within, an OSError that names no file names this one; the system does not say where a write failed."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise write_failure(error, path) from error
+
+
+def write_failure(error: BaseException, path: Path) -> OSError:
+    """The OSError that `error`, of writing `path`, comes from or stands for."""
+    seen: list[BaseException] = [error]
+    for one in seen:  # grows
+        if isinstance(one, OSError) and one.errno is not None:
+            return OSError(one.errno, os.strerror(one.errno), str(one.filename or path))
+        if match := re.search(r"\[Errno (\d+)\]", str(one)):  # of another process, whose words alone came over
+            return OSError(int(match[1]), os.strerror(int(match[1])), str(path))
+        further = [one.__cause__, one.__context__, *getattr(one, "failures", {}).values()]
+        for other in further:  # torch keeps an exception and its text for every rank
+            other = other[0] if isinstance(other, tuple) and other else other
+            if isinstance(other, BaseException) and other not in seen:
+                seen.append(other)
+    parent = path
+    while not parent.exists():
+        parent = parent.parent
+    if shutil.disk_usage(parent).free < _NO_ROOM:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    return OSError(errno.EIO, f"{type(error).__name__}: {error}".splitlines()[0], str(path))
 
 
 def partial_path(path: Path) -> Path:

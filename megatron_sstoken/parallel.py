@@ -2,10 +2,6 @@
 
 import datetime
 import os
-import sys
-import time
-import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_sstoken import watchdog
 from megatron_sstoken.config import ParallelSettings, SettingsError
 from megatron_sstoken.device import adapt_megatron_to_cpu, communication_backend, compute_device, have_cuda
 
@@ -108,7 +105,7 @@ class Layout:
 def start_processes(timeout_minutes: float = 30) -> None:
     """Join the other processes that torchrun started; alone, without torchrun, become a group of one.
 
-    `timeout_minutes`: how long one waits for another before it ends with an error.
+    `timeout_minutes`: how long one waits for another before the watchdog, which begins here, ends the job with an error.
     """
     adapt_megatron_to_cpu()
     if dist.is_initialized():
@@ -118,11 +115,15 @@ def start_processes(timeout_minutes: float = 30) -> None:
     device = compute_device()
     if have_cuda():
         torch.cuda.set_device(device)
+        # What NCCL was asked for last, which it writes down when something hangs (torch's flight recorder).
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     dist.init_process_group(
         communication_backend(),
-        timeout=datetime.timedelta(minutes=timeout_minutes),
+        timeout=watchdog.group_timeout(timeout_minutes),
         device_id=device if have_cuda() else None,
     )
+    watchdog.start(timeout_minutes)
 
 
 def create_layout(settings: ParallelSettings, seed: int, timeout_minutes: float = 30) -> Layout:
@@ -131,7 +132,7 @@ def create_layout(settings: ParallelSettings, seed: int, timeout_minutes: float 
     All groups wait `timeout_minutes`. Raises SettingsError if the sizes do not divide the number of processes.
     """
     groups = create_groups(settings, seed, timeout_minutes)
-    timeout = datetime.timedelta(minutes=timeout_minutes)
+    timeout = watchdog.group_timeout(timeout_minutes)
     return Layout(
         groups=groups,
         data=groups.dp,
@@ -154,7 +155,7 @@ def create_groups(settings: ParallelSettings, seed: int, timeout_minutes: float 
         expert_model_parallel_size=settings.expert,
         expert_tensor_parallel_size=1,  # experts are dealt out, never cut
         create_gloo_process_groups=have_cuda(),
-        distributed_timeout_minutes=timeout_minutes,
+        distributed_timeout_minutes=watchdog.group_timeout(timeout_minutes) / datetime.timedelta(minutes=1),
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     # Dropout draws anew on every pipeline stage and for every share of the tokens; alike on the tensor ranks, for which
@@ -197,12 +198,13 @@ def reset_layout() -> None:
 
 def stop_processes() -> None:
     """Leave all process groups. All processes call it."""
+    watchdog.stop()
     if dist.is_initialized():
         reset_layout()
-        _leave_groups()
+        leave_groups()
 
 
-def _leave_groups() -> None:
+def leave_groups() -> None:
     """Leave all process groups without waiting for anybody."""
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
@@ -245,42 +247,3 @@ def writer_rank(layout: Layout) -> int:
 def is_lost_connection(error: BaseException) -> bool:
     """Whether torch.distributed failed because of another process. gloo has no type for it but names its source file."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
-
-
-def run_to_exit_code(body: Callable[[], None]) -> int:
-    """Run `body()` and turn its outcome into an exit code; mistakes of users are printed once, without a traceback.
-
-    SettingsError is raised alike on all processes and printed by rank 0; the others leave after that, for torchrun
-    ends all processes as soon as one fails. All leave their groups first: a process that ends inside them may be aborted
-    by gloo's threads when another one is gone, and then its exit code is a signal instead of 2.
-
-    Any other exception keeps its traceback: the others may be waiting in a collective, and torchrun ends them. Where the
-    fault is another process that went away, perhaps on another node, that is said below the traceback.
-    """
-    try:
-        body()
-    except SettingsError as error:
-        if is_first := int(os.environ.get("RANK", "0")) == 0:
-            for problem in error.problems:
-                print(f"error: {problem}", file=sys.stderr, flush=True)
-        _leave_groups()
-        if not is_first:
-            time.sleep(1)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
-    except Exception as error:
-        if not is_lost_connection(error):
-            raise
-        traceback.print_exc()
-        print(
-            f"error: process {os.environ.get('RANK', '0')} lost the connection to another one, which has ended or cannot "
-            "be reached; the output of its node says why. Checkpoints so far are whole: start the same command on all "
-            "nodes again to go on from the newest.",
-            file=sys.stderr,
-            flush=True,
-        )
-        return 1  # without leaving the groups, which would wait for the one that is gone
-    stop_processes()
-    return 0

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import CheckpointSettings, LoggingSettings, Settings
+from megatron_sstoken.ending import run_to_exit_code
 from megatron_sstoken.history.source import open_history
-from megatron_sstoken.parallel import agree_on_problems, create_layout, run_to_exit_code, start_processes
+from megatron_sstoken.parallel import agree_on_problems, create_layout, start_processes
 from megatron_sstoken.training.loop import model_to_train
 from megatron_sstoken.training.records import write_records
 from megatron_sstoken.training.selector import selector_of
@@ -17,7 +18,7 @@ from megatron_sstoken.validate.whole import RunFiles
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 2 for a mistake in the settings."""
+    """Entry point; returns the exit code: 0 done, 1 failed, 2 for a mistake in the settings."""
     settings, options = parse_settings(
         arguments,
         program="python -m megatron_sstoken.score",
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         "settings of checkpoints and logs it uses logging.entropy and logging.context_loss alone: it writes neither.",
         extra={"output": {"type": str, "required": True, "help": "Parquet file to write."}},
     )
-    return run_to_exit_code(lambda: run(settings, options["output"]))
+    return run_to_exit_code(lambda: run(settings, options["output"]), debug=options["debug"])
 
 
 def run(settings: Settings, output: str) -> None:

@@ -5,8 +5,9 @@ import sys
 
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import Settings
+from megatron_sstoken.ending import run_to_exit_code
 from megatron_sstoken.history.source import open_history
-from megatron_sstoken.parallel import create_layout, run_to_exit_code, start_processes
+from megatron_sstoken.parallel import create_layout, start_processes
 from megatron_sstoken.training.loop import create_trainer, model_to_train, sole_writer, train
 from megatron_sstoken.training.resume import resumable_checkpoint, resume_point
 from megatron_sstoken.validate.agree import agreed_plan
@@ -28,13 +29,13 @@ DRY_RUN: dict[str, dict] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 2 for a mistake in the settings."""
+    """Entry point; returns the exit code: 0 done, 1 failed, 2 for a mistake in the settings."""
     settings, options = parse_settings(
         arguments, program="python -m megatron_sstoken.train", description=Settings.__doc__ or "", extra=DRY_RUN
     )
     if options["dry_run"]:
-        return run_to_exit_code(lambda: dry_run(settings, options["world_size"]))
-    return run_to_exit_code(lambda: run(settings))
+        return run_to_exit_code(lambda: dry_run(settings, options["world_size"]), debug=options["debug"])
+    return run_to_exit_code(lambda: run(settings), debug=options["debug"])
 
 
 def dry_run(settings: Settings, world_size: int | None) -> None:

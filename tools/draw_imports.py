@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 ORDER = (
-    "supported files integrity lock selection config command_line device compat parallel data model checkpoint run_plan "
-    "passes history validate training conversion planner doctor score train".split()
+    "supported files integrity lock selection config command_line device compat watchdog parallel ending data model checkpoint "
+    "run_plan passes history validate training conversion planner doctor score train".split()
 )
 """Rooms in the order of the data's way: each imports rooms before it only."""
 PICTURE = re.compile(r"```mermaid\n.*?```", re.DOTALL)
@@ -31,6 +31,10 @@ def imports_of_rooms(package: Path = ROOT / "megatron_sstoken") -> dict[str, set
             if isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
                 modules = [node.module or ""]
+                if node.module == package.name:  # from megatron_sstoken import watchdog
+                    modules = [
+                        f"{package.name}.{one.name}" for one in node.names if (package / f"{one.name}.py").exists()
+                    ]
             for module in modules:
                 top, _, rest = module.partition(".")
                 if top == package.name and rest and (other := rest.split(".")[0]) != room:

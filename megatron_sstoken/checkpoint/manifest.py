@@ -4,12 +4,13 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_sstoken.config import RENAMED, LoraSettings, SettingsError
-from megatron_sstoken.integrity import CHECKSUMS, damage, read_checksums
+from megatron_sstoken.files import write_durably
+from megatron_sstoken.integrity import CHECKSUMS, checksum_of, damage, read_checksums, write_checksums
 
 STATE_FILE = "sstoken.json"
 _NUM_PACKS = "num_rows"  # what files call it since the first version
@@ -128,6 +129,30 @@ def incomplete_steps(directory: str) -> list[Path]:
     ]
 
 
+def superfluous_steps(directory: str, keep: int) -> list[Path]:
+    """Checkpoints that `checkpoint.keep` does not: neither the newest nor among the `keep` newest of a sound run."""
+    steps = checkpoint_steps(directory)
+    if not keep or not steps:
+        return []
+    sound = [step for step, folder in steps.items() if not has_diverged(folder)]
+    kept = {max(steps), *sound[-keep:]}
+    return [folder for step, folder in steps.items() if step not in kept]
+
+
+def tidy(directory: str, keep: int) -> None:
+    """Delete the checkpoints that `checkpoint.keep` does not keep, and what killed runs have left."""
+    for folder in (*superfluous_steps(directory, keep), *incomplete_steps(directory)):
+        drop(folder)
+
+
+def has_diverged(folder: Path) -> bool:
+    """Whether a checkpoint is of a run that had diverged, or says nothing that can be read."""
+    try:
+        return read_run_state(folder).diverged is not None
+    except ValueError:
+        return True
+
+
 def drop(folder: Path) -> None:
     """Delete a checkpoint folder, if it is there. What is left of it when this is interrupted does not count as complete."""
     (folder / STATE_FILE).unlink(missing_ok=True)
@@ -154,14 +179,8 @@ def read_run_state(folder: Path) -> RunState:
 
 def write_run_state(folder: Path, state: RunState) -> None:
     """Describe a checkpoint folder; written last, its file says that the checkpoint is whole."""
-    with open(folder / STATE_FILE, "w", encoding="utf-8") as file:
-        json.dump(
-            {_NUM_PACKS if name == "num_packs" else name: value for name, value in asdict(state).items()},
-            file,
-            indent=1,
-        )
-        file.flush()
-        os.fsync(file.fileno())
+    content = {_NUM_PACKS if name == "num_packs" else name: value for name, value in asdict(state).items()}
+    write_durably(folder / STATE_FILE, json.dumps(content, indent=1))
 
 
 def resolve_checkpoint(path: str) -> Path:
@@ -177,10 +196,19 @@ def resolve_checkpoint(path: str) -> Path:
 
 
 def open_checkpoint(path: str) -> Checkpoint:
-    """The checkpoint of a folder, or the newest complete one below it. Raises ValueError if there is none."""
+    """The checkpoint of a folder, or the newest complete one below it.
+
+    Raises ValueError if there is none, if what describes it is damaged, or if the newest is of a run that had diverged.
+    """
     folder = resolve_checkpoint(path)
     require_description(folder)
-    return Checkpoint(folder, read_run_state(folder))
+    found = Checkpoint(folder, read_run_state(folder))
+    if found.state.diverged is not None and not os.path.isfile(os.path.join(path, STATE_FILE)):
+        raise ValueError(
+            f"{folder} is of a run that had diverged ({found.state.diverged}): name a checkpoint from before it, or this very "
+            "folder to take it nevertheless"
+        )
+    return found
 
 
 def require_description(folder: Path) -> None:
@@ -243,6 +271,16 @@ def renamed(objective: dict[str, Any]) -> dict[str, Any]:
         if old in found.get(section, {}):
             found[section][new] = found[section].pop(old)
     return found
+
+
+def mark_diverged(directory: str, step: int, problem: str) -> None:
+    """Say of the checkpoint of `step`, if there is one, that what comes after it is not finite."""
+    folder = checkpoint_steps(directory).get(step)
+    if folder is None:
+        return
+    write_run_state(folder, replace(read_run_state(folder), diverged=problem))
+    if checksums := read_checksums(folder):
+        write_checksums(folder, checksums | {STATE_FILE: checksum_of(folder / STATE_FILE)})
 
 
 def adapter_problems(owner: str, saved: AdapterIdentity | None, lora: LoraSettings) -> list[str]:

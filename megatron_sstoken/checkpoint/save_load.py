@@ -3,6 +3,7 @@
 A checkpoint is a folder `step_<number>` that appears by renaming, once everything in it is on disk.
 """
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,21 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sstoken.checkpoint.harmless import missing_parts, read_metadata, require_harmless, require_whole
 from megatron_sstoken.checkpoint.manifest import (
     Checkpoint,
     RunState,
-    checkpoint_steps,
     drop,
-    incomplete_steps,
+    tidy,
     write_run_state,
 )
 from megatron_sstoken.checkpoint.writer import prepare_writer
 from megatron_sstoken.compat import load_options
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.device import compute_device
-from megatron_sstoken.files import publish_folder
+from megatron_sstoken.files import publish_folder, write_failure
 from megatron_sstoken.integrity import Checksums, checksum_of, write_checksums
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.model.lora import is_adapter
@@ -44,12 +45,13 @@ def save_checkpoint(
     model: Model,
     optimizer: MegatronOptimizer | None,
     scheduler: OptimizerParamScheduler | None,
-    keep: int,
+    keep: int | None,
     history: dict[str, Any] | None = None,
 ) -> Path:
-    """Save everything that resuming needs, then drop all but the `keep` newest checkpoints (0 keeps all).
+    """Save everything that resuming needs, then drop all but the `keep` newest checkpoints (0 keeps all; None drops nothing).
 
-    All ranks call it. Without an optimizer only the weights are saved (conversion); of a model with adapters these alone.
+    Of a run that has diverged only the newest stays, and does not count. All ranks call it. Without an optimizer only the
+    weights are saved (conversion); of a model with adapters these alone. Raises OSError where the files cannot be written.
     `history`: what the history source wants to find again, the same on every rank.
     """
     assert (state.adapters is not None) == model.has_adapters
@@ -64,7 +66,13 @@ def save_checkpoint(
     if history:
         content["history"] = history
     prepare_writer()
-    dist_checkpointing.save(content, str(partial), validate_access_integrity=True)
+    try:
+        dist_checkpointing.save(content, str(partial), validate_access_integrity=True)
+    except (Exception, CheckpointException) as error:  # the second is no Exception
+        failure = write_failure(error, partial)
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # what is in the way of room
+        raise failure from error
     dist.barrier(group=model.layout.control)
     _require_whole(directory, partial, model.layout)
     written = _checksums_of_rank(partial, model.layout)
@@ -74,11 +82,8 @@ def save_checkpoint(
         write_checksums(partial, written | {path.name: checksum_of(path) for path in others})
         drop(final)
         publish_folder(partial, final, overwrite=False)
-        steps = checkpoint_steps(directory)
-        for step in list(steps)[: -keep or None] if keep else []:
-            drop(steps[step])
-        for folder in incomplete_steps(directory):
-            drop(folder)
+        if keep is not None:
+            tidy(directory, keep)
     dist.barrier(group=model.layout.control)
     return final
 

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_sstoken import watchdog
 from megatron_sstoken.checkpoint.weights_source import WeightsSource, starting_weights
 from megatron_sstoken.config import LoraSettings, Settings, SettingsError
 from megatron_sstoken.data.batches import BatchLoader, TokenValues
 from megatron_sstoken.data.column import TokenColumn, TokenColumnWriter
 from megatron_sstoken.data.store import StoreManifest
+from megatron_sstoken.files import naming
 from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.lock import Lock
 from megatron_sstoken.model.backend import numerics_of
@@ -94,6 +96,7 @@ def _complete_or_ours(path: str, lock: Lock, layout: Layout) -> bool:
         complete, holder = broadcast_object((complete, holder), source=0, group=layout.control)
         if complete or holder is None:
             return complete
+        watchdog.arrived("waiting for another run's history")
         time.sleep(2)
 
 
@@ -167,10 +170,12 @@ def build_history(model: Model, plan: RunPlan, layout: Layout, path: str, identi
             values = np.full(stop - start, np.nan, dtype=np.float32)
             index = np.searchsorted(store.rows, columns["sample"])
             values[store.offsets[index] + columns["position"] - start] = columns["loss"]
-            writer.append(values[max(writer.num_written - start, 0) :])
-            writer.commit()
+            with naming(writer.path):
+                writer.append(values[max(writer.num_written - start, 0) :])
+                writer.commit()
     if writer is not None:
-        writer.finish()
+        with naming(writer.path):
+            writer.finish()
     torch.distributed.barrier(group=layout.control)
 
 

@@ -1,5 +1,7 @@
 """The optimizer and the learning-rate schedule of a model; a new schedule is an entry of `OptimizerSettings.schedule`."""
 
+import math
+
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -63,6 +65,15 @@ def follow_settings(
         group["max_lr"], group["min_lr"] = settings.learning_rate, settings.min_learning_rate
         group["betas"], group["eps"] = (settings.beta1, settings.beta2), settings.epsilon
     scheduler.step(0)
+
+
+def has_finite_gradient(optimizer: MegatronOptimizer) -> bool:
+    """Whether `optimizer.step` would find a gradient norm that is finite; the same answer on all ranks, who all call it.
+
+    megatron tells the norm after the step, when a gradient that is not finite has gone into all weights.
+    """
+    optimizer.prepare_grads()
+    return math.isfinite(float(optimizer.get_grad_norm()))
 
 
 def fuse_adamw(optimizer: MegatronOptimizer) -> None:

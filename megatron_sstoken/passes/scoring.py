@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
+from megatron_sstoken import watchdog
 from megatron_sstoken.data.batches import BatchLoader, Packing, PackOrder, TokenBatch, TokenValues
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.parallel import Layout
@@ -34,5 +35,6 @@ def scored_batches(
     model.train(False)
     numbers = range(first, loader.num_batches)
     for number in tqdm(numbers, title, loader.num_batches, unit="batch", initial=first, disable=layout.rank != 0):
+        watchdog.arrived(f"{title}, batch {number + 1}")
         batches = loader.load(number)
         yield number, score_batch(model, batches) if score is None else score(number, batches)

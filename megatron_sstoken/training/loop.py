@@ -10,7 +10,8 @@ from pathlib import Path
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
-from megatron_sstoken.checkpoint.manifest import AdapterIdentity, RunState, differences, renamed
+from megatron_sstoken import watchdog
+from megatron_sstoken.checkpoint.manifest import AdapterIdentity, RunState, differences, mark_diverged, renamed, tidy
 from megatron_sstoken.checkpoint.save_load import load_checkpoint, save_checkpoint
 from megatron_sstoken.checkpoint.weights_source import adapter_identity, require_base, starting_weights
 from megatron_sstoken.config import Settings, SettingsError
@@ -18,7 +19,7 @@ from megatron_sstoken.data.batches import BatchLoader
 from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.lock import Lock
 from megatron_sstoken.model.build import Model, build_model
-from megatron_sstoken.model.optimizer import build_optimizer, follow_settings
+from megatron_sstoken.model.optimizer import build_optimizer, follow_settings, has_finite_gradient
 from megatron_sstoken.parallel import Layout, any_of, broadcast_object
 from megatron_sstoken.passes.columns import gather_columns
 from megatron_sstoken.passes.step import TokenReport
@@ -30,6 +31,9 @@ from megatron_sstoken.training.records import RecordWriter
 from megatron_sstoken.training.resume import ResumePoint, identity_of, objective_of
 from megatron_sstoken.training.selector import selector_of, train_on_selected
 from megatron_sstoken.validate.whole import RunFiles
+
+_MOST_SKIPPED = 20
+"""Steps in a row that are skipped before the run ends: nothing would come of it any more."""
 
 
 @dataclass
@@ -51,6 +55,13 @@ class Trainer:
     branch: int | None = None
     """The step that `checkpoint.resume` chose."""
     step: int = 0
+    skipped: int = 0
+    """Steps of this start that were skipped, because something was not finite."""
+    skipped_in_a_row: int = 0
+    diverged: str | None = None
+    """What says that the weights are of a run that has diverged."""
+    saved: int | None = None
+    """The step that this start has saved last."""
 
     @property
     def settings(self) -> Settings:
@@ -164,11 +175,12 @@ def _train_until_asked_to_stop(trainer: Trainer, stop: StopRequest) -> None:
         if is_due(done, settings.logging.records_every):
             _write_step_records(trainer, reports, done)
         if plan.validation and not stopping and (last or is_due(done, settings.training.validate_every)):
+            watchdog.arrived(f"validation after step {done}")
             loss = validation_loss(trainer.model, plan.validation, plan, trainer.layout)
             trainer.logger.say(f"validation after step {done}: loss {loss:.4f}")
             trainer.logger.scalars(done, {"loss/validation": loss})
         if settings.checkpoint.directory and (last or stopping or is_due(done, settings.checkpoint.save_every)):
-            save(trainer)
+            save(trainer, stopping=stopping)
         if stopping:
             trainer.logger.say(f"asked to stop: ended after step {done} of {plan.num_steps}; start again to go on")
             return
@@ -183,42 +195,86 @@ def is_due(step: int, every: int) -> bool:
 def training_step(trainer: Trainer, number: int) -> tuple[StepMetrics, float, list[TokenReport]]:
     """One optimizer step on global batch `number`. Returns its metrics, the gradient norm and this rank's reports.
 
-    A batch of which no token is selected changes nothing but the learning rate. Raises FloatingPointError, on all
-    ranks, where the loss or the gradient norm is not finite.
+    A batch of which no token is selected changes nothing but the learning rate; so does one whose loss or gradient is not
+    finite, with `training.on_nonfinite: skip`. Raises FloatingPointError, on all ranks, for these with `stop`, or where many
+    in a row had to be skipped.
     """
     settings, model = trainer.settings, trainer.model
+    watchdog.arrived(f"step {number + 1}")
     warming_up = trainer.loader.num_samples_before(number) < settings.selection.warmup_samples
     gamma = 0.0 if warming_up else settings.selection.gamma
     selector = selector_of(settings, trainer.layout, gamma=gamma, step=number, history=trainer.history)
     model.zero_gradients()
     trainer.optimizer.zero_grad()
     reports = train_on_selected(model, trainer.loader.load(number), selector)
-    trainer.history.observe(reports)
     metrics = summarize(reports, model.architecture, trainer.layout)
     gradient_norm = 0.0
-    if metrics.num_selected:
-        _require_finite(metrics.loss_selected, "the loss", number, settings)
+    if not metrics.num_selected:
+        trainer.history.observe(reports)
+        trainer.logger.say(f"step {number + 1}: no token is selected, the weights stay as they are")
+    elif not math.isfinite(metrics.loss_selected):
+        _not_finite(trainer, number, "the loss", metrics.loss_selected)
+    elif settings.training.on_nonfinite == "skip" and not has_finite_gradient(trainer.optimizer):
+        _not_finite(trainer, number, "the gradient norm", gradient_norm := math.nan)
+    else:
+        trainer.history.observe(reports)
         _, norm, _ = trainer.optimizer.step()
         gradient_norm = float(norm)
-        _require_finite(gradient_norm, "the gradient norm", number, settings)
-    else:
-        trainer.logger.say(f"step {number + 1}: no token is selected, the weights stay as they are")
+        if not math.isfinite(gradient_norm):
+            _not_finite(trainer, number, "the gradient norm", gradient_norm)
+        trainer.skipped_in_a_row = 0
+        trainer.diverged = _divergence(metrics.loss_selected, model, number)
+        _judge_checkpoint(trainer, number)
     trainer.scheduler.step(1)
     return metrics, gradient_norm, reports
 
 
-def _require_finite(value: float, name: str, number: int, settings: Settings) -> None:
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"{name} of step {number + 1} is {value}: try a lower optimizer.learning_rate "
-            f"(now {settings.optimizer.learning_rate}) or training.precision=fp32; the checkpoints so far are untouched"
+def _not_finite(trainer: Trainer, number: int, name: str, value: float) -> None:
+    """Count a step that is skipped, or raise FloatingPointError once the checkpoint that leads to it says so."""
+    settings = trainer.settings
+    problem = f"{name} of step {number + 1} is {value}"
+    if settings.training.on_nonfinite == "skip" and trainer.skipped_in_a_row < _MOST_SKIPPED:
+        trainer.skipped_in_a_row += 1
+        trainer.skipped += 1
+        trainer.logger.say(
+            f"step {number + 1}: {problem}: skipped, the weights stay as they are ({trainer.skipped} so far)"
         )
+        trainer.logger.scalars(number + 1, {"training/skipped_steps": trainer.skipped})
+        return
+    trainer.diverged = problem
+    _judge_checkpoint(trainer, number)
+    if settings.training.on_nonfinite == "skip":
+        problem += f", and so were the {_MOST_SKIPPED} before, which were skipped"
+    raise FloatingPointError(
+        f"{problem}: try a lower optimizer.learning_rate (now {settings.optimizer.learning_rate}), training.precision=fp32, "
+        "or training.on_nonfinite=skip; the checkpoints so far are untouched"
+    )
 
 
-def save(trainer: Trainer) -> None:
+def _judge_checkpoint(trainer: Trainer, number: int) -> None:
+    """The loss of a step is that of the weights before it: if these were just saved, their checkpoint is good or marked.
+
+    A good one takes the place of older ones only now.
+    """
+    directory = trainer.settings.checkpoint.directory
+    if directory and trainer.layout.rank == 0 and trainer.saved == number:
+        if trainer.diverged is not None:
+            mark_diverged(directory, number, trainer.diverged)
+        else:
+            tidy(directory, trainer.settings.checkpoint.keep)
+
+
+def _divergence(loss: float, model: Model, number: int) -> str | None:
+    """Why the weights are of a run that has diverged: they do worse than twice the loss of guessing among all words."""
+    limit = 2 * math.log(model.architecture.vocabulary_size)
+    return f"the loss of step {number + 1} was {loss:.4g}, above {limit:.3g}" if loss > limit else None
+
+
+def save(trainer: Trainer, *, stopping: bool = False) -> None:
     """Save a checkpoint of the steps done, once the files that they come from are known to be whole."""
     plan, settings = trainer.plan, trainer.settings
     trainer.require_whole_files()
+    watchdog.arrived(f"saving step {trainer.step}")
     state = RunState(
         step=trainer.step,
         identity=identity_of(plan),
@@ -226,18 +282,26 @@ def save(trainer: Trainer) -> None:
         num_packs=plan.num_packs,
         lag=plan.lag,
         branch=trainer.branch,
+        diverged=trainer.diverged,
         objective=objective_of(plan),
         adapters=trainer.adapters,
     )
-    directory, keep = settings.checkpoint.directory or "", settings.checkpoint.keep
+    directory = settings.checkpoint.directory or ""
     history = trainer.history.state_dict()
+    # All but the last must first prove to be better than the one that they replace.
+    keep = settings.checkpoint.keep if trainer.step == plan.num_steps or stopping else None
     path = save_checkpoint(directory, state, trainer.model, trainer.optimizer, trainer.scheduler, keep, history)
+    trainer.saved = trainer.step
     trainer.logger.say(f"saved {path}")
+    if trainer.diverged:
+        trainer.logger.say(
+            f"warning: the run has diverged ({trainer.diverged}): no run goes on from {path} unless told to"
+        )
 
 
 def _write_step_records(trainer: Trainer, reports: list[TokenReport], done: int) -> None:
     columns = gather_columns(reports, trainer.layout)
     if columns is not None:
         path = Path(trainer.settings.logging_directory or "") / "records" / f"step_{done:07d}.parquet"
-        with RecordWriter(path) as writer:
+        with trainer.logger.outlive(path), RecordWriter(path) as writer:
             writer.write(columns)

@@ -1,8 +1,13 @@
 """What a step is told by: global sums, quantiles, speed; printed, and written for TensorBoard."""
 
 import math
+import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -10,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_sstoken.data.batches import TokenBatch
 from megatron_sstoken.device import compute_device, peak_memory_bytes
+from megatron_sstoken.files import write_failure
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.flops import causal_pairs, model_flops
 from megatron_sstoken.parallel import Layout
@@ -140,7 +146,11 @@ class StepLogger:
         """`resumed`: steps done before this start. TensorBoard shows no later points of starts before."""
         self._active = layout.rank == 0
         purge = None if resumed is None else resumed + 1
-        self._writer = SummaryWriter(directory, purge_step=purge) if directory is not None and self._active else None
+        self._lost: set[str] = set()
+        self._writer: SummaryWriter | None = None
+        if directory is not None and self._active:
+            with self.outlive(directory):
+                self._writer = SummaryWriter(directory, purge_step=purge)
         self._every, self._num_steps, self._world_size = every, num_steps, layout.world_size
         self._last = time.monotonic()
         self._begun, self._done = self._last, 0
@@ -155,12 +165,11 @@ class StepLogger:
         eta = (now - self._begun) / self._done * (self._num_steps - number)
         speed = metrics.num_tokens / seconds
         tflops = metrics.model_flops / seconds / 1e12
-        print(
+        self.say(
             f"step {number}/{self._num_steps} | loss {metrics.loss_selected:.4f} (all {metrics.loss_all:.4f}, dropped "
             f"{metrics.loss_dropped:.4f}) | selected {100 * metrics.share_selected:.1f} % | grad norm "
             f"{gradient_norm:.3f} | lr {learning_rate:.3e} | {speed:,.0f} tokens/s | {tflops:.3g} TFLOP/s | "
-            f"ETA {_clock(eta)}",
-            flush=True,
+            f"ETA {_clock(eta)}"
         )
         if self._writer is None:
             return
@@ -186,14 +195,29 @@ class StepLogger:
     def scalars(self, number: int, points: dict[str, float]) -> None:
         """Write TensorBoard points, leaving out what is undefined."""
         if self._writer is not None:
-            for name, value in points.items():
-                if not math.isnan(value):
-                    self._writer.add_scalar(name, value, number)
+            with self.outlive(self._writer.log_dir):
+                for name, value in points.items():
+                    if not math.isnan(value):
+                        self._writer.add_scalar(name, value, number)
 
     def say(self, text: str) -> None:
         """Print a line of its own."""
         if self._active:
             print(text, flush=True)
+
+    @contextmanager
+    def outlive(self, path: str | Path) -> Iterator[None]:
+        """Within, nothing that goes wrong with a log ends the run: it goes on, saying so once for each kind of log."""
+        try:
+            yield
+        except OSError as error:
+            reason = write_failure(error, Path(path)).strerror
+            kind = os.path.dirname(path) if str(path).endswith(".parquet") else str(path)
+            if kind not in self._lost:
+                self._lost.add(kind)
+                print(f"warning: {kind}: {reason}: the run goes on without this log", file=sys.stderr, flush=True)
+            if self._writer is not None and kind == self._writer.log_dir:
+                self._writer = None
 
     def pause(self) -> None:
         """Leave out the time since the last step: what comes next is timed from here."""
@@ -202,7 +226,8 @@ class StepLogger:
     def close(self) -> None:
         """Flush TensorBoard."""
         if self._writer is not None:
-            self._writer.close()
+            with self.outlive(self._writer.log_dir):
+                self._writer.close()
 
 
 def _clock(seconds: float) -> str:

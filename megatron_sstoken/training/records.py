@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_sstoken.data.batches import TokenBatch
-from megatron_sstoken.files import partial_path, publish_file
+from megatron_sstoken.files import naming, partial_path, publish_file
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.parallel import Layout
 from megatron_sstoken.passes.columns import gather_columns
@@ -59,14 +59,17 @@ class RecordWriter:
             pa.array(columns[field.name], field.type, from_pandas=True)  # from_pandas: NaN becomes null
             for field in SCHEMA
         ]
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
+        with naming(self._partial):
+            self._writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
 
     def __exit__(self, error_type, error, traceback) -> None:
-        self._writer.close()
-        if error_type is None:
-            publish_file(self._partial, self.path)
-        else:
-            self._partial.unlink()
+        try:
+            with naming(self._partial):
+                self._writer.close()
+            if error_type is None:
+                publish_file(self._partial, self.path)
+        finally:
+            self._partial.unlink(missing_ok=True)
 
 
 def read_records(path: str | Path) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from megatron_sstoken.checkpoint.manifest import (
     RunIdentity,
     check_identity,
     checkpoint_steps,
+    has_diverged,
     open_checkpoint,
     read_run_state,
     set_aside,
@@ -134,7 +135,7 @@ def _refuse_diverged(found: Checkpoint, is_chosen: bool, steps: dict[int, Path])
     """Raise SettingsError where a run had diverged, unless this very step was asked for."""
     if found.state.diverged is None or is_chosen:
         return
-    sound = [step for step, folder in steps.items() if step < found.state.step and not _has_diverged(folder)]
+    sound = [step for step, folder in steps.items() if step < found.state.step and not has_diverged(folder)]
     before = f"checkpoint.resume={max(sound)}" if sound else "another checkpoint.directory"
     raise SettingsError(
         [
@@ -143,13 +144,6 @@ def _refuse_diverged(found: Checkpoint, is_chosen: bool, steps: dict[int, Path])
             "nevertheless"
         ]
     )
-
-
-def _has_diverged(folder: Path) -> bool:
-    try:
-        return read_run_state(folder).diverged is not None
-    except ValueError:
-        return True
 
 
 @dataclass(frozen=True)

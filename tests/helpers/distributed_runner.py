@@ -15,7 +15,12 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-_PRELOADED = ["tests.helpers.workbench", "megatron_sstoken.training.loop", "megatron_sstoken.conversion.hf"]
+_PRELOADED = [
+    "tests.helpers.workbench",
+    "megatron_sstoken.training.loop",
+    "megatron_sstoken.conversion.hf",
+    "megatron_sstoken.train",
+]
 
 
 def run_distributed(function: Callable[..., Any], num_ranks: int, *args: Any, timeout: float = 120) -> list[Any]:
@@ -25,7 +30,7 @@ def run_distributed(function: Callable[..., Any], num_ranks: int, *args: Any, ti
     the others down at once and its traceback is in the AssertionError; so is the time limit (`timeout` in seconds).
     """
     with tempfile.TemporaryDirectory() as folder:
-        port, context = free_port(), _context()
+        port, context = free_port(), preloaded_context()
         processes = [
             context.Process(target=_rank_main, args=(rank, num_ranks, port, folder, function, args), daemon=False)
             for rank in range(num_ranks)
@@ -50,7 +55,7 @@ def free_port() -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def _context() -> Any:
+def preloaded_context() -> Any:
     """Processes forked from a server that has imported the libraries once: imports take longer than most tests.
 
     The server has no threads and no process groups. It starts with the environment of this moment.

@@ -155,4 +155,4 @@ def test_extra_options_are_apart_from_settings():
     settings, options = parse_settings(
         ["--dry_run", "--training.seed=3"], program="program", description="A program.", extra=DRY_RUN
     )
-    assert settings.training.seed == 3 and options == {"dry_run": True}
+    assert settings.training.seed == 3 and options == {"dry_run": True, "debug": False}

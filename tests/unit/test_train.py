@@ -67,11 +67,6 @@ def test_dry_run_of_a_resumable_run(settings, tmp_path, capsys):
             (tmp_path / name / "sstoken.json").write_text(json.dumps(content))
     assert dry_run(run, "--world_size=1") == 0
     assert capsys.readouterr().out.endswith(f"would resume from {newest}\n")
-    (newest / "sstoken.json").write_text(json.dumps(state | {"num_rows": 20}))
-    run.training.steps = 9
-    assert dry_run(run, "--world_size=1") == 2
-    assert "its run of 20 packs ended with a batch that is not full" in capsys.readouterr().err
-    (newest / "sstoken.json").write_text(json.dumps(state))
     run.training.seed = 5
     assert dry_run(run, "--world_size=1") == 2
     assert f"error: cannot resume from {newest}: it was made with training.seed=1234, now 5" in capsys.readouterr().err
@@ -87,7 +82,8 @@ def test_a_damaged_checkpoint_is_told_as_a_mistake(settings, tmp_path, capsys, c
     assert dry_run(settings(checkpoint__directory=str(tmp_path)), "--world_size=1") == 2
     told = capsys.readouterr().err
     assert (
-        told.startswith(f"error: checkpoint.directory={tmp_path}: ") and "or remove that folder to resume from" in told
+        told.startswith(f"error: checkpoint.directory={tmp_path}: ")
+        and "(or remove that folder) to resume from" in told
     )
 
 
@@ -104,7 +100,7 @@ def test_a_newest_checkpoint_without_all_its_files(settings, tmp_path, capsys):
             (newest / "__0_0.distcp").write_bytes(content)
         assert dry_run(run, "--world_size=1") == code
         told = capsys.readouterr()
-        assert code == 0 or "lacks __0_0.distcp" in told.err and "remove that folder to resume" in told.err
+        assert code == 0 or "lacks __0_0.distcp" in told.err and "remove that folder) to resume" in told.err
 
 
 def test_dry_run_without_processes(settings, capsys):
