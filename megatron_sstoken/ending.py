@@ -1,6 +1,5 @@
 """How a program ends: its exit code, and one line that says why."""
 
-import errno
 import os
 import socket
 import sys
@@ -12,22 +11,8 @@ from typing import Any
 
 from megatron_sstoken import watchdog
 from megatron_sstoken.config import SettingsError
+from megatron_sstoken.files import describe_os_error
 from megatron_sstoken.parallel import is_lost_connection, leave_groups, stop_processes
-
-_REMEDIES = {
-    (errno.ENOSPC, errno.EDQUOT): "make room, then start the same command again",
-    (errno.EACCES, errno.EPERM, errno.EROFS): "let this user read and write there, or name another place",
-    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR): "name another path",
-    (errno.EIO, errno.ESTALE, errno.ENXIO): "see whether the disk or the file system is well, then start again",
-}
-
-
-def describe_os_error(error: OSError) -> str:
-    """One line with path, reason and remedy."""
-    paths = " → ".join(str(path) for path in (error.filename, error.filename2) if path is not None)
-    reason = error.strerror or str(error)
-    remedy = next((text for codes, text in _REMEDIES.items() if error.errno in codes), "start the same command again")
-    return f"{paths + ': ' if paths else ''}{reason}: {remedy}"
 
 
 class _Outliving:

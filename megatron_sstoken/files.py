@@ -20,6 +20,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+_REMEDIES = {
+    (errno.ENOSPC, errno.EDQUOT): "make room, then start the same command again",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "let this user read and write there, or name another place",
+    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR): "name another path",
+    (errno.EIO, errno.ESTALE, errno.ENXIO): "see whether the disk or the file system is well, then start again",
+}
+
+
+def describe_os_error(error: OSError) -> str:
+    """One line with path, reason and remedy."""
+    paths = " → ".join(str(path) for path in (error.filename, error.filename2) if path is not None)
+    reason = error.strerror or str(error)
+    remedy = next((text for codes, text in _REMEDIES.items() if error.errno in codes), "start the same command again")
+    return f"{paths + ': ' if paths else ''}{reason}: {remedy}"
+
+
 _NO_ROOM = 1 << 16
 """Bytes free on a disk that counts as full."""
 
@@ -128,8 +144,12 @@ def publish_folder(folder: Path, target: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def whole_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder to write to; `publish_folder` publishes it if the block succeeds, else it is deleted."""
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    """A folder to write to; `publish_folder` publishes it if the block succeeds, else it is deleted.
+
+    One process at a time may make `target`; what one that was killed has left of it is deleted.
+    """
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         yield partial
         publish_folder(partial, target, overwrite=overwrite)

@@ -45,6 +45,10 @@ class Lock:
                 return holder
         return "another process"
 
+    def holder(self) -> str | None:
+        """Who holds the lock now, if anybody does; a stale one is removed."""
+        return self._holder() if self.path.exists() else None
+
     def release(self) -> None:
         """Give it back; does nothing if it is not held (any more)."""
         if self._heart is None:

@@ -20,6 +20,7 @@ from megatron_sstoken.conversion.inspection import describe_checkpoint, format_d
 from megatron_sstoken.conversion.verify import REAL_TEXT, verify  # noqa: E402
 from megatron_sstoken.conversion.work import ConversionOptions, parse_bytes  # noqa: E402
 from megatron_sstoken.parallel import processes_problem  # noqa: E402
+from megatron_sstoken.tool import add_debug, run_tool  # noqa: E402
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -61,6 +62,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     checking.add_argument("--workers", type=int, default=2, help="threads (default: 2)")
     checking.set_defaults(run=_check)
     _add_verify(commands)
+    for command in commands.choices.values():
+        add_debug(command)
     return parser.parse_args(arguments)
 
 
@@ -190,14 +193,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     options = parse_arguments(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
-    try:
-        return run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: start the same command again to go on", file=sys.stderr)
-        return 130
+    return run_tool(
+        lambda: run(options), debug=options.debug, interrupted="interrupted: start the same command again to go on"
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ except ModuleNotFoundError:
 
 from megatron_sstoken.data.conversation import FieldNames
 from megatron_sstoken.data.prepare import default_workers, prepare, summary
+from megatron_sstoken.tool import add_debug, run_tool
 
 ROWS = """input rows: {"messages": [{"role", "content"}, …]}, {"prompt", "completion"} (texts, or lists of
 messages), {"instruction", "input", "output"}, or the columns named by --fields. Roles: system, user,
@@ -44,28 +45,31 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="replace an OUTPUT made by this tool and everything in it (history losses too)",
     )
+    add_debug(parser)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 2 for a mistake of the user."""
     options = parse_arguments(arguments)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that nothing is left behind
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) is not signal.SIG_IGN:
+            signal.signal(ending, lambda number, _: sys.exit(128 + number))  # so that nothing is left behind
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers decides how many cores work
-    try:
-        prepare(
-            options.input,
-            options.tokenizer,
-            options.output,
-            chat_template=options.chat_template,
-            fields=FieldNames.parse(options.fields) if options.fields else None,
-            workers=options.workers,
-            on_bad_row=options.on_bad_row,
-            overwrite=options.overwrite,
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_tool(lambda: _prepare(options), debug=options.debug)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    prepare(
+        options.input,
+        options.tokenizer,
+        options.output,
+        chat_template=options.chat_template,
+        fields=FieldNames.parse(options.fields) if options.fields else None,
+        workers=options.workers,
+        on_bad_row=options.on_bad_row,
+        overwrite=options.overwrite,
+    )
     print(summary(options.output))
     return 0
 

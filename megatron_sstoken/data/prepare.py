@@ -4,11 +4,14 @@ import gc
 import hashlib
 import json
 import os
+import shutil
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -18,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_sstoken.data.conversation import FieldNames, parse_row, tokenize_conversations
+from megatron_sstoken.data.limits import BadTemplate, limit_memory, memory_limit
 from megatron_sstoken.data.store import (
     MANIFEST,
     NO_TEMPLATE,
@@ -27,7 +31,9 @@ from megatron_sstoken.data.store import (
     StoreWriter,
 )
 from megatron_sstoken.data.tokenizer import BadRow, TextTokenizer, load_tokenizer
-from megatron_sstoken.files import whole_folder
+from megatron_sstoken.files import naming, whole_folder
+from megatron_sstoken.integrity import CHECKSUMS
+from megatron_sstoken.lock import Lock
 
 CHUNK_BYTES = 256 * 1024
 CHUNKS_IN_FLIGHT = 4  # per worker: enough to keep all busy, few enough to bound memory
@@ -121,12 +127,16 @@ def prepare(
     output = Path(output)
     workers = default_workers() if workers is None else workers
     _check_arguments(inputs, output, workers, overwrite)
+    _refuse_sources(output, [*inputs, tokenizer_path, *([chat_template] if chat_template else [])])
     template = _read_template(chat_template) if chat_template else None
     tokenizer = load_tokenizer(tokenizer_path, template)
     sources = [SourceFile(str(path)) for path in inputs]
     chunks = (chunk for source in sources for chunk in source.chunks())
     total = sum(os.path.getsize(source.path) for source in sources)
     with (
+        sole_maker(output),
+        naming(output),
+        memory_limit() if workers == 1 else nullcontext(),
         whole_folder(output, overwrite=overwrite) as partial,
         StoreWriter(partial) as writer,
         tqdm(total=total, unit="B", unit_scale=True, desc="prepare", disable=not progress) as bar,
@@ -216,8 +226,58 @@ def _check_arguments(inputs: Sequence[str | Path], output: Path, workers: int, o
         raise ValueError(f"--workers: {workers} must be at least 1")
     if os.path.lexists(output) and not overwrite:
         raise ValueError(f"--output: {output} exists: choose another folder or pass --overwrite")
-    if os.path.lexists(output) and not _is_prepared(output):
+    if os.path.lexists(output):
+        _refuse_foreign(output)
+
+
+_OWN_FILES = frozenset(
+    (
+        "tokens.bin",
+        "tokens.idx",
+        "roles.bin",
+        "roles.idx",
+        "rows.npy",
+        "response_counts.npy",
+        MANIFEST,
+        CHECKSUMS,
+        SKIPPED,
+    )
+)
+_HISTORY = "history"  # folder beside the data, with losses that runs have scored
+
+
+def _refuse_foreign(output: Path) -> None:
+    """Raise ValueError unless a folder holds prepared data and nothing else, and no run is scoring it."""
+    if not _is_prepared(output):
         raise ValueError(f"--output: {output} was not made by this tool, so it is not overwritten: remove it yourself")
+    for path in output.iterdir():
+        if path.name not in _OWN_FILES and path.name != _HISTORY:
+            raise ValueError(
+                f"--output: {path} was not made by this tool, so {output} is not overwritten: move it away"
+            )
+    for path in (output / _HISTORY).glob("*.lock"):
+        if holder := Lock(path).holder():
+            raise ValueError(f"--output: {output} is in use, {holder} is scoring its history: wait for it, or stop it")
+
+
+def _refuse_sources(output: Path, sources: Sequence[str | Path]) -> None:
+    """Raise ValueError where what is read lies in the folder that is written."""
+    target = Path(os.path.realpath(output))
+    for source in map(Path, map(os.path.realpath, sources)):
+        if target == source or target in source.parents:
+            raise ValueError(f"--output: {output} is, or holds, what is read ({source}): choose another folder")
+
+
+@contextmanager
+def sole_maker(output: Path) -> Iterator[None]:
+    """Within, this process alone makes `output`. Raises ValueError where another one does."""
+    with Lock(output.with_name(f"{output.name}.lock")) as lock:
+        if holder := lock.take():
+            raise ValueError(f"--output: {output} is being made by {holder}: wait for it, or stop it")
+        yield
+        for old in output.parent.glob(f"{output.name}.replaced-*"):  # a run that was killed had put it aside
+            if _is_prepared(old):
+                shutil.rmtree(old)
 
 
 def _is_prepared(path: Path) -> bool:
@@ -288,6 +348,10 @@ def _tokenize_chunks(
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=arguments) as pool:
         try:
             yield from _in_order(pool.submit, chunks, CHUNKS_IN_FLIGHT * workers)
+        except BrokenProcessPool as error:
+            raise BadTemplate(
+                "a tokenising process ended at once, perhaps for want of memory: use fewer --workers, or another chat template"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -310,6 +374,8 @@ _worker: tuple[TextTokenizer, FieldNames | None]  # of a worker process
 def _start_worker(tokenizer_path: str, template: str | None, fields: FieldNames | None) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, with which they end
+    limit_memory()
     _worker = load_tokenizer(tokenizer_path, template), fields
     threading.Thread(target=_end_with_parent, daemon=True).start()
     gc.freeze()  # what is loaded by now stays: collections need not walk through it

@@ -19,6 +19,8 @@ from jinja2.ext import Extension
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from megatron_sstoken.data.limits import MEMORY, BadTemplate, size_limit, time_limit
+
 Message = dict[str, Any]
 Span = tuple[int, int]
 
@@ -80,20 +82,34 @@ class TextTokenizer(ABC):
         self.marked = template is not None and has_generation_marks(template)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> RenderedChat:
-        """Apply the chat template to a conversation; `BadRow` if the template refuses it."""
+        """Apply the chat template to a conversation.
+
+        Raises `BadRow` if it refuses it, `BadTemplate` if it takes too much time or room.
+        """
         assert self.template is not None, "render needs a chat template"
         rendered: Any  # upstream annotates a str and returns a pair of lists
         try:
-            rendered = render_jinja_template(
-                conversations=[list(messages)],
-                chat_template=self.template,
-                return_assistant_tokens_mask=self.marked,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-            )
+            with time_limit():
+                rendered = render_jinja_template(
+                    conversations=[list(messages)],
+                    chat_template=self.template,
+                    return_assistant_tokens_mask=self.marked,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.special_tokens,
+                )
+        except BadTemplate:
+            raise
+        except MemoryError as error:
+            raise BadTemplate(f"the chat template takes more than {MEMORY >> 30} GiB: use another template") from error
         except Exception as error:  # a template is a program: it can raise anything
             raise BadRow(f"the chat template refuses the conversation: {error}") from error
         texts, spans = rendered
+        limit = size_limit(sum(len(str(message)) for message in messages))
+        if len(texts[0]) > limit:
+            raise BadTemplate(
+                f"the chat template makes {len(texts[0]):,} characters of a conversation, of which it may make {limit:,}: use "
+                "another template"
+            )
         return RenderedChat(texts[0], spans[0] if self.marked else [])
 
 
@@ -104,7 +120,7 @@ class HuggingFaceTokenizer(TextTokenizer):
         self.path = str(path)
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # transformers raises anything for files that it cannot read
             raise ValueError(
                 f"tokenizer: {path} cannot be loaded as a Hugging Face tokenizer folder: {error}"
             ) from error
@@ -227,6 +243,8 @@ def has_generation_marks(template: str) -> bool:
         tree = environment.parse(template)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"chat template: line {error.lineno}: {error}: correct the template") from error
+    except RecursionError as error:
+        raise BadTemplate("chat template: it is nested too deeply: use another template") from error
     blocks = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock, nodes.Scope)
     buffered = [*tree.find_all(blocks), *(loop for loop in tree.find_all(nodes.For) if loop.recursive)]
     for block in buffered:

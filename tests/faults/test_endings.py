@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sstoken.checkpoint.manifest import checkpoint_steps
-from megatron_sstoken.ending import describe_os_error
-from megatron_sstoken.files import write_failure
+from megatron_sstoken.files import describe_os_error, write_failure
 from tests.helpers import cli, programs
 from tests.helpers.workbench import make_model, make_samples, make_settings, make_store
 

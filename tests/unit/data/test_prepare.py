@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,11 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_sstoken.data import limits
 from megatron_sstoken.data import prepare as prepare_module
 from megatron_sstoken.data.conversation import FieldNames, parse_row, tokenize_conversations
 from megatron_sstoken.data.prepare import prepare, summary
 from megatron_sstoken.data.store import SampleStore, StoreWriter
 from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.lock import Lock
 from tests.helpers.toy import (
     CHAT_TEMPLATES,
     exchange,
@@ -160,7 +163,7 @@ def test_interruption_leaves_nothing(tokenizer, tmp_path, monkeypatch, error, wo
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_signals_leave_no_process_and_nothing_complete(tokenizer, tmp_path, number):
     path = write_rows(tmp_path / "rows.jsonl", ROWS * 2000)  # seconds of work
     command = [
@@ -173,22 +176,92 @@ def test_signals_leave_no_process_and_nothing_complete(tokenizer, tmp_path, numb
         "--workers",
         "2",
     ]
-    with subprocess.Popen([*command, "--output", "out"], cwd=tmp_path, stderr=subprocess.DEVNULL) as tool:
+    with subprocess.Popen(
+        [*command, "--output", "out"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_hear_signals,
+    ) as tool:
         deadline = time.monotonic() + 40
         # bytes in the file: workers are at work
-        while not any(file.stat().st_size for file in tmp_path.glob("out.partial-*/tokens.bin")):
+        while not any(file.stat().st_size for file in tmp_path.glob("out.partial/tokens.bin")):
             assert tool.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         workers = psutil.Process(tool.pid).children(recursive=True)
-        tool.send_signal(number)
+        os.killpg(tool.pid, number) if number == signal.SIGINT else tool.send_signal(number)  # as a terminal does
+        told = tool.stderr.read()
+    assert "Traceback" not in told and (number != signal.SIGINT or told.rstrip().endswith("interrupted"))
     assert len(workers) >= 2
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
-    left = [file.name for file in tmp_path.iterdir() if file.name != "rows.jsonl"]
-    assert not left if number == signal.SIGTERM else left == [f"out.partial-{tool.pid}"]
-    for folder in left:
+    left = sorted(file.name for file in tmp_path.iterdir() if file.name != "rows.jsonl")
+    assert left == (["out.lock", "out.partial"] if number == signal.SIGKILL else [])
+    if left:
         with pytest.raises(ValueError, match="is incomplete"):
-            SampleStore(tmp_path / folder)
+            SampleStore(tmp_path / "out.partial")
+        run([write_rows(path, ROWS)], tokenizer, tmp_path / "out")
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "rows.jsonl"], "the next run tidies"
+
+
+def _hear_signals():
+    """Whoever runs the tests may ignore them, as nohup and background jobs do."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def test_one_process_at_a_time_makes_a_folder(tokenizer, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    with Lock(tmp_path / "out.lock") as lock:
+        assert lock.take() is None
+        with pytest.raises(ValueError, match=f"is being made by process {os.getpid()} on "):
+            run([path], tokenizer, tmp_path / "out")
+    assert len(run([path], tokenizer, tmp_path / "out").sources) == 1
+
+
+def test_sources_and_what_others_use_or_made_are_not_overwritten(tokenizer, tmp_path):
+    path, out = write_rows(tmp_path / "rows.jsonl", ROWS), tmp_path / "out"
+    run([path], tokenizer, out)
+    inside = write_rows(out / "rows.jsonl", ROWS)
+    with pytest.raises(ValueError, match="is, or holds, what is read"):
+        inside.rename(out / "skipped.jsonl")
+        run([out / "skipped.jsonl"], tokenizer, out, overwrite=True)
+    (out / "skipped.jsonl").rename(out / "mine.jsonl")
+    with pytest.raises(ValueError, match="mine.jsonl was not made by this tool"):
+        run([path], tokenizer, out, overwrite=True)
+    (out / "mine.jsonl").unlink()
+    with Lock(out / "history" / "abc.lock") as lock:
+        assert lock.take() is None
+        with pytest.raises(ValueError, match="is scoring its history"):
+            run([path], tokenizer, out, overwrite=True)
+    run([path], tokenizer, out, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes longer than"),
+        ("{{ messages|length ** (9 ** 9) ** 9 }}", "takes longer than"),
+        ("{{ 'a' * 20000000000 }}", "takes more than 8 GiB"),
+        ("{{ 'a' * 50000000 }}", "makes 50,000,000 characters of a conversation"),
+    ],
+    ids=["loops", "power", "memory", "size"],
+)
+def test_a_template_without_bounds_is_refused(tokenizer, tmp_path, monkeypatch, template, told):
+    monkeypatch.setattr(limits, "SECONDS", 0.5 if "longer" in told else 10.0)
+    path = write_rows(tmp_path / "rows.jsonl", ROWS[:2])
+    (tmp_path / "chat.jinja").write_text(template)
+    with pytest.raises(ValueError, match=told):
+        run([path], tokenizer, tmp_path / "out", chat_template=tmp_path / "chat.jinja", on_bad_row="skip")
+    assert not (tmp_path / "out").exists()
+
+
+def test_workers_are_limited_as_well(tokenizer, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", ROWS[:2])
+    (tmp_path / "chat.jinja").write_text("{{ 'a' * 20000000000 }}")
+    with pytest.raises(ValueError, match="takes more than 8 GiB"):
+        run([path], tokenizer, tmp_path / "out", chat_template=tmp_path / "chat.jinja", workers=2)
 
 
 def test_overwriting(tokenizer, tmp_path, monkeypatch):

@@ -1,0 +1,27 @@
+"""How the programs of tools/ end: one line that says what is wrong, and an exit code."""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable
+
+from megatron_sstoken.files import describe_os_error
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """Add the option that every program has."""
+    parser.add_argument("--debug", action="store_true", help="where something fails, print the traceback as well")
+
+
+def run_tool(body: Callable[[], int], *, debug: bool, interrupted: str = "interrupted") -> int:
+    """The exit code of `body`; 2 where what the user gave cannot work, 130 for Ctrl-C."""
+    try:
+        return body()
+    except (ValueError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {describe_os_error(error) if isinstance(error, OSError) else error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
