@@ -13,11 +13,11 @@ from typing import Any
 
 import xxhash
 
-from megatron_sstoken.files import write_json
+from megatron_sstoken.files import json_text, write_json
 
 CHECKSUMS = "checksums.json"
 _ALGORITHM = "xxh3_128"
-_BLOCK = 1 << 23
+_BLOCK = 1 << 20
 
 Checksums = dict[str, dict[str, Any]]
 """Name of a file relative to its folder → `size` in bytes and `xxh3_128` in hex."""
@@ -26,11 +26,12 @@ Checksums = dict[str, dict[str, Any]]
 def checksum_of(path: Path, count: Callable[[int], None] = lambda size: None) -> dict[str, Any]:
     """Size and checksum of a file as it is on disk; `count` is told of every block of bytes that was read."""
     digest, size = xxhash.xxh3_128(), 0
+    block = memoryview(bytearray(_BLOCK))  # one for all: to get new memory takes longer than to read into it
     with open(path, "rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
-            count(len(block))
+        while length := file.readinto(block):
+            digest.update(block[:length])
+            size += length
+            count(length)
     return {"size": size, _ALGORITHM: digest.hexdigest()}
 
 
@@ -52,9 +53,10 @@ def read_checksums(folder: Path) -> Checksums | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
         files: Checksums = content["files"]
-        intact = content["of_this_list"] == _of_list(files)
+        intact = content["of_this_list"] == _of_list(files) and text == json_text(content)
         intact &= all(isinstance(one["size"], int) and isinstance(one[_ALGORITHM], str) for one in files.values())
         outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -101,11 +101,11 @@ def load_checkpoint(
     source, which may be empty.
     """
     folder, adapters = checkpoint.folder, checkpoint.state.adapters is not None
-    _require_readable(folder, model.layout)
+    stored = _require_readable(folder, model.layout)
     wanted = _sharded_state(model, optimizer, scheduler, adapters=adapters, is_loading=True)
     same_split = checkpoint.state.split == _split(model)
     if optimizer is not None and same_split:
-        wanted["random"] = _random_states(model)
+        wanted["random"] = _random_object(model) if _OBJECT in stored else _random_states(model)
     state, _, absent = dist_checkpointing.load(
         wanted, str(folder), strict=StrictHandling.RETURN_UNEXPECTED, **load_options(folder)
     )
@@ -142,16 +142,23 @@ def _require_whole(directory: str, partial: Path, layout: Layout) -> None:
         )
 
 
-def _require_readable(folder: Path, layout: Layout) -> None:
-    """Raise SettingsError on all ranks where rank 0 finds the checkpoint damaged, or what could run code."""
-    problem = None
+def _require_readable(folder: Path, layout: Layout) -> set[str]:
+    """The names of what a checkpoint stores, without the numbers of processes behind objects.
+
+    Raises SettingsError on all ranks where rank 0 finds it damaged, or what could run code.
+    """
+    problem, names = None, set()
     if dist.get_rank() == 0:
         try:
-            require_whole(folder, require_harmless(folder))
+            metadata = require_harmless(folder)
+            require_whole(folder, metadata)
+            names = {name.split("/shard_")[0] for name in metadata.state_dict_metadata}
         except ValueError as error:
             problem = str(error)
-    if problem := broadcast_object(problem, source=0, group=layout.control):
+    problem, names = broadcast_object((problem, names), source=0, group=layout.control)
+    if problem:
         raise SettingsError([problem])
+    return names
 
 
 def _load_chunk(chunk: torch.nn.Module, state: dict[str, Any], *, adapters: bool) -> None:
@@ -206,23 +213,46 @@ def _split(model: Model) -> list:
     return [layout.tensor_size, layout.pipeline_size, layout.groups.dp_cp.size(), compute_device().type]
 
 
-def _random_states(model: Model) -> ShardedObject:
-    """The generators that dropout draws from: one set for each process."""
-    states = {
-        "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(),
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+_OBJECT = "random"
+"""Where checkpoints of versions before kept random states, as an object of each process."""
+
+
+def _random_states(model: Model) -> dict[str, Any]:
+    """The generators that dropout draws from, as tensors: one set for each process."""
+    sizes, place = _places(model)
+    states = {"torch": torch.get_rng_state(), "device": torch.cuda.get_rng_state()}
+    trackers = tensor_parallel.get_cuda_rng_tracker().get_states()
+
+    def sharded(name: str, state: torch.Tensor) -> ShardedTensor:
+        offsets = [(axis, index, size) for axis, (index, size) in enumerate(zip(place, sizes, strict=True))]
+        whole = state.reshape(1, 1, 1, -1)
+        return ShardedTensor.from_rank_offsets(f"random.{name}", whole, *offsets)
+
+    return {name: sharded(name, state) for name, state in states.items()} | {
+        "tracker": {name: sharded(f"tracker.{name}", state) for name, state in trackers.items()}
     }
+
+
+def _random_object(model: Model) -> ShardedObject:
+    """The same as checkpoints of versions before hold it."""
+    sizes, place = _places(model)
+    return ShardedObject(_OBJECT, None, sizes, place)
+
+
+def _places(model: Model) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Over how many processes random states are dealt out, and which of them this one is."""
     layout = model.layout
-    sizes = (layout.tensor_size, layout.pipeline_size, layout.groups.dp_cp.size())
-    place = (layout.tensor_rank, layout.pipeline_rank, layout.groups.dp_cp.rank())
-    return ShardedObject("random", states, sizes, place)
+    return (
+        (layout.tensor_size, layout.pipeline_size, layout.groups.dp_cp.size()),
+        (layout.tensor_rank, layout.pipeline_rank, layout.groups.dp_cp.rank()),
+    )
 
 
 def _set_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    torch.cuda.set_rng_state(states["device"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+    torch.set_rng_state(states["torch"].flatten())
+    torch.cuda.set_rng_state(states["device"].flatten())
+    trackers = {name: state.flatten() for name, state in states["tracker"].items()}
+    tensor_parallel.get_cuda_rng_tracker().set_states(trackers)
 
 
 def _torch_optimizers(optimizer: MegatronOptimizer) -> list[tuple[MegatronOptimizer, torch.optim.Optimizer]]:

@@ -3,8 +3,11 @@
 Everything that cannot work is found here and told at once; nothing here needs process groups or a GPU.
 """
 
+import json
 import os
 from contextlib import suppress
+
+import tokenizers
 
 from megatron_sstoken.checkpoint.manifest import adapter_problems, checkpoint_steps, open_checkpoint
 from megatron_sstoken.config import Settings, SettingsError
@@ -162,18 +165,40 @@ def _check_tokenizer(setting: str, path: str | None, store: SampleStore, setting
     present = [os.path.join(folder, name) for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
     if not any(map(os.path.isfile, present)):
         return
+    if problem := _damaged_tokenizer(folder):
+        found.problems.append(f"model.hf_path={folder}: {problem}: take another copy")
+        return
     candidates = [folder] + [path for path in present[1:2] if os.path.isfile(path)]
     fingerprints: list[str] = []
     for candidate in candidates:
         try:
             fingerprints.append(load_tokenizer(candidate).fingerprint)
-        except Exception:  # transformers raises anything for files it cannot read; such a tokenizer proves nothing
-            continue
+        except ValueError as error:  # of a kind that transformers does not read without code of the folder
+            found.notes.append(
+                f"{setting}: not compared with the tokenizer of model.hf_path, which cannot be read: {error}"
+            )
     if fingerprints and store.manifest.tokenizer_fingerprint not in fingerprints:
         found.problems.append(
             f"{setting}={path} was prepared with another tokenizer ({store.manifest.tokenizer_path}) than the one of "
             f"model.hf_path={folder}: prepare the data with --tokenizer {folder}"
         )
+
+
+def _damaged_tokenizer(folder: str) -> str | None:
+    """Which file of a tokenizer is not of the form that its name promises."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            continue
+        try:
+            if name == "tokenizer.json":
+                tokenizers.Tokenizer.from_file(path)
+            else:
+                with open(path, encoding="utf-8") as file:
+                    json.load(file)
+        except Exception as error:  # tokenizers raises Exception itself
+            return f"{name} is damaged ({str(error).splitlines()[0]})"
+    return None
 
 
 def _check_checkpoint(settings: Settings, found: Findings) -> None:

@@ -132,6 +132,16 @@ def test_tokenizer_beside_the_model(settings, folder, tmp_path):
     assert plan_run(settings(model__hf_path=model, data__train=data), 1).num_packs == 3
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_does_not_switch_its_check_off(settings, tmp_path, name):
+    model = make_model(tmp_path / "model")
+    make_tokenizer(tmp_path / "model")
+    path = tmp_path / "model" / name
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(SettingsError, match=f"model.hf_path={model}: {name} is damaged .*: take another copy"):
+        plan_run(settings(model__hf_path=model), 1)
+
+
 def test_validation_of_another_tokenizer(settings, folder, tmp_path):
     data = write_samples(tmp_path / "data", make_samples(3), tokenizer_fingerprint="other")
     assert only_problem(settings(data__validation=data)) == (
