@@ -5,8 +5,9 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,14 @@ def write_failure(error: BaseException, path: Path) -> OSError:
     if shutil.disk_usage(parent).free < _NO_ROOM:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     return OSError(errno.EIO, f"{type(error).__name__}: {error}".splitlines()[0], str(path))
+
+
+def delete_old(folder: Path, pattern: str, *, seconds: float = 60) -> None:
+    """Delete files that live for a moment only, and were left by what was killed in it: those older than `seconds`."""
+    for path in folder.glob(pattern):
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > seconds:
+                path.unlink()
 
 
 def partial_path(path: Path) -> Path:

@@ -14,6 +14,8 @@ import uuid
 from pathlib import Path
 from types import TracebackType
 
+from megatron_sstoken.files import delete_old
+
 HEARTBEAT = 10.0
 """Seconds between two signs of life."""
 STALE = 60.0
@@ -37,6 +39,8 @@ class Lock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(3):
             if self._create():
+                for kind in ("now", "stale"):  # left where another process was killed in the middle of a look
+                    delete_old(self.path.parent, f"{self.path.name}.{kind}-*", seconds=STALE)
                 self._stop.clear()
                 self._heart = threading.Thread(target=self._beat, name=f"lock {self.path}", daemon=True)
                 self._heart.start()

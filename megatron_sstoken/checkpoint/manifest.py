@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sstoken.config import RENAMED, LoraSettings, SettingsError
-from megatron_sstoken.files import write_durably
+from megatron_sstoken.files import delete_old, write_durably
 from megatron_sstoken.integrity import CHECKSUMS, checksum_of, damage, read_checksums, write_checksums
 
 STATE_FILE = "sstoken.json"
+PROBE = ".seen-by-all-"
+"""Beginning of the name of a file that process 0 shows the others for a moment."""
 _NUM_PACKS = "num_rows"  # what files call it since the first version
 _NAME = re.compile(r"step_(\d+)")
 _PART = re.compile(
-    r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|metadata\.json|common\.pt|"
-    + "|".join(map(re.escape, (STATE_FILE, CHECKSUMS)))
+    rf"__\d+_\d+\.distcp|\.metadata(\.tmp)?|metadata\.json|common\.pt|({re.escape(STATE_FILE)}|{re.escape(CHECKSUMS)})(\.partial)?"
 )
 """Files of a checkpoint: a folder that holds others is not deleted as left over."""
 _DESCRIPTION = (STATE_FILE, ".metadata", "metadata.json", "common.pt")
@@ -143,6 +144,7 @@ def tidy(directory: str, keep: int) -> None:
     """Delete the checkpoints that `checkpoint.keep` does not keep, and what killed runs have left."""
     for folder in (*superfluous_steps(directory, keep), *incomplete_steps(directory)):
         drop(folder)
+    delete_old(Path(directory), f"{PROBE}*")
 
 
 def has_diverged(folder: Path) -> bool:

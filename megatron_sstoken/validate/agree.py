@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_sstoken.checkpoint.manifest import Checkpoint
+from megatron_sstoken.checkpoint.manifest import PROBE, Checkpoint
 from megatron_sstoken.checkpoint.weights_source import starting_weights
 from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.model.backend import numerics_of
@@ -86,7 +86,7 @@ def _require_shared(setting: str, directory: str | None) -> None:
         return
     folder = Path(directory)
     problem, made = None, not folder.exists()
-    probe = broadcast_object(folder / f".seen-by-all-{uuid.uuid4().hex}", source=0)
+    probe = broadcast_object(folder / f"{PROBE}{uuid.uuid4().hex}", source=0)
     if dist.get_rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,13 @@
 """Settings that cannot work end the program at once, with one clear message and an exit code, on all ranks."""
 
 import os
-import subprocess
 
 import numpy as np
 import pytest
 
 from megatron_sstoken.data.store import StoreWriter
 from megatron_sstoken.lock import Lock
-from tests.helpers import cli
+from tests.helpers import cli, programs
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.workbench import make_model, make_samples, make_settings, make_store
 
@@ -174,25 +173,21 @@ def test_nodes_with_other_files_are_told_what_differs(folder, tmp_path, other, m
     assert told[0] == told[1] and told[0][0].startswith(message), told
 
 
-def test_runs_of_a_sweep_that_start_together_score_history_once(folder, tmp_path):
+@pytest.mark.parametrize("number", [2, 4])
+def test_runs_of_a_sweep_that_start_together_score_history_once(folder, tmp_path, number):
     """One of them scores, the others wait for it and use what it has scored."""
     store = tmp_path / "history"
-    commands = []
-    for rho in (0.3, 0.6, 0.9):
+    running = []
+    for run, rho in enumerate((0.3, 0.5, 0.7, 0.9)[:number]):
         settings = make_settings(
             str(folder / "model"), str(folder / "data"), history__store=str(store), selection__rho=rho
         )
-        commands.append(cli.torchrun_command(1, "megatron_sstoken.train", *cli.settings_arguments(settings)))
-    running = [
-        subprocess.Popen(
-            one, env=cli.environment(), cwd=cli.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for one in commands
-    ]
-    ended = [(process.communicate(timeout=110), process.returncode) for process in running]
-    assert [code for _, code in ended] == [0, 0, 0], ended
-    assert sum("history losses: 100%" in error for (_, error), _ in ended) == 1, "one scores"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["history"], "no lock is left"
+        arguments = cli.settings_arguments(settings)
+        running.append(programs.start("megatron_sstoken.train", arguments, 1, tmp_path / f"out{run}"))
+    ended = [program.wait()[0] for program in running]
+    assert [code for code, _ in ended] == [0] * number, ended
+    assert sum("history losses: 100%" in output for _, output in ended) == 1, "one scores"
+    assert not list(tmp_path.glob("*.lock")), "no lock is left"
 
 
 def test_two_runs_in_one_checkpoint_directory(folder, tmp_path):
