@@ -25,7 +25,8 @@ def parse_settings(
     """Read settings from `--config FILE.yaml` and `--section.key=value`, later ones winning.
 
     `extra` adds plain options of the program (name → argparse keywords). Returns the settings and the values of the
-    extra options. On a mistake jsonargparse prints the reason and exits with code 2; under torchrun only rank 0 prints.
+    extra options. On a mistake jsonargparse prints the reason and exits with code 2; under torchrun only the first
+    process of each node prints.
     """
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     jsonargparse.set_loader(PARSER_MODE, _load_yaml, (yaml.YAMLError,))
@@ -38,17 +39,22 @@ def parse_settings(
         parser.add_argument(f"--{name}", **keywords)
     parser.add_class_arguments(Settings, as_group=False)
     with ExitStack() as stack:
-        if int(os.environ.get("RANK", "0")) != 0:
+        if not is_first_of_node():
             silence = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(redirect_stdout(silence))
             stack.enter_context(redirect_stderr(silence))
-            # torchrun ends all processes as soon as one fails: let rank 0 print its message first.
+            # torchrun ends all processes as soon as one fails: let the first print its message.
             stack.callback(lambda: time.sleep(3) if sys.exc_info()[0] is SystemExit else None)
         given = sys.argv[1:] if arguments is None else arguments
         namespace = parser.parse_args([_with_new_name(argument) for argument in given])
     objects = parser.instantiate(namespace)
     sections = {name: objects[name] for name in Settings.__dataclass_fields__}
     return Settings(**sections), {name: objects[name] for name in extra}
+
+
+def is_first_of_node() -> bool:
+    """Whether this process speaks for those of its node, each of which has its own output."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0
 
 
 def _with_new_name(argument: str) -> str:
@@ -73,7 +79,7 @@ def _load_yaml(text: str) -> Any:
 
 
 def _tell_renamed(section: str, old: str, new: str) -> None:
-    """Under torchrun heard of rank 0 alone: the others' stderr is silent while they parse."""
+    """Under torchrun heard of the first process of a node: the others' stderr is silent while they parse."""
     print(
         f"note: {section}.{old} is now {section}.{new}: the old name will be removed in the next version",
         file=sys.stderr,

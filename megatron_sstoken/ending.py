@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from megatron_sstoken import watchdog
+from megatron_sstoken.command_line import is_first_of_node
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.files import describe_os_error
 from megatron_sstoken.parallel import is_lost_connection, leave_groups, stop_processes
@@ -56,8 +57,8 @@ def _outlive_full_logs() -> Iterator[None]:
 def run_to_exit_code(body: Callable[[], None], *, debug: bool = False) -> int:
     """Run `body()` in all processes of a job and turn its outcome into an exit code.
 
-    SettingsError (exit code 2) and FloatingPointError (1) are raised alike on all processes and printed by process 0; the
-    others leave after that, for torchrun ends all processes as soon as one fails. All leave their groups first: a process
+    SettingsError (exit code 2) and FloatingPointError (1) are raised alike on all processes and printed by the
+    first of each node; the others leave after that, for torchrun ends all processes as soon as one fails. All leave their groups first: a process
     that ends inside them may be aborted by gloo's threads when another one is gone, and then its exit code is a signal.
 
     What befalls one process alone, such as a full disk, it prints itself, and process 0 repeats it; so the others need not
@@ -68,7 +69,7 @@ def run_to_exit_code(body: Callable[[], None], *, debug: bool = False) -> int:
 
 
 def _run_to_exit_code(body: Callable[[], None], debug: bool) -> int:
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    is_first = is_first_of_node()
     try:
         body()
     except (SettingsError, FloatingPointError) as error:

@@ -38,13 +38,16 @@ class Program:
 
 def start(
     module: str,
-    arguments: list[str],
+    arguments: list[str] | list[list[str]],
     num_ranks: int,
     folder: Path,
     *,
     before: Callable[[int], None] | None = None,
 ) -> Program:
-    """Call `main(arguments)` of a module on each rank. `before(rank)`, importable, is called first: to bring a fault about."""
+    """Call `main(arguments)` of a module on each rank, or on each with its own.
+
+    `before(rank)`, importable, is called first: to bring a fault about.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     context, port = preloaded_context(), free_port()
     places = [(rank, num_ranks, port) for rank in range(num_ranks)]
@@ -56,7 +59,7 @@ def start(
     return Program(processes, folder)
 
 
-def _rank_main(place: tuple, module: str, arguments: list[str], folder: Path, before: Callable | None) -> None:
+def _rank_main(place: tuple, module: str, arguments: list, folder: Path, before: Callable | None) -> None:
     import importlib
 
     rank, num_ranks, port = place
@@ -68,4 +71,5 @@ def _rank_main(place: tuple, module: str, arguments: list[str], folder: Path, be
     os.environ.update(where | {"LOCAL_WORLD_SIZE": str(num_ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)})
     if before is not None:
         before(rank)
-    raise SystemExit(importlib.import_module(module).main(arguments))
+    mine = arguments[rank] if isinstance(arguments[0], list) else arguments
+    raise SystemExit(importlib.import_module(module).main(mine))

@@ -28,7 +28,7 @@ def make_step(directory, name, *, files=("__0_0.distcp", ".metadata", "checksums
 
 
 @pytest.mark.parametrize(
-    ("keep", "kept"), [(0, {1, 2, 3, 4, 5}), (1, {3, 5}), (2, {2, 3, 5}), (9, {1, 2, 3, 4, 5})], ids=str
+    ("keep", "kept"), [(0, {1, 2, 3, 4, 5}), (1, {3, 5}), (2, {2, 3, 5}), (9, {1, 2, 3, 5})], ids=str
 )
 def test_a_diverged_checkpoint_takes_no_place_of_a_sound_one(tmp_path, keep, kept):
     for step in range(1, 6):
