@@ -57,9 +57,9 @@ def _outlive_full_logs() -> Iterator[None]:
 def run_to_exit_code(body: Callable[[], None], *, debug: bool = False) -> int:
     """Run `body()` in all processes of a job and turn its outcome into an exit code.
 
-    SettingsError (exit code 2) and FloatingPointError (1) are raised alike on all processes and printed by the
-    first of each node; the others leave after that, for torchrun ends all processes as soon as one fails. All leave their groups first: a process
-    that ends inside them may be aborted by gloo's threads when another one is gone, and then its exit code is a signal.
+    SettingsError (exit code 2) and FloatingPointError (1) are raised alike on all processes and printed by the first of each
+    node; the others leave after that, for torchrun ends all processes as soon as one fails. All leave their groups first: a
+    process that ends inside them may be aborted by gloo's threads when another one is gone, and then its exit code is a signal.
 
     What befalls one process alone, such as a full disk, it prints itself, and process 0 repeats it; so the others need not
     say more than that they lost it. A traceback comes with `debug`, and for errors that nobody foresaw.

@@ -61,7 +61,7 @@ class Trainer:
     diverged: str | None = None
     """What says that the weights are of a run that has diverged."""
     saved: int | None = None
-    """The step that this start has saved last."""
+    """The step of the newest checkpoint: saved last, or gone on from."""
 
     @property
     def settings(self) -> Settings:
@@ -141,7 +141,7 @@ def create_trainer(
             require_base(str(newest.folder), state.adapters, starting_weights(plan.settings).base, layout)
         history.load_state_dict(load_checkpoint(newest, model, optimizer, scheduler))
         follow_settings(optimizer, scheduler, plan.settings.optimizer)
-        trainer.step, trainer.branch = state.step, resume.branch
+        trainer.step, trainer.saved, trainer.branch = state.step, state.step, resume.branch
         logger.say(f"resumed from {newest.folder}: {trainer.step} of {plan.num_steps} steps are done")
         for change in differences(renamed(state.objective), objective_of(plan)):
             logger.say(f"note: the run goes on with other settings: {change}")
@@ -153,9 +153,11 @@ def train(trainer: Trainer) -> None:
 
     Asked to stop by SIGTERM or SIGUSR1, it ends after the step it is in, with a checkpoint of it.
     """
-    with StopRequest() as stop:
-        _train_until_asked_to_stop(trainer, stop)
-    trainer.logger.close()
+    try:
+        with StopRequest() as stop:
+            _train_until_asked_to_stop(trainer, stop)
+    finally:
+        trainer.logger.close()
 
 
 def _train_until_asked_to_stop(trainer: Trainer, stop: StopRequest) -> None:
@@ -209,6 +211,9 @@ def training_step(trainer: Trainer, number: int) -> tuple[StepMetrics, float, li
     reports = train_on_selected(model, trainer.loader.load(number), selector)
     metrics = summarize(reports, model.architecture, trainer.layout)
     gradient_norm = 0.0
+    if math.isfinite(metrics.loss_selected):  # it is NaN where no token is selected
+        trainer.diverged = _divergence(metrics.loss_selected, model, number)
+        _judge_checkpoint(trainer, number)
     if not metrics.num_selected:
         trainer.history.observe(reports)
         trainer.logger.say(f"step {number + 1}: no token is selected, the weights stay as they are")
@@ -223,8 +228,6 @@ def training_step(trainer: Trainer, number: int) -> tuple[StepMetrics, float, li
         if not math.isfinite(gradient_norm):
             _not_finite(trainer, number, "the gradient norm", gradient_norm)
         trainer.skipped_in_a_row = 0
-        trainer.diverged = _divergence(metrics.loss_selected, model, number)
-        _judge_checkpoint(trainer, number)
     trainer.scheduler.step(1)
     return metrics, gradient_norm, reports
 
@@ -241,8 +244,9 @@ def _not_finite(trainer: Trainer, number: int, name: str, value: float) -> None:
         )
         trainer.logger.scalars(number + 1, {"training/skipped_steps": trainer.skipped})
         return
-    trainer.diverged = problem
-    _judge_checkpoint(trainer, number)
+    if name == "the loss":  # a gradient may be the fault of its batch, a loss is that of the weights
+        trainer.diverged = problem
+        _judge_checkpoint(trainer, number)
     if settings.training.on_nonfinite == "skip":
         problem += f", and so were the {_MOST_SKIPPED} before, which were skipped"
     raise FloatingPointError(

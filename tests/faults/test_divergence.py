@@ -67,14 +67,18 @@ def test_bad_steps_are_skipped_and_counted(folder, tmp_path, clip):
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_a_bad_step_stops_the_run_on_all_processes_and_marks_the_checkpoint_before(folder, tmp_path, kind):
+def test_a_bad_step_stops_the_run_on_all_processes(folder, tmp_path, kind):
     settings = settings_in(folder, tmp_path / "run", checkpoint__save_every=1, optimizer__clip_grad=0.0)
     for _, error in run_distributed(train_with_bad_steps, 2, settings, {2: kind}):
         assert error.startswith(f"the {kind}{' norm' * (kind == 'gradient')} of step 3 is ")
         assert "training.on_nonfinite=skip" in error
     steps = checkpoint_steps(str(tmp_path / "run"))
     assert list(steps) == [1, 2]
-    assert "of step 3 is" in read_run_state(steps[2]).diverged and read_run_state(steps[1]).diverged is None
+    assert read_run_state(steps[1]).diverged is None
+    marked = read_run_state(steps[2]).diverged
+    assert "the loss of step 3 is" in marked if kind == "loss" else marked is None, (
+        "a gradient may be its batch's fault"
+    )
     assert damage(steps[2]) == []
 
 
