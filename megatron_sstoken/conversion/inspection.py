@@ -7,7 +7,7 @@ from megatron_sstoken.checkpoint.manifest import open_checkpoint
 from megatron_sstoken.conversion.torch_dist import CheckpointReader
 from megatron_sstoken.conversion.work import format_bytes
 
-_OPTIMIZER = "optimizer."
+_OPTIMIZER, _RANDOM = "optimizer.", "random."
 
 
 def describe_checkpoint(checkpoint: str) -> dict[str, Any]:
@@ -29,7 +29,8 @@ def describe_checkpoint(checkpoint: str) -> dict[str, Any]:
         }
         for key, entry in sorted(CheckpointReader(folder).tensors.items())
     ]
-    weights = [one for one in tensors if not one["name"].startswith(_OPTIMIZER)]
+    optimizer = [one for one in tensors if one["name"].startswith(_OPTIMIZER)]
+    weights = [one for one in tensors if not one["name"].startswith((_OPTIMIZER, _RANDOM))]
     return {
         "checkpoint": str(folder),
         "step": state.step,
@@ -38,8 +39,8 @@ def describe_checkpoint(checkpoint: str) -> dict[str, Any]:
         "split": {"tensor": tensor, "pipeline": pipeline, "device": device},
         "parameters": sum(_numel(one) for one in weights),
         "weights_bytes": sum(one["bytes"] for one in weights),
-        "optimizer": len(weights) < len(tensors),
-        "optimizer_bytes": sum(one["bytes"] for one in tensors) - sum(one["bytes"] for one in weights),
+        "optimizer": bool(optimizer),
+        "optimizer_bytes": sum(one["bytes"] for one in optimizer),
         "files_bytes": sum(path.stat().st_size for path in Path(folder).iterdir() if path.is_file()),
         "tensors": tensors,
     }

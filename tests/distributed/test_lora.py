@@ -390,6 +390,7 @@ def test_resumed_runs_go_on_as_if_never_stopped(two):
 def test_checkpoints_hold_adapters_alone(bench, exported):
     folder, stored = exported
     num_parameters = sum(tensor.numel() for tensor in bench[1]["llama"].values())
+    stored = {name: size for name, size in stored.items() if not name.startswith("random.")}
     assert [name for name in stored if ".adapters." not in name] == []
     assert sum(stored.values()) == 4 * num_parameters, "the adapters, the optimizer's copy of them and its two moments"
     assert load_file(folder / "peft" / "adapter_model.safetensors").keys() == bench[1]["llama"].keys()
