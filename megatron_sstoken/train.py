@@ -3,6 +3,7 @@
 import os
 import sys
 
+from megatron_sstoken.checkpoint.writer import prepare_writer
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import Settings
 from megatron_sstoken.ending import run_to_exit_code
@@ -56,6 +57,8 @@ def run(settings: Settings) -> None:
     plan = agreed_plan(settings, check=resumable_checkpoint)
     layout = create_layout(settings.parallel, settings.training.seed, settings.training.timeout_minutes)
     with sole_writer(settings.checkpoint.directory, layout):
+        if settings.checkpoint.directory:
+            prepare_writer()  # it takes seconds, which pass beside the rest
         resume = resume_point(plan, layout)
         plan = resume.plan
         if layout.rank == 0:

@@ -70,6 +70,14 @@ def require_harmless(folder: Path) -> Metadata:
     After this, megatron's own way of reading them meets nothing that it would call.
     """
     metadata = read_metadata(folder)
+    common = folder / "common.pt"  # of one line of megatron-core; torch's own default can be switched off from outside
+    if common.is_file():
+        try:
+            torch.load(common, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"{common} is damaged or not to be trusted ({type(error).__name__}): name another checkpoint"
+            ) from error
     objects = [name for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)]
     places = {index.fqn: place for index, place in (metadata.storage_data or {}).items()}
     for name in objects:
