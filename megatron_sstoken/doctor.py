@@ -23,7 +23,7 @@ from megatron_sstoken.supported import LINES, TOKEN_MULTIPLE, Line, fp8_problem,
 
 REQUIRED = (
     "torch megatron-core transformers tokenizers safetensors sentencepiece pyarrow jsonargparse docstring-parser tqdm "
-    "tensorboard psutil numpy pyyaml jinja2 matplotlib".split()
+    "tensorboard psutil numpy pyyaml jinja2 matplotlib xxhash".split()
 )
 """What setup.py installs."""
 OPTIONAL = "transformer-engine transformer-engine-torch apex flash-attn triton".split()

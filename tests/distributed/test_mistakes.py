@@ -23,8 +23,7 @@ def folder(tmp_path_factory):
 
 def train(folder, num_ranks=2, data="data", **changes):
     settings = make_settings(str(folder / "model"), str(folder / data), **changes)
-    arguments = cli.settings_arguments(settings)
-    return cli.run(cli.torchrun_command(num_ranks, "megatron_sstoken.train", *arguments), timeout=100)
+    return programs.run("megatron_sstoken.train", cli.settings_arguments(settings), num_ranks)
 
 
 def assert_refused(result, *messages):
@@ -35,13 +34,15 @@ def assert_refused(result, *messages):
 
 
 def test_several_mistakes_are_told_together_by_all_ranks(folder):
-    result = train(
-        folder,
+    settings = make_settings(
+        str(folder / "model"),
+        str(folder / "data"),
         parallel__tensor=2,
         data__sequence_length=4096,
         training__global_batch_size=9,
         training__micro_batch_size=2,
     )
+    result = cli.run(cli.torchrun_command(2, "megatron_sstoken.train", *cli.settings_arguments(settings)))
     assert_refused(
         result,
         "data.sequence_length=4096 is longer than the model's max_position_embeddings=512: use 512 or less",

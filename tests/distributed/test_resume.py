@@ -11,10 +11,10 @@ import torch
 
 from megatron_sstoken.checkpoint.manifest import checkpoint_steps
 from megatron_sstoken.training.records import read_records
-from tests.helpers import cli
+from tests.helpers import cli, programs
 from tests.helpers.workbench import make_model, make_samples, make_settings, make_store
 
-NUM_SAMPLES, GLOBAL_BATCH, NUM_STEPS, SAVE_EVERY = 42, 4, 23, 2
+NUM_SAMPLES, GLOBAL_BATCH, NUM_STEPS, SAVE_EVERY = 42, 4, 23, 4
 LAYOUT = {"parallel__tensor": 2}
 OTHERS = {"single": (1, {}), "pp2": (2, {"parallel__pipeline": 2}), "dp2": (2, {})}
 
@@ -37,6 +37,10 @@ def train_command(num_ranks, settings):
     return cli.torchrun_command(num_ranks, "megatron_sstoken.train", *cli.settings_arguments(settings))
 
 
+def train(num_ranks, settings):
+    return programs.run("megatron_sstoken.train", cli.settings_arguments(settings), num_ranks)
+
+
 def losses(directory):
     return cli.scalars(directory / "logs", "loss/selected")
 
@@ -47,7 +51,7 @@ def case(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
     make_model(folder / "model")
     make_store(folder / "data", make_samples(NUM_SAMPLES, seed=7))
-    whole = cli.run(train_command(2, settings_in(folder, folder / "whole", **LAYOUT)))
+    whole = train(2, settings_in(folder, folder / "whole", **LAYOUT))
     assert whole.returncode == 0, whole.stderr
     process = subprocess.Popen(
         train_command(2, settings_in(folder, folder / "killed", **LAYOUT)),
@@ -70,7 +74,7 @@ def case(tmp_path_factory):
 def resume(folder, target, num_ranks, **layout):
     """Copy the killed run's checkpoints and go on from them."""
     shutil.copytree(folder / "killed", target, ignore=shutil.ignore_patterns("logs"))
-    result = cli.run(train_command(num_ranks, settings_in(folder, target, **layout)))
+    result = train(num_ranks, settings_in(folder, target, **layout))
     assert result.returncode == 0, result.stderr
     assert "resumed from" in result.stdout
     return losses(target)
@@ -112,7 +116,7 @@ def test_a_resumed_run_follows_the_optimizer_settings_that_it_is_given(case, tmp
     changes = {"optimizer__learning_rate": 2e-5, "optimizer__min_learning_rate": 1e-5, "optimizer__beta1": 0.8}
     shutil.copytree(case / "killed", tmp_path / "run", ignore=shutil.ignore_patterns("logs"))
     settings = settings_in(case, tmp_path / "run", **LAYOUT, **changes)
-    result = cli.run(train_command(2, settings))
+    result = train(2, settings)
     assert result.returncode == 0, result.stderr
     for change in ("learning_rate: 0.001 → 2e-05", "min_learning_rate: 0.0 → 1e-05", "beta1: 0.9 → 0.8"):
         assert f"note: the run goes on with other settings: optimizer.{change}" in result.stdout.splitlines()
@@ -126,7 +130,7 @@ def test_a_resumed_run_follows_the_optimizer_settings_that_it_is_given(case, tmp
 
 def test_resuming_another_run_is_refused(case, tmp_path):
     settings = settings_in(case, case / "whole", training__seed=4, training__global_batch_size=6)
-    result = cli.run(train_command(1, settings))
+    result = train(1, settings)
     assert result.returncode != 0
     assert "training.seed=1234, now 4" in result.stderr and "training.global_batch_size=4, now 6" in result.stderr
 
@@ -142,8 +146,7 @@ def test_the_settings_of_a_run_also_score_its_checkpoints(case, tmp_path):
         **LAYOUT,
     )
     output, before = tmp_path / "tokens.parquet", sorted((case / "whole").rglob("*"))
-    arguments = [*cli.settings_arguments(settings), f"--output={output}"]
-    result = cli.run(cli.torchrun_command(2, "megatron_sstoken.score", *arguments))
+    result = programs.run("megatron_sstoken.score", [*cli.settings_arguments(settings), f"--output={output}"], 2)
     assert result.returncode == 0, result.stderr
     records = read_records(output)
     assert len(set(records["sample"].tolist())) == NUM_SAMPLES

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sstoken.config import Settings
-from tests.helpers import cli
+from tests.helpers import cli, programs
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.gradients import run_cases
 from tests.helpers.workbench import FAMILIES, make_model, make_samples, make_settings, make_store
@@ -51,7 +51,7 @@ def run_settings(folder: Path, run: Path, **changes: Any) -> Settings:
 def train(settings: Settings, num_ranks: int = 1) -> dict[int, float]:
     """Train as a user does; step → loss of the selected tokens."""
     arguments = cli.settings_arguments(settings)
-    result = cli.run(cli.torchrun_command(num_ranks, "megatron_sstoken.train", *arguments))
+    result = programs.run("megatron_sstoken.train", [*arguments], num_ranks)
     assert result.returncode == 0, result.stderr
     return cli.scalars(Path(settings.checkpoint.directory) / "logs", "loss/selected")
 

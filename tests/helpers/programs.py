@@ -1,6 +1,8 @@
 """Start a program of the package as torchrun would, in processes forked from one that has imported everything."""
 
 import os
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,6 +59,15 @@ def start(
     for process in processes:
         process.start()
     return Program(processes, folder)
+
+
+def run(module: str, arguments: list[str], num_ranks: int, timeout: float = 100) -> subprocess.CompletedProcess:
+    """Start a program and wait for it: the first exit code that is not 0, and what all ranks printed, on stdout and stderr."""
+    with tempfile.TemporaryDirectory() as folder:
+        ended = start(module, arguments, num_ranks, Path(folder)).wait(timeout)
+    output = "".join(text for _, text in ended)
+    code = next((code for code, _ in ended if code), 0)
+    return subprocess.CompletedProcess([module, *arguments], code, output, output)
 
 
 def _rank_main(place: tuple, module: str, arguments: list, folder: Path, before: Callable | None) -> None:

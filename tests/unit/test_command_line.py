@@ -114,14 +114,14 @@ def test_the_old_name_takes_the_same_values_and_never_hides_the_new_one(tmp_path
         assert stop.value.code == 2 and "error:" in capsys.readouterr().err
 
 
-def test_only_rank_0_tells_of_the_old_name(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+def test_only_the_first_of_a_node_tells_of_the_old_name(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert parse("--model.implementation=torch").model.backend == "torch"
     assert capsys.readouterr() == ("", "")
 
 
 def test_other_ranks_exit_in_silence(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as stop:
         parse("--training.steps=many")
     assert stop.value.code == 2

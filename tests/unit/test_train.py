@@ -47,7 +47,7 @@ def test_dry_run_tells_all_problems_once(settings, monkeypatch, capsys):
     printed = capsys.readouterr()
     lines = printed.err.strip().splitlines()
     assert printed.out == "" and lines == [f"error: {problem}" for problem in problems_of(run)] and len(lines) == 2
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert dry_run(run, "--world_size=1") == 2
     assert capsys.readouterr() == ("", "")
 
