@@ -5,6 +5,7 @@ import importlib
 import os
 import signal
 import threading
+from contextlib import suppress
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -32,4 +33,9 @@ def serve_a_rank(rank_process: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     end_with(rank_process)
     # What writers send through it is of these types: better imported now than in the first save.
-    threading.Thread(target=importlib.import_module, args=("torch.distributed.checkpoint",), daemon=True).start()
+    threading.Thread(target=_import_ahead, daemon=True).start()
+
+
+def _import_ahead() -> None:
+    with suppress(Exception):  # the helper may end in the middle of it
+        importlib.import_module("torch.distributed.checkpoint")

@@ -1,5 +1,6 @@
 """The training loop: batch, step, report; checkpoints and validation in between."""
 
+import gc
 import math
 import os
 from collections.abc import Iterator
@@ -153,10 +154,14 @@ def train(trainer: Trainer) -> None:
 
     Asked to stop by SIGTERM or SIGUSR1, it ends after the step it is in, with a checkpoint of it.
     """
+    # megatron collects garbage in every save: it need not walk each time through all that stays.
+    gc.collect()
+    gc.freeze()
     try:
         with StopRequest() as stop:
             _train_until_asked_to_stop(trainer, stop)
     finally:
+        gc.unfreeze()
         trainer.logger.close()
 
 
