@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 
+from megatron_sstoken import lock as lock_module
 from megatron_sstoken.data.store import StoreWriter
 from megatron_sstoken.lock import Lock
 from tests.helpers import cli, programs
@@ -191,7 +192,8 @@ def test_runs_of_a_sweep_that_start_together_score_history_once(folder, tmp_path
     assert not list(tmp_path.glob("*.lock")), "no lock is left"
 
 
-def test_two_runs_in_one_checkpoint_directory(folder, tmp_path):
+def test_two_runs_in_one_checkpoint_directory(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_module, "HEARTBEAT", 1.0)  # a second run waits for a sign of life
     with Lock(tmp_path / "run" / "run.lock") as lock:
         assert lock.take() is None
         result = train(folder, 1, checkpoint__directory=str(tmp_path / "run"))

@@ -80,20 +80,25 @@ def resume(folder, target, num_ranks, **layout):
     return losses(target)
 
 
-def test_same_layout_continues_bit_for_bit(case, tmp_path):
-    whole, rest = losses(case / "whole"), resume(case, tmp_path / "run", 2, **LAYOUT)
+@pytest.fixture(scope="module")
+def resumed(case):
+    """The killed run, gone on with on the same layout: its folder and its losses."""
+    return case / "resumed", resume(case, case / "resumed", 2, **LAYOUT)
+
+
+def test_same_layout_continues_bit_for_bit(case, resumed):
+    whole, rest = losses(case / "whole"), resumed[1]
     assert set(whole) == set(range(1, NUM_STEPS + 1))
     assert 2 * SAVE_EVERY < min(rest) <= NUM_STEPS == max(rest)
     assert rest == {step: loss for step, loss in whole.items() if step in rest}
 
 
-def test_every_sample_is_seen_as_often_as_in_the_whole_run(case, tmp_path):
-    resume(case, tmp_path / "run", 2, **LAYOUT)
+def test_every_sample_is_seen_as_often_as_in_the_whole_run(case, resumed):
     seen = []
     for step in range(1, NUM_STEPS + 1):
-        resumed = tmp_path / "run" / "logs" / "records" / f"step_{step:07d}.parquet"
+        after = resumed[0] / "logs" / "records" / f"step_{step:07d}.parquet"
         before = case / "killed" / "logs" / "records" / f"step_{step:07d}.parquet"
-        records = read_records(resumed if resumed.exists() else before)
+        records = read_records(after if after.exists() else before)
         seen += records["sample"][records["position"] == 0].tolist()
     assert len(seen) == NUM_STEPS * GLOBAL_BATCH
     # Two epochs fill 21 batches exactly; the border between them lies inside a batch.

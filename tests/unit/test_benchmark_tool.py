@@ -31,6 +31,7 @@ def run_suites(rank, folder, suites):
     return benchmark.main(["--suite", *suites, "--gsm8k", folder, "--work", f"{folder}/work", *TINY])
 
 
+@pytest.mark.slow
 def test_rows(tmp_path):
     problems = [{"question": f"What is {n} plus {n}?", "answer": f"It is {2 * n}. " * (n % 5 + 2)} for n in range(40)]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, problems)), encoding="utf-8")
