@@ -276,6 +276,17 @@ def _prepare_adam_state(optimizer: MegatronOptimizer) -> None:
                 )
 
 
+def _take_bounds_of(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
+    """Give the stored parameter groups the bounds of the learning rate that this run has.
+
+    megatron-core 0.19 tells groups apart by these, and finds none where a resumed run has others.
+    """
+    now = optimizer.param_groups[0]
+    for part in [state, *(value for value in state.values() if isinstance(value, dict))]:
+        for group in part["optimizer"]["param_groups"] if isinstance(part.get("optimizer"), dict) else []:
+            group |= {name: now[name] for name in ("max_lr", "min_lr") if name in group and name in now}
+
+
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
     """`optimizer.load_state_dict`, in two parts where torch's AdamW runs.
 
@@ -283,6 +294,7 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None
     which the first part takes it; so it is put aside while the second part loads the tensors.
     """
     on_torch = _torch_optimizers(optimizer)
+    _take_bounds_of(optimizer, state)
     if not on_torch:
         optimizer.load_state_dict(state)
         return
