@@ -10,11 +10,8 @@ import jsonargparse
 import yaml
 
 from megatron_sstoken.config import RENAMED, Settings
+from megatron_sstoken.tool import DEBUG
 
-DEBUG: dict[str, dict] = {
-    "debug": {"action": "store_true", "help": "Where something fails, print the traceback as well."}
-}
-"""Option of every program."""
 PARSER_MODE = "settings"
 """jsonargparse's name for our reader of YAML."""
 
@@ -34,7 +31,7 @@ def parse_settings(
         prog=program, description=description, exit_on_error=True, parser_mode=PARSER_MODE
     )
     parser.add_argument("--config", action="config", help="YAML file with settings; may be given more than once.")
-    extra = (extra or {}) | DEBUG
+    extra = (extra or {}) | {"debug": DEBUG}
     for name, keywords in extra.items():
         parser.add_argument(f"--{name}", **keywords)
     parser.add_class_arguments(Settings, as_group=False)

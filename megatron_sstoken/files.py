@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,13 @@ def publish_folder(folder: Path, target: Path, *, overwrite: bool) -> None:
         shutil.rmtree(replaced)
     elif replaced is not None:
         replaced.unlink()
+
+
+def source_inside(output: str | Path, sources: Iterable[str | Path]) -> Path | None:
+    """The first of the sources (files or folders) that is `output`, or lies in it, whatever links lead there."""
+    target = Path(os.path.realpath(output))
+    found = map(Path, map(os.path.realpath, sources))
+    return next((source for source in found if target == source or target in source.parents), None)
 
 
 @contextmanager

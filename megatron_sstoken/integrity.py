@@ -6,7 +6,7 @@ xxh3 is as fast as memory, so that reading the files is what takes time.
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,17 +70,19 @@ def _of_list(files: Checksums) -> str:
     return xxhash.xxh3_128(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def damage(
-    folder: Path, names: Iterable[str] | None = None, count: Callable[[int], None] = lambda size: None
-) -> list[str]:
-    """What is wrong with the files of a folder, one line each: of those in `names`, or of all that have a checksum."""
+def damage(folder: Path) -> list[str]:
+    """What is wrong with the files of a folder that have a checksum, one line each."""
     try:
-        checksums = read_checksums(folder) or {}
+        return differing(folder, read_checksums(folder) or {})
     except ValueError as error:
         return [str(error)]
+
+
+def differing(folder: Path, checksums: Checksums, count: Callable[[int], None] = lambda size: None) -> list[str]:
+    """Which of these files of a folder are not as they were written, one line each; `count` as in `checksum_of`."""
     found = []
-    for name in checksums if names is None else names:
-        path, expected = folder / name, checksums[name]
+    for name, expected in checksums.items():
+        path = folder / name
         try:
             size = path.stat().st_size
             if size != expected["size"]:
@@ -99,17 +101,24 @@ class Checked:
     """Files of one folder that are to be compared."""
 
     owner: str
-    """The setting that names the folder, with its value, for messages."""
+    """The setting that names the folder, for messages."""
     folder: Path
     remedy: str
     """What to do where a file is damaged."""
-    names: tuple[str, ...]
-    size: int
-    """Bytes of all of them."""
+    checksums: Checksums
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.checksums)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all of them."""
+        return sum(one["size"] for one in self.checksums.values())
 
     def damage(self) -> list[str]:
         """One message for each file that is not as it was written."""
-        return [f"{self.owner}: {problem}: {self.remedy}" for problem in damage(self.folder, self.names)]
+        return [f"{self.owner}: {problem}: {self.remedy}" for problem in differing(self.folder, self.checksums)]
 
 
 def files_to_check(
@@ -129,8 +138,7 @@ def files_to_check(
     except ValueError as error:
         raise ValueError(f"{owner}: {error}: {remedy}") from error
     by_size = sorted((name for name in checksums if wanted(name)), key=lambda name: (-checksums[name]["size"], name))
-    mine = tuple(by_size[share[0] :: share[1]])
-    return Checked(owner, folder, remedy, mine, sum(checksums[name]["size"] for name in mine))
+    return Checked(owner, folder, remedy, {name: checksums[name] for name in by_size[share[0] :: share[1]]})
 
 
 class FileCheck:

@@ -4,13 +4,17 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from megatron_sstoken.files import describe_os_error
+
+DEBUG: dict[str, Any] = {"action": "store_true", "help": "where something fails, print the traceback as well"}
+"""What `--debug` is, in every program."""
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
     """Add the option that every program has."""
-    parser.add_argument("--debug", action="store_true", help="where something fails, print the traceback as well")
+    parser.add_argument("--debug", **DEBUG)
 
 
 def run_tool(body: Callable[[], int], *, debug: bool, interrupted: str = "interrupted") -> int:

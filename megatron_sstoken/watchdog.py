@@ -11,7 +11,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -260,11 +259,3 @@ def reported(wait: float) -> tuple[str | None, bool]:
     if _current is None:
         return None, False
     return _current.reported(wait), _current.repeated
-
-
-def watched(body: Callable[[], None]) -> None:
-    """Run `body()`, and end the watch however it ends."""
-    try:
-        body()
-    finally:
-        stop()

@@ -6,7 +6,8 @@ which calls whatever the file names.
 
 import io
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,8 @@ def require_harmless(folder: Path) -> Metadata:
     metadata = read_metadata(folder)
     common = folder / "common.pt"  # of one line of megatron-core; torch's own default can be switched off from outside
     if common.is_file():
-        try:
+        with _told_as_damaged(str(common)):
             torch.load(common, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(
-                f"{common} is damaged or not to be trusted ({type(error).__name__}): name another checkpoint"
-            ) from error
     objects = [name for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)]
     places = {index.fqn: place for index, place in (metadata.storage_data or {}).items()}
     for name in objects:
@@ -85,17 +82,21 @@ def require_harmless(folder: Path) -> Metadata:
         if place is None:
             raise ValueError(f"{folder} does not say where {name} lies, so it is damaged: name another checkpoint")
         path = folder / place.relative_path
-        try:
-            with open(path, "rb") as file:
-                file.seek(place.offset)
-                stored = io.BytesIO(file.read(place.length))
-            with safe_globals([io.BytesIO]):
-                torch.load(stored, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(
-                f"{path}: {name} is damaged or not to be trusted ({type(error).__name__}): name another checkpoint"
-            ) from error
+        with _told_as_damaged(f"{path}: {name}"), open(path, "rb") as file, safe_globals([io.BytesIO]):
+            file.seek(place.offset)
+            torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
     return metadata
+
+
+@contextmanager
+def _told_as_damaged(what: str) -> Iterator[None]:
+    """Within, `what` is read as plain values and tensors; whatever goes wrong is a ValueError."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{what} is damaged or not to be trusted ({type(error).__name__}): name another checkpoint"
+        ) from error
 
 
 def needed_lengths(places: Iterable[Any]) -> dict[str, int]:

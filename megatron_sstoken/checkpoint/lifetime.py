@@ -1,6 +1,7 @@
 """What the helpers of a rank do with its end and with signals. Imports nothing that takes time: helpers begin here."""
 
 import ctypes
+import functools
 import importlib
 import os
 import signal
@@ -17,6 +18,7 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
 
+@functools.cache
 def forks_end_with_this_process() -> None:
     """From now on, whatever this process forks ends with it."""
     parents: list[int] = []

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_sstoken.config import RENAMED, LoraSettings, SettingsError
 from megatron_sstoken.files import delete_old, write_durably
-from megatron_sstoken.integrity import CHECKSUMS, checksum_of, damage, read_checksums, write_checksums
+from megatron_sstoken.integrity import CHECKSUMS, checksum_of, differing, read_checksums, write_checksums
 
 STATE_FILE = "sstoken.json"
 PROBE = ".seen-by-all-"
@@ -215,8 +215,8 @@ def open_checkpoint(path: str) -> Checkpoint:
 
 def require_description(folder: Path) -> None:
     """Raise ValueError where the small files that describe a checkpoint are not as they were written."""
-    names = read_checksums(folder) or {}
-    if problems := damage(folder, [name for name in _DESCRIPTION if name in names]):
+    checksums = read_checksums(folder) or {}
+    if problems := differing(folder, {name: checksums[name] for name in _DESCRIPTION if name in checksums}):
         raise ValueError(f"{problems[0]}: name another checkpoint")
 
 

@@ -1,6 +1,5 @@
 """The processes that megatron's checkpoint writer starts beside each rank: they outlive signals, and not their rank."""
 
-import functools
 import multiprocessing
 import os
 import sys
@@ -21,17 +20,12 @@ def prepare_writer() -> None:
     would die of it, and the save with it. It would also stay for good, with all its memory, where its rank is killed; so would
     the writers that megatron forks, and keep the rank's connections open, so that no other rank notices.
     """
-    _prepare_forks()
+    forks_end_with_this_process()
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         with _without_main_module():
             manager.start(initializer=serve_a_rank, initargs=(os.getpid(),))
         filesystem_async._results_queue = manager.Queue()
-
-
-@functools.cache
-def _prepare_forks() -> None:
-    forks_end_with_this_process()
 
 
 @contextmanager

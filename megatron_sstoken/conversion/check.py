@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sstoken.conversion.work import format_bytes, progress_bar, run_tasks
-from megatron_sstoken.integrity import CHECKSUMS, damage, read_checksums
+from megatron_sstoken.integrity import CHECKSUMS, Checksums, differing, read_checksums
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,21 @@ def check_folders(paths: Sequence[Path], workers: int = 2) -> CheckResult:
         if not found:
             raise ValueError(f"{path} holds no {CHECKSUMS}, so there is nothing to compare: name a folder that has one")
         folders += found
-    tasks, problems, total = [], [], 0
+    tasks: list[tuple[Path, Checksums]] = []
+    problems, total = [], 0
     for folder in dict.fromkeys(folders):
         try:
             checksums = read_checksums(folder) or {}
         except ValueError as error:
             problems.append(str(error))
             continue
-        tasks += [(folder, name) for name in checksums]
+        tasks += [(folder, {name: checksum}) for name, checksum in checksums.items()]
         total += sum(one["size"] for one in checksums.values())
     begun = time.monotonic()
     with progress_bar(total, 0, "checking") as bar:
 
-        def compare(task: tuple[Path, str], check: Callable[[], None]) -> None:
-            problems.extend(damage(task[0], [task[1]], bar.update))
+        def compare(task: tuple[Path, Checksums], check: Callable[[], None]) -> None:
+            problems.extend(differing(*task, bar.update))
 
         run_tasks(compare, tasks, workers)
     return CheckResult(len(set(folders)), len(tasks), total, time.monotonic() - begun, sorted(problems))

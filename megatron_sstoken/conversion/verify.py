@@ -1,8 +1,8 @@
 """Proof that a conversion is right: every tensor the same, and the same logits as transformers at every position.
 
-A round trip alone proves little: a matrix transposed on the way in and back on the way out survives it (Megatron-Bridge
-issue 3743). So the model is also run, on the layout asked for, beside transformers in fp32; where the logits differ, the
-hidden states of every layer tell where it begins.
+A round trip alone proves little: a matrix transposed on the way in and back on the way out survives it (seen in
+NVIDIA-NeMo/Megatron-Bridge, 3743). So the model is also run, on the layout asked for, beside transformers in fp32; where the
+logits differ, the hidden states of every layer tell where it begins.
 """
 
 import math

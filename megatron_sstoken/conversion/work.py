@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from megatron_sstoken.conversion.safetensors_files import INDEX
-from megatron_sstoken.files import publish_folder, write_durably, write_json
+from megatron_sstoken.files import publish_folder, source_inside, write_durably, write_json
 from megatron_sstoken.integrity import CHECKSUMS, FileCheck, checksum_of, files_to_check, write_checksums
 from megatron_sstoken.model.dtypes import DTYPES
 
@@ -152,10 +152,8 @@ def refuse_existing(output: str, overwrite: bool, sources: Iterable[str]) -> Non
     With `overwrite` an output takes the place of what a conversion made and nobody has added to; never of a source (files
     or folders), of a folder that holds one, or of a link.
     """
-    target = Path(os.path.realpath(output))
-    for source in map(Path, map(os.path.realpath, sources)):
-        if target == source or target in source.parents:
-            raise ValueError(f"--output={output} is, or holds, what is read ({source}): name another --output")
+    if source := source_inside(output, sources):
+        raise ValueError(f"--output={output} is, or holds, what is read ({source}): name another --output")
     if not os.path.lexists(output):
         return
     if not overwrite:
@@ -182,7 +180,7 @@ def _not_of_a_conversion(folder: Path) -> str | None:
 _REMEDY = "take another copy, or pass --no-verify to convert it as it is"
 
 
-def is_read_by_conversion(name: str) -> bool:
+def _is_read(name: str) -> bool:
     """Whether a file decides the weights that are read: of a Hugging Face folder people edit the others."""
     return not name.endswith((".json", ".jinja", ".md", ".txt", ".model", ".py")) or name in ("metadata.json", INDEX)
 
@@ -196,9 +194,7 @@ class Workplace:
     """
 
     def __init__(self, output: str, identity: dict[str, Any], sources: Iterable[Path] = ()):
-        parts = [
-            files_to_check("what is converted", folder, _REMEDY, wanted=is_read_by_conversion) for folder in sources
-        ]
+        parts = [files_to_check("what is converted", folder, _REMEDY, wanted=_is_read) for folder in sources]
         self.target = Path(os.path.abspath(output))
         self._partial = self.target.with_name(self.target.name + ".partial")
         self._partial.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ from megatron_sstoken.data.store import (
     StoreWriter,
 )
 from megatron_sstoken.data.tokenizer import BadRow, TextTokenizer, load_tokenizer
-from megatron_sstoken.files import naming, whole_folder
+from megatron_sstoken.files import naming, source_inside, whole_folder
 from megatron_sstoken.integrity import CHECKSUMS
 from megatron_sstoken.lock import Lock
 
@@ -127,7 +127,8 @@ def prepare(
     output = Path(output)
     workers = default_workers() if workers is None else workers
     _check_arguments(inputs, output, workers, overwrite)
-    _refuse_sources(output, [*inputs, tokenizer_path, *([chat_template] if chat_template else [])])
+    if source := source_inside(output, [*inputs, tokenizer_path, *([chat_template] if chat_template else [])]):
+        raise ValueError(f"--output: {output} is, or holds, what is read ({source}): choose another folder")
     template = _read_template(chat_template) if chat_template else None
     tokenizer = load_tokenizer(tokenizer_path, template)
     sources = [SourceFile(str(path)) for path in inputs]
@@ -258,14 +259,6 @@ def _refuse_foreign(output: Path) -> None:
     for path in (output / _HISTORY).glob("*.lock"):
         if holder := Lock(path).holder():
             raise ValueError(f"--output: {output} is in use, {holder} is scoring its history: wait for it, or stop it")
-
-
-def _refuse_sources(output: Path, sources: Sequence[str | Path]) -> None:
-    """Raise ValueError where what is read lies in the folder that is written."""
-    target = Path(os.path.realpath(output))
-    for source in map(Path, map(os.path.realpath, sources)):
-        if target == source or target in source.parents:
-            raise ValueError(f"--output: {output} is, or holds, what is read ({source}): choose another folder")
 
 
 @contextmanager

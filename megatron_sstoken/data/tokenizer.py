@@ -104,10 +104,11 @@ class TextTokenizer(ABC):
         except Exception as error:  # a template is a program: it can raise anything
             raise BadRow(f"the chat template refuses the conversation: {error}") from error
         texts, spans = rendered
-        limit = size_limit(sum(len(str(message)) for message in messages))
-        if len(texts[0]) > limit:
+        length = len(texts[0])
+        # Most texts are within what any conversation may give: then nobody measures theirs.
+        if length > size_limit(0) and length > (limit := size_limit(sum(len(str(message)) for message in messages))):
             raise BadTemplate(
-                f"the chat template makes {len(texts[0]):,} characters of a conversation, of which it may make {limit:,}: use "
+                f"the chat template makes {length:,} characters of a conversation, of which it may make {limit:,}: use "
                 "another template"
             )
         return RenderedChat(texts[0], spans[0] if self.marked else [])

@@ -13,6 +13,7 @@ from megatron_sstoken.run_plan import RunPlan
 _PREPARE_AGAIN = "prepare the data again with tools/prepare_data.py --overwrite"
 _SCORE_AGAIN = "delete the folder, and the next run scores it again"
 _ANOTHER_COPY = "take another copy"
+_ONE_BEFORE = "set checkpoint.on_damaged=previous (or remove the folder) to resume from the one before"
 
 
 def checkpoint_files(owner: str, folder: Path, layout: Layout, *, remedy: str) -> Checked:
@@ -29,12 +30,7 @@ class RunFiles:
     def __init__(self, plan: RunPlan, layout: Layout, *, resumed: Checkpoint | None = None, history: list[Path]):
         """`resumed`: the checkpoint that the run goes on from; `history`: folders of its history losses."""
         self._checked = plan.settings.training.verify == "off"
-        parts, known = [], []
-        for make in [] if self._checked else _parts(plan, layout, resumed, history):
-            try:
-                parts.append(files_to_check(*make[:3], share=make[3], wanted=make[4]))
-            except ValueError as error:
-                known.append(str(error))
+        parts, known = ([], []) if self._checked else _parts(plan, layout, resumed, history)
         self._check = FileCheck(parts, known=known)
         if plan.settings.training.verify == "before":
             self.require_whole()
@@ -51,31 +47,37 @@ class RunFiles:
             self._checked = True
 
 
-def _parts(plan: RunPlan, layout: Layout, resumed: Checkpoint | None, history: list[Path]) -> list[tuple]:
-    """Arguments of `files_to_check`: owner, folder, remedy, share, wanted.
+def _parts(
+    plan: RunPlan, layout: Layout, resumed: Checkpoint | None, history: list[Path]
+) -> tuple[list[Checked], list[str]]:
+    """What this rank compares, and what is already known to be damaged.
 
     What may lie on each node for itself is compared on each; checkpoints, which are shared, once.
     """
     settings = plan.settings
     of_node = (int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     of_all = (layout.rank, layout.world_size)
+    parts: list[Checked] = []
+    known: list[str] = []
 
-    def everything(name: str) -> bool:
-        return True
+    def add(owner: str, folder: str | Path, remedy: str, share: tuple[int, int], suffix: str = "") -> None:
+        try:
+            parts.append(
+                files_to_check(owner, Path(folder), remedy, share=share, wanted=lambda name: name.endswith(suffix))
+            )
+        except ValueError as error:
+            known.append(str(error))
 
-    def weights(name: str) -> bool:  # people edit the other files of a model's folder
-        return name.endswith(".safetensors")
-
-    parts: list[tuple] = [("data.train", Path(settings.data.train or ""), _PREPARE_AGAIN, of_node, everything)]
+    add("data.train", settings.data.train or "", _PREPARE_AGAIN, of_node)
     if settings.data.validation:
-        parts.append(("data.validation", Path(settings.data.validation), _PREPARE_AGAIN, of_node, everything))
-    parts += [("history.store", folder, _SCORE_AGAIN, of_node, everything) for folder in history]
+        add("data.validation", settings.data.validation, _PREPARE_AGAIN, of_node)
+    for folder in history:
+        add("history.store", folder, _SCORE_AGAIN, of_node)
     start = starting_weights(settings)
     if start.stored is not None:
-        parts.append(("model.checkpoint", start.stored.folder, _ANOTHER_COPY, of_all, everything))
-    if start.base.checkpoint is None:
-        parts.append(("model.hf_path", Path(settings.model.hf_path or ""), _ANOTHER_COPY, of_node, weights))
+        add("model.checkpoint", start.stored.folder, _ANOTHER_COPY, of_all)
+    if start.base.checkpoint is None:  # people edit the other files of a model's folder
+        add("model.hf_path", settings.model.hf_path or "", _ANOTHER_COPY, of_node, suffix=".safetensors")
     if resumed is not None:
-        remedy = "set checkpoint.on_damaged=previous (or remove the folder) to resume from the one before"
-        parts.append(("checkpoint.directory", resumed.folder, remedy, of_all, everything))
-    return parts
+        add("checkpoint.directory", resumed.folder, _ONE_BEFORE, of_all)
+    return parts, known

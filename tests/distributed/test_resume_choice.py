@@ -10,6 +10,7 @@ from megatron_sstoken.integrity import CHECKSUMS
 from megatron_sstoken.training.records import read_records
 from tests.helpers import cli
 from tests.helpers.distributed_runner import run_distributed
+from tests.helpers.flip import flip_bit
 from tests.helpers.workbench import make_model, make_samples, make_settings, make_store
 
 NUM_SAMPLES, BATCH = 10, 4
@@ -69,12 +70,6 @@ def samples_of(directory, step):
     return records["sample"][records["position"] == 0].tolist()
 
 
-def flip_in(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 16
-    path.write_bytes(content)
-
-
 def test_a_chosen_step_moves_newer_ones_aside_and_is_gone_on_from(folder, run):
     chosen = settings_in(folder, run, checkpoint__resume=2, optimizer__learning_rate=2e-3, training__steps=3)
     assert run_distributed(train_all, 1, [chosen]) == [[None]]
@@ -100,7 +95,7 @@ def test_a_step_that_is_not_there_is_refused(folder, run):
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "sstoken.json"])
 def test_a_damaged_newest_checkpoint_stops_the_run_or_is_passed_over(folder, run, name):
-    flip_in(run / "step_0000004" / name)
+    flip_bit(run / "step_0000004" / name)
     five = {"training__steps": 5}
     stop = settings_in(folder, run, **five, training__verify="before")
     previous = settings_in(folder, run, **five, checkpoint__on_damaged="previous")
@@ -113,7 +108,7 @@ def test_a_damaged_newest_checkpoint_stops_the_run_or_is_passed_over(folder, run
 
 
 def test_damage_that_is_found_beside_the_run_ends_it_before_it_saves(folder, run):
-    flip_in(run / "step_0000004" / "__0_0.distcp")
+    flip_bit(run / "step_0000004" / "__0_0.distcp")
     ((told,),) = run_distributed(train_all, 1, [settings_in(folder, run, training__steps=6)])
     assert told is None or "__0_0.distcp is damaged" in told or "damaged or not to be trusted" in told
     assert told is not None and max(checkpoint_steps(str(run))) == 4
@@ -121,7 +116,7 @@ def test_damage_that_is_found_beside_the_run_ends_it_before_it_saves(folder, run
 
 def test_damaged_data_ends_the_run_on_all_processes(folder, tmp_path):
     data = shutil.copytree(folder / "data", tmp_path / "data")
-    flip_in(data / "tokens.bin")
+    flip_bit(data / "tokens.bin")
     settings = settings_in(folder, tmp_path / "run")
     settings.data.train = str(data)
     for told in run_distributed(train_all, 2, [settings]):

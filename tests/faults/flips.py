@@ -18,6 +18,7 @@ from megatron_sstoken.conversion.check import check_folders
 from megatron_sstoken.conversion.hf import from_hf, to_hf
 from megatron_sstoken.integrity import damage
 from megatron_sstoken.parallel import reset_layout
+from tests.helpers.flip import flip_bit
 from tests.helpers.workbench import make_model, make_samples, make_settings, make_store
 
 
@@ -57,14 +58,11 @@ def is_found(folder: Path, place: int, files: list[Path]) -> bool:
         if place < size:
             break
         place -= size
-    content = bytearray(path.read_bytes())
-    content[place // 8] ^= 1 << place % 8
-    path.write_bytes(content)
+    flip_bit(path, place)
     try:
         return bool(damage(folder))
     finally:
-        content[place // 8] ^= 1 << place % 8
-        path.write_bytes(content)
+        flip_bit(path, place)
 
 
 def measure_speed(folder: Path) -> str:

@@ -5,14 +5,10 @@ that whatever it leaves can be found.
 """
 
 import functools
-import os
-import sys
 import time
 import types
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from tests.helpers import programs
 
@@ -30,7 +26,6 @@ class Start:
         self.begun, before = time.monotonic(), functools.partial(_before, slow_writes=slow_writes)
         self._program = programs.start("megatron_sstoken.train", arguments, num_ranks, folder, before=before)
         self.ranks, self.output = self._program.processes, self._program.output
-        self._sessions = {rank.pid for rank in self.ranks}
 
     def __enter__(self) -> "Start":
         return self
@@ -67,29 +62,14 @@ class Start:
 
     def left_processes(self, within: float = 10) -> list[str]:
         """Command lines of processes of the ranks' sessions that outlive them by so many seconds; they are killed then."""
-        deadline = time.monotonic() + within
-        while (left := self._members()) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        left = self._program.left(within)
         for process in left:
             process.kill()
         return [" ".join(process.info["cmdline"] or ["?"])[:160] for process in left]
 
-    def _members(self) -> list[psutil.Process]:
-        """Living processes of the sessions, wherever they hang now: whose parent is gone belongs to init."""
-        found = []
-        for process in psutil.process_iter(["cmdline", "status"]):
-            try:
-                if os.getsid(process.pid) in self._sessions and process.info["status"] != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (ProcessLookupError, psutil.NoSuchProcess):
-                continue
-        return found
-
 
 def _before(rank: int, *, slow_writes: float) -> None:
     """What a rank does before the program."""
-    # megatron's helper imports the main module again, where it has a name: this one is not the program's.
-    sys.modules["__main__"] = types.ModuleType("__main__")
     if not slow_writes:
         return
     from megatron.core.dist_checkpointing.strategies import filesystem_async

@@ -9,6 +9,7 @@ from megatron_sstoken.conversion.check import check_folders
 from megatron_sstoken.conversion.hf import from_hf, reshard, to_hf
 from megatron_sstoken.conversion.work import ConversionOptions
 from megatron_sstoken.integrity import CHECKSUMS, damage
+from tests.helpers.flip import flip_bit
 from tests.helpers.workbench import make_model, make_samples, make_store
 from tools.convert_checkpoint import main
 
@@ -26,17 +27,11 @@ def checkpoint(folder, tmp_path):
     return from_hf(str(folder / "model"), str(tmp_path / "checkpoint"))
 
 
-def flip_in(path):
-    content = bytearray(path.read_bytes())
-    content[2 * len(content) // 3] ^= 1
-    path.write_bytes(content)
-
-
 def test_everything_below_a_path_is_compared(folder, checkpoint, capsys):
     exported = to_hf(str(checkpoint), str(checkpoint.parent / "hf"))
     assert main(["check", str(checkpoint.parent), str(folder / "data")]) == 0
     assert "whole: " in capsys.readouterr().out
-    flip_in(exported / "model.safetensors")
+    flip_bit(exported / "model.safetensors")
     (folder / "data" / "rows.npy").rename(folder / "data" / "elsewhere")
     assert main(["check", str(checkpoint.parent), str(folder / "data")]) == 1
     told = capsys.readouterr().out
@@ -56,7 +51,7 @@ def test_a_path_without_checksums_is_told(folder, capsys):
 def test_nothing_is_published_of_a_damaged_checkpoint(checkpoint, convert):
     (step,) = checkpoint_steps(str(checkpoint)).values()
     data = max(step.glob("*.distcp"), key=lambda path: path.stat().st_size)
-    flip_in(data)
+    flip_bit(data)
     output = checkpoint.parent / "out"
     with pytest.raises(ValueError, match=f"{data.name} is damaged: .*--no-verify"):
         convert(str(checkpoint), str(output))
@@ -70,7 +65,7 @@ def test_a_damaged_folder_of_weights_is_not_converted(checkpoint):
     config = exported / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.5}))
     assert from_hf(str(exported), str(checkpoint.parent / "again")), "people edit a configuration"
-    flip_in(exported / "model.safetensors")
+    flip_bit(exported / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
         from_hf(str(exported), str(checkpoint.parent / "never"))
 

@@ -1,10 +1,8 @@
 """Signals to every process of a job, as torchrun and Slurm send them, in the middle of a save: it ends with a checkpoint."""
 
-import os
 import signal
 import time
 
-import psutil
 import pytest
 
 from megatron_sstoken.checkpoint.manifest import checkpoint_steps
@@ -33,19 +31,6 @@ def arguments_of(folder, directory, **changes):
     return cli.settings_arguments(make_settings(str(folder / "model"), str(folder / "data"), **(values | changes)))
 
 
-def members(program):
-    """All living processes of a job: its ranks and what they have started."""
-    sessions = {process.pid for process in program.processes}
-    found = []
-    for process in psutil.process_iter(["status"]):
-        try:
-            if os.getsid(process.pid) in sessions and process.info["status"] != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except ProcessLookupError:
-            continue
-    return found
-
-
 def wait_until(condition, program):
     deadline = time.monotonic() + 60
     while not condition():
@@ -61,7 +46,7 @@ def test_a_signal_in_the_middle_of_a_save(folder, tmp_path, saves_before, number
     program = programs.start(TRAIN, arguments_of(folder, directory), 2, tmp_path / "out", before=hear_signals)
     step = 2 + 2 * saves_before
     wait_until((directory / f"step_{step:07d}.partial").exists, program)
-    for process in members(program):
+    for process in program.members():
         process.send_signal(number)
     ended = program.wait()
     assert [code for code, _ in ended] == [0, 0], ended
@@ -69,10 +54,7 @@ def test_a_signal_in_the_middle_of_a_save(folder, tmp_path, saves_before, number
     assert step <= stopped <= step + 1, "after the step it is in"
     assert f"asked to stop: ended after step {stopped} of {STEPS}" in ended[0][1]
     assert not list(directory.glob("*.partial")) and not (directory / "run.lock").exists()
-    deadline = time.monotonic() + 10
-    while (left := members(program)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not left
+    assert not program.left()
 
 
 def hear_signals(rank):
@@ -90,9 +72,7 @@ def test_no_process_outlives_a_run_whose_ranks_are_killed(folder, tmp_path, duri
     wait_until(sign.exists, program)
     for process in program.processes:
         process.kill()
-    deadline = time.monotonic() + 10
-    while (left := members(program)) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    left = program.left()
     assert not left, [process.cmdline() for process in left]
     for process in program.processes:
         process.join()

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.helpers.distributed_runner import free_port, preloaded_context
 
 
@@ -31,6 +33,25 @@ class Program:
         outputs = [(self.folder / f"rank{rank}.txt").read_text(errors="replace") for rank in range(len(self.processes))]
         assert not hanging, f"processes {hanging} do not end: {outputs}"
         return [(process.exitcode, output) for process, output in zip(self.processes, outputs, strict=True)]
+
+    def members(self) -> list[psutil.Process]:
+        """Living processes of the job's sessions, wherever they hang now: whose parent is gone belongs to init."""
+        sessions = {process.pid for process in self.processes}
+        found = []
+        for process in psutil.process_iter(["cmdline", "status"]):
+            try:
+                if os.getsid(process.pid) in sessions and process.info["status"] != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                continue
+        return found
+
+    def left(self, within: float = 10) -> list[psutil.Process]:
+        """The members that are still there after so many seconds."""
+        deadline = time.monotonic() + within
+        while (found := self.members()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return found
 
     def output(self, rank: int = 0) -> str:
         """What a process has printed so far."""

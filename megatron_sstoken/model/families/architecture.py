@@ -56,7 +56,7 @@ class Architecture:
         """Vocabulary rows once padded to a multiple of both numbers.
 
         With the default multiple of 128 all tensor parallel sizes up to 128 that are powers of two share one padded
-        size, so that checkpoints move between them (Megatron-LM issue 1754 tells of the trouble otherwise).
+        size, so that checkpoints move between them (NVIDIA/Megatron-LM, 1754, tells of the trouble otherwise).
         """
         step = math.lcm(multiple, tensor)
         return -(-self.vocabulary_size // step) * step
