@@ -38,6 +38,15 @@ class _Outliving:
                 with suppress(OSError):
                     print(f"warning: {self._name}: {error.strerror}: going on without it", file=self._other, flush=True)
 
+    def give_up(self) -> None:
+        """Send what is still held back nowhere, if the disk was full: the interpreter flushes once more when it ends."""
+        self.flush()
+        if self._is_told:
+            with suppress(OSError):  # a stream without a file
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
@@ -46,11 +55,13 @@ class _Outliving:
 def _outlive_full_logs() -> Iterator[None]:
     """Within, what is printed may get lost where its disk is full; the work goes on."""
     out, err = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Outliving(out, "standard output", err), _Outliving(err, "standard error", out)
+    outliving = _Outliving(out, "standard output", err), _Outliving(err, "standard error", out)
+    sys.stdout, sys.stderr = outliving
     try:
         yield
     finally:
-        sys.stdout.flush()
+        for stream in outliving:
+            stream.give_up()
         sys.stdout, sys.stderr = out, err
 
 

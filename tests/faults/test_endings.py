@@ -4,6 +4,8 @@ import errno
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -144,6 +146,14 @@ def test_a_full_log_disk_does_not_end_the_run(folder, tmp_path):
     assert code == 0 and max(checkpoint_steps(str(directory))) == 3
     assert "warning: standard output: No space left on device: going on without it" in told
     assert told.count("warning: ") == 2 and "/logs: No space left on device" in told
+
+
+def test_what_a_full_disk_holds_back_does_not_change_the_exit_code():
+    """The interpreter flushes once more when it ends, and would make 120 of it."""
+    program = "import sys; from megatron_sstoken.ending import run_to_exit_code as run; sys.exit(run(lambda: print('x')))"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert ended.returncode == 0 and b"warning: standard output: No space left on device" in ended.stderr
 
 
 @pytest.mark.parametrize(
