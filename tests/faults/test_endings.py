@@ -4,7 +4,6 @@ import errno
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sstoken.checkpoint.manifest import checkpoint_steps
+from megatron_sstoken.ending import run_to_exit_code
 from megatron_sstoken.files import describe_os_error, write_failure
 from tests.helpers import cli, programs
 from tests.helpers.workbench import make_model, make_samples, make_settings, make_store
@@ -148,12 +148,14 @@ def test_a_full_log_disk_does_not_end_the_run(folder, tmp_path):
     assert told.count("warning: ") == 2 and "/logs: No space left on device" in told
 
 
-def test_what_a_full_disk_holds_back_does_not_change_the_exit_code():
-    """The interpreter flushes once more when it ends, and would make 120 of it."""
-    program = "import sys; from megatron_sstoken.ending import run_to_exit_code as run; sys.exit(run(lambda: print('x')))"
+def test_what_a_full_disk_holds_back_troubles_nobody_later(monkeypatch, capfd):
+    """Whoever ends the process flushes once more, and would make a failure of it."""
     with open("/dev/full", "w") as full:
-        ended = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, timeout=60)
-    assert ended.returncode == 0 and b"warning: standard output: No space left on device" in ended.stderr
+        monkeypatch.setattr(sys, "stdout", full)
+        assert run_to_exit_code(lambda: print("x")) == 0
+        assert sys.stdout is full
+        full.flush()
+    assert "warning: standard output: No space left on device" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
