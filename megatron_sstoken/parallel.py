@@ -29,8 +29,6 @@ class Layout:
     data: dist.ProcessGroup
     control: dist.ProcessGroup
     virtual_pipeline: int
-    side_channel: tuple[dist.ProcessGroup, ...] = ()
-    """For every virtual pipeline chunk a group of this pipeline's stages, apart from the schedule's own traffic."""
 
     @property
     def rank(self) -> int:
@@ -118,11 +116,9 @@ def start_processes(timeout_minutes: float = 30) -> None:
         # What NCCL was asked for last, which it writes down when something hangs (torch's flight recorder).
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    dist.init_process_group(
-        communication_backend(),
-        timeout=watchdog.group_timeout(timeout_minutes),
-        device_id=device if have_cuda() else None,
-    )
+    # Without `device_id`: with it torch makes NCCL communicators of all groups at once, hundreds of them on large layouts,
+    # of which a run uses a few.
+    dist.init_process_group(communication_backend(), timeout=watchdog.group_timeout(timeout_minutes))
     watchdog.start(timeout_minutes)
 
 
@@ -132,13 +128,11 @@ def create_layout(settings: ParallelSettings, seed: int, timeout_minutes: float 
     All groups wait `timeout_minutes`. Raises SettingsError if the sizes do not divide the number of processes.
     """
     groups = create_groups(settings, seed, timeout_minutes)
-    timeout = watchdog.group_timeout(timeout_minutes)
     return Layout(
         groups=groups,
         data=groups.dp,
-        control=dist.new_group(backend="gloo", timeout=timeout),
+        control=dist.new_group(backend="gloo", timeout=watchdog.group_timeout(timeout_minutes)),
         virtual_pipeline=settings.virtual_pipeline,
-        side_channel=_stage_groups(groups.pp, settings.virtual_pipeline, timeout) if settings.pipeline > 1 else (),
     )
 
 
@@ -163,16 +157,6 @@ def create_groups(settings: ParallelSettings, seed: int, timeout_minutes: float 
     place = groups.pp.rank() + groups.pp.size() * groups.dp_cp.rank()
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 100_003 * place, force_reset_rng=True)
     return groups
-
-
-def _stage_groups(own: dist.ProcessGroup, number: int, timeout: datetime.timedelta) -> tuple[dist.ProcessGroup, ...]:
-    """`number` more groups of the same members as this rank's pipeline group; all processes call it."""
-    pipelines: list = [None] * dist.get_world_size()
-    dist.all_gather_object(pipelines, tuple(dist.get_process_group_ranks(own)))
-    created = {}
-    for ranks in sorted(set(pipelines)):  # every process takes part in the creation of every group, in one order
-        created[ranks] = tuple(dist.new_group(list(ranks), timeout=timeout) for _ in range(number))
-    return created[tuple(dist.get_process_group_ranks(own))]
 
 
 def processes_problem(settings: ParallelSettings, world_size: int) -> str:

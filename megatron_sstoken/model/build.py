@@ -95,16 +95,6 @@ class Model:
     needs_calibration: bool = False
     """FP8's delayed recipe knows no scales yet: the first pass must be one that only finds them."""
 
-    @property
-    def capturing_chunks(self) -> list[tuple[int, int]]:
-        """Where the captured layers lie: (pipeline stage, model chunk on that stage), each once.
-
-        Layers are dealt out evenly, chunk by chunk over the stages (megatron's interleaved assignment).
-        """
-        per_chunk = self.config.num_layers // (self.layout.pipeline_size * self.layout.virtual_pipeline)
-        places = {divmod((layer - 1) // per_chunk, self.layout.pipeline_size) for layer in self.captured_layers}
-        return sorted((stage, chunk) for chunk, stage in places)
-
     def head_rows(self, chunk: int, labels: torch.Tensor) -> HeadRows | None:
         """Which rows of this rank's hidden states the head reads, where chunk number `chunk` can leave out others; else None.
 
@@ -202,7 +192,12 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
         # Σ over selected ÷ number selected in the global batch: megatron divides once, after the last micro-batch.
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
-        batch_p2p_comm=have_cuda(),
+        # Interleaved chunks of two stages send each other two messages at a time. In one batch these would be taken for one
+        # another, which Megatron-LM refuses; apart, they are taken in their order. The schedule that overlaps messages frees
+        # tensors that are still being sent: streams allow that, gloo does not.
+        overlap_p2p_comm=have_cuda() and parallel.virtual_pipeline > 1,
+        batch_p2p_comm=have_cuda() and parallel.virtual_pipeline == 1,
+        batch_p2p_sync=False,  # for old versions of torch
         **recompute_settings[training.recompute],
     )
 

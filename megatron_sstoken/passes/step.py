@@ -17,7 +17,7 @@ from megatron_sstoken.model.build import Model
 from megatron_sstoken.model.head import HEAD_SIGNALS, IGNORE_INDEX
 from megatron_sstoken.parallel import Layout
 from megatron_sstoken.passes.loss import loss_weights
-from megatron_sstoken.passes.side_channel import SideChannel
+from megatron_sstoken.passes.masses import MassTransport, mean_mass, total_mass
 from megatron_sstoken.selection.methods import Selection
 
 
@@ -148,7 +148,8 @@ def _run(
     scored = scored or [_scored_tokens(batch, model.scores_context) for batch in batches]
     work = [(batch, labels_of(batch, tokens)) for batch, tokens in zip(batches, scored, strict=True)]
     chunk_number = {id(chunk): number for number, chunk in enumerate(model.chunks)}
-    side_channel = SideChannel(model)
+    num_tokens = batches[0].tokens.shape[1]
+    transport = MassTransport(model, num_tokens // layout.context_size)
 
     def forward_step(iterator, chunk):
         batch, labels = next(iterator)
@@ -158,43 +159,45 @@ def _run(
         bounds.head_rows = model.head_rows(number, labels)
         if model.captured_layers:
             model.captures[number].arm(of_this_rank(batch.context, bounds.index))
-        losses = chunk(
+        earlier = transport.unload(number)
+        output = chunk(
             of_this_rank(batch.tokens[0], bounds.index).unsqueeze(0),
             of_this_rank(batch.position, bounds.index).unsqueeze(0),
             None,
             labels=labels.unsqueeze(0),
             packed_seq_params=bounds,
         )
-        side_channel.send(number, model.captures[number].take())
-        return losses, partial(_finish_micro_batch, model, batch, bounds, side_channel, loss_function)
+        mass = total_mass(earlier, model.captures[number].take())
+        return transport.load(number, output, mass), partial(
+            _finish_micro_batch, model, batch, bounds, mass, loss_function
+        )
 
-    reports = get_forward_backward_func()(
+    return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(work) for _ in model.chunks],
         model=model.chunks,
         num_microbatches=len(batches),
-        seq_length=batches[0].tokens.shape[1],
+        seq_length=num_tokens + transport.num_positions,
         micro_batch_size=1,
         **schedule_options,
     )
-    side_channel.finish()
-    return reports
 
 
 def _finish_micro_batch(
     model: Model,
     batch: TokenBatch,
     bounds: SampleBounds,
-    side_channel: SideChannel,
+    mass: torch.Tensor | None,
     loss_function: Callable,
     outputs: torch.Tensor,
 ):
     """On the last stage: gather what the head and the attention captures tell over the context parallel ranks, align it with
-    tokens, and call the loss function. `outputs`: fp32 [1 or 3, T / cp] of the model."""
+    tokens, and call the loss function. `outputs`: fp32 [1 or 3, T / cp] of the model; `mass`: of all captured layers."""
     with torch.no_grad():
         known = [*outputs.detach()]
         if model.captured_layers:
-            known.append(side_channel.receive(outputs.shape[1], outputs.device))
+            assert mass is not None, "captured layers have a mass"
+            known.append(mean_mass(model, mass))
         whole = gather_tokens(torch.stack(known), bounds, model.layout)
         values = {
             name: to_predicted(row, batch) for name, row in zip(HEAD_SIGNALS, whole[: len(outputs)], strict=False)

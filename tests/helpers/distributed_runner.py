@@ -23,16 +23,25 @@ _PRELOADED = [
 ]
 
 
-def run_distributed(function: Callable[..., Any], num_ranks: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_distributed(
+    function: Callable[..., Any],
+    num_ranks: int,
+    *args: Any,
+    timeout: float = 120,
+    before: Callable[[], None] | None = None,
+) -> list[Any]:
     """Call `function(rank, *args)` on `num_ranks` fresh processes with torch.distributed (gloo) initialised.
 
     `function` must be importable (top level of a module). Returns the results in rank order. A rank that raises takes
     the others down at once and its traceback is in the AssertionError; so is the time limit (`timeout` in seconds).
+    `before` is called in each process first of all.
     """
     with tempfile.TemporaryDirectory() as folder:
         port, context = free_port(), preloaded_context()
         processes = [
-            context.Process(target=_rank_main, args=(rank, num_ranks, port, folder, function, args), daemon=False)
+            context.Process(
+                target=_rank_main, args=(rank, num_ranks, port, folder, function, args, before), daemon=False
+            )
             for rank in range(num_ranks)
         ]
         for process in processes:
@@ -84,12 +93,22 @@ def _wait(processes: list, folder: str, timeout: float) -> None:
         raise AssertionError(f"ranks {waiting} did not finish within {timeout} s")
 
 
-def _rank_main(rank: int, num_ranks: int, port: int, folder: str, function: Callable, args: tuple) -> None:
+def _rank_main(
+    rank: int,
+    num_ranks: int,
+    port: int,
+    folder: str,
+    function: Callable,
+    args: tuple,
+    before: Callable[[], None] | None,
+) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
     try:
+        if before is not None:
+            before()
         from megatron_sstoken.parallel import start_processes, stop_processes
 
         start_processes(timeout_minutes=2)

@@ -113,7 +113,7 @@ def run_as_megatron(monkeypatch, chunk: Chunk, **model):
         return reports
 
     monkeypatch.setattr(step, "get_forward_backward_func", lambda: schedule)
-    layout = SimpleNamespace(context_size=1, context_rank=0, is_last_stage=True, pipeline_rank=0)
+    layout = SimpleNamespace(context_size=1, context_rank=0, pipeline_size=1)
     whole = {"chunks": [chunk], "captures": [AttentionCapture()], "captured_layers": (), "layout": layout}
     defaults = {"scores_context": False, "needs_calibration": False, "head_rows": lambda chunk, labels: None}
     return SimpleNamespace(**(whole | defaults | model)), handed
@@ -256,15 +256,12 @@ def test_attention_is_the_mean_over_heads_and_measured_layers(monkeypatch, alone
     batches = [make_batch(TURNS, 8, seed=seed) for seed in range(2)]
     chunk = Chunk([torch.rand(24), torch.rand(24)])
     masses = torch.rand(2, 2, 24)
-    layout = SimpleNamespace(
-        context_size=1, context_rank=0, is_last_stage=True, pipeline_rank=0, groups=SimpleNamespace(tp=alone)
-    )
+    layout = SimpleNamespace(context_size=1, context_rank=0, pipeline_size=1, groups=SimpleNamespace(tp=alone))
     model, _ = run_as_megatron(
         monkeypatch,
         chunk,
         layout=layout,
         captured_layers=(2, 4),
-        capturing_chunks=[(0, 0)],
         architecture=SimpleNamespace(num_attention_heads=4),
     )
     (capture,) = model.captures
