@@ -76,7 +76,7 @@ def compare_logits(checkpoint: str, exported: str, data: str) -> None:
         tokens = torch.from_numpy(store.tokens(index)).long().unsqueeze(0)
         length = tokens.shape[1]
         with torch.no_grad():
-            bounds = sample_bounds([length], torch.device("cpu"))
+            bounds = sample_bounds([length])
             mine = model.unwrapped[0](tokens, torch.arange(length).unsqueeze(0), None, packed_seq_params=bounds)[0]
             parts = [torch.empty_like(mine) for _ in range(2)]
             torch.distributed.all_gather(parts, mine.contiguous(), group=layout.groups.tp)

@@ -112,7 +112,7 @@ def compare_logits(work: Path) -> None:
         length = tokens.shape[1]
         positions += length
         with torch.no_grad():
-            bounds = sample_bounds([length], torch.device("cpu"))
+            bounds = sample_bounds([length])
             mine = model.unwrapped[0](tokens, torch.arange(length).unsqueeze(0), None, packed_seq_params=bounds)[0]
             parts = [torch.empty_like(mine) for _ in range(2)]
             torch.distributed.all_gather(parts, mine.contiguous(), group=layout.groups.tp)

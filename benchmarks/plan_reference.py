@@ -57,7 +57,9 @@ def run_step(case: dict[str, Any]) -> dict[str, Any]:
     stage = model.layout.pipeline_rank
     batches = [make_batch(SEQUENCE, w.micro_batch_size) for _ in range(w.num_micro_batches)]
     with measure_saved(model) as kept, CountCollectives() as collectives:
-        select_and_train(model, batches, lambda report: Selection(report.batch.response, *[report.loss] * 3))
+        select_and_train(
+            model, batches, lambda report: Selection(report.batch.response, report.loss, report.loss, report.loss)
+        )
     estimated: dict[str, list[int]] = {}
     for traffic in traffic_of(w, stage, GPUS["h100"]):
         if traffic.kind != "data":  # outside of select_and_train, or in calls of another name

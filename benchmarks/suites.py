@@ -22,7 +22,8 @@ from megatron_sstoken.history.frozen import build_history
 from megatron_sstoken.model.attention import sample_bounds
 from megatron_sstoken.model.backend import compiler_problem
 from megatron_sstoken.model.head import IGNORE_INDEX
-from megatron_sstoken.passes.step import labels_of, score_batch, select_and_train
+from megatron_sstoken.passes.micro_batch import micro_batch
+from megatron_sstoken.passes.step import score_batch, select_and_train
 from megatron_sstoken.selection.methods import Selection
 from megatron_sstoken.training.loop import Trainer, training_step
 from megatron_sstoken.training.selector import selector_of, signals_of, train_on_selected
@@ -152,7 +153,7 @@ def _mass(trainer: Trainer, batch: TokenBatch):
     num_tokens = batch.position.numel()
     query = torch.randn(num_tokens, config.num_attention_heads // size, config.kv_channels)
     key = torch.randn(num_tokens, config.num_query_groups // size, config.kv_channels)
-    bounds = sample_bounds(batch.lengths, query.device)
+    bounds = sample_bounds(batch.lengths)
     indicator = batch.context.float()[:, None, None].expand(key.shape).contiguous()
 
     def run():
@@ -211,11 +212,14 @@ def history(options: Options) -> None:
         model.train(False)
         with torch.no_grad():
             for batch in batches:
-                labels = labels_of(batch, batch.response)
-                bounds = sample_bounds(batch.lengths, labels.device)
-                bounds.head_rows = model.head_rows(0, labels)
-                position = batch.position.unsqueeze(0)
-                model.chunks[0](batch.tokens, position, None, labels=labels.unsqueeze(0), packed_seq_params=bounds)
+                one = micro_batch(model, batch)
+                model.chunks[0](
+                    one.tokens.unsqueeze(0),
+                    one.position.unsqueeze(0),
+                    None,
+                    labels=one.labels.unsqueeze(0),
+                    packed_seq_params=one.bounds,
+                )
 
     def score():
         for chunk in model.unwrapped:

@@ -9,8 +9,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import common
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, ReadItem
@@ -25,6 +28,9 @@ _UNWANTED = {
 """Logger of 0.19 → how the message begins that it writes for every chunk of every run, and that a user cannot act on."""
 
 
+_WAITS_FOR_TOKENS = megatron.core.__version__.startswith("0.16.")
+
+
 @functools.lru_cache(maxsize=1)
 def silence_announcements() -> None:
     """Keep what 0.19 announces about its own future out of the output of runs."""
@@ -34,6 +40,22 @@ def silence_announcements() -> None:
 
 def _begins_otherwise(beginning: str, record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(beginning)
+
+
+def finalize_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
+    """megatron's `finalize_model_grads`: reduce gradients and divide them by the tokens of all ranks, int [].
+
+    0.16 waits for the device to tell whether there are any tokens. 0.19 does not; here both do as it does.
+    """
+    if num_tokens is None or not _WAITS_FOR_TOKENS:
+        finalize_model_grads(model, num_tokens, **options)
+        return
+    finalize_model_grads(model, None, **options)
+    groups = options["pg_collection"]
+    dist.broadcast(num_tokens, src=dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
+    dist.all_reduce(num_tokens, group=groups.dp_cp)
+    for chunk in model:
+        chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))  # type: ignore[operator]
 
 
 def dense_mlp(layer: TransformerLayerSubmodules) -> MLPSubmodules | None:

@@ -33,6 +33,16 @@ def communication_backend() -> str:
     return "nccl" if have_cuda() else "gloo"
 
 
+def to_compute_device(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, from memory of the host, on the compute device; nobody waits for the copy.
+
+    Only pinned memory is copied without waiting; torch keeps it until the copy is done.
+    """
+    if not have_cuda() or tensor.is_cuda:
+        return tensor
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(compute_device(), non_blocking=True)
+
+
 def synchronize() -> None:
     """Wait for the device, where there is something to wait for."""
     if have_cuda():

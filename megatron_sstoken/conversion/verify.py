@@ -253,7 +253,7 @@ def _megatron_states(model: Model, tokens: list[int]) -> dict:
 def _forward(chunk: Any, tokens: list[int], device: torch.device) -> torch.Tensor:
     ids = torch.tensor([tokens], device=device)
     position = torch.arange(len(tokens), device=device).unsqueeze(0)
-    return chunk(ids, position, None, packed_seq_params=sample_bounds([len(tokens)], device))
+    return chunk(ids, position, None, packed_seq_params=sample_bounds([len(tokens)]))
 
 
 def _reference_states(reference: Any, tokens: list[int]) -> dict[str, torch.Tensor]:

@@ -1,7 +1,8 @@
 """Samples → packs → the token batches of this rank, in an order that depends on the seed alone and resumes exactly."""
 
 import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -15,6 +16,20 @@ class TokenValues(Protocol):
     """One float32 for every token of a store: what `TokenColumn` reads."""
 
     def values(self, start: int, stop: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class BatchFacts:
+    """What the host knows of a micro-batch, so that it need not ask the device."""
+
+    sample_lengths: list[int]
+    """Real tokens of each sample."""
+    response_counts: list[int]
+    """Response tokens with a loss of each sample."""
+    response: np.ndarray
+    """bool [T]: as `TokenBatch.response`."""
+    follows: np.ndarray
+    """bool [T]: real tokens that something precedes in their sample."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +63,31 @@ class TokenBatch:
     """
     num_segments: int
     """Samples in this batch."""
+    facts: BatchFacts = None  # type: ignore[assignment]  # made here, from tensors that lie on the host
+    """The same on the host, wherever the tensors are."""
 
-    def to(self, device: torch.device) -> "TokenBatch":
-        """The same with every tensor on `device`."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
-        }
-        return replace(self, **moved)
+    def __post_init__(self) -> None:
+        if self.facts is None:
+            object.__setattr__(self, "facts", _facts_of(self))
+
+    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TokenBatch":
+        """The same with `function` applied to every tensor: a copy to another place."""
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            values[field.name] = function(value) if isinstance(value, torch.Tensor) else value
+        return TokenBatch(**values)
+
+
+def _facts_of(batch: TokenBatch) -> BatchFacts:
+    segment, response = batch.segment.numpy(), batch.response.numpy()
+    real = segment >= 0
+    return BatchFacts(
+        sample_lengths=np.bincount(segment[real], minlength=batch.num_segments).tolist(),
+        response_counts=np.bincount(segment[response], minlength=batch.num_segments).tolist(),
+        response=response,
+        follows=real & (batch.position.numpy() > 0),
+    )
 
 
 @dataclass(frozen=True)

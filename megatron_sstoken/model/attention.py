@@ -7,6 +7,7 @@ Under context parallel each rank holds, of every sample, chunk r and chunk 2·cp
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -14,7 +15,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_sstoken.data.context_parallel import zigzag_index
-from megatron_sstoken.model.last_layer import HeadRows
+from megatron_sstoken.device import to_compute_device
+from megatron_sstoken.model.rows import HeadRows
 
 
 @dataclass
@@ -27,20 +29,21 @@ class SampleBounds(PackedSeqParams):
     index: torch.Tensor | None = None
     """int64 [T / cp]: which of the T tokens this context parallel rank holds; None if it holds all."""
 
+    local: np.ndarray | None = None
+    """`index` on the host."""
+
     gathered_order: torch.Tensor | None = None
     """int64 [T]: where each token lies in the ranks' tokens one after another."""
 
     head_rows: HeadRows | None = None
-    """Which rows the head reads; None: all."""
+    """Which rows the head reads, where it reads some only."""
 
 
-def sample_bounds(
-    lengths: list[int], device: torch.device, context_size: int = 1, context_rank: int = 0
-) -> SampleBounds:
-    """Bounds of samples with these padded lengths, for every layer of every stage."""
+def sample_bounds(lengths: list[int], context_size: int = 1, context_rank: int = 0) -> SampleBounds:
+    """Bounds of samples with these padded lengths, for every layer of every stage, on the compute device."""
     cumulative = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     cumulative[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-    cumulative = cumulative.to(device)
+    cumulative = to_compute_device(cumulative)
     bounds = SampleBounds(
         qkv_format="thd",
         cu_seqlens_q=cumulative,
@@ -51,8 +54,9 @@ def sample_bounds(
     )
     if context_size > 1:
         of_rank = zigzag_index(lengths, context_size)
-        bounds.index = of_rank[context_rank].to(device)
-        bounds.gathered_order = of_rank.flatten().argsort().to(device)
+        bounds.local = of_rank[context_rank].numpy()
+        bounds.index = to_compute_device(of_rank[context_rank])
+        bounds.gathered_order = to_compute_device(of_rank.flatten().argsort())
     return bounds
 
 

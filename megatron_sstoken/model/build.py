@@ -5,8 +5,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
@@ -15,7 +16,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from megatron_sstoken.compat import silence_announcements
+from megatron_sstoken.compat import finalize_gradients, silence_announcements
 from megatron_sstoken.config import Settings
 from megatron_sstoken.device import compute_device, have_cuda
 from megatron_sstoken.model.attention import AttentionCapture
@@ -23,8 +24,9 @@ from megatron_sstoken.model.backend import backend_of, fp8_options, fusion_optio
 from megatron_sstoken.model.dtypes import weight_dtype
 from megatron_sstoken.model.families import Architecture, Split, rope_inverse_frequencies
 from megatron_sstoken.model.head import IGNORE_INDEX, HeadOptions, selective_head, vocabulary_parallel_loss
-from megatron_sstoken.model.last_layer import HeadRows, LastLayer, head_rows
 from megatron_sstoken.model.lora import adapted_linears, base_parameters, prepare_adapters
+from megatron_sstoken.model.rotary import PackedRotary
+from megatron_sstoken.model.rows import HeadRows, head_rows
 from megatron_sstoken.model.spec import block_spec
 from megatron_sstoken.model.weights import HuggingFaceWeights, load_hugging_face, rules_of_chunk
 from megatron_sstoken.parallel import Layout
@@ -39,6 +41,14 @@ class TokenLossModel(GPTModel):
     def __init__(self, *args, head: HeadOptions, **kwargs):
         super().__init__(*args, **kwargs)
         self.head = head
+        if not self.config.apply_rope_fusion:
+            self.rotary_pos_emb: torch.nn.Module = PackedRotary(self.rotary_pos_emb)
+
+    def forward(self, input_ids, position_ids, attention_mask, *, packed_seq_params, **kwargs):
+        """megatron's, with the bounds of the samples (`SampleBounds`)."""
+        if isinstance(self.rotary_pos_emb, PackedRotary):
+            packed_seq_params = self.rotary_pos_emb.take_positions(position_ids, packed_seq_params)
+        return super().forward(input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **kwargs)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels int64 [batch, tokens] and logits [tokens, batch, words / tensor size] → fp32 [batch, tokens]."""
@@ -47,10 +57,10 @@ class TokenLossModel(GPTModel):
         )
         return losses.transpose(0, 1).masked_fill(labels == IGNORE_INDEX, torch.nan)
 
-    def _postprocess(self, hidden_states, *, labels=None, **options):
+    def _postprocess(self, hidden_states, *, labels=None, packed_seq_params=None, **options):
         """megatron's last step of the forward pass; with the selective head, losses take the place of logits."""
         if not self.head.selective or labels is None or not self.post_process:
-            return super()._postprocess(hidden_states, labels=labels, **options)
+            return super()._postprocess(hidden_states, labels=labels, packed_seq_params=packed_seq_params, **options)
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             # The head returns the whole gradient on every rank: each takes its part, there is nothing left to sum.
@@ -65,6 +75,7 @@ class TokenLossModel(GPTModel):
             labels[0],
             self.head.vocabulary_size,
             group,
+            rows=packed_seq_params.head_rows,
             with_entropy=self.head.with_entropy,
             compiled=self.head.compiled,
         )
@@ -95,17 +106,16 @@ class Model:
     needs_calibration: bool = False
     """FP8's delayed recipe knows no scales yet: the first pass must be one that only finds them."""
 
-    def head_rows(self, chunk: int, labels: torch.Tensor) -> HeadRows | None:
-        """Which rows of this rank's hidden states the head reads, where chunk number `chunk` can leave out others; else None.
+    def head_rows(self, scored: np.ndarray) -> HeadRows | None:
+        """Which rows of this rank's hidden states the head reads; None where it reads all.
 
-        `labels`: int64 [tokens of this context parallel rank], `IGNORE_INDEX` where there is no loss.
+        `scored`: bool [tokens of this context parallel rank], whether a token has a label.
         """
-        layout, layers = self.layout, self.unwrapped[chunk].decoder.layers
-        if not self.unwrapped[chunk].head.selective or not isinstance(layers[-1], LastLayer):
+        if not self.unwrapped[-1].head.selective:
             return None
         if self.config.sequence_parallel:
-            return head_rows(labels, layout.tensor_size, layout.tensor_rank)
-        return head_rows(labels, 1, 0)
+            return head_rows(scored, self.layout.tensor_size, self.layout.tensor_rank)
+        return head_rows(scored, 1, 0)
 
     def zero_gradients(self) -> None:
         """Empty megatron's gradient buffers, into which the backward passes of a step accumulate."""
@@ -252,7 +262,9 @@ def build_model(
         model.captures.append(AttentionCapture())
         with torch.device("meta") if shapes_only else nullcontext():
             chunk = _build_chunk(model, settings, head, index)
-        chunk.rotary_pos_emb.inv_freq = rope_inverse_frequencies(architecture).to(compute_device())
+        rotary = chunk.rotary_pos_emb
+        table = rotary.table if isinstance(rotary, PackedRotary) else rotary
+        table.inv_freq = rope_inverse_frequencies(architecture).to(compute_device())
         if not shapes_only:
             chunk.to(compute_device())
         _mark_tensor_parallel(chunk, architecture)
@@ -263,7 +275,7 @@ def build_model(
     model.chunks = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in model.unwrapped]
     if trainable:
         model.chunks = _data_parallel(config, model.chunks, layout)
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = finalize_gradients
     return model
 
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_sstoken.model.rows import HeadRows
+from megatron_sstoken.selection.topk import indices_where
+
 IGNORE_INDEX = -100
 """Label of positions whose loss nobody wants: torch's `ignore_index`."""
 
@@ -92,6 +95,7 @@ def selective_head(
     vocabulary_size: int,
     group: dist.ProcessGroup,
     *,
+    rows: HeadRows | None = None,
     with_entropy: bool = False,
     compiled: bool = False,
 ) -> torch.Tensor:
@@ -111,26 +115,30 @@ def selective_head(
 
     `compiled`: what is done to a chunk of logits between the products runs as one kernel made by torch.compile, which in
     bf16 reads the logits once or twice where the plain version reads and writes them half a dozen times.
+
+    `rows`: where the labels are and, before the backward pass, how many losses get a gradient, where the host knows it; else
+    the host waits for the device to tell.
     """
-    rows = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
+    where = (labels != IGNORE_INDEX).nonzero().squeeze(-1) if rows is None else rows.scored
     scored = _SelectiveHead.apply(
-        hidden.index_select(0, rows),
+        hidden.index_select(0, where),
         weight,
-        labels.index_select(0, rows),
+        labels.index_select(0, where),
         vocabulary_size,
         group,
+        rows,
         with_entropy,
         compiled,
     )
     everywhere = scored.new_full((scored.shape[0], labels.shape[0]), torch.nan)
-    return everywhere.index_copy(1, rows, scored)
+    return everywhere.index_copy(1, where, scored)
 
 
 class _SelectiveHead(torch.autograd.Function):
     """hidden [n, h], weight [w, h], labels [n] → fp32 [1 or 3, n]. p = exp(logit − largest) / total, over all ranks."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, vocabulary_size, group, with_entropy, compiled):
+    def forward(ctx, hidden, weight, labels, vocabulary_size, group, known_rows, with_entropy, compiled):
         real = _real_rows(weight, vocabulary_size, group)
         local, elsewhere = _local_labels(labels, weight, group)
         # A rank that holds padding only has no logits: a largest one below all others, and nothing to add.
@@ -143,7 +151,7 @@ class _SelectiveHead(torch.autograd.Function):
             largest[rows], total[rows], target[rows], weighted[rows] = found
         largest, total, target, weighted = _combine(largest, total, target, weighted, elsewhere, group)
         ctx.save_for_backward(hidden, weight, local, elsewhere, largest, total)
-        ctx.vocabulary_size, ctx.group, ctx.compiled = vocabulary_size, group, compiled
+        ctx.vocabulary_size, ctx.group, ctx.known_rows, ctx.compiled = vocabulary_size, group, known_rows, compiled
         # Taken now: megatron's own linear layer does so, because a saved weight may come back without its attributes.
         ctx.main_grad = getattr(weight, "main_grad", None)
         loss = total.log() - target
@@ -156,7 +164,8 @@ class _SelectiveHead(torch.autograd.Function):
         hidden, weight, local, elsewhere, largest, total = ctx.saved_tensors
         real = _real_rows(weight, ctx.vocabulary_size, ctx.group)
         gradient = gradients[0]
-        trained = gradient.nonzero().squeeze(-1)
+        number = ctx.known_rows.num_trained if ctx.known_rows is not None else None
+        trained = gradient.nonzero().squeeze(-1) if number is None else indices_where(gradient != 0, number)
         parts = hidden.new_zeros(len(trained), hidden.shape[1])
         summed = _weight_sum(weight, ctx.main_grad) if ctx.needs_input_grad[1] else None
         differentiate = _compiled(_logit_gradients) if ctx.compiled else _logit_gradients
@@ -175,7 +184,7 @@ class _SelectiveHead(torch.autograd.Function):
         dist.all_reduce(parts, group=ctx.group)
         hidden_gradient = torch.zeros_like(hidden).index_copy_(0, trained, parts)
         weight_gradient = None if summed is None else _weight_gradient(weight, ctx.main_grad, summed)
-        return hidden_gradient, weight_gradient, None, None, None, None, None
+        return hidden_gradient, weight_gradient, None, None, None, None, None, None
 
 
 def _statistics(logits: torch.Tensor, columns: torch.Tensor, with_entropy: bool):
@@ -250,10 +259,26 @@ def _add_product(summed: torch.Tensor, products: torch.Tensor, inputs: torch.Ten
     """summed += productsᵀ · inputs, in fp32 whatever their dtype."""
     if inputs.dtype == torch.float32:
         summed.addmm_(products.t(), inputs)
+    elif inputs.is_cuda and _adds_in_place(inputs.dtype):
+        torch.addmm(summed, products.t(), inputs, out_dtype=torch.float32, out=summed)
     elif inputs.is_cuda:
         summed.add_(torch.mm(products.t(), inputs, out_dtype=torch.float32))
     else:  # CPUs have no product with another output type
         summed.addmm_(products.t().float(), inputs.float())
+
+
+@functools.cache
+def _adds_in_place(dtype: torch.dtype) -> bool:
+    """Whether this version of torch adds a product of `dtype` to an fp32 matrix on the GPU within the product.
+
+    Versions that do not would make the whole product first, as large as the weight in fp32. They say so by an error.
+    """
+    summed, factor = torch.zeros(16, 16, device="cuda"), torch.zeros(16, 16, dtype=dtype, device="cuda")
+    try:
+        torch.addmm(summed, factor, factor, out_dtype=torch.float32, out=summed)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _weight_gradient(weight: torch.Tensor, main_grad: torch.Tensor | None, summed: torch.Tensor) -> torch.Tensor | None:

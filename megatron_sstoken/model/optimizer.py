@@ -1,7 +1,5 @@
 """The optimizer and the learning-rate schedule of a model; a new schedule is an entry of `OptimizerSettings.schedule`."""
 
-import math
-
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -67,13 +65,23 @@ def follow_settings(
     scheduler.step(0)
 
 
-def has_finite_gradient(optimizer: MegatronOptimizer) -> bool:
-    """Whether `optimizer.step` would find a gradient norm that is finite; the same answer on all ranks, who all call it.
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """The gradients' norm before clipping, the same on all ranks, who all call it: the one wait for the device in a step.
 
-    megatron tells the norm after the step, when a gradient that is not finite has gone into all weights.
+    `step` follows, or nothing. megatron tells the norm after the step, when a gradient that is not finite has gone into all
+    weights.
     """
     optimizer.prepare_grads()
-    return math.isfinite(float(optimizer.get_grad_norm()))
+    return float(optimizer.get_grad_norm())
+
+
+def step(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Clip gradients of this norm, which `gradient_norm` has just told, and update the weights."""
+    optimizer.prepare_grads, optimizer.get_grad_norm = lambda: False, lambda: norm
+    try:
+        optimizer.step()
+    finally:  # the class's own again
+        del optimizer.prepare_grads, optimizer.get_grad_norm
 
 
 def fuse_adamw(optimizer: MegatronOptimizer) -> None:

@@ -11,6 +11,8 @@ from megatron_sstoken.passes.step import TokenReport
 def columns_of(report: TokenReport) -> dict[str, np.ndarray]:
     """The real tokens of one micro-batch as numpy columns, in the batch's order; undefined values are NaN."""
     batch, selection = report.batch, report.selection
+    if selection is not None:
+        selection.require_numbers()
     undefined = torch.full_like(report.loss, torch.nan)
 
     def of_response(values: torch.Tensor | None) -> torch.Tensor:

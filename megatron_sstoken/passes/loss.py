@@ -21,9 +21,9 @@ def loss_weights(selected: torch.Tensor, batch: TokenBatch, average: str) -> tup
     if average == "token":
         return weights, selected.sum(dtype=torch.int)
     if average == "microbatch":
-        count = selected.new_tensor(int(batch.num_segments > 0), dtype=torch.int)
+        count = torch.full((), int(batch.num_segments > 0), dtype=torch.int, device=selected.device)
         return weights / weights.sum().clamp(min=1), count
     sizes = weights.new_zeros(batch.num_segments + 1)  # the last slot takes the padding, whose segment is −1
     sizes.index_add_(0, batch.segment % (batch.num_segments + 1), weights)
     weights = weights / sizes.clamp(min=1)[batch.segment]
-    return weights, selected.new_tensor(batch.num_segments, dtype=torch.int)
+    return weights, torch.full((), batch.num_segments, dtype=torch.int, device=selected.device)

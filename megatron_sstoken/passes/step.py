@@ -4,20 +4,22 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_sstoken.data.batches import TokenBatch
-from megatron_sstoken.device import compute_device
-from megatron_sstoken.model.attention import SampleBounds, sample_bounds
+from megatron_sstoken.model.attention import SampleBounds
 from megatron_sstoken.model.build import Model
-from megatron_sstoken.model.head import HEAD_SIGNALS, IGNORE_INDEX
+from megatron_sstoken.model.head import HEAD_SIGNALS
 from megatron_sstoken.parallel import Layout
 from megatron_sstoken.passes.loss import loss_weights
 from megatron_sstoken.passes.masses import MassTransport, mean_mass, total_mass
+from megatron_sstoken.passes.micro_batch import MicroBatch, micro_batch, of_this_rank, to_predicting
 from megatron_sstoken.selection.methods import Selection
 
 
@@ -77,20 +79,24 @@ def train_on(
 
     The reports tell the losses of selected tokens only: no others are computed.
     """
+    # The one wait of this pass: the masks, all at once.
+    masks = [selection.mask for selection in selections]
+    scored = np.split(torch.cat(masks).cpu().numpy(), np.cumsum([len(mask) for mask in masks])[:-1]) if masks else []
+    selections = [replace(one, num_selected=int(mask.sum())) for one, mask in zip(selections, scored, strict=True)]
     following = iter(selections)
     loss_function = _training_loss(model, lambda report: next(following), loss_average)
-    scored = [selection.mask for selection in selections]
     return _run(model, batches, loss_function, scored, forward_only=False, force_all_reduce=whole_gradients)
 
 
 def _training_loss(model: Model, select: SelectMicroBatch, loss_average: str) -> Callable:
     """megatron's loss function of one micro-batch: (sum, count, report)."""
 
-    def loss_function(losses: torch.Tensor, report: TokenReport, index: torch.Tensor | None):
+    def loss_function(losses: torch.Tensor, report: TokenReport, one: MicroBatch):
         with torch.no_grad():
             selection = select(report)
             weights, count = loss_weights(selection.mask, report.batch, loss_average)
-            weights = of_this_rank(to_predicting(weights), index)
+            weights = of_this_rank(to_predicting(weights), one.bounds.index)
+            one.note_selected(selection.num_selected)
             if model.layout.context_size > 1:
                 # Tokens are counted where they are; samples and micro-batches by one of the ranks that share them.
                 share = (weights > 0).sum(dtype=torch.int)
@@ -105,7 +111,7 @@ def _training_loss(model: Model, select: SelectMicroBatch, loss_average: str) ->
 def score_batch(model: Model, batches: list[TokenBatch], select: SelectMicroBatch | None = None) -> list[TokenReport]:
     """Forward only; with `select` the reports say what it would select. Reports as in `select_and_train`."""
 
-    def loss_function(losses: torch.Tensor, report: TokenReport, index: torch.Tensor | None):
+    def loss_function(losses: torch.Tensor, report: TokenReport, one: MicroBatch):
         selection = None if select is None else select(report)
         return (
             losses.sum(),
@@ -128,7 +134,7 @@ def _calibrate(model: Model, batches: list[TokenBatch]) -> None:
         _run(
             model,
             batches,
-            lambda losses, report, index: (losses.sum(), losses.new_zeros((), dtype=torch.int), {}),
+            lambda losses, report, one: (losses.sum(), losses.new_zeros((), dtype=torch.int), {}),
             forward_only=True,
         )
 
@@ -137,40 +143,33 @@ def _run(
     model: Model,
     batches: list[TokenBatch],
     loss_function: Callable,
-    scored: Sequence[torch.Tensor] = (),
+    scored: Sequence[np.ndarray] = (),
     **schedule_options: Any,
 ) -> list[TokenReport]:
-    """One pass through the schedule. `scored`: bool [T] a micro-batch, the tokens with a loss; default: all responses."""
+    """One pass through the schedule. `scored`: see `micro_batch`; for each, or for none."""
     if model.needs_calibration:
         _calibrate(model, batches)
-    device, layout = compute_device(), model.layout
-    batches = [batch.to(device) for batch in batches]
-    scored = scored or [_scored_tokens(batch, model.scores_context) for batch in batches]
-    work = [(batch, labels_of(batch, tokens)) for batch, tokens in zip(batches, scored, strict=True)]
+    layout = model.layout
+    work = [micro_batch(model, batch, tokens) for batch, tokens in zip_longest(batches, scored)]
     chunk_number = {id(chunk): number for number, chunk in enumerate(model.chunks)}
     num_tokens = batches[0].tokens.shape[1]
     transport = MassTransport(model, num_tokens // layout.context_size)
 
     def forward_step(iterator, chunk):
-        batch, labels = next(iterator)
+        one = next(iterator)
         number = chunk_number[id(chunk)]
-        bounds = sample_bounds(batch.lengths, device, layout.context_size, layout.context_rank)
-        labels = of_this_rank(labels, bounds.index)
-        bounds.head_rows = model.head_rows(number, labels)
         if model.captured_layers:
-            model.captures[number].arm(of_this_rank(batch.context, bounds.index))
+            model.captures[number].arm(one.context)
         earlier = transport.unload(number)
         output = chunk(
-            of_this_rank(batch.tokens[0], bounds.index).unsqueeze(0),
-            of_this_rank(batch.position, bounds.index).unsqueeze(0),
+            one.tokens.unsqueeze(0),
+            one.position.unsqueeze(0),
             None,
-            labels=labels.unsqueeze(0),
-            packed_seq_params=bounds,
+            labels=one.labels.unsqueeze(0),
+            packed_seq_params=one.bounds,
         )
         mass = total_mass(earlier, model.captures[number].take())
-        return transport.load(number, output, mass), partial(
-            _finish_micro_batch, model, batch, bounds, mass, loss_function
-        )
+        return transport.load(number, output, mass), partial(_finish_micro_batch, model, one, mass, loss_function)
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -184,12 +183,7 @@ def _run(
 
 
 def _finish_micro_batch(
-    model: Model,
-    batch: TokenBatch,
-    bounds: SampleBounds,
-    mass: torch.Tensor | None,
-    loss_function: Callable,
-    outputs: torch.Tensor,
+    model: Model, one: MicroBatch, mass: torch.Tensor | None, loss_function: Callable, outputs: torch.Tensor
 ):
     """On the last stage: gather what the head and the attention captures tell over the context parallel ranks, align it with
     tokens, and call the loss function. `outputs`: fp32 [1 or 3, T / cp] of the model; `mass`: of all captured layers."""
@@ -198,29 +192,14 @@ def _finish_micro_batch(
         if model.captured_layers:
             assert mass is not None, "captured layers have a mass"
             known.append(mean_mass(model, mass))
-        whole = gather_tokens(torch.stack(known), bounds, model.layout)
+        whole = gather_tokens(torch.stack(known), one.bounds, model.layout)
         values = {
-            name: to_predicted(row, batch) for name, row in zip(HEAD_SIGNALS, whole[: len(outputs)], strict=False)
+            name: to_predicted(row, one.batch) for name, row in zip(HEAD_SIGNALS, whole[: len(outputs)], strict=False)
         }
         if model.captured_layers:
             values["attention"] = whole[-1]
-        report = TokenReport(batch, values)
-    return loss_function(outputs[0], report, bounds.index)
-
-
-def _scored_tokens(batch: TokenBatch, with_context: bool) -> torch.Tensor:
-    """bool [T]: the tokens that get a loss."""
-    return (batch.position > 0) & (batch.segment >= 0) if with_context else batch.response
-
-
-def labels_of(batch: TokenBatch, scored: torch.Tensor) -> torch.Tensor:
-    """int64 [T]: the labels at positions that predict a token of `scored` (bool [T]), `IGNORE_INDEX` at all others."""
-    return torch.where(to_predicting(scored), batch.labels[0], IGNORE_INDEX)
-
-
-def of_this_rank(values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """The entries [T / cp] of whole samples [T] that this context parallel rank holds."""
-    return values if index is None else values.index_select(0, index)
+        report = TokenReport(one.batch, values)
+    return loss_function(outputs[0], report, one)
 
 
 def gather_tokens(values: torch.Tensor, bounds: SampleBounds, layout: Layout) -> torch.Tensor:
@@ -237,10 +216,3 @@ def to_predicted(losses: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
     moved = torch.full_like(losses, torch.nan)
     moved[1:] = losses[:-1]
     return torch.where((batch.position > 0) & (batch.segment >= 0), moved, torch.nan)
-
-
-def to_predicting(values: torch.Tensor) -> torch.Tensor:
-    """Move values from the predicted token to the position whose output predicts it; zero at the end."""
-    moved = torch.zeros_like(values)
-    moved[:-1] = values[1:]
-    return moved

@@ -20,9 +20,12 @@ from megatron_sstoken.selection.signals import (
     retrospective_excess_loss,
 )
 from megatron_sstoken.selection.topk import (
+    NO_TOKEN,
     count_selected,
     distributed_topk,
+    first_where,
     histogram,
+    indices_where,
     nan_error,
     segment_topk,
     token_id,
@@ -135,6 +138,15 @@ class Selection:
     threshold: Tensor
     """fp32 [num_segments]: the lowest selected score among the tokens that a sample's tokens competed with:
     its own in scope sample, those of all ranks otherwise; NaN if there is none."""
+    num_selected: int | None = None
+    """How many are selected, where the host knows it without asking the device."""
+    first_nan: Tensor | None = None
+    """int64 []: the lowest token id with a score that is NaN, `NO_TOKEN` if there is none; None where that was refused."""
+
+    def require_numbers(self) -> None:
+        """Raise `nan_error` where a score is NaN and nobody has looked yet; waits for the device."""
+        if self.first_nan is not None and (token := int(self.first_nan)) != NO_TOKEN:
+            raise nan_error(token)
 
 
 def select_tokens(
@@ -157,17 +169,20 @@ def select_tokens(
     `selection.signals`. seed, step: random scores depend on them and on a token's sample and position alone.
     group: None is this process alone.
 
-    Raises ValueError for an unknown method or scope, a ρ or γ outside its range, and for a score that is NaN,
-    naming its sample and position (in scopes other than sample the same on every rank).
+    Raises ValueError for an unknown method or scope, a ρ or γ outside its range, and, in scopes other than sample, for a
+    score that is NaN, naming its sample and position, the same on every rank. In scope sample nothing waits for the device:
+    a NaN counts as the lowest score, and `Selection.first_nan` tells of it.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope={scope} is unknown: use one of {', '.join(SCOPES)}")
     score, rel_norm = score_tokens(signals, method, gamma=gamma, rel_floor=rel_floor, seed=seed, step=step)
     if not find_method(method).selects:
         threshold = score.new_full((signals.num_segments,), torch.nan)
-        return Selection(signals.response.clone(), score, rel_norm, threshold)
-    select = _select_per_sample if scope == "sample" else _select_across
-    mask, threshold = select(signals, score, rho, group)
+        number = None if signals.response_counts is None else sum(signals.response_counts)
+        return Selection(signals.response.clone(), score, rel_norm, threshold, number)
+    if scope == "sample":
+        return _select_per_sample(signals, score, rel_norm, rho)
+    mask, threshold = _select_across(signals, score, rho, group)
     return Selection(mask, score, rel_norm, threshold)
 
 
@@ -191,27 +206,28 @@ def score_tokens(
     return torch.where(signals.response, score, torch.nan), rel_norm
 
 
-def _select_per_sample(
-    signals: TokenSignals, score: Tensor, rho: Rho, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """(mask, threshold) with every sample for itself; `group` is not used."""
+def _select_per_sample(signals: TokenSignals, score: Tensor, rel_norm: Tensor, rho: Rho) -> Selection:
+    """Every sample for itself."""
     response, num_segments = signals.response, signals.num_segments
     bad = response & score.isnan()
-    if bool(bad.any()):
-        raise nan_error(int(token_id(signals.sample[bad], signals.position[bad]).min()))
+    ranked = torch.where(bad, -torch.inf, score)
     slot = torch.where(response, signals.segment, num_segments)
     num_selected = count_selected(rho, histogram(slot, num_segments + 1)[:-1])
-    mask = segment_topk(score, response, signals.segment, num_segments, num_selected)
+    mask = segment_topk(ranked, response, signals.segment, num_segments, num_selected)
     lowest = score.new_full((num_segments + 1,), torch.inf)
-    lowest.scatter_reduce_(0, torch.where(mask, slot, num_segments), torch.where(mask, score, torch.inf), "amin")
-    return mask, torch.where(num_selected > 0, lowest[:-1], torch.nan)
+    lowest.scatter_reduce_(0, torch.where(mask, slot, num_segments), torch.where(mask, ranked, torch.inf), "amin")
+    threshold = torch.where(num_selected > 0, lowest[:-1], torch.nan)
+    known = signals.response_counts
+    number = None if known is None else sum(count_selected(rho, count) for count in known)
+    return Selection(mask, score, rel_norm, threshold, number, first_where(bad, signals.sample, signals.position))
 
 
 def _select_across(
     signals: TokenSignals, score: Tensor, rho: Rho, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """(mask, threshold) with the tokens of all ranks together."""
-    competing = signals.response.nonzero().squeeze(1)
+    known = signals.response_counts
+    competing = signals.response.nonzero().squeeze(1) if known is None else indices_where(signals.response, sum(known))
     ids = token_id(signals.sample[competing], signals.position[competing])
     best = distributed_topk(score[competing], ids, group, rho=rho)
     mask = torch.zeros_like(signals.response).index_copy_(0, competing, best.mask)

@@ -29,6 +29,9 @@ class TokenSignals:
     earlier context tokens), `entropy` (nats) and `top1` (probability of the likeliest token) of the prediction.
     """
 
+    response_counts: Sequence[int] | None = None
+    """Response tokens of each sample, where the host knows them: then nothing waits for the device to count."""
+
     def __getitem__(self, name: str) -> Tensor:
         return self.values[name]
 
@@ -45,7 +48,9 @@ def concatenate_signals(parts: Sequence[TokenSignals]) -> TokenSignals:
         first += part.num_segments
     places = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("response", "sample", "position")}
     values = {name: torch.cat([part[name] for part in parts]) for name in parts[0].values}
-    return TokenSignals(segment=torch.cat(segments), num_segments=first, values=values, **places)
+    known = [part.response_counts for part in parts if part.response_counts is not None]
+    counts = [count for of_part in known for count in of_part] if len(known) == len(parts) else None
+    return TokenSignals(torch.cat(segments), first, values=values, response_counts=counts, **places)
 
 
 def retrospective_excess_loss(loss: Tensor, history_loss: Tensor) -> Tensor:

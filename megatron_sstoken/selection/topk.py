@@ -94,13 +94,23 @@ def score_of_key(key: int) -> float:
 
 def token_id(sample: Tensor, position: Tensor) -> Tensor:
     """One int64 that is unique to a token and orders by sample (below 2^39), then position (below 2^24)."""
-    assert bool(((position >= 0) & (position < 1 << POSITION_BITS)).all()), "a position is outside [0, 2^24)"
+    if not position.is_cuda:  # there, asking would wait for the device
+        assert bool(((position >= 0) & (position < 1 << POSITION_BITS)).all()), "a position is outside [0, 2^24)"
     return sample << POSITION_BITS | position
 
 
 def split_token_id(token: int) -> tuple[int, int]:
     """(sample, position) of a `token_id`."""
     return token >> POSITION_BITS, token & ((1 << POSITION_BITS) - 1)
+
+
+NO_TOKEN = (1 << 63) - 1
+"""Above every token id."""
+
+
+def first_where(mask: Tensor, sample: Tensor, position: Tensor) -> Tensor:
+    """int64 []: the lowest id of the tokens that `mask` names, `NO_TOKEN` if it names none. All [T]."""
+    return torch.where(mask, token_id(sample, position), NO_TOKEN).amin() if len(mask) else mask.new_full((), NO_TOKEN)
 
 
 def nan_error(token: int) -> ValueError:
@@ -276,6 +286,13 @@ def _count_digits(keys: Tensor, prefix: Tensor, undecided: int, width: int) -> T
     in_question = keys >> (undecided + width) == prefix  # never so for −1
     digit = (keys >> undecided) & (num_bins - 1)
     return histogram(torch.where(in_question, digit, num_bins), num_bins + 1)
+
+
+def indices_where(mask: torch.Tensor, number: int) -> torch.Tensor:
+    """The indices of the `number` true entries of `mask` (bool [n]), ascending: `nonzero` without a wait for its size."""
+    slot = torch.where(mask, mask.cumsum(0) - 1, number)
+    found = mask.new_zeros(number + 1, dtype=torch.int64)
+    return found.scatter_(0, slot, torch.arange(len(mask), device=mask.device))[:number]
 
 
 def histogram(slot: Tensor, num_slots: int) -> Tensor:

@@ -17,17 +17,19 @@ from megatron_sstoken.checkpoint.save_load import load_checkpoint, save_checkpoi
 from megatron_sstoken.checkpoint.weights_source import adapter_identity, require_base, starting_weights
 from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.data.batches import BatchLoader
+from megatron_sstoken.data.prefetch import Prefetcher
 from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.lock import Lock
 from megatron_sstoken.model.build import Model, build_model
-from megatron_sstoken.model.optimizer import build_optimizer, follow_settings, has_finite_gradient
+from megatron_sstoken.model.optimizer import build_optimizer, follow_settings, gradient_norm
+from megatron_sstoken.model.optimizer import step as optimizer_step
 from megatron_sstoken.parallel import Layout, any_of, broadcast_object
 from megatron_sstoken.passes.columns import gather_columns
 from megatron_sstoken.passes.step import TokenReport
 from megatron_sstoken.run_plan import RunPlan
 from megatron_sstoken.training.evaluate import validation_loss
 from megatron_sstoken.training.interrupt import StopRequest
-from megatron_sstoken.training.metrics import StepLogger, StepMetrics, summarize
+from megatron_sstoken.training.metrics import StepLogger, StepMetrics, begin_summary
 from megatron_sstoken.training.records import RecordWriter
 from megatron_sstoken.training.resume import ResumePoint, identity_of, objective_of
 from megatron_sstoken.training.selector import selector_of, train_on_selected
@@ -49,6 +51,7 @@ class Trainer:
     scheduler: OptimizerParamScheduler
     loader: BatchLoader
     logger: StepLogger
+    prefetcher: Prefetcher
     adapters: AdapterIdentity | None = None
     """What is trained and saved, where that is adapters."""
     files: RunFiles | None = None
@@ -135,7 +138,8 @@ def create_trainer(
     resumed = newest.state.step if newest is not None else None
     logger = StepLogger(plan.settings.logging_directory, said.every, plan.num_steps, layout, resumed=resumed)
     adapters = adapter_identity(plan.settings, layout)
-    trainer = Trainer(plan, layout, model, history, optimizer, scheduler, loader, logger, adapters, files)
+    prefetcher = Prefetcher(loader)
+    trainer = Trainer(plan, layout, model, history, optimizer, scheduler, loader, logger, prefetcher, adapters, files)
     if resume is not None and newest is not None:
         state = newest.state
         if state.adapters is not None:
@@ -162,6 +166,7 @@ def train(trainer: Trainer) -> None:
             _train_until_asked_to_stop(trainer, stop)
     finally:
         gc.unfreeze()
+        trainer.prefetcher.close()
         trainer.logger.close()
 
 
@@ -208,33 +213,33 @@ def training_step(trainer: Trainer, number: int) -> tuple[StepMetrics, float, li
     """
     settings, model = trainer.settings, trainer.model
     watchdog.arrived(f"step {number + 1}")
-    warming_up = trainer.loader.num_samples_before(number) < settings.selection.warmup_samples
-    gamma = 0.0 if warming_up else settings.selection.gamma
+    batch = trainer.prefetcher.take(number)
+    gamma = 0.0 if batch.num_samples_before < settings.selection.warmup_samples else settings.selection.gamma
     selector = selector_of(settings, trainer.layout, gamma=gamma, step=number, history=trainer.history)
     model.zero_gradients()
     trainer.optimizer.zero_grad()
-    reports = train_on_selected(model, trainer.loader.load(number), selector)
-    metrics = summarize(reports, model.architecture, trainer.layout)
-    gradient_norm = 0.0
+    reports = train_on_selected(model, batch.micro_batches, selector)
+    pending = begin_summary(reports, model.architecture, trainer.layout)
+    norm = gradient_norm(trainer.optimizer)
+    metrics = pending.read()
     if math.isfinite(metrics.loss_selected):  # it is NaN where no token is selected
         trainer.diverged = _divergence(metrics.loss_selected, model, number)
         _judge_checkpoint(trainer, number)
     if not metrics.num_selected:
+        norm = 0.0
         trainer.history.observe(reports)
         trainer.logger.say(f"step {number + 1}: no token is selected, the weights stay as they are")
     elif not math.isfinite(metrics.loss_selected):
+        norm = 0.0
         _not_finite(trainer, number, "the loss", metrics.loss_selected)
-    elif settings.training.on_nonfinite == "skip" and not has_finite_gradient(trainer.optimizer):
-        _not_finite(trainer, number, "the gradient norm", gradient_norm := math.nan)
+    elif not math.isfinite(norm):
+        _not_finite(trainer, number, "the gradient norm", norm)
     else:
         trainer.history.observe(reports)
-        _, norm, _ = trainer.optimizer.step()
-        gradient_norm = float(norm)
-        if not math.isfinite(gradient_norm):
-            _not_finite(trainer, number, "the gradient norm", gradient_norm)
+        optimizer_step(trainer.optimizer, norm)
         trainer.skipped_in_a_row = 0
     trainer.scheduler.step(1)
-    return metrics, gradient_norm, reports
+    return metrics, norm, reports
 
 
 def _not_finite(trainer: Trainer, number: int, name: str, value: float) -> None:

@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_sstoken.data.batches import TokenBatch
-from megatron_sstoken.device import compute_device, peak_memory_bytes
+from megatron_sstoken.device import compute_device, have_cuda, peak_memory_bytes, to_compute_device
 from megatron_sstoken.files import write_failure
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.flops import causal_pairs, model_flops
 from megatron_sstoken.parallel import Layout
 from megatron_sstoken.passes.step import TokenReport
+from megatron_sstoken.selection.topk import NO_TOKEN, nan_error
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _PERCENTILES = 101
@@ -51,90 +52,135 @@ class StepMetrics:
         return self.num_selected / self.num_response if self.num_response else math.nan
 
 
+@dataclass(frozen=True)
+class PendingMetrics:
+    """The numbers of a global batch on their way to the host."""
+
+    _numbers: torch.Tensor
+    """int64 on the host; floats as their bits. Not to be read before `_arrival`."""
+    _arrival: torch.cuda.Event | None
+
+    def read(self) -> StepMetrics:
+        """The metrics; waits for the device if it is not yet so far. Raises ValueError, on all ranks, where a score is NaN."""
+        if self._arrival is not None and not self._arrival.query():
+            self._arrival.synchronize()
+        first_nan, *_ = self._numbers.tolist()
+        if first_nan != NO_TOKEN:
+            raise nan_error(first_nan)
+        selected_loss, response_loss, selected, response, tokens, positions, flops, rho, *percentiles = (
+            self._numbers[1:].view(torch.float64).tolist()
+        )
+        at = [round(quantile * (_PERCENTILES - 1)) for quantile in QUANTILES]
+        rel, attention = percentiles[:_PERCENTILES], percentiles[_PERCENTILES:]
+        return StepMetrics(
+            loss_selected=selected_loss / selected if selected else math.nan,
+            loss_all=response_loss / response if response else math.nan,
+            loss_dropped=(response_loss - selected_loss) / (response - selected) if response > selected else math.nan,
+            num_selected=int(selected),
+            num_response=int(response),
+            num_tokens=int(tokens),
+            num_positions=int(positions),
+            model_flops=flops,
+            rel_quantiles=tuple(rel[index] for index in at),
+            attention_quantiles=tuple(attention[index] for index in at),
+            rho=rho,
+        )
+
+
 def summarize(reports: list[TokenReport], architecture: Architecture, layout: Layout) -> StepMetrics:
-    """Reduce this step's reports over the data-parallel ranks and tell every rank. All ranks call it."""
+    """Reduce reports over the data-parallel ranks and tell every rank. All ranks call it; it waits for the device."""
+    return begin_summary(reports, architecture, layout).read()
+
+
+def begin_summary(reports: list[TokenReport], architecture: Architecture, layout: Layout) -> PendingMetrics:
+    """Reduce this step's reports over the data-parallel ranks, and begin to tell every rank; nobody waits for the device.
+
+    All ranks call it.
+    """
     device = compute_device()
+    first_nan = torch.full((1,), NO_TOKEN, device=device)
     sums = torch.zeros(7, dtype=torch.float64, device=device)
-    percentiles = torch.full((2, _PERCENTILES + 1), torch.nan, device=device)
+    percentiles = torch.full((2, 1 + _PERCENTILES), torch.nan, dtype=torch.float64, device=device)
     if layout.is_last_stage:
-        for report in reports:
-            sums += _sums_of(report, architecture)
+        if reports:
+            sums = _sums_of(reports, architecture)
         dist.all_reduce(sums, group=layout.data)
         percentiles = _merge_percentiles(_percentiles_of(reports, device), layout)
-    rho = torch.tensor([reports[0].rho if reports else math.nan], dtype=torch.float64, device=device)
-    packed = torch.cat([sums, percentiles[:, 1:].flatten().double(), rho])
+        for report in reports:
+            if report.selection is not None and report.selection.first_nan is not None:
+                first_nan = torch.minimum(first_nan, report.selection.first_nan)
+        dist.all_reduce(first_nan, op=dist.ReduceOp.MIN, group=layout.data)
+    rho = torch.full((1,), reports[0].rho if reports else math.nan, dtype=torch.float64, device=device)
+    floats = torch.cat([sums, rho, percentiles[:, 1:].flatten()])
+    packed = torch.cat([first_nan, floats.view(torch.int64)])
     dist.broadcast(packed, src=layout.last_stage_rank, group=layout.groups.pp)
-    numbers = packed.tolist()
-    selected_loss, response_loss, selected, response, tokens, positions, flops = numbers[:7]
-    at = [round(quantile * (_PERCENTILES - 1)) for quantile in QUANTILES]
-    rel, attention = numbers[7 : 7 + _PERCENTILES], numbers[7 + _PERCENTILES : -1]
-    return StepMetrics(
-        loss_selected=selected_loss / selected if selected else math.nan,
-        loss_all=response_loss / response if response else math.nan,
-        loss_dropped=(response_loss - selected_loss) / (response - selected) if response > selected else math.nan,
-        num_selected=int(selected),
-        num_response=int(response),
-        num_tokens=int(tokens),
-        num_positions=int(positions),
-        model_flops=flops,
-        rel_quantiles=tuple(rel[index] for index in at),
-        attention_quantiles=tuple(attention[index] for index in at),
-        rho=numbers[-1],
-    )
+    if not have_cuda():
+        return PendingMetrics(packed, None)
+    arrival = torch.cuda.Event()
+    numbers = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+    numbers.copy_(packed, non_blocking=True)
+    arrival.record()
+    return PendingMetrics(numbers, arrival)
 
 
-def _sums_of(report: TokenReport, architecture: Architecture) -> torch.Tensor:
-    batch = report.batch
-    selected = batch.response if report.selection is None else report.selection.mask
-    loss = report.loss.double()
-    values = [
-        torch.where(selected, loss, 0.0).sum(),
-        torch.where(batch.response, loss, 0.0).sum(),
-        selected.sum(),
-        batch.response.sum(),
-        (batch.segment >= 0).sum(),
+def _sums_of(reports: list[TokenReport], architecture: Architecture) -> torch.Tensor:
+    """float64 [7] of this rank: losses of selected and of response tokens, then counts, in the order of `PendingMetrics`."""
+    losses = torch.cat([report.loss.double() for report in reports])
+    response = torch.cat([report.batch.response for report in reports])
+    selected = torch.cat([r.batch.response if r.selection is None else r.selection.mask for r in reports])
+    found = [
+        torch.where(selected, losses, 0.0).sum(),
+        torch.where(response, losses, 0.0).sum(),
+        selected.sum().double(),
     ]
-    fixed = [batch.segment.numel(), training_flops(batch, architecture)]
-    return torch.cat([torch.stack([value.double() for value in values]), values[0].new_tensor(fixed).double()])
+    facts = [report.batch.facts for report in reports]
+    known = [
+        sum(sum(one.response_counts) for one in facts),
+        sum(sum(one.sample_lengths) for one in facts),
+        len(response),
+        sum(training_flops(report.batch, architecture) for report in reports),
+    ]
+    return torch.cat([torch.stack(found), to_compute_device(torch.tensor(known, dtype=torch.float64))])
 
 
 def training_flops(batch: TokenBatch, a: Architecture) -> float:
     """Operations of forward and backward over the real tokens of a batch."""
-    lengths = torch.bincount(batch.segment[batch.segment >= 0]).tolist()
+    lengths = batch.facts.sample_lengths
     return model_flops(a, sum(lengths), sum(map(causal_pairs, lengths)))
 
 
 def _percentiles_of(reports: list[TokenReport], device: torch.device) -> torch.Tensor:
-    """[2, 102]: for REL and attention the number of response tokens on this rank, then their percentiles."""
-    result = torch.full((2, _PERCENTILES + 1), torch.nan, device=device)
-    result[:, 0] = 0
-    steps = torch.linspace(0, 1, _PERCENTILES, device=device)
+    """float64 [2, 102]: for REL and attention the number of response tokens on this rank that have it, then percentiles."""
     signals = [
-        [r.history_loss - r.loss for r in reports if r.history_loss is not None],
-        [r.values["attention"] for r in reports if "attention" in r.values],
+        [(r.history_loss - r.loss, r.batch.response) for r in reports if r.history_loss is not None],
+        [(r.values["attention"], r.batch.response) for r in reports if "attention" in r.values],
     ]
-    for row, values in enumerate(signals):
-        chosen = [value[report.batch.response] for value, report in zip(values, reports, strict=False)]
-        known = torch.cat(chosen) if chosen else result.new_empty(0)
-        if known.numel():
-            result[row, 0] = known.numel()
-            result[row, 1:] = torch.quantile(known[: 1 << 23].float(), steps)
-    return result
+    return torch.stack([_percentiles(values, device) for values in signals])
+
+
+def _percentiles(values: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> torch.Tensor:
+    """Of pairs of values and masks: how many of the masked values are not NaN, and their percentiles, interpolated."""
+    if not values:
+        return torch.full((1 + _PERCENTILES,), torch.nan, dtype=torch.float64, device=device).index_fill_(
+            0, torch.zeros(1, dtype=torch.int64, device=device), 0.0
+        )
+    known = torch.cat([torch.where(mask, value, torch.nan) for value, mask in values]).sort().values  # NaN is last
+    count = (~known.isnan()).sum()
+    place = torch.linspace(0, 1, _PERCENTILES, dtype=torch.float64, device=device) * (count - 1).clamp(min=0)
+    low, high = (known.take(end.long()).double() for end in (place.floor(), place.ceil()))
+    return torch.cat([count.double().reshape(1), torch.lerp(low, high, place - place.floor())])
 
 
 def _merge_percentiles(mine: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Percentiles of all ranks together, each rank's standing for as many tokens as it has."""
+    """Percentiles of all ranks together, each rank's standing for as many tokens as it has; those without are NaN."""
     gathered = mine.new_empty(layout.data_size, *mine.shape)
     dist.all_gather(list(gathered.unbind()), mine, group=layout.data)
-    merged = mine.clone()
-    for row in range(mine.shape[0]):
-        present = gathered[gathered[:, row, 0] > 0, row]
-        if len(present):
-            values, order = present[:, 1:].flatten().sort()
-            weights = present[:, :1].expand(-1, _PERCENTILES).flatten()[order].cumsum(0)
-            wanted = torch.linspace(0, 1, _PERCENTILES, device=mine.device) * weights[-1]
-            merged[row, 1:] = values[torch.searchsorted(weights, wanted).clamp(max=len(values) - 1)]
-    return merged
+    counts = gathered[:, :, 0].t().contiguous()  # [2, ranks]
+    values, order = gathered[:, :, 1:].transpose(0, 1).flatten(1).sort(dim=1)  # NaN is last, and weighs nothing
+    weights = counts.repeat_interleave(_PERCENTILES, dim=1).gather(1, order).cumsum(1)
+    wanted = torch.linspace(0, 1, _PERCENTILES, dtype=mine.dtype, device=mine.device) * weights[:, -1:]
+    places = torch.searchsorted(weights, wanted.contiguous()).clamp(max=values.shape[1] - 1)
+    return torch.cat([counts.sum(1, keepdim=True), values.gather(1, places)], dim=1)
 
 
 class StepLogger:

@@ -112,6 +112,7 @@ def signals_of(report: TokenReport) -> TokenSignals:
         sample=batch.sample,
         position=batch.position,
         values={**report.values, **history},
+        response_counts=batch.facts.response_counts,
     )
 
 

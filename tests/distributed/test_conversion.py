@@ -37,7 +37,7 @@ def train_and_return_logits(rank, settings, tokens):
     (chunk,) = model.unwrapped
     with torch.no_grad():
         position = torch.arange(tokens.shape[1]).unsqueeze(0)
-        logits = chunk(tokens, position, None, packed_seq_params=sample_bounds([tokens.shape[1]], torch.device("cpu")))
+        logits = chunk(tokens, position, None, packed_seq_params=sample_bounds([tokens.shape[1]]))
     return logits[0]
 
 

@@ -275,7 +275,7 @@ def logits_of(model):
     model.train(False)
     with torch.no_grad():
         length = TOKENS.shape[1]
-        bounds = sample_bounds([length], torch.device("cpu"))
+        bounds = sample_bounds([length])
         return model.unwrapped[0](TOKENS, torch.arange(length).unsqueeze(0), None, packed_seq_params=bounds)[0]
 
 

@@ -158,11 +158,13 @@ class _Dispatch(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         if name == "_to_copy":
             return self._copy(func, args, kwargs, device, gpu[0])
-        result_on_gpu = any(gpu) if device is None else _wants_cuda(device)
+        # Autograd's C++ makes tensors on the device that it sees, the CPU: within a backward pass they count as the device's.
+        in_backward = torch._C._current_graph_task_id() != -1
+        result_on_gpu = any(gpu) if device is None else _wants_cuda(device) or in_backward
         if any(gpu):
             _inspect(func, name, args, kwargs, tensors, gpu)
-        if name == "mm" and func._schema.overload_name == "dtype":  # CPUs have no product with another output type
-            return mark(args[0].float() @ args[1].float(), "gpu")
+        if name in ("mm", "addmm") and func._schema.overload_name.startswith("dtype"):
+            return _product_of_another_type(name, args, kwargs)
         before = {_key(tensor) for tensor in tensors if tensor.layout is torch.strided}
         result = func(*args, **kwargs)
         for tensor in tree_leaves(result):
@@ -180,6 +182,19 @@ class _Dispatch(TorchDispatchMode):
         return mark(func(*args, **kwargs), "gpu" if to_gpu else None)
 
 
+adds_products_in_place = True
+"""Whether `torch.addmm` takes an fp32 matrix beside factors in bf16, as newer versions of torch do on GPUs."""
+
+
+def _product_of_another_type(name, args, kwargs):
+    """CPUs have no product whose result has another type than its factors."""
+    if name == "mm":
+        return mark(args[0].float() @ args[1].float(), "gpu")
+    if not adds_products_in_place and args[0].dtype != args[1].dtype:
+        raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
+    return kwargs["out"].copy_(args[0] + args[1].float() @ args[2].float())
+
+
 def _inspect(func, name, args, kwargs, tensors, gpu) -> None:
     """Record what an operation with a tensor on the device makes the host wait for."""
     if _recorded is None:
@@ -190,7 +205,10 @@ def _inspect(func, name, args, kwargs, tensors, gpu) -> None:
         _wait("size", name)
     elif name in _INDEXING:
         index = [one for one in args[1] if one is not None]
-        if any(one.dtype in (torch.bool, torch.uint8) for one in index):
+        masked = any(one.dtype in (torch.bool, torch.uint8) for one in index)
+        if masked and len(args) > 2 and args[2].numel() == 1:
+            pass  # a number of the host's: torch fills where the mask says so
+        elif masked:
             _wait("size", f"{name} by a mask")
         elif any(one.dim() and not is_on_gpu(one) for one in index):
             _wait("to device", f"{name} by an index on the host")
@@ -359,7 +377,8 @@ def _replace_factories() -> None:
             if pinned:
                 mark(made, "pinned")
             if from_host:
-                mark(made, "gpu" if on_gpu else _mark_of(made))
+                shared = isinstance(args[0], torch.Tensor) if args else False  # `as_tensor` of a tensor
+                mark(made, "gpu" if on_gpu else _mark_of(made) if shared else None)
                 if on_gpu:
                     _wait("to device", f"torch.{name} {tuple(made.shape)}")
             return made

@@ -29,8 +29,9 @@ def train_with_bad_steps(rank, settings, bad):
     """Train with values that are not finite in some steps: number → "loss" or "gradient". The weights' sums, and the error."""
     from megatron_sstoken import train
     from megatron_sstoken.training import loop
+    from megatron_sstoken.training.metrics import PendingMetrics
 
-    real_summary, real_pass, sums, step = loop.summarize, loop.train_on_selected, [], iter(range(100))
+    real_read, real_pass, sums, step = PendingMetrics.read, loop.train_on_selected, [], iter(range(100))
 
     def pass_on(model, batches, selector):
         reports = real_pass(model, batches, selector)
@@ -40,13 +41,13 @@ def train_with_bad_steps(rank, settings, bad):
             next(iter(model.chunks[0].parameters())).main_grad[0, 0] = math.inf
         return reports
 
-    def summary(reports, architecture, layout):
-        found = real_summary(reports, architecture, layout)
+    def read(pending):
+        found = real_read(pending)
         if bad.get(pass_on.step) == "loss":
             object.__setattr__(found, "loss_selected", math.nan)
         return found
 
-    loop.train_on_selected, loop.summarize = pass_on, summary
+    loop.train_on_selected, PendingMetrics.read = pass_on, read
     try:
         train.run(settings)
     except FloatingPointError as error:

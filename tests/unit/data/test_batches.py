@@ -142,9 +142,23 @@ def test_without_history(store):
 
 def test_moved_to_a_device(store):
     (batch, _) = make_loader(store, history=History()).load(0)
-    moved = batch.to(torch.device("meta"))
+    moved = batch.mapped(lambda tensor: tensor.to("meta"))
     assert {moved.tokens.device.type, moved.response.device.type, moved.history_loss.device.type} == {"meta"}
     assert moved.lengths == batch.lengths and moved.num_segments == 2
+    assert moved.facts is batch.facts
+
+
+def test_facts_are_what_the_tensors_say(store):
+    """Micro-batches with two samples in a row, with an aligned one, and with empty rows."""
+    loaders = [make_loader(store), make_loader(store, shape=(1, 3, 1, 4), num_packs=4)]
+    for batch in [one for loader in loaders for number in range(loader.num_batches) for one in loader.load(number)]:
+        facts, real = batch.facts, batch.segment >= 0
+        assert facts.sample_lengths == [int((batch.segment == s).sum()) for s in range(batch.num_segments)]
+        assert facts.response_counts == [
+            int((batch.response & (batch.segment == s)).sum()) for s in range(batch.num_segments)
+        ]
+        assert facts.response.tolist() == batch.response.tolist()
+        assert facts.follows.tolist() == (real & (batch.position > 0)).tolist()
 
 
 def test_the_last_batch_is_filled_with_empty_rows(store):

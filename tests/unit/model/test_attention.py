@@ -60,7 +60,7 @@ def dense_attention(q, k, v, scale: float, window: int = TOKENS) -> torch.Tensor
 
 
 def attend(core, q, k, v) -> torch.Tensor:
-    return core(q, k, v, None, packed_seq_params=sample_bounds(LENGTHS, CPU))
+    return core(q, k, v, None, packed_seq_params=sample_bounds(LENGTHS))
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
@@ -104,7 +104,7 @@ def test_samples_and_later_tokens_do_not_matter():
 
 
 def test_sample_bounds():
-    bounds = sample_bounds(LENGTHS, CPU)
+    bounds = sample_bounds(LENGTHS)
     assert bounds.cu_seqlens_q.tolist() == bounds.cu_seqlens_kv.tolist() == [0, 5, 6, 15, 18]
     assert bounds.cu_seqlens_q.dtype == torch.int32 and bounds.qkv_format == "thd"
     assert (bounds.max_seqlen_q, bounds.max_seqlen_kv, bounds.lengths) == (9, 9, LENGTHS)
@@ -272,5 +272,5 @@ def test_nothing_quadratic_is_kept_for_the_backward_pass(dtype):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        make_core()(*qkv, None, packed_seq_params=sample_bounds([tokens], CPU))
+        make_core()(*qkv, None, packed_seq_params=sample_bounds([tokens]))
     assert kept and max(kept) <= tokens * heads * HEAD_DIM

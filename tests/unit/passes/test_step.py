@@ -69,7 +69,7 @@ def test_to_predicting_moves_one_to_the_left():
 def test_of_this_rank():
     values = torch.arange(16)
     assert of_this_rank(values, None) is values
-    ranks = [sample_bounds([8, 4, 4], torch.device("cpu"), 2, rank) for rank in range(2)]
+    ranks = [sample_bounds([8, 4, 4], 2, rank) for rank in range(2)]
     parts = [of_this_rank(values, bounds.index) for bounds in ranks]
     assert parts[0].tolist() == [0, 1, 6, 7, 8, 11, 12, 15] and parts[1].tolist() == [
         2,
@@ -115,7 +115,7 @@ def run_as_megatron(monkeypatch, chunk: Chunk, **model):
     monkeypatch.setattr(step, "get_forward_backward_func", lambda: schedule)
     layout = SimpleNamespace(context_size=1, context_rank=0, pipeline_size=1)
     whole = {"chunks": [chunk], "captures": [AttentionCapture()], "captured_layers": (), "layout": layout}
-    defaults = {"scores_context": False, "needs_calibration": False, "head_rows": lambda chunk, labels: None}
+    defaults = {"scores_context": False, "needs_calibration": False, "head_rows": lambda scored: None}
     return SimpleNamespace(**(whole | defaults | model)), handed
 
 

@@ -117,9 +117,11 @@ def test_nan_in_what_it_needs_names_the_token(method, scope):
         poisoned = signals.changed(**{name: values})
         if name in METHODS[method].needs:
             with pytest.raises(ValueError, match=r"sample 8 \(row number in the input\), position 2, is NaN"):
-                select(poisoned, method, scope=scope)
+                select(poisoned, method, scope=scope).require_numbers()
         else:
-            assert torch.equal(select(poisoned, method, scope=scope).mask, select(signals, method, scope=scope).mask)
+            found = select(poisoned, method, scope=scope)
+            found.require_numbers()
+            assert torch.equal(found.mask, select(signals, method, scope=scope).mask)
 
 
 def test_full_takes_every_response_token_and_never_communicates():

@@ -1,11 +1,10 @@
-"""Which rows the last layer's MLP computes."""
+"""Which rows the head and the last layer's MLP compute."""
 
-import torch
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sstoken.model.head import IGNORE_INDEX
-from megatron_sstoken.model.last_layer import head_rows
+from megatron_sstoken.model.rows import head_rows
 
 
 @given(
@@ -13,13 +12,14 @@ from megatron_sstoken.model.last_layer import head_rows
 )
 def test_every_labelled_row_is_somewhere_and_all_ranks_have_as_many(drawn):
     ranks, pattern = drawn
-    labels = torch.tensor([7 if scored else IGNORE_INDEX for scored in pattern * ranks])
-    labels[: len(pattern)] = IGNORE_INDEX  # the first rank has none
-    parts = [head_rows(labels, ranks, rank) for rank in range(ranks)]
+    scored = np.array(pattern * ranks)
+    scored[: len(pattern)] = False  # the first rank has none
+    parts = [head_rows(scored, ranks, rank) for rank in range(ranks)]
     found = [
         rank * len(pattern) + row for rank, part in enumerate(parts) for row in part.padded[: part.number].tolist()
     ]
-    assert found == (labels != IGNORE_INDEX).nonzero().flatten().tolist()
+    assert found == np.flatnonzero(scored).tolist()
+    assert all(part.scored.tolist() == found for part in parts)
     assert len({len(part.padded) for part in parts}) == 1 and len(parts[0].padded) == max(
         max(p.number for p in parts), 1
     )
