@@ -61,6 +61,9 @@ class TokenLossModel(GPTModel):
         """megatron's last step of the forward pass; with the selective head, losses take the place of logits."""
         if not self.head.selective or labels is None or not self.post_process:
             return super()._postprocess(hidden_states, labels=labels, packed_seq_params=packed_seq_params, **options)
+        # The head stands in for the output layer, whose weight may still be on its way from the other data-parallel ranks.
+        for wait_for_weights in self.output_layer._forward_pre_hooks.values():
+            wait_for_weights(self.output_layer, ())
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             # The head returns the whole gradient on every rank: each takes its part, there is nothing left to sum.
@@ -121,6 +124,15 @@ class Model:
         """Empty megatron's gradient buffers, into which the backward passes of a step accumulate."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()  # type: ignore[operator]  # a DistributedDataParallel
+
+    def gather_weights(self) -> None:
+        """Have all weights of the last step on this rank, of which the next forward pass would gather the other ranks' parts.
+
+        To be called by all ranks before anything but a forward pass reads the weights.
+        """
+        for chunk in self.chunks:
+            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     @property
     def has_adapters(self) -> bool:
@@ -274,7 +286,10 @@ def build_model(
         model.unwrapped.append(chunk)
     model.chunks = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in model.unwrapped]
     if trainable:
-        model.chunks = _data_parallel(config, model.chunks, layout)
+        # Adapters are read by the linears that hold them, not by modules of their own, which is where megatron would wait.
+        model.chunks = _data_parallel(
+            config, model.chunks, layout, overlap_gather=have_cuda() and not settings.lora.rank
+        )
         config.finalize_model_grads_func = finalize_gradients
     return model
 
@@ -319,11 +334,12 @@ def _mark_tensor_parallel(chunk: TokenLossModel, architecture: Architecture) -> 
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
 
 
-def _data_parallel(config, chunks, layout: Layout) -> list[torch.nn.Module]:
+def _data_parallel(config, chunks, layout: Layout, *, overlap_gather: bool) -> list[torch.nn.Module]:
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         overlap_grad_reduce=have_cuda(),
+        overlap_param_gather=overlap_gather,
         check_for_nan_in_grad=False,  # the training step checks the global norm, once
     )
     wrapped = [

@@ -28,6 +28,7 @@ def build_optimizer(
         bf16=model.config.bf16,
         params_dtype=model.config.params_dtype,
         use_distributed_optimizer=True,
+        overlap_param_gather=any(getattr(chunk.ddp_config, "overlap_param_gather", False) for chunk in model.chunks),
     )
     optimizer = get_megatron_optimizer(config, model.chunks, use_gloo_process_groups=have_cuda(), pg_collection=None)
     fuse_adamw(optimizer)

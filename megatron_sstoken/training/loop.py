@@ -288,6 +288,7 @@ def save(trainer: Trainer, *, stopping: bool = False) -> None:
     """Save a checkpoint of the steps done, once the files that they come from are known to be whole."""
     plan, settings = trainer.plan, trainer.settings
     trainer.require_whole_files()
+    trainer.model.gather_weights()
     watchdog.arrived(f"saving step {trainer.step}")
     state = RunState(
         step=trainer.step,

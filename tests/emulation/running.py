@@ -71,17 +71,31 @@ def _adapt_megatron() -> None:
         def wait(self):
             pass
 
+    gathers: list[Callable[[], None]] = []
+
+    class Gathering(Done):
+        """Weights come when they are waited for, no sooner: who does not wait sees old ones."""
+
+        calls: list[Callable[[], None]] = []
+
+        def wait(self):
+            while self.calls:
+                self.calls.pop()()
+
     @contextlib.contextmanager
     def together(group, async_ops):
-        yield Done()
+        handle = Gathering()
+        yield handle
+        handle.calls, gathers[:] = gathers.copy(), []
+        if not async_ops:
+            handle.wait()
 
     def reduce_scatter(output, input, *, op, group, async_op):
         _reduce_in_place(output, input, op=op, group=group, async_op=False)
         return Done()
 
     def all_gather(output, input, *, group, async_op):
-        _gather_from_others(output, input, group=group, async_op=False)
-        return Done()
+        gathers.append(functools.partial(_gather_from_others, output, input, group=group, async_op=False))
 
     def quiet(collective):
         @functools.wraps(collective)

@@ -32,7 +32,7 @@ def settings_of(request, tmp_path_factory):
             "data.packing": True,
             "data.sequence_length": 64,
             "training.micro_batch_size": 2,
-            "training.steps": 2,
+            "training.steps": 3,
             "history.hf_path": history,
             "selection.layer": [0, -1],
         }
@@ -71,3 +71,27 @@ def test_first_messages_never_wait_for_a_process_that_waits(settings_of, virtual
     settings = settings_of(**{"parallel.pipeline": 2, "parallel.virtual_pipeline": virtual, "training.steps": 1})
     for (steps,) in run_distributed(run_training, 2, [settings], timeout=180, before=_strict):
         assert steps[0]["num_selected"] > 0
+
+
+def weights_after_a_step(rank, settings):
+    """On each rank: all weights after one step and `gather_weights`, and whether they were all there before it."""
+    import torch
+
+    from megatron_sstoken.training.loop import training_step
+    from tests.helpers.workbench import make_trainer
+
+    trainer = make_trainer(settings)
+    training_step(trainer, 0)
+    before = [weight.detach().clone() for weight in trainer.model.unwrapped[0].parameters()]
+    trainer.model.gather_weights()
+    after = [weight.detach().clone() for weight in trainer.model.unwrapped[0].parameters()]
+    return [weight.tolist() for weight in after], all(map(torch.equal, before, after))
+
+
+def test_weights_are_whole_before_they_are_saved(settings_of):
+    """Each data-parallel rank updates a part; the others' parts come with the next forward pass, or when they are asked for."""
+    if settings_of.family != "llama":
+        pytest.skip("one family is enough")
+    first, second = run_pretended(weights_after_a_step, 2, settings_of())
+    assert first[0] == second[0]
+    assert not first[1] and not second[1], "the emulation gathers late"
