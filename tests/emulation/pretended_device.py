@@ -310,6 +310,8 @@ def _replace_cuda(num_devices: int) -> None:
     for name, value in replacements.items():
         setattr(torch.cuda, name, value)
     torch.version.cuda = torch.version.cuda or "13.0"
+    # Optimizers ask a build for GPUs whether their stream is being captured.
+    torch.optim.Optimizer._accelerator_graph_capture_health_check = lambda self: None  # type: ignore
 
 
 def _replace_tensor_methods() -> None:
