@@ -175,9 +175,14 @@ def reset_layout() -> None:
     All processes call it. Groups that nobody destroys keep their threads and connections until the process ends.
     """
     parallel_state.destroy_model_parallel()
-    dist.barrier()  # nobody leaves a group that another is still using
+    barrier()  # nobody leaves a group that another is still using
     for group in [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]:
         dist.destroy_process_group(group)
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    dist.barrier(device_ids=[compute_device().index] if have_cuda() else None)
 
 
 def stop_processes() -> None:

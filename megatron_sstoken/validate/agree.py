@@ -15,7 +15,7 @@ from megatron_sstoken.checkpoint.manifest import PROBE, Checkpoint
 from megatron_sstoken.checkpoint.weights_source import starting_weights
 from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.model.backend import numerics_of
-from megatron_sstoken.parallel import agree_on_problems, broadcast_object
+from megatron_sstoken.parallel import agree_on_problems, barrier, broadcast_object
 from megatron_sstoken.run_plan import RunPlan
 from megatron_sstoken.validate.run import plan_run
 
@@ -93,7 +93,7 @@ def _require_shared(setting: str, directory: str | None) -> None:
             probe.touch()
         except OSError as error:
             problem = f"{setting}={directory} cannot be written: {error}: name another folder"
-    dist.barrier()
+    barrier()
     if problem is None and not probe.exists():
         problem = f"{setting}={directory} of process {dist.get_rank()} is not that of process 0: name one that all nodes share"
     try:

@@ -38,7 +38,8 @@ def _use_gloo() -> None:
     sent: list[torch.Tensor] = []
     real_init, real_new, real_isend = dist.init_process_group, dist.new_group, dist.isend
 
-    def init_process_group(backend=None, *args, device_id=None, **kwargs):
+    def init_process_group(backend=None, *args, **kwargs):
+        assert "device_id" not in kwargs, "NCCL would make communicators of all groups, of which a run uses few"
         return real_init("gloo" if backend == "nccl" else backend, *args, **kwargs)
 
     def new_group(*args, device_id=None, pg_options=None, **kwargs):
