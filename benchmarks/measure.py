@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_sstoken.device import synchronize
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(os.environ.get("SSTOKEN_RESULTS", ROOT / "benchmarks" / "results"))
 
@@ -66,7 +68,7 @@ def alternate(variants: Mapping[str, Callable[[], Any]], rounds: int, baseline: 
 
 
 def seconds_of(function: Callable[[], Any]) -> float:
-    """Wall-clock seconds of one call, until all ranks are done."""
+    """Wall-clock seconds of one call, until all ranks and their devices are done."""
     _wait_for_all()
     begun = time.perf_counter()
     function()
@@ -75,6 +77,7 @@ def seconds_of(function: Callable[[], Any]) -> float:
 
 
 def _wait_for_all() -> None:
+    synchronize()
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.drawn_history import DrawnHistory
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.conversation import FieldNames
 from megatron_sstoken.data.prepare import prepare
 from megatron_sstoken.data.store import SampleStore, StoreWriter
-from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.parallel import create_layout, reset_layout
 from megatron_sstoken.training.loop import Trainer, create_trainer, model_to_train
 from megatron_sstoken.validate.agree import agreed_plan
@@ -55,16 +55,6 @@ class Options:
     def config(self, **more: Any) -> dict[str, Any]:
         """What the rows say of the configuration."""
         return vars(self.shape) | {"num_problems": self.num_problems, "tensor": self.tensor} | more
-
-
-class DrawnHistory(HistorySource):
-    """History losses drawn at random, so that nothing has to be scored before something else is timed."""
-
-    def token_values(self) -> "DrawnHistory":
-        return self
-
-    def values(self, start: int, stop: int) -> np.ndarray:
-        return np.random.default_rng(start).uniform(0, 12, stop - start).astype(np.float32)
 
 
 def make(gsm8k: Path, work: Path, shape: Shape, num_problems: int) -> None:

@@ -7,7 +7,6 @@ Without a GPU the comparisons of the GPU are skipped, and the same program compa
 
 import csv
 import importlib.util
-import os
 import subprocess
 import sys
 
@@ -117,25 +116,3 @@ def test_arithmetics_of_a_cpu(config, tmp_path, pair):
     found = shift(config, tmp_path, *ON_CPU[pair], device="cpu")
     assert ("bf16" in found["other"]) == (found["loss_mean"] > 1e-4), "two arithmetics, and not one twice"
     assert_within_bounds(found)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_the_step_benchmark_runs_to_its_table(tmp_path):
-    command = [sys.executable, "benchmarks/gpu_step.py", "--tiny", "--device", "cpu", "--rounds", "1"]
-    result = cli.run([*command, "--output", str(tmp_path)])
-    assert result.returncode == 0, result.stderr[-3000:]
-    with open(tmp_path / "gpu_step.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["method"] for row in rows] == ["full", "random", "sstoken"] * 2
-    assert all(float(row["tokens_per_s"]) > 0 and float(row["of_ceiling"]) > 0 for row in rows)
-    assert "| 1B | 128 | fp32 | sstoken |" in (tmp_path / "gpu_step.md").read_text()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_benchmark_says_so():
-    result = subprocess.run(
-        [sys.executable, "benchmarks/gpu_step.py"], cwd=ROOT, capture_output=True, text=True, timeout=100,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert result.returncode == 0 and "skipped: this machine has no CUDA device" in result.stdout
