@@ -275,6 +275,13 @@ _TORCH = (
         "All process groups, to destroy those that megatron forgets.",
     ),
     PrivateName(
+        "torch._C._distributed_c10d",
+        "_dump_nccl_trace",
+        ("watchdog.py",),
+        "torch's flight recorder as bytes, which NCCL's watchdog would write into the same file.",
+        only_with="nvidia",
+    ),
+    PrivateName(
         "torch.distributed.elastic.agent.server.local_elastic_agent",
         "LocalElasticAgent._monitor_workers",
         ("launch.py",),

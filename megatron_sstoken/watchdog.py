@@ -1,7 +1,8 @@
 """One process tells the others what it died of, and all of them which one stands still.
 
 A thread of each process writes into the store of torch.distributed, which a job has anyway, how far its process has come. The
-training thread itself only notes that in a variable.
+training thread itself only notes that in a variable. Where nothing moves for most of a minute, one process says where each one
+is; after the limit, all end.
 """
 
 import faulthandler
@@ -9,6 +10,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 from datetime import timedelta
@@ -19,6 +21,10 @@ import torch.distributed as dist
 
 _GRACE = 60.0
 """Seconds that process groups wait longer than the watchdog, which says more than they do."""
+_NOTICE = 40.0
+"""Seconds without progress after which it is said who stands where, if it is also much longer than progress took before."""
+_LONGER = 3.0
+"""How much longer."""
 _TELL = 5.0
 """Seconds that a process which fails waits for process 0 to repeat why."""
 
@@ -32,6 +38,7 @@ class Watchdog:
         self._period = min(max(limit / 20, 0.2), 5.0)
         self._main = threading.main_thread()
         self._place, self._count, self._since, self._beats = "starting", 0, time.monotonic(), 0
+        self._longest, self._noticed = 0.0, 0.0
         self._stop = threading.Event()
         self._guard = threading.Lock()
         self.repeated = False
@@ -41,7 +48,9 @@ class Watchdog:
 
     def arrived(self, place: str) -> None:
         """This process has come to `place` ("step 7"), which all processes come to in the same order."""
-        self._place, self._count, self._since = place, self._count + 1, time.monotonic()
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._since)
+        self._place, self._count, self._since, self._noticed = place, self._count + 1, now, 0.0
 
     def stop(self) -> None:
         """End the watch."""
@@ -90,7 +99,8 @@ class Watchdog:
                     self._set("repeated", "")
                 if time.monotonic() - last >= self._period:
                     last = time.monotonic()
-                    self._publish()
+                    self._publish(self._where()[0])
+                    self._notice()
             except RuntimeError:
                 pass  # without the store the watch goes on over this process alone
             if time.monotonic() - self._since > self._limit:
@@ -110,6 +120,27 @@ class Watchdog:
             "in": stack,
         }
         self._set(f"progress/{self._rank}", json.dumps(entry))
+
+    def _notice(self) -> None:
+        """Say where each process is, if nothing has moved for long and they are not all at the same work."""
+        standing, since = time.monotonic() - self._since, self._since
+        due = max(_NOTICE, _LONGER * self._longest, 2 * self._noticed)
+        if standing < due or standing + 3 * self._period > self._limit:
+            return
+        self._noticed = standing
+        with self._guard:
+            is_teller = self._store.add(f"notice/{self._count}/{due:.0f}", 1) == 1
+        if not is_teller:
+            return
+        lines = self._standing()
+        if since == self._since and (len(lines) > 1 or not lines[0].endswith("at work")):
+            listed = "\n".join(lines)
+            print(
+                f"note: no process got further for {standing:.0f} s (all end after {self._limit / 60:.3g} minutes, "
+                f"training.timeout_minutes):\n{listed}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _end(self) -> None:
         """Say who stands still, and end this process."""
@@ -137,11 +168,20 @@ class Watchdog:
             faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
         if dist.is_initialized() and dist.get_backend() == "nccl":
-            time.sleep(_GRACE + 10)  # for NCCL's own watchdog to write its flight recorder and end the process
+            _write_flight_recorder(self._rank)
         os._exit(1)
 
     def _tell(self) -> None:
-        """Print where every process is; those that give no sign of life, or do not wait for another one, first."""
+        listed = "\n".join(self._standing())
+        print(
+            f"error: no process got further for {self._limit / 60:.3g} minutes (training.timeout_minutes):\n{listed}\n"
+            "Checkpoints so far are whole: start the same command on all nodes again to go on from the newest.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _standing(self) -> list[str]:
+        """Where every process is; those that give no sign of life, or do not wait for another one, first."""
         before = self._entries()
         time.sleep(3 * self._period)
         entries = self._entries()
@@ -156,15 +196,8 @@ class Watchdog:
                 waits = entry["in"].startswith("waits")
                 line = f"{2 if waits else 1} is at: {entry['place']}, {entry['in'] or 'at work'}"
             lines.setdefault(line, []).append(rank)
-        listed = "\n".join(
-            f"  process {_ranges(ranks)} {line[2:]}" for line, ranks in sorted(lines.items(), key=lambda one: one[0])
-        )
-        print(
-            f"error: no process got further for {self._limit / 60:.3g} minutes (training.timeout_minutes):\n{listed}\n"
-            "Checkpoints so far are whole: start the same command on all nodes again to go on from the newest.",
-            file=sys.stderr,
-            flush=True,
-        )
+        in_order = sorted(lines.items(), key=lambda one: (one[0][0], len(one[1]), one[1]))
+        return [f"  process {_ranges(ranks)} {line[2:]}" for line, ranks in in_order]
 
     def _entries(self) -> dict[int, dict]:
         found = {}
@@ -218,9 +251,15 @@ def group_timeout(minutes: float) -> timedelta:
 
 
 def start(minutes: float) -> None:
-    """Begin the watch of this process, once torch.distributed has been initialised from the environment."""
+    """Begin the watch of this process; called before torch.distributed is initialised from the environment, and after.
+
+    It begins at the first call where torchrun keeps the store of the job, so that a process which never comes is named, too.
+    """
     global _current
-    if _current is not None or dist.get_world_size() == 1:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if _current is not None or world_size == 1:
+        return
+    if not dist.is_initialized() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     store: Any = dist.TCPStore(
         os.environ["MASTER_ADDR"],
@@ -231,7 +270,36 @@ def start(minutes: float) -> None:
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     named = dist.PrefixStore(f"megatron_sstoken/watchdog/{attempt}", store)
-    _current = Watchdog(60 * minutes, named, dist.get_rank(), dist.get_world_size())
+    _current = Watchdog(60 * minutes, named, rank, world_size)
+
+
+def prepare_flight_recorder() -> None:
+    """Have NCCL remember what it was asked for, to be written down when something hangs. Before process groups are made.
+
+    What the user has set stays, by these names or by that of older versions of torch.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    if not os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", os.path.join(tempfile.gettempdir(), "flight_recorder_"))
+
+
+def _write_flight_recorder(rank: int) -> None:
+    """Write down what NCCL was asked for last, in torch's own format, which `torchfrtrace` reads.
+
+    torch would do so at its own timeout, which counts from the last operation and not from the last step.
+    """
+    from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]  # the stubs lack it
+
+    prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE") or os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"]
+    try:
+        with open(f"{prefix}{rank}", "wb") as file:
+            file.write(_dump_nccl_trace())
+        print(f"process {rank}: NCCL's last operations are in {prefix}{rank}", file=sys.stderr, flush=True)
+    except OSError as error:
+        print(
+            f"warning: {prefix}{rank}: {error.strerror}: NCCL's last operations are lost", file=sys.stderr, flush=True
+        )
 
 
 def stop() -> None:
