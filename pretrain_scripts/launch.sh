@@ -31,7 +31,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 
 # launch NUM_PROCESSES TORCHRUN_ARGUMENT… -- CONFIG SETTING…
-#   CONFIG: a name of pretrain_scripts/configs, or a YAML file. `doctor` instead looks at the machines that would run.
+#   CONFIG: a name of pretrain_scripts/configs, or a YAML file. `preflight` instead looks at the machines that would run.
 launch() {
     local num_processes="$1" torchrun=(--max-restarts="${MAX_RESTARTS:-0}" --need-gpus)
     [[ -z "${LOGS:-}" ]] || torchrun+=(--logs="$LOGS")
@@ -42,8 +42,8 @@ launch() {
         shift
     done
     shift
-    if [[ "${1:-}" == doctor ]]; then
-        exec python -m megatron_sstoken.launch "${torchrun[@]}" -m megatron_sstoken.doctor --nodes "${@:2}"
+    if [[ "${1:-}" == preflight ]]; then
+        exec python -m megatron_sstoken.launch "${torchrun[@]}" -m megatron_sstoken.preflight "${@:2}"
     fi
     local config="${1:-}" configs="$ROOT/pretrain_scripts/configs"
     [[ -f "$config" ]] || config="$configs/$config.yaml"

@@ -7,5 +7,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 ONE=(--parallel.tensor=1 --parallel.pipeline=1 --parallel.virtual_pipeline=1 --parallel.context=1 --parallel.sequence=false)
-[[ "${1:-}" == doctor ]] && ONE=()
+[[ "${1:-}" == preflight ]] && ONE=()
 launch 1 --standalone --nproc-per-node=1 -- "${1:-}" "${ONE[@]}" "${@:2}"

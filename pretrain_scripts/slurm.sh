@@ -2,7 +2,7 @@
 # Fine-tune on a Slurm cluster. Relative paths mean the folder that it is submitted from.
 #
 #   sbatch --nodes=2 pretrain_scripts/slurm.sh Llama-3.1-8B [--section.key=value …]
-#   sbatch --nodes=2 pretrain_scripts/slurm.sh doctor [--folder runs]       # looks at the machines before a long run
+#   sbatch --nodes=2 pretrain_scripts/slurm.sh preflight [--folder runs]       # looks at the machines before a long run
 #   NNODES=16 bash pretrain_scripts/slurm.sh Llama-3.1-70B --dry_run        # checks the plan, needs no Slurm
 #
 # Five minutes before its time is up the job saves, ends, and queues itself again, to go on from there; when it is preempted or
