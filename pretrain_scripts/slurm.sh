@@ -49,8 +49,8 @@ export NNODES="$SLURM_JOB_NUM_NODES" RUN_ID="$SLURM_JOB_ID" GPUS="${GPUS:-${SLUR
 export MAX_RESTARTS="${MAX_RESTARTS:-3}" LOGS="${LOGS:-$PWD/sstoken-$SLURM_JOB_ID}"
 # Another port for each job, below those that Linux gives to connections (32768 and up).
 export MASTER_PORT="${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}"
-MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-export MASTER_ADDR
+machines="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+export MASTER_ADDR="${machines%%$'\n'*}"
 
 container=()
 if [[ -n "${CONTAINER_IMAGE:-}" ]]; then

@@ -1,6 +1,7 @@
 """Every launcher with every configuration plans its run on a machine without a GPU; what the launchers start, with stubs."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -8,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from megatron_sstoken import launch, supported
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.model.presets import MODELS
@@ -279,3 +282,32 @@ def test_scripts_are_sound(path):
     if shutil.which("shellcheck"):
         checked = subprocess.run(["shellcheck", "-x", "-P", "SCRIPTDIR", str(path)], capture_output=True, text=True)
         assert checked.returncode == 0, checked.stdout
+
+
+def test_the_example_for_kubernetes_starts_nodes_and_never_repeats_a_mistake():
+    spec = yaml.safe_load(Path(script("kubernetes.yaml")).read_text())["spec"]
+    (machines,) = spec["replicatedJobs"]
+    job = machines["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    given = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert int(given["NNODES"]) == job["parallelism"] == job["completions"] and "NODE_RANK" in given
+    assert int(given["GPUS"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert given["MASTER_ADDR"].startswith(f"sstoken-{machines['name']}-0-0.")
+    codes = job["podFailurePolicy"]["rules"][0]["onExitCodes"]
+    assert codes == {"containerName": container["name"], "operator": "In", "values": [launch.MISTAKE]}
+    assert spec["failurePolicy"]["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] > int(launch.STOP_SECONDS)
+    assert container["args"][0] in MODELS and Path(container["command"][1]).name == "nodes.sh"
+
+
+def test_the_container_installs_what_is_pinned():
+    text = Path(script("container/Dockerfile")).read_text()
+    (base,) = [line for line in text.splitlines() if line.startswith("FROM ")]
+    assert "cuda:13." in base and "-cudnn-devel-ubuntu24.04" in base, (
+        "Python 3.12, and the CUDA of torch's wheels on PyPI"
+    )
+    assert "grep '^torch==' constraints.txt" in text and "--no-build-isolation" in text
+    (code,) = re.findall(r"python -c \\\n\s+'(.*?)'", text)
+    told = subprocess.run([sys.executable, "-c", code], cwd=cli.ROOT, capture_output=True, text=True)
+    assert told.stdout.strip() == supported.LINES[-1].transformer_engine
