@@ -43,9 +43,9 @@ def test_choices(name, capsys):
 
 def test_a_mistake_is_not_buried_under_the_names_of_all_settings(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse("--training.step=3")
+        parse("--training.stride=3")
     *tip, problem = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and problem == "error: unrecognized arguments: --training.step=3"
+    assert stop.value.code == 2 and problem == "error: unrecognized arguments: --training.stride=3"
     assert len(tip) == 1 and tip[0].endswith("--help")
 
 
