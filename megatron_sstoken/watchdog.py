@@ -25,6 +25,8 @@ _NOTICE = 40.0
 """Seconds without progress after which it is said who stands where, if it is also much longer than progress took before."""
 _LONGER = 3.0
 """How much longer."""
+_SILENT, _AT_WORK, _WAITING = range(3)
+"""What a process that gets no further does, the likeliest culprits first."""
 _TELL = 5.0
 """Seconds that a process which fails waits for process 0 to repeat why."""
 
@@ -38,7 +40,7 @@ class Watchdog:
         self._period = min(max(limit / 20, 0.2), 5.0)
         self._main = threading.main_thread()
         self._place, self._count, self._since, self._beats = "starting", 0, time.monotonic(), 0
-        self._longest, self._noticed = 0.0, 0.0
+        self._longest, self._noticed, self._notices = 0.0, 0.0, 0
         self._stop = threading.Event()
         self._guard = threading.Lock()
         self.repeated = False
@@ -50,7 +52,7 @@ class Watchdog:
         """This process has come to `place` ("step 7"), which all processes come to in the same order."""
         now = time.monotonic()
         self._longest = max(self._longest, now - self._since)
-        self._place, self._count, self._since, self._noticed = place, self._count + 1, now, 0.0
+        self._place, self._count, self._since, self._noticed, self._notices = place, self._count + 1, now, 0.0, 0
 
     def stop(self) -> None:
         """End the watch."""
@@ -122,19 +124,21 @@ class Watchdog:
         self._set(f"progress/{self._rank}", json.dumps(entry))
 
     def _notice(self) -> None:
-        """Say where each process is, if nothing has moved for long and they are not all at the same work."""
+        """Say where each process is, if nothing has moved for long and one keeps the others waiting, or seems to."""
         standing, since = time.monotonic() - self._since, self._since
         due = max(_NOTICE, _LONGER * self._longest, 2 * self._noticed)
         if standing < due or standing + 3 * self._period > self._limit:
             return
-        self._noticed = standing
+        self._noticed, self._notices = standing, self._notices + 1
         with self._guard:
-            is_teller = self._store.add(f"notice/{self._count}/{due:.0f}", 1) == 1
+            is_teller = self._store.add(f"notice/{self._count}/{self._notices}", 1) == 1
         if not is_teller:
             return
         lines = self._standing()
-        if since == self._since and (len(lines) > 1 or not lines[0].endswith("at work")):
-            listed = "\n".join(lines)
+        # Who waits for a GPU's collective does not stand in one: there, a step in which they stand apart has to do.
+        apart = len(lines) > 1 and self._count > 0 and dist.is_initialized() and dist.get_backend() == "nccl"
+        if since == self._since and (apart or any(kind != _AT_WORK for kind, _ in lines)):
+            listed = "\n".join(line for _, line in lines)
             print(
                 f"note: no process got further for {standing:.0f} s (all end after {self._limit / 60:.3g} minutes, "
                 f"training.timeout_minutes):\n{listed}",
@@ -172,7 +176,7 @@ class Watchdog:
         os._exit(1)
 
     def _tell(self) -> None:
-        listed = "\n".join(self._standing())
+        listed = "\n".join(line for _, line in self._standing())
         print(
             f"error: no process got further for {self._limit / 60:.3g} minutes (training.timeout_minutes):\n{listed}\n"
             "Checkpoints so far are whole: start the same command on all nodes again to go on from the newest.",
@@ -180,24 +184,24 @@ class Watchdog:
             flush=True,
         )
 
-    def _standing(self) -> list[str]:
-        """Where every process is; those that give no sign of life, or do not wait for another one, first."""
+    def _standing(self) -> list[tuple[int, str]]:
+        """Kind and line of where every process is; those that give no sign of life, or do not wait for another one, first."""
         before = self._entries()
         time.sleep(3 * self._period)
         entries = self._entries()
-        lines: dict[str, list[int]] = {}
+        lines: dict[tuple[int, str], list[int]] = {}
         for rank in range(self._world_size):
             entry, old = entries.get(rank), before.get(rank)
             if entry is None:
-                line = "0 has not begun"
+                line = _SILENT, "has not begun"
             elif rank != self._rank and old is not None and old["beat"] == entry["beat"]:
-                line = f"0 gives no sign of life, was last at: {entry['place']} (on {entry['host']})"
+                line = _SILENT, f"gives no sign of life, was last at: {entry['place']} (on {entry['host']})"
             else:
-                waits = entry["in"].startswith("waits")
-                line = f"{2 if waits else 1} is at: {entry['place']}, {entry['in'] or 'at work'}"
+                kind = _WAITING if entry["in"].startswith("waits") else _AT_WORK
+                line = kind, f"is at: {entry['place']}, {entry['in'] or 'at work'}"
             lines.setdefault(line, []).append(rank)
         in_order = sorted(lines.items(), key=lambda one: (one[0][0], len(one[1]), one[1]))
-        return [f"  process {_ranges(ranks)} {line[2:]}" for line, ranks in in_order]
+        return [(kind, f"  process {_ranges(ranks)} {text}") for (kind, text), ranks in in_order]
 
     def _entries(self) -> dict[int, dict]:
         found = {}

@@ -18,6 +18,8 @@ print(f"process {rank}, start {os.environ['TORCHELASTIC_RESTART_COUNT']}", flush
 if how == "mistake":
     if rank == 0:
         print("error: data.train=nowhere does not exist", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)  # as ours do: the agent ends all as soon as one fails
     sys.exit(2)
 if how == "fail once" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     sys.exit(1)
@@ -96,6 +98,7 @@ def test_asked_to_stop_it_waits_for_what_the_processes_save(program, number, opt
     assert (run.returncode, errors) == (code, f"stopped by {number.name}\n")
 
 
+@pytest.mark.timeout(300)  # on a machine that may be busy
 def test_each_process_has_a_log_that_later_starts_append_to(program, tmp_path):
     for _ in range(2):
         result = start(program, "mistake", f"--logs={tmp_path / 'logs'}")

@@ -62,7 +62,7 @@ def test_a_process_without_a_sign_of_life_is_named(job, capfd, silent):
 
 
 def test_long_work_that_all_do_is_no_reason(job, capfd):
-    job(limit=3600, places=("",) * 2)
+    job(limit=3600, places=("works in forward", "works in backward"))
     assert "note" not in wait_for(capfd, "note", seconds=2)
 
 
