@@ -222,7 +222,8 @@ class Watchdog:
         if innermost is None:
             return "", False
         code = innermost.f_code
-        return f"works in {code.co_name} ({os.path.basename(code.co_filename)}:{innermost.f_lineno})", False
+        caller = "" if "megatron_sstoken" in code.co_filename else _caller(innermost)
+        return f"works in {code.co_name} ({os.path.basename(code.co_filename)}:{innermost.f_lineno}){caller}", False
 
 
 def _caller(frame: FrameType) -> str:

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_sstoken import preflight
-from megatron_sstoken.preflight import Facts, describe, judge
+from megatron_sstoken.preflight import __main__ as program
+from megatron_sstoken.preflight import measure
+from megatron_sstoken.preflight.findings import Facts, describe, judge
 from tests.helpers import cli
 from tests.helpers.distributed_runner import free_port, run_distributed
 
@@ -83,14 +84,14 @@ def test_speeds_of_processors_are_only_compared():
 def look_from_two_machines(rank, folders, hangs):
     """Facts as JSON; two processes play one machine, and each machine has its own idea of the folder."""
     os.environ["GROUP_RANK"] = str(rank // 2)
-    preflight.examine = lambda folder: None
-    preflight.diagnose = lambda machine: type("Diagnosis", (), {"errors": [], "warnings": ["/dev/shm has little"]})
-    preflight.VISIBLE = 0.5
+    measure.examine = lambda folder: None
+    measure.diagnose = lambda machine: type("Diagnosis", (), {"errors": [], "warnings": ["/dev/shm has little"]})
+    measure.VISIBLE = 0.5
     if hangs:
-        preflight.PATIENCE = 2.0
+        measure.PATIENCE = 2.0
     if hangs and rank < 2:
-        preflight._within_time = lambda measure: None
-    facts, hung = preflight.look(folders[rank // 2])
+        measure._within_time = lambda measure: None
+    facts, hung = measure.look(folders[rank // 2])
     return facts, hung
 
 
@@ -130,9 +131,9 @@ def test_srun_alone_is_understood(monkeypatch):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     hosts = subprocess.CompletedProcess([], 0, stdout="n0\nn1\n")
-    monkeypatch.setattr(preflight.subprocess, "run", lambda *_, **__: hosts)
-    monkeypatch.setattr(preflight.dist, "init_process_group", lambda *_, **__: asked.update(os.environ))
-    preflight._join()
+    monkeypatch.setattr(program.subprocess, "run", lambda *_, **__: hosts)
+    monkeypatch.setattr(program.dist, "init_process_group", lambda *_, **__: asked.update(os.environ))
+    program.join()
     joined = {name: asked[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     assert joined == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n0", "MASTER_PORT": "10007"}
 
