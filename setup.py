@@ -8,7 +8,8 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).resolve().parent
 # Not imported: the package needs what is about to be installed.
-LINES = runpy.run_path(str(HERE / "megatron_sstoken" / "supported.py"))["LINES"]
+SUPPORTED = runpy.run_path(str(HERE / "megatron_sstoken" / "supported.py"))
+LINES = SUPPORTED["LINES"]
 
 
 def read_version() -> str:
@@ -31,7 +32,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_sstoken", "megatron_sstoken.*"]),
     install_requires=[
-        "torch>=2.6",
+        f"torch>={SUPPORTED['OLDEST_TORCH']}",
         *(line.megatron_core_requirement for line in LINES),
         "transformers>=5",
         "tokenizers>=0.22",

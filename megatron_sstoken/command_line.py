@@ -16,6 +16,11 @@ PARSER_MODE = "settings"
 """jsonargparse's name for our reader of YAML."""
 
 
+class _Parser(jsonargparse.ArgumentParser):
+    def print_usage(self, file: Any = None) -> None:
+        """Nothing: the names of all settings would bury the line that says what is wrong; --help lists them."""
+
+
 def parse_settings(
     arguments: list[str] | None = None, *, program: str, description: str, extra: dict[str, dict] | None = None
 ) -> tuple[Settings, dict]:
@@ -27,9 +32,7 @@ def parse_settings(
     """
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     jsonargparse.set_loader(PARSER_MODE, _load_yaml, (yaml.YAMLError,))
-    parser = jsonargparse.ArgumentParser(
-        prog=program, description=description, exit_on_error=True, parser_mode=PARSER_MODE
-    )
+    parser = _Parser(prog=program, description=description, exit_on_error=True, parser_mode=PARSER_MODE)
     parser.add_argument("--config", action="config", help="YAML file with settings; may be given more than once.")
     extra = (extra or {}) | {"debug": DEBUG}
     for name, keywords in extra.items():

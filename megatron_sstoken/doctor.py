@@ -13,13 +13,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_sstoken.supported import LINES, TOKEN_MULTIPLE, Line, fp8_problem, line_of
+from megatron_sstoken.supported import LINES, OLDEST_TORCH, TOKEN_MULTIPLE, Line, fp8_problem, is_older, line_of
 
 REQUIRED = (
     "torch megatron-core transformers tokenizers safetensors sentencepiece pyarrow jsonargparse docstring-parser tqdm "
@@ -28,9 +29,19 @@ REQUIRED = (
 """What setup.py installs."""
 OPTIONAL = "transformer-engine transformer-engine-torch apex flash-attn triton".split()
 PACKAGES = [*REQUIRED, *OPTIONAL]
+MODULES = {
+    "megatron.core": ("megatron-core",),
+    "transformer_engine.pytorch": ("transformer-engine", "transformer-engine-torch"),
+    "amp_C": ("apex",),
+    "apex.multi_tensor_apply": ("apex",),
+    "fused_weight_gradient_mlp_cuda": ("apex",),
+    "flash_attn": ("flash-attn",),
+    "triton": ("triton",),
+}
+"""Module whose import is tried → packages of which one brings it; where none is installed, nothing is tried."""
 INTERFACES = (
     "GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME NCCL_IB_HCA NCCL_IB_DISABLE NCCL_P2P_DISABLE NCCL_DEBUG MASTER_ADDR "
-    "MASTER_PORT CUDA_DEVICE_MAX_CONNECTIONS OMP_NUM_THREADS SSTOKEN_DEVICE".split()
+    "MASTER_PORT CUDA_DEVICE_MAX_CONNECTIONS OMP_NUM_THREADS SSTOKEN_DEVICE NVTE_TORCH_COMPILE".split()
 )
 RENDEZVOUS = """
 import sys, datetime, torch, torch.distributed as dist
@@ -60,6 +71,10 @@ class Machine:
     shared_memory: int = LITTLE_SHARED_MEMORY
     disk: int = LITTLE_DISK
     environment: dict[str, str] = field(default_factory=dict)
+    compiler: str | None = "cc"
+    """A C compiler's path, by which Triton builds what starts its kernels."""
+    headers: bool = True
+    """Whether Python.h is there, which that needs."""
     python: tuple[int, int] = sys.version_info[:2]
 
     @property
@@ -71,6 +86,8 @@ class Machine:
         return self.versions.get(package) is not None
 
     def works(self, module: str) -> bool:
+        """Whether a module of MODULES is installed and imports."""
+        assert module in MODULES, f"nobody tries to import {module}"
         return self.imports.get(module) == ""
 
     @property
@@ -118,8 +135,11 @@ def try_rendezvous(timeout: float = 90) -> str:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-W", "ignore", "-c", RENDEZVOUS]
+    # Within a job torch would look for the job's own store.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     processes = [
-        subprocess.Popen([*command, str(rank), str(port)], stderr=subprocess.PIPE, text=True) for rank in range(2)
+        subprocess.Popen([*command, str(rank), str(port)], stderr=subprocess.PIPE, text=True, env=alone)
+        for rank in range(2)
     ]
     try:
         errors = [process.communicate(timeout=timeout)[1].strip().splitlines() for process in processes]
@@ -146,24 +166,21 @@ def examine(folder: str = ".") -> Machine:
             properties = torch.cuda.get_device_properties(index)
             gpus.append((properties.name, (properties.major, properties.minor), properties.total_memory))
         rendezvous = try_rendezvous()
-    modules = {
-        "transformer_engine.pytorch": versions["transformer-engine"] or versions["transformer-engine-torch"],
-        "amp_C": versions["apex"],
-        "apex.multi_tensor_apply": versions["apex"],
-        "flash_attn": versions["flash-attn"],
-        "megatron.core": versions["megatron-core"],
-    }
+    installed = [module for module, packages in MODULES.items() if any(versions[package] for package in packages)]
+    compilers = [os.environ.get("CC", "gcc"), "clang", "cc"]  # Triton's own order
     shared = Path("/dev/shm")
     return Machine(
         versions=versions,
         gpus=gpus,
         cuda=cuda,
         nccl=nccl,
-        imports={module: try_import(module) for module, version in modules.items() if version},
+        imports={module: try_import(module) for module in installed},
         rendezvous=rendezvous,
         shared_memory=shutil.disk_usage(shared).free if shared.exists() else 0,
         disk=shutil.disk_usage(folder).free,
         environment={name: os.environ[name] for name in INTERFACES if name in os.environ},
+        compiler=next((found for name in compilers if (found := shutil.which(name))), None),
+        headers=Path(sysconfig.get_paths()["include"], "Python.h").exists(),
     )
 
 
@@ -197,6 +214,9 @@ def _check_packages(machine: Machine, found: Diagnosis) -> None:
     absent = [package for package in REQUIRED if not machine.has(package)]
     if absent:
         found.errors.append(f"{', '.join(absent)} not installed: pip install -c constraints.txt -e '.[dev]'")
+    torch = machine.versions.get("torch")
+    if torch and is_older(torch, OLDEST_TORCH):
+        found.errors.append(f"torch {torch} is older than {OLDEST_TORCH}: pip install -c constraints.txt torch")
     installed = machine.versions.get("megatron-core")
     tested = [line.megatron_core for line in LINES]
     if installed and installed not in tested:
@@ -209,7 +229,12 @@ def _check_packages(machine: Machine, found: Diagnosis) -> None:
 
 
 def _check_transformer_engine(machine: Machine, found: Diagnosis) -> None:
-    install = f"pip install --no-build-isolation '{machine.line.transformer_engine}'"
+    core = f",core_cu{machine.cuda.split('.')[0]}]" if machine.cuda else "]"
+    install = (
+        "pip install wheel ninja pybind11 && pip install --no-build-isolation "
+        f"'{machine.line.transformer_engine.replace(']', core)}' (its part for torch is built here where NVIDIA offers none "
+        "for this torch: that takes minutes, a C++ compiler, CUDA's nvcc and cuDNN's headers)"
+    )
     version = machine.versions.get("transformer-engine")
     installed = machine.has("transformer-engine") or machine.has("transformer-engine-torch")
     if installed and machine.cuda is None:
@@ -227,6 +252,23 @@ def _check_transformer_engine(machine: Machine, found: Diagnosis) -> None:
         )
     elif machine.gpus and not installed:
         found.missing.append(f"Transformer Engine (fused layers, FlashAttention, FP8): {install}")
+    if machine.gpus and machine.runs_transformer_engine:
+        _check_compiling(machine, found)
+
+
+def _check_compiling(machine: Machine, found: Diagnosis) -> None:
+    """What torch.compile needs, by which Transformer Engine fuses small steps when they first run."""
+    lacking = {
+        "Triton (pip install triton)": not machine.works("triton"),
+        "a C compiler (apt-get install gcc)": machine.compiler is None,
+        "Python.h (apt-get install python3-dev)": not machine.headers,
+    }
+    if any(lacking.values()) and machine.environment.get("NVTE_TORCH_COMPILE") != "0":
+        found.warnings.append(
+            "Transformer Engine fuses some steps by torch.compile, which fails in the first step without "
+            f"{', '.join(name for name, is_lacking in lacking.items() if is_lacking)}: install that, or "
+            "export NVTE_TORCH_COMPILE=0, which is slower"
+        )
 
 
 def _check_apex(machine: Machine, found: Diagnosis) -> None:

@@ -113,11 +113,11 @@ def start_processes(timeout_minutes: float = 30) -> None:
     device = compute_device()
     if have_cuda():
         torch.cuda.set_device(device)
-        # What NCCL was asked for last, which it writes down when something hangs (torch's flight recorder).
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        watchdog.prepare_flight_recorder()
+    watchdog.start(timeout_minutes)
     # Without `device_id`: with it torch makes NCCL communicators of all groups at once, hundreds of them on large layouts,
-    # of which a run uses a few.
+    # of which a run uses a few, and a group's messages between stages wait for its other operations (NeMo-RL's 70B runs
+    # became slower; others hung).
     dist.init_process_group(communication_backend(), timeout=watchdog.group_timeout(timeout_minutes))
     watchdog.start(timeout_minutes)
 

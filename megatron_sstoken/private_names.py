@@ -275,6 +275,32 @@ _TORCH = (
         "All process groups, to destroy those that megatron forgets.",
     ),
     PrivateName(
+        "torch._C._distributed_c10d",
+        "_dump_nccl_trace",
+        ("watchdog.py",),
+        "torch's flight recorder as bytes, which NCCL's watchdog would write into the same file.",
+        only_with="nvidia",
+    ),
+    PrivateName(
+        "torch.distributed.elastic.agent.server.local_elastic_agent",
+        "LocalElasticAgent._monitor_workers",
+        ("launch.py",),
+        "Overridden: the look at the processes, after which the agent restarts them or gives up.",
+    ),
+    PrivateName(
+        "torch.distributed.elastic.agent.server.api",
+        "_remaining_restarts",
+        ("launch.py",),
+        "Set to 0 where a restart cannot help.",
+        in_text=True,
+    ),
+    PrivateName(
+        "torch.distributed.launcher.api",
+        "LocalElasticAgent",
+        ("launch.py",),
+        "Replaced by our agent: launch_agent has no argument for it.",
+    ),
+    PrivateName(
         "torch._subclasses.fake_tensor",
         "FakeTensorMode",
         (_STORED,),

@@ -30,10 +30,12 @@ class Line(NamedTuple):
 
     @property
     def transformer_engine(self) -> str:
-        """What to install beside it."""
+        """What to install beside it; with --no-build-isolation, for its part for torch is built against the one installed."""
         return f"transformer-engine[pytorch]{self.transformer_engine_range}"
 
 
+OLDEST_TORCH = "2.8"
+"""The first whose `torch.mm` takes `out_dtype`, by which the head on GPUs accumulates bf16 products in fp32."""
 LINES = (
     # The range is that of its extra `dev`.
     Line("0.16.1", 'python_version < "3.12"', "2.9", "2.12"),
@@ -66,6 +68,11 @@ def fp8_problem(recipe: str, capability: tuple[int, int], cuda: str | None) -> s
     if recipe == "blockwise" and (capability < (9, 0) or _version(cuda) < (12, 9)):
         return f"{has} and CUDA {cuda or '-'}, blockwise needs 9.0 (Hopper) and CUDA 12.9: use tensorwise"
     return None
+
+
+def is_older(version: str, than: str) -> bool:
+    """Whether `version` comes before `than`, by their first two numbers."""
+    return _version(version) < _version(than)
 
 
 def _version(text: str | None) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """One process tells the others what it died of, and all of them which one stands still.
 
 A thread of each process writes into the store of torch.distributed, which a job has anyway, how far its process has come. The
-training thread itself only notes that in a variable.
+training thread itself only notes that in a variable. Where nothing moves for most of a minute, one process says where each one
+is; after the limit, all end.
 """
 
 import faulthandler
@@ -9,6 +10,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 from datetime import timedelta
@@ -19,6 +21,12 @@ import torch.distributed as dist
 
 _GRACE = 60.0
 """Seconds that process groups wait longer than the watchdog, which says more than they do."""
+_NOTICE = 40.0
+"""Seconds without progress after which it is said who stands where, if it is also much longer than progress took before."""
+_LONGER = 3.0
+"""How much longer."""
+_SILENT, _AT_WORK, _WAITING = range(3)
+"""What a process that gets no further does, the likeliest culprits first."""
 _TELL = 5.0
 """Seconds that a process which fails waits for process 0 to repeat why."""
 
@@ -32,6 +40,7 @@ class Watchdog:
         self._period = min(max(limit / 20, 0.2), 5.0)
         self._main = threading.main_thread()
         self._place, self._count, self._since, self._beats = "starting", 0, time.monotonic(), 0
+        self._longest, self._noticed, self._notices = 0.0, 0.0, 0
         self._stop = threading.Event()
         self._guard = threading.Lock()
         self.repeated = False
@@ -41,7 +50,9 @@ class Watchdog:
 
     def arrived(self, place: str) -> None:
         """This process has come to `place` ("step 7"), which all processes come to in the same order."""
-        self._place, self._count, self._since = place, self._count + 1, time.monotonic()
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._since)
+        self._place, self._count, self._since, self._noticed, self._notices = place, self._count + 1, now, 0.0, 0
 
     def stop(self) -> None:
         """End the watch."""
@@ -90,7 +101,8 @@ class Watchdog:
                     self._set("repeated", "")
                 if time.monotonic() - last >= self._period:
                     last = time.monotonic()
-                    self._publish()
+                    self._publish(self._where()[0])
+                    self._notice()
             except RuntimeError:
                 pass  # without the store the watch goes on over this process alone
             if time.monotonic() - self._since > self._limit:
@@ -110,6 +122,29 @@ class Watchdog:
             "in": stack,
         }
         self._set(f"progress/{self._rank}", json.dumps(entry))
+
+    def _notice(self) -> None:
+        """Say where each process is, if nothing has moved for long and one keeps the others waiting, or seems to."""
+        standing, since = time.monotonic() - self._since, self._since
+        due = max(_NOTICE, _LONGER * self._longest, 2 * self._noticed)
+        if standing < due or standing + 3 * self._period > self._limit:
+            return
+        self._noticed, self._notices = standing, self._notices + 1
+        with self._guard:
+            is_teller = self._store.add(f"notice/{self._count}/{self._notices}", 1) == 1
+        if not is_teller:
+            return
+        lines = self._standing()
+        # Who waits for a GPU's collective does not stand in one: there, a step in which they stand apart has to do.
+        apart = len(lines) > 1 and self._count > 0 and dist.is_initialized() and dist.get_backend() == "nccl"
+        if since == self._since and (apart or any(kind != _AT_WORK for kind, _ in lines)):
+            listed = "\n".join(line for _, line in lines)
+            print(
+                f"note: no process got further for {standing:.0f} s (all end after {self._limit / 60:.3g} minutes, "
+                f"training.timeout_minutes):\n{listed}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _end(self) -> None:
         """Say who stands still, and end this process."""
@@ -137,34 +172,36 @@ class Watchdog:
             faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
         if dist.is_initialized() and dist.get_backend() == "nccl":
-            time.sleep(_GRACE + 10)  # for NCCL's own watchdog to write its flight recorder and end the process
+            _write_flight_recorder(self._rank)
         os._exit(1)
 
     def _tell(self) -> None:
-        """Print where every process is; those that give no sign of life, or do not wait for another one, first."""
-        before = self._entries()
-        time.sleep(3 * self._period)
-        entries = self._entries()
-        lines: dict[str, list[int]] = {}
-        for rank in range(self._world_size):
-            entry, old = entries.get(rank), before.get(rank)
-            if entry is None:
-                line = "0 has not begun"
-            elif rank != self._rank and old is not None and old["beat"] == entry["beat"]:
-                line = f"0 gives no sign of life, was last at: {entry['place']} (on {entry['host']})"
-            else:
-                waits = entry["in"].startswith("waits")
-                line = f"{2 if waits else 1} is at: {entry['place']}, {entry['in'] or 'at work'}"
-            lines.setdefault(line, []).append(rank)
-        listed = "\n".join(
-            f"  process {_ranges(ranks)} {line[2:]}" for line, ranks in sorted(lines.items(), key=lambda one: one[0])
-        )
+        listed = "\n".join(line for _, line in self._standing())
         print(
             f"error: no process got further for {self._limit / 60:.3g} minutes (training.timeout_minutes):\n{listed}\n"
             "Checkpoints so far are whole: start the same command on all nodes again to go on from the newest.",
             file=sys.stderr,
             flush=True,
         )
+
+    def _standing(self) -> list[tuple[int, str]]:
+        """Kind and line of where every process is; those that give no sign of life, or do not wait for another one, first."""
+        before = self._entries()
+        time.sleep(3 * self._period)
+        entries = self._entries()
+        lines: dict[tuple[int, str], list[int]] = {}
+        for rank in range(self._world_size):
+            entry, old = entries.get(rank), before.get(rank)
+            if entry is None:
+                line = _SILENT, "has not begun"
+            elif rank != self._rank and old is not None and old["beat"] == entry["beat"]:
+                line = _SILENT, f"gives no sign of life, was last at: {entry['place']} (on {entry['host']})"
+            else:
+                kind = _WAITING if entry["in"].startswith("waits") else _AT_WORK
+                line = kind, f"is at: {entry['place']}, {entry['in'] or 'at work'}"
+            lines.setdefault(line, []).append(rank)
+        in_order = sorted(lines.items(), key=lambda one: (one[0][0], len(one[1]), one[1]))
+        return [(kind, f"  process {_ranges(ranks)} {text}") for (kind, text), ranks in in_order]
 
     def _entries(self) -> dict[int, dict]:
         found = {}
@@ -185,7 +222,8 @@ class Watchdog:
         if innermost is None:
             return "", False
         code = innermost.f_code
-        return f"works in {code.co_name} ({os.path.basename(code.co_filename)}:{innermost.f_lineno})", False
+        caller = "" if "megatron_sstoken" in code.co_filename else _caller(innermost)
+        return f"works in {code.co_name} ({os.path.basename(code.co_filename)}:{innermost.f_lineno}){caller}", False
 
 
 def _caller(frame: FrameType) -> str:
@@ -218,9 +256,15 @@ def group_timeout(minutes: float) -> timedelta:
 
 
 def start(minutes: float) -> None:
-    """Begin the watch of this process, once torch.distributed has been initialised from the environment."""
+    """Begin the watch of this process; called before torch.distributed is initialised from the environment, and after.
+
+    It begins at the first call where torchrun keeps the store of the job, so that a process which never comes is named, too.
+    """
     global _current
-    if _current is not None or dist.get_world_size() == 1:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if _current is not None or world_size == 1:
+        return
+    if not dist.is_initialized() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     store: Any = dist.TCPStore(
         os.environ["MASTER_ADDR"],
@@ -231,7 +275,36 @@ def start(minutes: float) -> None:
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     named = dist.PrefixStore(f"megatron_sstoken/watchdog/{attempt}", store)
-    _current = Watchdog(60 * minutes, named, dist.get_rank(), dist.get_world_size())
+    _current = Watchdog(60 * minutes, named, rank, world_size)
+
+
+def prepare_flight_recorder() -> None:
+    """Have NCCL remember what it was asked for, to be written down when something hangs. Before process groups are made.
+
+    What the user has set stays, by these names or by that of older versions of torch.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    if not os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", os.path.join(tempfile.gettempdir(), "flight_recorder_"))
+
+
+def _write_flight_recorder(rank: int) -> None:
+    """Write down what NCCL was asked for last, in torch's own format, which `torchfrtrace` reads.
+
+    torch would do so at its own timeout, which counts from the last operation and not from the last step.
+    """
+    from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]  # the stubs lack it
+
+    prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE") or os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"]
+    try:
+        with open(f"{prefix}{rank}", "wb") as file:
+            file.write(_dump_nccl_trace())
+        print(f"process {rank}: NCCL's last operations are in {prefix}{rank}", file=sys.stderr, flush=True)
+    except OSError as error:
+        print(
+            f"warning: {prefix}{rank}: {error.strerror}: NCCL's last operations are lost", file=sys.stderr, flush=True
+        )
 
 
 def stop() -> None:

@@ -2,10 +2,11 @@
 # Fine-tune on several machines: start the same line on each of them, with its own NODE_RANK.
 #
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 bash pretrain_scripts/nodes.sh Llama-3.1-8B [--section.key=value …] [--dry_run]
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 bash pretrain_scripts/nodes.sh preflight [--folder runs]    # looks at the machines
 #
 # NNODES: machines (default: 2). NODE_RANK: number of this one; the rendezvous is on machine 0. MASTER_ADDR, MASTER_PORT:
 # where the others reach machine 0 (default port: 29500). GPUS: processes a machine (default: 8). RUN_ID: tells runs apart
-# that share machine and port.
+# that share machine and port. VENV, MAX_RESTARTS, LOGS, CLUSTER_ENV: see launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 GPUS="${GPUS:-8}"

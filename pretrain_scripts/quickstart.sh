@@ -8,7 +8,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-WORK="${WORK:-$ROOT/quickstart}"
+WORK="$(realpath -m "${WORK:-$ROOT/quickstart}")" # the caller's folder is left below
 MARK="$WORK/.made_by_quickstart"
 if [[ -e "$WORK" && ! -e "$MARK" ]]; then
     echo "error: WORK=$WORK exists and was not made by quickstart.sh: name another folder" >&2
@@ -31,7 +31,7 @@ python tools/prepare_data.py --input "$WORK/toy/chat.jsonl" --tokenizer "$WORK/t
 python tools/prepare_data.py --input "$WORK/toy/validation.jsonl" --tokenizer "$WORK/toy/model" --output "$WORK/validation"
 
 say "fine-tune with ssToken, tensor parallel 2 (scores the history first)"
-torchrun --standalone --nproc-per-node 2 -m megatron_sstoken.train \
+python -m megatron_sstoken.launch --standalone --nproc-per-node 2 -m megatron_sstoken.train \
     --config pretrain_scripts/configs/quickstart.yaml \
     --model.hf_path="$WORK/toy/model" \
     --data.train="$WORK/train" \

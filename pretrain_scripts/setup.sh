@@ -54,7 +54,7 @@ install_package() {
     # torch first and alone: whichever build (CPU or CUDA) the machine offers for this version stays.
     "${pip[@]}" "$torch" | without_what_is_there
     echo "installing megatron-sstoken, megatron-core and what else they need ..."
-    "${pip[@]}" --constraint "$ROOT/constraints.txt" --editable "$ROOT[dev]" | without_what_is_there
+    "${pip[@]}" --constraint "$ROOT/constraints.txt" --editable "${ROOT}[dev]" | without_what_is_there
     "$VENV/bin/python" -m pip list --disable-pip-version-check 2>/dev/null |
         grep -E '^(torch|megatron-core|transformers) ' || true
 }

@@ -42,7 +42,11 @@ def folder(tmp_path_factory):
 def start_nodes(settings) -> list[subprocess.Popen]:
     """Two agents of two processes, started as users start them on two machines; output is captured."""
     shared = {"GPUS": "2", "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= {"GLOO_SOCKET_IFNAME": "lo", "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    shared |= {
+        "SSTOKEN_DEVICE": "cpu",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+    }
     command = ["bash", "pretrain_scripts/nodes.sh", "quickstart", *cli.settings_arguments(settings)]
     return [
         subprocess.Popen(
@@ -93,7 +97,7 @@ def test_a_lost_node_ends_the_other_and_a_restart_equals_one_agent(folder, tmp_p
     for code, output in finish(start_nodes(settings)):
         assert code == 0, output[-3000:]
     alone = make_run(folder, tmp_path / "alone", parallel__tensor=2)
-    result = cli.run(cli.torchrun_command(4, "megatron_sstoken.train", *cli.settings_arguments(alone)))
+    result = cli.run(cli.launch_command(4, "megatron_sstoken.train", *cli.settings_arguments(alone)))
     assert result.returncode == 0, result.stderr
     found, whole = (cli.scalars(tmp_path / name / "logs", "loss/selected") for name in ("nodes", "alone"))
     assert set(found) == set(range(1, NUM_STEPS + 1))
@@ -132,7 +136,7 @@ def test_a_process_that_stands_still_ends_the_run(folder, tmp_path):
     """The others wait for it as long as the setting says; torchrun then ends it, too."""
     settings = make_run(folder, tmp_path / "run", parallel__tensor=2, training__timeout_minutes=0.2)
     settings.training.steps = 2000
-    command = cli.torchrun_command(2, "megatron_sstoken.train", *cli.settings_arguments(settings))
+    command = cli.launch_command(2, "megatron_sstoken.train", *cli.settings_arguments(settings))
     run = subprocess.Popen(
         command, env=cli.environment(), cwd=cli.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -34,7 +34,7 @@ def settings_in(folder, directory, **changes):
 
 
 def train_command(num_ranks, settings):
-    return cli.torchrun_command(num_ranks, "megatron_sstoken.train", *cli.settings_arguments(settings))
+    return cli.launch_command(num_ranks, "megatron_sstoken.train", *cli.settings_arguments(settings))
 
 
 def train(num_ranks, settings):

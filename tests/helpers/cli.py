@@ -15,9 +15,9 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def torchrun_command(num_ranks: int, module: str, *arguments: str) -> list[str]:
-    """`torchrun --nproc-per-node N -m module …` on a free port."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+def launch_command(num_ranks: int, module: str, *arguments: str) -> list[str]:
+    """N processes of a module on this machine, on a free port, as the launchers start them."""
+    launcher = [sys.executable, "-m", "megatron_sstoken.launch", "--standalone", f"--nproc-per-node={num_ranks}"]
     return [*launcher, "-m", module, *arguments]
 
 

@@ -41,6 +41,14 @@ def test_choices(name, capsys):
     assert name in message and "nonsense" in message and all(choice in message for choice in CHOICES[name])
 
 
+def test_a_mistake_is_not_buried_under_the_names_of_all_settings(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--training.stride=3")
+    *tip, problem = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and problem == "error: unrecognized arguments: --training.stride=3"
+    assert len(tip) == 1 and tip[0].endswith("--help")
+
+
 def test_later_settings_win(tmp_path):
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("training:\n  seed: 1\n  steps: 11\noptimizer: {learning_rate: 3e-4}\n")

@@ -7,19 +7,30 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_sstoken.doctor import LITTLE_DISK, PACKAGES, Machine, diagnose, fp8_recipes, main, try_import
+from megatron_sstoken import doctor
+from megatron_sstoken.doctor import (
+    LITTLE_DISK,
+    MODULES,
+    PACKAGES,
+    Machine,
+    diagnose,
+    examine,
+    fp8_recipes,
+    main,
+    try_import,
+)
 from megatron_sstoken.supported import LINES
 from tests.helpers.cli import ROOT, environment
 
 TESTED = [line.megatron_core for line in LINES]
-INSTALLED = dict.fromkeys(PACKAGES, "1.0") | {"megatron-core": "0.16.1"}
+INSTALLED = dict.fromkeys(PACKAGES, "3.0") | {"megatron-core": "0.16.1"}
 ABSENT = dict.fromkeys(("transformer-engine", "transformer-engine-torch", "apex", "flash-attn"))
 CPU = Machine(versions=INSTALLED | ABSENT, imports={"megatron.core": ""})
 H100 = ("NVIDIA H100 80GB HBM3", (9, 0), 80 << 30)
 ENGINE = {"transformer-engine": "2.11.0", "transformer-engine-torch": "2.11.0"}
 HOPPER = replace(
     CPU, gpus=[H100], cuda="13.0", nccl=True, versions=CPU.versions | ENGINE,
-    imports={"megatron.core": "", "transformer_engine.pytorch": ""},
+    imports={"megatron.core": "", "transformer_engine.pytorch": "", "triton": ""},
 )  # fmt: skip
 
 
@@ -33,8 +44,54 @@ def test_a_sound_machine_without_gpu_runs_the_torch_path():
 def test_a_gpu_without_transformer_engine_is_told_the_command():
     machine = replace(HOPPER, versions=CPU.versions, imports=CPU.imports)
     found = diagnose(machine)
-    assert not found.errors and "transformer-engine[pytorch]>=2.9,<2.12" in found.missing[0]
+    wanted = "pip install --no-build-isolation 'transformer-engine[pytorch,core_cu13]>=2.9,<2.12'"
+    assert not found.errors and wanted in found.missing[0] and "wheel ninja pybind11" in found.missing[0]
     assert found.components["communication"].startswith("NCCL")
+
+
+@pytest.mark.parametrize(
+    ("apex", "told"),
+    [
+        ({}, "separate addition (no fusion)"),
+        (dict.fromkeys(["fused_weight_gradient_mlp_cuda"], ""), "inside the matrix product"),
+    ],
+)
+def test_fused_weight_gradients_are_told_where_they_are(apex, told):
+    versions = HOPPER.versions | {"apex": "0.1"}
+    found = diagnose(replace(HOPPER, versions=versions, imports=HOPPER.imports | apex))
+    assert found.components["gradient accumulation"] == told
+
+
+def test_whatever_is_asked_for_has_been_tried(monkeypatch):
+    """A module that nobody tries to import would count as missing on every machine."""
+    tried = []
+    monkeypatch.setattr(doctor, "version_of", lambda package: "3.0")
+    monkeypatch.setattr(doctor, "try_import", lambda module: tried.append(module) or "")
+    monkeypatch.setattr(doctor, "try_rendezvous", lambda: "")
+    machine = examine()
+    assert set(tried) == set(MODULES)
+    everything = diagnose(replace(machine, gpus=[H100], cuda="13.0", environment={}))
+    assert everything.components["gradient accumulation"] == "inside the matrix product"
+    with pytest.raises(AssertionError, match="nobody tries to import nowhere"):
+        machine.works("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"imports": HOPPER.imports | {"triton": "ImportError"}}, "without Triton (pip install triton): install"),
+        (
+            {"compiler": None, "headers": False},
+            "without a C compiler (apt-get install gcc), Python.h (apt-get install python3-dev)",
+        ),
+    ],
+)
+def test_what_transformer_engine_compiles_with_is_looked_for(changes, named):
+    machine = replace(HOPPER, **changes)
+    (warning,) = diagnose(machine).warnings
+    assert named in warning and "export NVTE_TORCH_COMPILE=0" in warning
+    assert diagnose(replace(machine, environment={"NVTE_TORCH_COMPILE": "0"})).warnings == []
+    assert diagnose(replace(machine, gpus=[])).warnings == []
 
 
 @pytest.mark.parametrize(
@@ -56,6 +113,11 @@ def test_fp8_recipes(capability, cuda, recipes):
         ({"versions": CPU.versions | ENGINE}, "errors", "beside a CPU build of torch"),
         ({"versions": CPU.versions | {"pyarrow": None}}, "errors", "pyarrow not installed: pip install"),
         ({"imports": {"megatron.core": "RuntimeError: broken"}}, "errors", "RuntimeError: broken"),
+        (
+            {"versions": CPU.versions | {"torch": "2.7.1+cu128"}},
+            "errors",
+            "torch 2.7.1+cu128 is older than 2.8: pip install",
+        ),
         ({"rendezvous": "Connection refused"}, "errors", "GLOO_SOCKET_IFNAME"),
         (
             {"versions": CPU.versions | {"megatron-core": "0.17.0"}, "python": (3, 11)},

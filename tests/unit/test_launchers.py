@@ -1,12 +1,17 @@
-"""Every launcher with every configuration plans its run on a machine without a GPU."""
+"""Every launcher with every configuration plans its run on a machine without a GPU; what the launchers start, with stubs."""
 
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from megatron_sstoken import launch, supported
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.model.presets import MODELS
@@ -97,3 +102,212 @@ def test_an_unknown_configuration_lists_those_that_are_there():
     )
     assert result.returncode == 2
     assert "Llama-3.1-70B" in result.stderr and "quickstart" in result.stderr
+
+
+STUB = """#!/usr/bin/env bash
+# Says how it was called.
+{{ pwd; printf '%s\\n' "$@"; printf '%s\\n' "NCCL_SOCKET_IFNAME=${{NCCL_SOCKET_IFNAME:-}}"; }} >"{record}"
+{body}
+"""
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """Puts a program before all others: `stub(name, body)` gives the file where it writes down its folder and arguments."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("VENV", "/none")
+    for name in (
+        "SSTOKEN_ROOT",
+        "MAX_RESTARTS",
+        "LOGS",
+        "GPUS",
+        "NNODES",
+        "MASTER_PORT",
+        "STOPPED_CODE",
+        "CLUSTER_ENV",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+    def make(name: str, body: str = "") -> Path:
+        record = tmp_path / f"{name}.called"
+        (programs / name).write_text(STUB.format(record=record, body=body), encoding="utf-8")
+        (programs / name).chmod(0o755)
+        return record
+
+    return make
+
+
+def call(folder, *command, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", *command], cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def script(name: str) -> str:
+    return str(cli.ROOT / "pretrain_scripts" / name)
+
+
+@pytest.mark.parametrize("name", ["single_gpu.sh", "node.sh", "nodes.sh"])
+def test_relative_paths_mean_the_folder_of_the_caller(stub, tmp_path, name):
+    called = stub("python")
+    (tmp_path / "own.yaml").write_text("model: {hf_path: here}\n")
+    more = {"NODE_RANK": "0", "MASTER_ADDR": "node0", "MAX_RESTARTS": "4", "LOGS": "logs"}
+    result = call(tmp_path, script(name), "own.yaml", "--data.train=data", **more)
+    assert result.returncode == 0, result.stderr
+    folder, *arguments = called.read_text().splitlines()
+    assert folder == str(tmp_path) and "--data.train=data" in arguments
+    assert arguments[arguments.index("--config") + 1] == "own.yaml"
+    assert {"--max-restarts=4", "--logs=logs", "--need-gpus"} <= set(arguments)
+
+
+def test_the_settings_of_a_cluster_reach_the_processes(stub, tmp_path):
+    called = stub("python")
+    settings = tmp_path / "cluster.env"
+    settings.write_text('NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-ib0}"\n')
+    assert call(tmp_path, script("node.sh"), "quickstart", CLUSTER_ENV=str(settings)).returncode == 0
+    assert "NCCL_SOCKET_IFNAME=ib0" in called.read_text()
+    call(tmp_path, script("node.sh"), "quickstart", CLUSTER_ENV=str(settings), NCCL_SOCKET_IFNAME="eth7")
+    assert "NCCL_SOCKET_IFNAME=eth7" in called.read_text(), "the environment of the command wins"
+    result = call(tmp_path, script("node.sh"), "quickstart", CLUSTER_ENV="nowhere.env")
+    assert result.returncode == 2 and "error: CLUSTER_ENV=nowhere.env is not a file: copy" in result.stderr
+
+
+def test_the_example_of_cluster_settings_can_be_sourced(tmp_path):
+    example = Path(script("cluster.env.example")).read_text()
+    (tmp_path / "cluster.env").write_text(
+        "".join(line.removeprefix("# ") for line in example.splitlines(True) if '="${' in line)
+    )
+    result = call(tmp_path, "-euc", "set -a; source ./cluster.env; env")
+    assert result.returncode == 0 and "NCCL_IB_HCA=mlx5\n" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["single_gpu.sh", "node.sh"])
+def test_without_gpus_nothing_starts(stub, tmp_path, name):
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "PATH": path, "SSTOKEN_DEVICE": ""}
+    result = call(tmp_path, script(name), "Llama-3.2-1B", **hidden)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and "want a GPU each, and torch finds 0 on" in line
+
+
+JOB = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_GPUS_ON_NODE": "4"}
+SCONTROL = f"""
+case "$*" in
+    *"show job"*) echo "JobId=4711 JobName=sstoken Command={script("slurm.sh")} Llama WorkDir=/" ;;
+    *hostnames*) printf 'node0\\nnode1\\n' ;;
+    requeue*) echo requeued ;;
+esac
+"""
+
+
+def submitted(folder, **more) -> subprocess.Popen:
+    """The batch script as Slurm runs it: a copy from elsewhere, which its own path does not tell."""
+    copy = folder / "slurm_script"
+    copy.write_text(Path(script("slurm.sh")).read_text())
+    return subprocess.Popen(
+        ["bash", str(copy), "quickstart", "--data.train=data"],
+        cwd=folder, env=os.environ | JOB | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_a_job_starts_the_launcher_on_each_machine(stub, tmp_path):
+    stub("scontrol", SCONTROL)
+    ports = []
+    for number in ("4711", "4712"):
+        body = 'env | grep -E "^(MASTER|NNODES|GPUS|RUN_ID|MAX_RESTARTS|LOGS)"; SLURM_NODEID=1 exec "${@:3}"'
+        called, python = stub("srun", body), stub("python")
+        output, errors = submitted(tmp_path, SLURM_JOB_ID=number).communicate(timeout=60)
+        told = dict(line.split("=", 1) for line in output.splitlines())
+        assert told["NNODES"] == "2" and told["GPUS"] == "4" and told["MASTER_ADDR"] == "node0", errors
+        assert told["LOGS"] == str(tmp_path / f"sstoken-{number}") and told["MAX_RESTARTS"] == "3"
+        ports.append(int(told["MASTER_PORT"]))
+        assert {"--kill-on-bad-exit=1", "--cpu-bind=none"} <= set(called.read_text().splitlines())
+        folder, *arguments = python.read_text().splitlines()
+        assert folder == str(tmp_path) and f"--rdzv-endpoint=node0:{ports[-1]}" in arguments
+        assert {"--nproc-per-node=4", "--rdzv-conf=is_host=false", "--stopped-code=0", f"--rdzv-id={number}"} <= set(
+            arguments
+        )
+    assert ports[0] != ports[1] and all(1024 < port < 32768 for port in ports)
+
+
+def test_a_job_in_a_container(stub, tmp_path):
+    stub("scontrol", SCONTROL)
+    called = stub("srun")
+    submitted(tmp_path, CONTAINER_IMAGE="sstoken.sqsh", CONTAINER_MOUNTS="/shared:/shared").communicate(timeout=60)
+    arguments = called.read_text().splitlines()
+    assert "--container-image=sstoken.sqsh" in arguments and f"--container-workdir={tmp_path}" in arguments
+    (mounts,) = [one for one in arguments if one.startswith("--container-mounts=")]
+    assert mounts.endswith(f",{tmp_path}:{tmp_path},/shared:/shared") and f"{cli.ROOT}:{cli.ROOT}" in mounts
+
+
+def test_a_job_whose_time_is_up_saves_and_queues_again(stub, tmp_path):
+    """Slurm's signal reaches the script alone, which tells the steps, waits for them, and asks for another turn."""
+    pid, record = tmp_path / "srun.pid", stub("scontrol", SCONTROL)
+    stub(
+        "srun",
+        f'trap "sleep 1; echo saved; exit 0" TERM; echo $$ >"{pid}"; echo training; while true; do sleep 0.1; done',
+    )
+    told = stub("scancel", f'kill -TERM "$(cat "{pid}")"')
+    job = submitted(tmp_path)
+    assert job.stdout.readline() == "training\n"
+    job.send_signal(signal.SIGUSR1)
+    output, errors = job.communicate(timeout=60)
+    assert job.returncode == 0, errors
+    assert [line for line in output.splitlines() if " " not in line] == ["saved", "requeued"]
+    assert told.read_text().splitlines()[1:3] == ["--signal=TERM", "4711"]
+    assert record.read_text().splitlines()[1:3] == ["requeue", "4711"]
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_a_job_that_ends_by_itself_is_not_queued_again(stub, tmp_path, code):
+    record = stub("scontrol", SCONTROL)
+    stub("srun", f"exit {code}")
+    job = submitted(tmp_path)
+    job.communicate(timeout=60)
+    assert job.returncode == code and "requeue" not in record.read_text()
+
+
+def test_a_job_knows_what_slurm_has_to_do():
+    told = [
+        line.removeprefix("#SBATCH ") for line in Path(script("slurm.sh")).read_text().splitlines() if "#SBATCH" in line
+    ]
+    assert {"--signal=B:USR1@300", "--requeue", "--open-mode=append", "--output=sstoken-%j.log"} <= set(told)
+
+
+@pytest.mark.parametrize("path", sorted((cli.ROOT / "pretrain_scripts").glob("*.sh")), ids=lambda path: path.name)
+def test_scripts_are_sound(path):
+    assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
+    if shutil.which("shellcheck"):
+        checked = subprocess.run(["shellcheck", "-x", "-P", "SCRIPTDIR", str(path)], capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout
+
+
+def test_the_example_for_kubernetes_starts_nodes_and_never_repeats_a_mistake():
+    spec = yaml.safe_load(Path(script("kubernetes.yaml")).read_text())["spec"]
+    (machines,) = spec["replicatedJobs"]
+    job = machines["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    given = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert int(given["NNODES"]) == job["parallelism"] == job["completions"] and "NODE_RANK" in given
+    assert int(given["GPUS"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert given["MASTER_ADDR"].startswith(f"sstoken-{machines['name']}-0-0.")
+    codes = job["podFailurePolicy"]["rules"][0]["onExitCodes"]
+    assert codes == {"containerName": container["name"], "operator": "In", "values": [launch.MISTAKE]}
+    assert spec["failurePolicy"]["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] > int(launch.STOP_SECONDS)
+    assert container["args"][0] in MODELS and Path(container["command"][1]).name == "nodes.sh"
+
+
+def test_the_container_installs_what_is_pinned():
+    text = Path(script("container/Dockerfile")).read_text()
+    (base,) = [line for line in text.splitlines() if line.startswith("FROM ")]
+    assert "cuda:13." in base and "-cudnn-devel-ubuntu24.04" in base, (
+        "Python 3.12, and the CUDA of torch's wheels on PyPI"
+    )
+    assert "grep '^torch==' constraints.txt" in text and "--no-build-isolation" in text
+    (code,) = re.findall(r"python -c \\\n\s+'(.*?)'", text)
+    told = subprocess.run([sys.executable, "-c", code], cwd=cli.ROOT, capture_output=True, text=True)
+    assert told.stdout.strip() == supported.LINES[-1].transformer_engine
