@@ -28,7 +28,7 @@ class PrivateName:
 
 
 _BUILD, _LAST, _LORA = "model/build.py", "model/last_layer.py", "model/lora.py"
-_SAVE, _STORED, _CONTENTS = "checkpoint/save_load.py", "conversion/torch_dist.py", "conversion/contents.py"
+_STATE, _STORED, _CONTENTS = "checkpoint/optimizer_state.py", "conversion/torch_dist.py", "conversion/contents.py"
 _MEGATRON = "megatron.core."
 _LAYERS = "megatron.core.tensor_parallel.layers"
 _GRADIENTS = "megatron.core.distributed.param_and_grad_buffer"
@@ -204,28 +204,53 @@ _MEGATRON_ON_CPU = (
 _MEGATRON_STATE = (
     PrivateName(
         _OPTIMIZER,
-        "DistributedOptimizer.load_parameter_state_from_fully_reshardable",
-        (_SAVE,),
-        "Loads the optimizer's tensors apart from AdamW's step, among which megatron would look for it.",
+        "DistributedOptimizer.sharded_param_state_fully_reshardable",
+        (_STATE,),
+        "Replaced while a state is made: called with the model's sharded state, is_loading and metadata.",
+    ),
+    PrivateName(
+        _OPTIMIZER,
+        "DistributedOptimizer._get_main_param_and_optimizer_states",
+        (_STATE,),
+        "This rank's range of a parameter: fp32 copy under param, exp_avg, exp_avg_sq, and step, which is left out.",
+    ),
+    PrivateName(
+        _OPTIMIZER,
+        "DistributedOptimizer._set_main_param_and_optimizer_states",
+        (_STATE,),
+        "Copies such ranges into place.",
+    ),
+    PrivateName(
+        _OPTIMIZER,
+        "gbuf_ranges",
+        (_STATE,),
+        "For each buffer its buckets; their param_map says which range of which parameter this rank holds.",
+        in_text=True,
+    ),
+    PrivateName(
+        _OPTIMIZER,
+        "HybridDeviceOptimizer._sync_hdo_state_to_sub_optimizers",
+        (_STATE,),
+        "Takes over state that was loaded, where a part of the optimizer lives on the CPU.",
     ),
     PrivateName(
         _OPTIMIZER,
         "param_state",
-        (_SAVE,),
+        (_STATE,),
         "Key of the optimizer's tensors in its state.",
         in_text=True,
     ),
     PrivateName(
         _OPTIMIZER,
         "distrib_optim_sharding_type",
-        (_SAVE,),
+        (_STATE,),
         "Key of the metadata that chooses the form which moves between layouts, fully_reshardable.",
         in_text=True,
     ),
     PrivateName(
         _MEGATRON + "optimizer.optimizer",
         "chained_optimizers",
-        (_SAVE,),
+        (_STATE,),
         "The optimizers that a mixture of experts has two of.",
         in_text=True,
     ),
@@ -238,7 +263,7 @@ _MEGATRON_STATE = (
     PrivateName(
         _MEGATRON + "dist_checkpointing.dict_utils",
         "nested_values",
-        (_CONTENTS,),
+        (_CONTENTS, _STATE),
         "All entries of a nested state.",
     ),
     PrivateName(
@@ -345,7 +370,7 @@ _TORCH = (
     PrivateName(
         "torch.optim.adam",
         "exp_avg_sq",
-        (_SAVE,),
+        (_STATE,),
         "Key of AdamW's state, with step and exp_avg: made before the first step, which megatron asserts.",
         in_text=True,
     ),

@@ -25,6 +25,7 @@ from megatron_sstoken.checkpoint.manifest import (
     tidy,
     write_run_state,
 )
+from megatron_sstoken.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
 from megatron_sstoken.checkpoint.writer import prepare_writer
 from megatron_sstoken.compat import load_options
 from megatron_sstoken.config import SettingsError
@@ -33,7 +34,6 @@ from megatron_sstoken.files import publish_folder, write_failure
 from megatron_sstoken.integrity import Checksums, checksum_of, write_checksums
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.model.lora import is_adapter
-from megatron_sstoken.model.optimizer import fuse_adamw
 from megatron_sstoken.parallel import Layout, broadcast_object
 
 _EXTRA = "_extra_state"  # Transformer Engine's name for the scales and largest values of FP8 training
@@ -114,7 +114,7 @@ def load_checkpoint(
         _load_chunk(chunk, state[name], adapters=adapters)
     if optimizer is not None:
         model.needs_calibration = False  # the scales of the run are in its checkpoint
-        _load_optimizer(optimizer, state["optimizer"])
+        load_optimizer_state(optimizer, state["optimizer"])
     if scheduler is not None:
         scheduler.load_state_dict(state["scheduler"])
     if "random" in wanted:
@@ -185,11 +185,7 @@ def _chunk_names(model: Model) -> list[str]:
 
 def _sharded_state(model, optimizer, scheduler, *, adapters: bool, is_loading: bool) -> dict[str, Any]:
     """The state to save or load: of the adapters, or of all but them."""
-    metadata = {
-        # One tensor of optimizer state for each parameter: the only form that moves between all layouts.
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": model.layout.groups.dp_cp,
-    }
+    metadata = {"dp_cp_group": model.layout.groups.dp_cp}
     chunks = {
         name: {
             key: value
@@ -200,8 +196,7 @@ def _sharded_state(model, optimizer, scheduler, *, adapters: bool, is_loading: b
     }
     state: dict[str, Any] = dict(chunks)
     if optimizer is not None:
-        _prepare_adam_state(optimizer)
-        state["optimizer"] = optimizer.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata)
+        state["optimizer"] = sharded_optimizer_state(optimizer, chunks, metadata, is_loading=is_loading)
     if scheduler is not None:
         state["scheduler"] = scheduler.state_dict()
     return state
@@ -253,59 +248,3 @@ def _set_random_states(states: dict[str, Any]) -> None:
     torch.cuda.set_rng_state(states["device"].flatten())
     trackers = {name: state.flatten() for name, state in states["tracker"].items()}
     tensor_parallel.get_cuda_rng_tracker().set_states(trackers)
-
-
-def _torch_optimizers(optimizer: MegatronOptimizer) -> list[tuple[MegatronOptimizer, torch.optim.Optimizer]]:
-    """Those of megatron's optimizers that run on torch's own AdamW, as they do without apex and Transformer Engine."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [(part, part.optimizer) for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
-
-
-def _prepare_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW its empty state where no step has made it: megatron asserts that it is there."""
-    for _, inner in _torch_optimizers(optimizer):
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                inner.state.setdefault(
-                    parameter,
-                    {
-                        "step": torch.zeros((), device=parameter.device),  # there, because AdamW is fused
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    },
-                )
-
-
-def _take_bounds_of(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
-    """Give the stored parameter groups the bounds of the learning rate that this run has.
-
-    megatron-core 0.19 tells groups apart by these, and finds none where a resumed run has others.
-    """
-    now = optimizer.param_groups[0]
-    for part in [state, *(value for value in state.values() if isinstance(value, dict))]:
-        for group in part["optimizer"]["param_groups"] if isinstance(part.get("optimizer"), dict) else []:
-            group |= {name: now[name] for name in ("max_lr", "min_lr") if name in group and name in now}
-
-
-def _load_optimizer(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
-    """`optimizer.load_state_dict`, in two parts where torch's AdamW runs.
-
-    megatron-core 0.16 looks for AdamW's `step`, a number, among the stored tensors. It is in the parameter groups, from
-    which the first part takes it; so it is put aside while the second part loads the tensors.
-    """
-    on_torch = _torch_optimizers(optimizer)
-    _take_bounds_of(optimizer, state)
-    if not on_torch:
-        optimizer.load_state_dict(state)
-        return
-    # A mixture of experts has two optimizers, whose states stand under their numbers.
-    states = [state] if len(on_torch) == 1 else [state[index] for index in range(len(on_torch))]
-    tensors = [part_state.pop("param_state") for part_state in states]
-    optimizer.load_state_dict(state)
-    fuse_adamw(optimizer)  # whatever the checkpoint's groups say
-    for (part, inner), part_tensors in zip(on_torch, tensors, strict=True):
-        steps = {parameter: entry.pop("step") for parameter, entry in inner.state.items()}
-        part.load_parameter_state_from_fully_reshardable(part_tensors)
-        for parameter, step in steps.items():
-            # A copy each: megatron hands one tensor to all, which AdamW would count up once for every parameter.
-            inner.state[parameter]["step"] = step.to(parameter.device, copy=True)
