@@ -4,6 +4,7 @@
 """
 
 import functools
+import inspect
 import io
 import logging
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import megatron.core
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing import save
 from megatron.core.dist_checkpointing.strategies import common
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -22,6 +24,8 @@ from torch.distributed.checkpoint import load as load_stored
 _UNWANTED = {
     # GPTModel gets no new features. 0.16 has no HybridModel that could take its place; see docs/platform.md.
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    # Its successor is another package, nvidia-resiliency-ext. megatron still goes this way itself when it saves and waits.
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
     # The wrapper works out the layout of its buffers as the caller could have done, which 0.16 cannot.
     "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
 }
@@ -89,6 +93,14 @@ def load_options(folder: Path) -> dict[str, Any]:
             return planner.value[0]
 
     return {"common_strategy": LoadFromTensors()}
+
+
+def save_options() -> dict[str, Any]:
+    """Keyword arguments with which `dist_checkpointing.save` plans a write that the caller carries out.
+
+    0.19 wants to be told that megatron's own writer does it, the only one that 0.16 has.
+    """
+    return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
 
 
 class _ReadObject(DefaultLoadPlanner):

@@ -25,6 +25,7 @@ _REMEDIES = {
     (errno.ENOSPC, errno.EDQUOT): "make room, then start the same command again",
     (errno.EACCES, errno.EPERM, errno.EROFS): "let this user read and write there, or name another place",
     (errno.ENOENT, errno.ENOTDIR, errno.EISDIR): "name another path",
+    (errno.ECHILD,): "see whether its machine ran out of memory, then start the same command again",
     (errno.EIO, errno.ESTALE, errno.ENXIO): "see whether the disk or the file system is well, then start again",
 }
 

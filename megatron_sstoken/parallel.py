@@ -3,7 +3,7 @@
 import datetime
 import os
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -226,11 +226,16 @@ def broadcast_object(value: T, source: int, group: dist.ProcessGroup | None = No
     return box[0]
 
 
+def gather_objects(value: T, layout: Layout) -> list[T]:
+    """`value` of every rank, in their order, on every rank."""
+    gathered: list[Any] = [None] * layout.world_size
+    dist.all_gather_object(gathered, value, group=layout.control)
+    return gathered
+
+
 def writer_rank(layout: Layout) -> int:
     """Global rank of the process that writes results, known to all."""
-    ranks: list[bool] = [False] * layout.world_size
-    dist.all_gather_object(ranks, layout.is_writer, group=layout.control)
-    return ranks.index(True)
+    return gather_objects(layout.is_writer, layout).index(True)
 
 
 def is_lost_connection(error: BaseException) -> bool:

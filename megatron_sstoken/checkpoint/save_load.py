@@ -3,8 +3,11 @@
 A checkpoint is a folder `step_<number>` that appears by renaming, once everything in it is on disk.
 """
 
+import errno
 import shutil
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +29,100 @@ from megatron_sstoken.checkpoint.manifest import (
     write_run_state,
 )
 from megatron_sstoken.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
-from megatron_sstoken.checkpoint.writer import prepare_writer
-from megatron_sstoken.compat import load_options
+from megatron_sstoken.checkpoint.writer import Writing, prepare_writer
+from megatron_sstoken.compat import load_options, save_options
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.device import compute_device
 from megatron_sstoken.files import publish_folder, write_failure
-from megatron_sstoken.integrity import Checksums, checksum_of, write_checksums
+from megatron_sstoken.integrity import checksum_of, write_checksums
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.model.lora import is_adapter
-from megatron_sstoken.parallel import Layout, broadcast_object
+from megatron_sstoken.parallel import Layout, broadcast_object, gather_objects
 
 _EXTRA = "_extra_state"  # Transformer Engine's name for the scales and largest values of FP8 training
+
+
+@dataclass
+class UnfinishedSave:
+    """A checkpoint that is being written beside training; it appears with `finish`."""
+
+    directory: str
+    state: RunState
+    """What it will say of itself. May change until it is finished."""
+    layout: Layout
+    split: list
+    partial: Path
+    writing: Writing
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's part is on disk, or will never be."""
+        return self.writing.is_over
+
+    def finish(self, keep: int | None) -> Path:
+        """Wait until all parts are on disk, and publish the checkpoint; then drop all but the `keep` newest.
+
+        0 keeps all, None drops nothing; of a run that has diverged only the newest stays, and does not count. All ranks call
+        it. Raises OSError, on all ranks, where a part could not be written.
+        """
+        layout, partial = self.layout, self.partial
+        told = gather_objects(self.writing.wait(), layout)
+        problems = [f"process {rank}: {one}" for rank, one in enumerate(told) if isinstance(one, str)]
+        with _as_failure(partial, problems):
+            self.writing.finalize()
+            if problems:
+                raise ChildProcessError
+        dist.barrier(group=layout.control)
+        _require_whole(self.directory, partial, layout)
+        final = partial.with_suffix("")
+        if dist.get_rank() == 0:
+            write_run_state(partial, replace(self.state, split=self.split))
+            written = {name: checksum for one in told if not isinstance(one, str) for name, checksum in one.items()}
+            others = [path for path in partial.iterdir() if path.name not in written]
+            write_checksums(partial, written | {path.name: checksum_of(path) for path in others})
+            drop(final)
+            publish_folder(partial, final, overwrite=False)
+            if keep is not None:
+                tidy(self.directory, keep)
+        dist.barrier(group=layout.control)
+        return final
+
+    def abandon(self) -> None:
+        """Leave it unfinished, as a kill does: another one has failed, and nobody waits for anybody."""
+        self.writing.abandon()
+
+
+def begin_save(
+    directory: str,
+    state: RunState,
+    model: Model,
+    optimizer: MegatronOptimizer | None,
+    scheduler: OptimizerParamScheduler | None,
+    history: dict[str, Any] | None = None,
+) -> UnfinishedSave:
+    """Begin to save everything that resuming needs, as it is now: training may go on at once. All ranks call it.
+
+    Without an optimizer only the weights are saved (conversion); of a model with adapters these alone. `history`: what the
+    history source wants to find again, the same on every rank. One save at a time. Raises OSError where nothing can be
+    written.
+    """
+    assert (state.adapters is not None) == model.has_adapters
+    partial = Path(directory) / f"step_{state.step:07d}.partial"
+    if dist.get_rank() == 0:
+        drop(partial)
+        partial.mkdir(parents=True)
+    dist.barrier(group=model.layout.control)
+    content = _sharded_state(model, optimizer, scheduler, adapters=model.has_adapters, is_loading=False)
+    content["random"] = _random_states(model)
+    if history:
+        content["history"] = history
+    prepare_writer()
+    with _as_failure(partial):
+        request = dist_checkpointing.save(
+            content, str(partial), validate_access_integrity=True, async_sharded_save=True, **save_options()
+        )
+        writing = Writing(request, partial, model.layout.rank)
+    return UnfinishedSave(directory, state, model.layout, _split(model), partial, writing)
 
 
 def save_checkpoint(
@@ -48,44 +134,20 @@ def save_checkpoint(
     keep: int | None,
     history: dict[str, Any] | None = None,
 ) -> Path:
-    """Save everything that resuming needs, then drop all but the `keep` newest checkpoints (0 keeps all; None drops nothing).
+    """`begin_save` and `finish` in one. All ranks call it."""
+    return begin_save(directory, state, model, optimizer, scheduler, history).finish(keep)
 
-    Of a run that has diverged only the newest stays, and does not count. All ranks call it. Without an optimizer only the
-    weights are saved (conversion); of a model with adapters these alone. Raises OSError where the files cannot be written.
-    `history`: what the history source wants to find again, the same on every rank.
-    """
-    assert (state.adapters is not None) == model.has_adapters
-    final = Path(directory) / f"step_{state.step:07d}"
-    partial = Path(directory) / f"step_{state.step:07d}.partial"
-    if dist.get_rank() == 0:
-        drop(partial)
-        partial.mkdir(parents=True)
-    dist.barrier(group=model.layout.control)
-    content = _sharded_state(model, optimizer, scheduler, adapters=model.has_adapters, is_loading=False)
-    content["random"] = _random_states(model)
-    if history:
-        content["history"] = history
-    prepare_writer()
+
+@contextmanager
+def _as_failure(partial: Path, problems: Sequence[str] = ()) -> Iterator[None]:
+    """Within, whatever goes wrong is an OSError, which says the first of the `problems`, if there are any."""
     try:
-        dist_checkpointing.save(content, str(partial), validate_access_integrity=True)
+        yield
     except (Exception, CheckpointException) as error:  # the second is no Exception
-        failure = write_failure(error, partial)
+        failure = OSError(errno.ECHILD, problems[0], str(partial)) if problems else write_failure(error, partial)
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)  # what is in the way of room
         raise failure from error
-    dist.barrier(group=model.layout.control)
-    _require_whole(directory, partial, model.layout)
-    written = _checksums_of_rank(partial, model.layout)
-    if dist.get_rank() == 0:
-        write_run_state(partial, replace(state, split=_split(model)))
-        others = [path for path in partial.iterdir() if path.name not in written]
-        write_checksums(partial, written | {path.name: checksum_of(path) for path in others})
-        drop(final)
-        publish_folder(partial, final, overwrite=False)
-        if keep is not None:
-            tidy(directory, keep)
-    dist.barrier(group=model.layout.control)
-    return final
 
 
 def load_checkpoint(
@@ -120,14 +182,6 @@ def load_checkpoint(
     if "random" in wanted:
         _set_random_states(state["random"])
     return state.get("history", {})
-
-
-def _checksums_of_rank(folder: Path, layout: Layout) -> Checksums:
-    """Checksums of the data files, each made by the rank that wrote it (megatron puts its number into the name); on rank 0."""
-    mine = {path.name: checksum_of(path) for path in folder.glob(f"__{layout.rank}_*.distcp")}
-    gathered: list[Checksums] = [{}] * layout.world_size
-    dist.all_gather_object(gathered, mine, group=layout.control)
-    return {name: checksum for one in gathered for name, checksum in one.items()}
 
 
 def _require_whole(directory: str, partial: Path, layout: Layout) -> None:

@@ -1,16 +1,25 @@
-"""The processes that megatron's checkpoint writer starts beside each rank: they outlive signals, and not their rank."""
+"""The processes that write a checkpoint beside each rank: they outlive signals, and not their rank."""
 
+import functools
+import gc
 import multiprocessing
 import os
+import signal
 import sys
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
 
+import psutil
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from megatron_sstoken.checkpoint.lifetime import forks_end_with_this_process, serve_a_rank
+from megatron_sstoken.integrity import Checksums, checksum_of
 
 
 def prepare_writer() -> None:
@@ -26,6 +35,104 @@ def prepare_writer() -> None:
         with _without_main_module():
             manager.start(initializer=serve_a_rank, initargs=(os.getpid(),))
         filesystem_async._results_queue = manager.Queue()
+
+
+class Writing:
+    """A forked process that writes this rank's part of a checkpoint as it is now, whatever becomes of it in training.
+
+    As megatron does it: what lies on a GPU is first copied to pinned memory, and the device waited for; the process touches
+    no CUDA and collects no garbage, which might. What lies on the CPU the fork itself keeps: the system copies a page when
+    either process writes to it.
+    """
+
+    def __init__(self, request: AsyncRequest, folder: Path, rank: int):
+        """`request`: what megatron has planned; `folder`: where; `rank`: the number in the names of this rank's files."""
+        self._finalize = request.finalize_fns
+        self._process, self._told, self._staged = None, None, None
+        if request.async_fn is None:  # nothing to write here
+            return
+        arguments = list(request.async_fn_args)
+        if request.preload_fn is not None:
+            # Kept until all is written: pinned memory that is given back would take the next batch.
+            arguments[1] = self._staged = request.preload_fn()
+        write = functools.partial(request.async_fn, *arguments, **request.async_fn_kwargs)
+        self._told, teller = multiprocessing.Pipe(duplex=False)
+        context = multiprocessing.get_context("fork")
+        self._process = context.Process(target=_write, args=(write, folder, rank, teller), name="checkpoint writer")
+        with _no_garbage_collection():
+            self._process.start()
+        teller.close()  # the writer has its own: when that is closed, it has ended
+
+    @property
+    def is_over(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._told is None or self._told.poll()
+
+    def wait(self) -> Checksums | str:
+        """Checksums of the files, once they are on disk; or what went wrong, where megatron would not tell."""
+        if self._told is None or self._process is None:
+            return {}
+        try:
+            told: Checksums | str = self._told.recv()
+        except EOFError:
+            told = ""
+        self._process.join()
+        self._staged = None
+        code = self._process.exitcode or 0
+        return told if told != "" else f"its writer ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
+
+    def finalize(self) -> None:
+        """Have megatron describe what was written; all ranks call it after `wait`.
+
+        Raises what megatron does where a part could not be written.
+        """
+        for function in self._finalize:
+            function()
+
+    def abandon(self) -> None:
+        """End the writer in the middle of its work."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+
+
+def _write(write: Callable[[], None], folder: Path, rank: int, teller: Connection) -> None:
+    """In the forked process: write, and tell the checksums or what went wrong."""
+    gc.disable()
+    signal.signal(signal.SIGCHLD, _notice_killed)
+    told: Checksums | str
+    try:
+        write()
+        told = {path.name: checksum_of(path) for path in folder.glob(f"__{rank}_*.distcp")}
+    except OSError as error:
+        told = f"its writer failed: {error}"
+    teller.send(told)
+
+
+def _notice_killed(number: int, frame: Any) -> None:
+    """Raise ChildProcessError where a writer's own process was killed, for which megatron-core 0.16 would wait for ever."""
+    for child in psutil.Process().children():
+        with suppress(ChildProcessError):  # waited for by now
+            ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is None or ended.si_code == os.CLD_EXITED:
+                continue
+            problem = f"process {child.pid} ended with signal {ended.si_status}"
+            break
+    else:
+        return
+    raise ChildProcessError(problem)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Within, no object of CUDA is collected, which a forked process must not do."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

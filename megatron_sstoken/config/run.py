@@ -142,6 +142,16 @@ class CheckpointSettings:
     save_every: int = 0
     """Steps between checkpoints; 0 saves only at the end."""
 
+    save_minutes: float = 0.0
+    """Minutes between checkpoints, besides those of `save_every`, by the clock of process 0; 0: none."""
+
+    asynchronous: bool = True
+    """Write checkpoints while training goes on.
+
+    A process of each rank writes a copy of the state in host memory, which a save that is waited for needs as well. The next
+    save, and the end of the run, wait until it is whole.
+    """
+
     keep: int = 2
     """How many of the newest checkpoints stay; 0 keeps all."""
 
@@ -163,15 +173,18 @@ class CheckpointSettings:
         """Rules that need this section alone."""
         rules = Rules("checkpoint", self)
         rules.at_least("save_every", 0)
+        rules.at_least("save_minutes", 0)
         rules.at_least("keep", 0)
         rules.require(
             isinstance(self.resume, bool) or self.resume >= 1,
             f"checkpoint.resume={self.resume} is no step: use true, false, or the number of a checkpoint",
         )
-        rules.require(
-            self.save_every == 0 or self.directory is not None,
-            f"checkpoint.save_every={self.save_every} needs checkpoint.directory: name one, or use 0",
-        )
+        for name in ("save_every", "save_minutes"):
+            value = getattr(self, name)
+            rules.require(
+                value == 0 or self.directory is not None,
+                f"checkpoint.{name}={value} needs checkpoint.directory: name one, or use 0",
+            )
         return rules.broken
 
 

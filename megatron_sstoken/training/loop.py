@@ -12,8 +12,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
 from megatron_sstoken import watchdog
-from megatron_sstoken.checkpoint.manifest import AdapterIdentity, RunState, differences, mark_diverged, renamed, tidy
-from megatron_sstoken.checkpoint.save_load import load_checkpoint, save_checkpoint
+from megatron_sstoken.checkpoint.manifest import AdapterIdentity, RunState, differences, renamed
+from megatron_sstoken.checkpoint.save_load import load_checkpoint
 from megatron_sstoken.checkpoint.weights_source import adapter_identity, require_base, starting_weights
 from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.data.batches import BatchLoader
@@ -32,6 +32,7 @@ from megatron_sstoken.training.interrupt import StopRequest
 from megatron_sstoken.training.metrics import StepLogger, StepMetrics, begin_summary
 from megatron_sstoken.training.records import RecordWriter
 from megatron_sstoken.training.resume import ResumePoint, identity_of, objective_of
+from megatron_sstoken.training.saving import Saver
 from megatron_sstoken.training.selector import selector_of, train_on_selected
 from megatron_sstoken.validate.whole import RunFiles
 
@@ -52,6 +53,7 @@ class Trainer:
     loader: BatchLoader
     logger: StepLogger
     prefetcher: Prefetcher
+    saver: Saver
     adapters: AdapterIdentity | None = None
     """What is trained and saved, where that is adapters."""
     files: RunFiles | None = None
@@ -64,8 +66,6 @@ class Trainer:
     skipped_in_a_row: int = 0
     diverged: str | None = None
     """What says that the weights are of a run that has diverged."""
-    saved: int | None = None
-    """The step of the newest checkpoint: saved last, or gone on from."""
 
     @property
     def settings(self) -> Settings:
@@ -138,15 +138,17 @@ def create_trainer(
     resumed = newest.state.step if newest is not None else None
     logger = StepLogger(plan.settings.logging_directory, said.every, plan.num_steps, layout, resumed=resumed)
     adapters = adapter_identity(plan.settings, layout)
-    prefetcher = Prefetcher(loader)
-    trainer = Trainer(plan, layout, model, history, optimizer, scheduler, loader, logger, prefetcher, adapters, files)
+    prefetcher, saver = Prefetcher(loader), Saver(plan.settings.checkpoint, layout, logger)
+    trainer = Trainer(
+        plan, layout, model, history, optimizer, scheduler, loader, logger, prefetcher, saver, adapters, files
+    )
     if resume is not None and newest is not None:
         state = newest.state
         if state.adapters is not None:
             require_base(str(newest.folder), state.adapters, starting_weights(plan.settings).base, layout)
         history.load_state_dict(load_checkpoint(newest, model, optimizer, scheduler))
         follow_settings(optimizer, scheduler, plan.settings.optimizer)
-        trainer.step, trainer.saved, trainer.branch = state.step, state.step, resume.branch
+        trainer.step, saver.newest, trainer.branch = state.step, state.step, resume.branch
         logger.say(f"resumed from {newest.folder}: {trainer.step} of {plan.num_steps} steps are done")
         for change in differences(renamed(state.objective), objective_of(plan)):
             logger.say(f"note: the run goes on with other settings: {change}")
@@ -162,7 +164,7 @@ def train(trainer: Trainer) -> None:
     gc.collect()
     gc.freeze()
     try:
-        with StopRequest() as stop:
+        with StopRequest() as stop, trainer.saver:
             _train_until_asked_to_stop(trainer, stop)
     finally:
         gc.unfreeze()
@@ -180,9 +182,18 @@ def _train_until_asked_to_stop(trainer: Trainer, stop: StopRequest) -> None:
         trainer.step = done = number + 1
         trainer.logger.step(done, metrics, gradient_norm, rate)
         last = done == plan.num_steps
-        asked, damaged = any_of(trainer.layout, stop.received is not None, trainer.has_damaged_files)
+        saver = trainer.saver
+        asked, damaged, is_writing, minutes_are_over = any_of(
+            trainer.layout,
+            stop.received is not None,
+            trainer.has_damaged_files,
+            saver.is_writing,
+            saver.minutes_are_over,
+        )
         if damaged or last:
             trainer.require_whole_files()
+        if not is_writing:
+            saver.finish()
         stopping = asked and not last
         if is_due(done, settings.logging.records_every):
             _write_step_records(trainer, reports, done)
@@ -191,8 +202,9 @@ def _train_until_asked_to_stop(trainer: Trainer, stop: StopRequest) -> None:
             loss = validation_loss(trainer.model, plan.validation, plan, trainer.layout)
             trainer.logger.say(f"validation after step {done}: loss {loss:.4f}")
             trainer.logger.scalars(done, {"loss/validation": loss})
-        if settings.checkpoint.directory and (last or stopping or is_due(done, settings.checkpoint.save_every)):
-            save(trainer, stopping=stopping)
+        is_time = minutes_are_over or is_due(done, settings.checkpoint.save_every)
+        if settings.checkpoint.directory and (last or stopping or is_time):
+            save(trainer, stopping=stopping, wait=not settings.checkpoint.asynchronous)
         if stopping:
             trainer.logger.say(f"asked to stop: ended after step {done} of {plan.num_steps}; start again to go on")
             return
@@ -266,16 +278,8 @@ def _not_finite(trainer: Trainer, number: int, name: str, value: float) -> None:
 
 
 def _judge_checkpoint(trainer: Trainer, number: int) -> None:
-    """The loss of a step is that of the weights before it: if these were just saved, their checkpoint is good or marked.
-
-    A good one takes the place of older ones only now.
-    """
-    directory = trainer.settings.checkpoint.directory
-    if directory and trainer.layout.rank == 0 and trainer.saved == number:
-        if trainer.diverged is not None:
-            mark_diverged(directory, number, trainer.diverged)
-        else:
-            tidy(directory, trainer.settings.checkpoint.keep)
+    """The loss of a step is that of the weights before it."""
+    trainer.saver.judge(number, trainer.diverged)
 
 
 def _divergence(loss: float, model: Model, number: int) -> str | None:
@@ -284,12 +288,14 @@ def _divergence(loss: float, model: Model, number: int) -> str | None:
     return f"the loss of step {number + 1} was {loss:.4g}, above {limit:.3g}" if loss > limit else None
 
 
-def save(trainer: Trainer, *, stopping: bool = False) -> None:
-    """Save a checkpoint of the steps done, once the files that they come from are known to be whole."""
+def save(trainer: Trainer, *, stopping: bool = False, wait: bool = True) -> None:
+    """Save a checkpoint of the steps done, once the files that they come from are known to be whole.
+
+    Without `wait` it is written while training goes on, unless the run ends after it.
+    """
     plan, settings = trainer.plan, trainer.settings
     trainer.require_whole_files()
     trainer.model.gather_weights()
-    watchdog.arrived(f"saving step {trainer.step}")
     state = RunState(
         step=trainer.step,
         identity=identity_of(plan),
@@ -301,17 +307,10 @@ def save(trainer: Trainer, *, stopping: bool = False) -> None:
         objective=objective_of(plan),
         adapters=trainer.adapters,
     )
-    directory = settings.checkpoint.directory or ""
-    history = trainer.history.state_dict()
-    # All but the last must first prove to be better than the one that they replace.
-    keep = settings.checkpoint.keep if trainer.step == plan.num_steps or stopping else None
-    path = save_checkpoint(directory, state, trainer.model, trainer.optimizer, trainer.scheduler, keep, history)
-    trainer.saved = trainer.step
-    trainer.logger.say(f"saved {path}")
-    if trainer.diverged:
-        trainer.logger.say(
-            f"warning: the run has diverged ({trainer.diverged}): no run goes on from {path} unless told to"
-        )
+    final = trainer.step == plan.num_steps or stopping
+    trainer.saver.begin(state, trainer.model, trainer.optimizer, trainer.scheduler, trainer.history, final=final)
+    if wait or final:
+        trainer.saver.finish()
 
 
 def _write_step_records(trainer: Trainer, reports: list[TokenReport], done: int) -> None:

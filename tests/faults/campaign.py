@@ -1,6 +1,7 @@
 """Kill runs at random moments, start them again, and compare them with runs that nobody disturbed.
 
     python -m tests.faults.campaign --kills 100 [--seed 1] [--layouts tp2,dp2,pp2,single] [--only save] [--slow_writes 0.02]
+        [--asynchronous false]
 
 Every run gets up to three kills of one kind and is started again by the same command until it ends by itself. Exit code 0:
 every run ended equal bit for bit to the undisturbed one, no sample was lost or repeated, and no process and no file was
@@ -73,6 +74,8 @@ class Campaign:
     rnd: random.Random
     tallies: dict[str, Tally]
     slow_writes: float = 0.0
+    asynchronous: bool = True
+    """Whether training goes on while a checkpoint is written."""
     spans: dict[tuple[str, str], float] = field(default_factory=dict)
     """Kind and layout → seconds in which a kill may come, once its moment has begun."""
     number: int = 0
@@ -113,6 +116,7 @@ class Campaign:
             "checkpoint__directory": str(run / "run"),
             "checkpoint__save_every": SAVE_EVERY[layout],
             "checkpoint__keep": KEEP,
+            "checkpoint__asynchronous": self.asynchronous,
             "logging__records_every": 1,
         }
         settings = make_settings(str(self.folder / "model"), str(run / "data"), **changes, **parallel)
@@ -225,6 +229,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layouts", default=",".join(SAVE_EVERY), help=f"default: {','.join(SAVE_EVERY)}")
     help_slow = "seconds that a tensor takes to be written, as if it were large or the disk slow (default: 0)"
     parser.add_argument("--slow_writes", type=float, default=0.0, help=help_slow)
+    parser.add_argument("--asynchronous", choices=("true", "false"), default="true", help="checkpoint.asynchronous")
     parser.add_argument("--only", choices=KINDS, help="one kind of kill")
     return parser.parse_args(arguments)
 
@@ -238,7 +243,13 @@ def main(arguments: list[str] | None = None) -> int:
     disable_progress_bar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no process of a run is left behind
     folder = Path(tempfile.mkdtemp(prefix="campaign-"))
-    campaign = Campaign(folder, random.Random(options.seed), {kind: Tally() for kind in kinds}, options.slow_writes)
+    campaign = Campaign(
+        folder,
+        random.Random(options.seed),
+        {kind: Tally() for kind in kinds},
+        options.slow_writes,
+        options.asynchronous == "true",
+    )
     tallies = campaign.tallies
     try:
         campaign.prepare(layouts)
