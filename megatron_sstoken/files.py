@@ -172,3 +172,14 @@ def whole_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
         publish_folder(partial, target, overwrite=overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+BYTE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
+
+
+def format_bytes(size: int) -> str:
+    """A size in bytes for people: 1.05 GB."""
+    for unit in ("TB", "GB", "MB", "KB"):
+        if size >= BYTE_UNITS[unit]:
+            return f"{size / BYTE_UNITS[unit]:.3g} {unit}"
+    return f"{size} B"

@@ -100,13 +100,12 @@ def _write(write: Callable[[], None], folder: Path, rank: int, teller: Connectio
     """In the forked process: write, and tell the checksums or what went wrong."""
     gc.disable()
     signal.signal(signal.SIGCHLD, _notice_killed)
-    told: Checksums | str
     try:
         write()
-        told = {path.name: checksum_of(path) for path in folder.glob(f"__{rank}_*.distcp")}
+        teller.send({path.name: checksum_of(path) for path in folder.glob(f"__{rank}_*.distcp")})
     except OSError as error:
-        told = f"its writer failed: {error}"
-    teller.send(told)
+        teller.send(f"its writer failed: {error}")
+        os._exit(1)  # at once, and with it processes of its own that still write
 
 
 def _notice_killed(number: int, frame: Any) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sstoken.conversion.work import format_bytes, progress_bar, run_tasks
+from megatron_sstoken.conversion.work import progress_bar, run_tasks
+from megatron_sstoken.files import format_bytes
 from megatron_sstoken.integrity import CHECKSUMS, Checksums, differing, read_checksums
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_sstoken.checkpoint.manifest import open_checkpoint
 from megatron_sstoken.conversion.torch_dist import CheckpointReader
-from megatron_sstoken.conversion.work import format_bytes
+from megatron_sstoken.files import format_bytes
 
 _OPTIMIZER, _RANDOM = "optimizer.", "random."
 

@@ -20,14 +20,13 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from megatron_sstoken.conversion.safetensors_files import INDEX
-from megatron_sstoken.files import publish_folder, source_inside, write_durably, write_json
+from megatron_sstoken.files import BYTE_UNITS, format_bytes, publish_folder, source_inside, write_durably, write_json
 from megatron_sstoken.integrity import CHECKSUMS, FileCheck, checksum_of, files_to_check, write_checksums
 from megatron_sstoken.model.dtypes import DTYPES
 
 Task = TypeVar("Task")
 
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
 
 
 @dataclass(frozen=True)
@@ -58,19 +57,11 @@ class ConversionOptions:
 def parse_bytes(text: str) -> int:
     """A size such as 2GB, 500MB or 1.5GiB in bytes. Raises ValueError for anything else."""
     upper = text.strip().upper()
-    unit = next((unit for unit in _UNITS if upper.endswith(unit)), "")
+    unit = next((unit for unit in BYTE_UNITS if upper.endswith(unit)), "")
     try:
-        return int(float(upper.removesuffix(unit)) * _UNITS.get(unit, 1))
+        return int(float(upper.removesuffix(unit)) * BYTE_UNITS.get(unit, 1))
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{text!r} is not a size: write 2GB, 500MB or 1.5GiB") from error
-
-
-def format_bytes(size: int) -> str:
-    """A size in bytes for people: 1.05 GB."""
-    for unit in ("TB", "GB", "MB", "KB"):
-        if size >= _UNITS[unit]:
-            return f"{size / _UNITS[unit]:.3g} {unit}"
-    return f"{size} B"
 
 
 class MemoryBudget:

@@ -3,6 +3,7 @@
 import textwrap
 from dataclasses import asdict, fields
 
+from megatron_sstoken.checkpoint.size import describe_checkpoint
 from megatron_sstoken.planner.hardware import GIB, Assumptions
 from megatron_sstoken.planner.memory import BYTE_FIELDS
 from megatron_sstoken.planner.search import Estimate
@@ -10,12 +11,13 @@ from megatron_sstoken.planner.workload import Workload
 
 
 def describe_estimate(estimate: Estimate) -> str:
-    """Layout, memory by stage, traffic of the fullest stage, step time, assumptions, verdict."""
+    """Layout, memory by stage, traffic of the fullest stage, step time, checkpoint, assumptions, verdict."""
     parts = [
         _head(estimate),
         _memory(estimate),
         _traffic(estimate),
         _speed(estimate),
+        _checkpoint(estimate),
         describe_assumptions(estimate),
         verdict(estimate),
     ]
@@ -92,6 +94,11 @@ def _speed(estimate: Estimate) -> str:
         f"Step  {speed.step:.2f} s = {parts}\n"
         f"      {speed.tokens_per_gpu:,.0f} tokens/s/GPU, {speed.tflops_per_gpu:.0f} model TFLOP/s/GPU (estimate)"
     )
+
+
+def _checkpoint(estimate: Estimate) -> str:
+    w = estimate.workload
+    return f"Checkpoint  {describe_checkpoint(w.architecture, w.settings(), w.world_size)}"
 
 
 def describe_assumptions(estimate: Estimate) -> str:

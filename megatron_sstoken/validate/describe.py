@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from megatron_sstoken.checkpoint.size import describe_checkpoint
 from megatron_sstoken.config import Settings
 from megatron_sstoken.history.source import history_sources
 from megatron_sstoken.model.backend import backend_of, numerics_of, transformer_engine_problem
@@ -58,11 +59,25 @@ def describe(plan: RunPlan) -> str:
         ("trained", describe_trained(a, s.lora)),
         ("layers", _describe_layers(s)),
         ("precision", numerics_of(s)),
-        ("checkpoints", s.checkpoint.directory or "none"),
+        ("checkpoints", _describe_checkpoints(plan)),
     ]
     rows += [("note", note) for note in plan.notes]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _describe_checkpoints(plan: RunPlan) -> str:
+    """Where, when and how large."""
+    s = plan.settings
+    if not s.checkpoint.directory:
+        return "none"
+    when = [
+        *([f"every {s.checkpoint.save_every} steps"] if s.checkpoint.save_every else []),
+        *([f"every {s.checkpoint.save_minutes:g} minutes"] if s.checkpoint.save_minutes else []),
+        "at the end",
+    ]
+    size = describe_checkpoint(plan.architecture, s, plan.world_size)
+    return f"{s.checkpoint.directory}, {' and '.join(when)}: {size}"
 
 
 def _describe_layers(settings: Settings) -> str:

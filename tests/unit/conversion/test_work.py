@@ -10,11 +10,11 @@ from megatron_sstoken.conversion.work import (
     MemoryBudget,
     Workplace,
     check_memory,
-    format_bytes,
     parse_bytes,
     refuse_existing,
     run_tasks,
 )
+from megatron_sstoken.files import format_bytes
 from megatron_sstoken.integrity import checksum_of
 
 

@@ -1,0 +1,41 @@
+"""How large the checkpoints of a run are, and how long it takes to write one: worked out before anything is built."""
+
+import math
+
+from megatron_sstoken.config import Settings
+from megatron_sstoken.files import format_bytes
+from megatron_sstoken.model.dtypes import weight_dtype
+from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.model.lora import num_adapter_parameters
+
+OPTIMIZER_BYTES = 12
+"""Of each trained parameter: its fp32 copy and two moments, in fp32 whatever the run keeps them in."""
+NODE_SPEED = 2e9
+"""Bytes a second that a node is assumed to write: half of what four NVMe drives or a share of a parallel file system give."""
+NODE_PROCESSES = 8
+"""Processes that a node is assumed to have."""
+
+
+def checkpoint_bytes(a: Architecture, settings: Settings) -> int:
+    """Bytes of one checkpoint: what is trained, in the run's type, and the optimizer's state of it.
+
+    Every tensor is stored once, however many ranks hold it: of the layout the tensor parallel size alone matters, to which
+    the vocabulary is padded. Descriptions come on top, some kilobytes for each tensor.
+    """
+    if settings.lora.rank:
+        trained = num_adapter_parameters(a, settings.lora)
+    else:
+        padded = a.padded_vocabulary(settings.model.vocabulary_multiple, settings.parallel.tensor)
+        tables = 1 if a.tied_embeddings else 2
+        trained = a.num_parameters() + tables * a.hidden_size * (padded - a.vocabulary_size)
+    return trained * (weight_dtype(settings.training.precision).itemsize + OPTIMIZER_BYTES)
+
+
+def describe_checkpoint(a: Architecture, settings: Settings, world_size: int) -> str:
+    """Size of one checkpoint and seconds to write it, for people."""
+    size, nodes = checkpoint_bytes(a, settings), math.ceil(world_size / NODE_PROCESSES)
+    meanwhile = "while training goes on" if settings.checkpoint.asynchronous else "while training waits"
+    return (
+        f"{format_bytes(size)}, about {max(size / (nodes * NODE_SPEED), 0.1):,.1f} s to write at {NODE_SPEED / 1e9:g} GB/s a "
+        f"node, {meanwhile}"
+    )
