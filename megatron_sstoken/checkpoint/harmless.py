@@ -65,12 +65,11 @@ def read_metadata(folder: Path) -> Metadata:
     return found
 
 
-def require_harmless(folder: Path) -> Metadata:
-    """`read_metadata`, once the objects among the tensors hold plain values and tensors alone. Raises ValueError else.
+def require_harmless(folder: Path, metadata: Metadata) -> None:
+    """Raise ValueError unless the objects among the tensors hold plain values and tensors alone. `metadata`: the folder's.
 
     After this, megatron's own way of reading them meets nothing that it would call.
     """
-    metadata = read_metadata(folder)
     common = folder / "common.pt"  # of one line of megatron-core; torch's own default can be switched off from outside
     if common.is_file():
         with _told_as_damaged(str(common)):
@@ -85,7 +84,6 @@ def require_harmless(folder: Path) -> Metadata:
         with _told_as_damaged(f"{path}: {name}"), open(path, "rb") as file, safe_globals([io.BytesIO]):
             file.seek(place.offset)
             torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
-    return metadata
 
 
 @contextmanager

@@ -29,10 +29,15 @@ def forks_end_with_this_process() -> None:
     )
 
 
-def serve_a_rank(rank_process: int) -> None:
-    """First thing in the helper process of the writer: ignore the signals that ask the rank to save, and end with it."""
+def outlive_signals() -> None:
+    """From now on, this process ignores the signals that ask its rank to save and end, which reach all processes of a job."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+def serve_a_rank(rank_process: int) -> None:
+    """First thing in the helper process of the writers: outlive signals, and end with the rank."""
+    outlive_signals()
     end_with(rank_process)
     # What writers send through it is of these types: better imported now than in the first save.
     threading.Thread(target=_import_ahead, daemon=True).start()

@@ -1,5 +1,6 @@
 """What a checkpoint folder says of itself: the run, its data and step, the adapters; and whether a run may resume from it."""
 
+import functools
 import json
 import os
 import re
@@ -8,6 +9,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint import Metadata
+
+from megatron_sstoken.checkpoint.harmless import read_metadata
 from megatron_sstoken.config import RENAMED, LoraSettings, SettingsError
 from megatron_sstoken.files import delete_old, write_durably
 from megatron_sstoken.integrity import CHECKSUMS, checksum_of, differing, read_checksums, write_checksums
@@ -84,6 +88,11 @@ class Checkpoint:
 
     folder: Path
     state: RunState
+
+    @functools.cached_property
+    def metadata(self) -> Metadata:
+        """`.metadata`: which tensors it stores, and where. Raises ValueError as `read_metadata` does."""
+        return read_metadata(self.folder)
 
 
 def checkpoint_steps(directory: str) -> dict[int, Path]:

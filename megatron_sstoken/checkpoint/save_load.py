@@ -65,6 +65,12 @@ class UnfinishedSave:
         0 keeps all, None drops nothing; of a run that has diverged only the newest stays, and does not count. All ranks call
         it. Raises OSError, on all ranks, where a part could not be written.
         """
+        try:
+            return self._finish(keep)
+        finally:
+            self.abandon()  # where something else went wrong, or Ctrl-C was pressed
+
+    def _finish(self, keep: int | None) -> Path:
         layout, partial = self.layout, self.partial
         told = gather_objects(self.writing.wait(), layout)
         problems = [f"process {rank}: {one}" for rank, one in enumerate(told) if isinstance(one, str)]
@@ -88,7 +94,7 @@ class UnfinishedSave:
         return final
 
     def abandon(self) -> None:
-        """Leave it unfinished, as a kill does: another one has failed, and nobody waits for anybody."""
+        """Leave unfinished what is not, as a kill does: another process has failed, and nobody waits for anybody."""
         self.writing.abandon()
 
 
@@ -163,7 +169,7 @@ def load_checkpoint(
     source, which may be empty.
     """
     folder, adapters = checkpoint.folder, checkpoint.state.adapters is not None
-    stored = _require_readable(folder, model.layout)
+    stored = _require_readable(checkpoint, model.layout)
     wanted = _sharded_state(model, optimizer, scheduler, adapters=adapters, is_loading=True)
     same_split = checkpoint.state.split == _split(model)
     if optimizer is not None and same_split:
@@ -196,17 +202,17 @@ def _require_whole(directory: str, partial: Path, layout: Layout) -> None:
         )
 
 
-def _require_readable(folder: Path, layout: Layout) -> set[str]:
+def _require_readable(checkpoint: Checkpoint, layout: Layout) -> set[str]:
     """The names of what a checkpoint stores, without the numbers of processes behind objects.
 
     Raises SettingsError on all ranks where rank 0 finds it damaged, or what could run code.
     """
-    problem, names = None, set()
+    folder, problem, names = checkpoint.folder, None, set()
     if dist.get_rank() == 0:
         try:
-            metadata = require_harmless(folder)
-            require_whole(folder, metadata)
-            names = {name.split("/shard_")[0] for name in metadata.state_dict_metadata}
+            require_harmless(folder, checkpoint.metadata)
+            require_whole(folder, checkpoint.metadata)
+            names = {name.split("/shard_")[0] for name in checkpoint.metadata.state_dict_metadata}
         except ValueError as error:
             problem = str(error)
     problem, names = broadcast_object((problem, names), source=0, group=layout.control)

@@ -8,7 +8,7 @@ import signal
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -18,7 +18,7 @@ import psutil
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
-from megatron_sstoken.checkpoint.lifetime import forks_end_with_this_process, serve_a_rank
+from megatron_sstoken.checkpoint.lifetime import forks_end_with_this_process, outlive_signals, serve_a_rank
 from megatron_sstoken.integrity import Checksums, checksum_of
 
 
@@ -27,7 +27,7 @@ def prepare_writer() -> None:
 
     torchrun and Slurm signal every process of a step. A rank takes SIGTERM as the wish to save and end; megatron's own helper
     would die of it, and the save with it. It would also stay for good, with all its memory, where its rank is killed; so would
-    the writers that megatron forks, and keep the rank's connections open, so that no other rank notices.
+    the writers that are forked, and keep the rank's connections open, so that no other rank notices.
     """
     forks_end_with_this_process()
     if filesystem_async._results_queue is None:
@@ -72,14 +72,17 @@ class Writing:
         """Checksums of the files, once they are on disk; or what went wrong, where megatron would not tell."""
         if self._told is None or self._process is None:
             return {}
+        told: Checksums | str | None
         try:
-            told: Checksums | str = self._told.recv()
+            told = self._told.recv()
         except EOFError:
-            told = ""
+            told = None
         self._process.join()
         self._staged = None
-        code = self._process.exitcode or 0
-        return told if told != "" else f"its writer ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
+        if told is None:
+            code = self._process.exitcode or 0
+            return f"its writer ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
+        return told
 
     def finalize(self) -> None:
         """Have megatron describe what was written; all ranks call it after `wait`.
@@ -99,6 +102,7 @@ class Writing:
 def _write(write: Callable[[], None], folder: Path, rank: int, teller: Connection) -> None:
     """In the forked process: write, and tell the checksums or what went wrong."""
     gc.disable()
+    outlive_signals()
     signal.signal(signal.SIGCHLD, _notice_killed)
     try:
         write()
@@ -111,15 +115,12 @@ def _write(write: Callable[[], None], folder: Path, rank: int, teller: Connectio
 def _notice_killed(number: int, frame: Any) -> None:
     """Raise ChildProcessError where a writer's own process was killed, for which megatron-core 0.16 would wait for ever."""
     for child in psutil.Process().children():
-        with suppress(ChildProcessError):  # waited for by now
+        try:
             ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if ended is None or ended.si_code == os.CLD_EXITED:
-                continue
-            problem = f"process {child.pid} ended with signal {ended.si_status}"
-            break
-    else:
-        return
-    raise ChildProcessError(problem)
+        except ChildProcessError:  # waited for by now
+            continue
+        if ended is not None and ended.si_code != os.CLD_EXITED:
+            raise ChildProcessError(f"its own process ended with signal {ended.si_status}")
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from megatron_sstoken.checkpoint.harmless import read_metadata, require_whole
+from megatron_sstoken.checkpoint.harmless import require_whole
 from megatron_sstoken.checkpoint.manifest import (
     Checkpoint,
     RunIdentity,
@@ -88,7 +88,7 @@ def _search(plan: RunPlan, damaged: dict[int, str]) -> _Search:
         try:
             found = open_checkpoint(str(steps[step]))
             if settings.on_damaged == "previous" or int(os.environ.get("RANK", "0")) == 0:
-                require_whole(steps[step], read_metadata(steps[step]))
+                require_whole(found.folder, found.metadata)
         except ValueError as error:
             if settings.on_damaged == "stop" or chosen is not None:
                 raise _damaged(directory, str(error)) from error
@@ -160,6 +160,7 @@ class ResumePoint:
 def resume_point(plan: RunPlan, layout: Layout) -> ResumePoint:
     """Choose the checkpoint to go on from and put others out of its way. All ranks call it; one run at a time in a directory.
 
+    What `resumable_checkpoint` found before may be outdated: another run may have saved until this one had the directory.
     Raises SettingsError, on all ranks, as `resumable_checkpoint`.
     """
     settings = plan.settings.checkpoint

@@ -158,3 +158,18 @@ def test_a_diverged_checkpoint_is_not_gone_on_from_unless_it_is_named(folder, ru
     ((refused, taken),) = run_distributed(train_all, 1, runs)
     assert "step_0000004 is of a run that had diverged (loss 1e5)" in refused and "checkpoint.resume=3" in refused
     assert taken is None
+
+
+def resume_and_count(rank, settings):
+    """How often a resuming process reads `.metadata` itself, besides megatron."""
+    from megatron_sstoken.checkpoint import harmless
+    from tests.helpers.workbench import make_trainer
+
+    opened, careful = [], harmless._Careful
+    harmless._Careful = lambda file: opened.append(file.name) or careful(file)
+    return make_trainer(settings).step, len(opened)
+
+
+def test_what_a_checkpoint_stores_is_read_once(folder, run):
+    settings = settings_in(folder, run, training__steps=6)
+    assert run_distributed(resume_and_count, 1, settings) == [(4, 1)]

@@ -34,7 +34,8 @@ def step(request, tmp_path):
 
 
 def test_real_checkpoints_are_read_as_torch_reads_them(step):
-    found, expected = require_harmless(step), FileSystemReader(step).read_metadata()
+    found, expected = read_metadata(step), FileSystemReader(step).read_metadata()
+    require_harmless(step, found)
     found.storage_meta = expected.storage_meta  # torch writes into it who reads
     assert found == expected and len(found.state_dict_metadata) > 30
     assert missing_parts(step, read_metadata(step)) == []
@@ -61,12 +62,11 @@ def test_objects_that_run_code_are_refused(step, tmp_path):
     metadata.storage_data[index] = type(place)("__9_0.distcp", 0, size)
     (step / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(ValueError, match="random/shard_9 is damaged or not to be trusted"):
-        require_harmless(step)
+        require_harmless(step, read_metadata(step))
     metadata.storage_data[index] = type(place)("../outside", 0, size)
     (step / ".metadata").write_bytes(pickle.dumps(metadata))
-    for look in (require_harmless, lambda folder: missing_parts(folder, read_metadata(folder))):
-        with pytest.raises(ValueError, match=r"names \.\./outside, which is not in that folder"):
-            look(step)
+    with pytest.raises(ValueError, match=r"names \.\./outside, which is not in that folder"):
+        read_metadata(step)
     assert not code.proof.exists()
 
 
