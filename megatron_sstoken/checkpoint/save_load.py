@@ -37,7 +37,7 @@ from megatron_sstoken.files import publish_folder, write_failure
 from megatron_sstoken.integrity import checksum_of, write_checksums
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.model.lora import is_adapter
-from megatron_sstoken.parallel import Layout, broadcast_object, gather_objects
+from megatron_sstoken.parallel import Layout, broadcast_object, gather_objects, is_lost_connection
 
 _EXTRA = "_extra_state"  # Transformer Engine's name for the scales and largest values of FP8 training
 
@@ -146,10 +146,12 @@ def save_checkpoint(
 
 @contextmanager
 def _as_failure(partial: Path, problems: Sequence[str] = ()) -> Iterator[None]:
-    """Within, whatever goes wrong is an OSError, which says the first of the `problems`, if there are any."""
+    """Within, what goes wrong with files is an OSError, which says the first of the `problems`, if there are any."""
     try:
         yield
     except (Exception, CheckpointException) as error:  # the second is no Exception
+        if is_lost_connection(error):
+            raise
         failure = OSError(errno.ECHILD, problems[0], str(partial)) if problems else write_failure(error, partial)
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)  # what is in the way of room
