@@ -332,7 +332,8 @@ def _replace_tensor_methods() -> None:
             return real_to(self, *args, **kwargs)
         to_gpu, dtype = _wants_cuda(device), dtype or self.dtype
         if to_gpu == is_on_gpu(self):
-            return self if dtype == self.dtype else real_to(self, dtype)
+            copy = kwargs.get("copy", False)
+            return self if dtype == self.dtype and not copy else real_to(self, dtype, copy=copy)
         _note_copy(self, to_gpu=to_gpu, non_blocking=kwargs.get("non_blocking", False))
         return mark(real_to(self, dtype, copy=True), "gpu" if to_gpu else None)
 

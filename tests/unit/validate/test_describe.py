@@ -53,9 +53,26 @@ def test_description_of_other_runs(settings, folder):
     )
     facts = facts_of(describe(plan))
     assert facts["processes"] == ("4 = tensor 2 × pipeline 2 (× 2 chunks) × context 1 × data 1, sequence parallel")
-    assert facts["steps"] == "5 (2 epochs)" and facts["checkpoints"] == "runs/1"
+    assert facts["steps"] == "5 (2 epochs)"
+    size = 16 * (37_344 + 2 * 32 * (128 - 99))  # fp32, with the padding of both tables
+    assert facts["checkpoints"] == (
+        f"runs/1, at the end: {size / 1e3:.3g} KB, about 0.1 s to write at 2 GB/s a node, while training goes on"
+    )
     assert facts["selection"] == "full: every response token"
-    random = plan_run(settings(selection__method="random", selection__rho=0.25), 1)
+    random = plan_run(
+        settings(
+            selection__method="random",
+            selection__rho=0.25,
+            checkpoint__directory="runs/2",
+            checkpoint__save_every=100,
+            checkpoint__save_minutes=30,
+            checkpoint__asynchronous=False,
+        ),
+        1,
+    )
+    told = facts_of(describe(random))["checkpoints"]
+    assert told.startswith("runs/2, every 100 steps and every 30 minutes and at the end: ")
+    assert told.endswith("while training waits")
     assert facts_of(describe(random))["selection"] == "random, rho 0.25, scope sample, loss averaged by token"
 
 
