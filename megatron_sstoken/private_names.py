@@ -279,6 +279,13 @@ _MEGATRON_STATE = (
         "The queue of the process beside each rank that saving asks for, where it is not None.",
     ),
     PrivateName(
+        _MEGATRON + "dist_checkpointing.strategies.async_utils",
+        "preload_fn",
+        ("checkpoint/writer.py",),
+        "Of an AsyncRequest: copies what lies on a GPU, and takes the place of the second argument of async_fn.",
+        in_text=True,
+    ),
+    PrivateName(
         _MEGATRON + "dist_checkpointing.core",
         "save_config",
         (_STORED,),
