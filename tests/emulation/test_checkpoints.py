@@ -39,12 +39,9 @@ def save_and_go_on_twice(rank, settings):
 
 
 @pytest.mark.parametrize("changes", [{}, {"parallel__tensor": 2}], ids=["dp2", "tp2"])
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_a_run_goes_on_from_what_was_saved_beside_it(tmp_path, family, changes):
-    if family == "mixtral" and "parallel__tensor" in changes:
-        changes = {**changes, "parallel__sequence": True}
+def test_a_run_goes_on_from_what_was_saved_beside_it(tmp_path, changes):
     settings = make_settings(
-        make_model(tmp_path / "model", family),
+        make_model(tmp_path / "model"),
         make_store(tmp_path / "data", make_samples(16, seed=3)),
         training__steps=6,
         training__precision="bf16",
