@@ -77,7 +77,7 @@ _MEGATRON_MODEL = (
     PrivateName(
         _MEGATRON + "transformer.utils",
         "is_layer_window_attention",
-        ("model/attention.py",),
+        ("model/attention.py", "model/spec.py"),
         "Whether a layer (numbers from 1) has the sliding window, as megatron's own attention asks.",
     ),
     PrivateName(

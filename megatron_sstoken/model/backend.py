@@ -52,6 +52,16 @@ def backend_of(settings: Settings) -> Backend:
     return "torch" if wanted == "torch" or transformer_engine_problem() else "transformer_engine"
 
 
+def passed_over(settings: Settings) -> str | None:
+    """What a user of a GPU should know where `auto` could not take Transformer Engine: why, and what it costs."""
+    wanted = preferred_backend(settings) == "transformer_engine" and settings.model.backend == "auto"
+    reason = transformer_engine_problem() if wanted and have_cuda() else None
+    return reason and (
+        f"WARNING: the layers run on torch, which is slower on a GPU than Transformer Engine: {reason}; "
+        "model.backend=torch says that this is meant"
+    )
+
+
 def preferred_backend(settings: Settings) -> Backend:
     """What the layers are made of on a machine on which Transformer Engine can run."""
     if settings.model.backend != "auto":

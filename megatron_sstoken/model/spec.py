@@ -1,13 +1,17 @@
 """Which modules the layers are made of: megatron's own specs with our parts in the places made for that."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_sstoken.config import LoraSettings
 from megatron_sstoken.model.attention import AttentionCapture, TorchCoreAttention, core_attention_builder
@@ -37,7 +41,7 @@ def block_spec(
         from megatron.core.extensions.transformer_engine import TENorm
 
         spec, norm = get_gpt_layer_with_transformer_engine_spec(**kind), TENorm
-        core_attention = spec.submodules.self_attention.submodules.core_attention
+        core_attention = _with_heads_dealt_out(spec.submodules.self_attention.submodules.core_attention)
     else:
         spec, norm = get_gpt_layer_local_spec(normalization="RMSNorm", **kind), RMSNorm
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
@@ -55,3 +59,19 @@ def block_spec(
     if with_last_layer and not config.num_moe_experts and not config.fp8:
         layers[-1] = replace(spec, module=LastLayer)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _with_heads_dealt_out(attention: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+    """`attention`, Transformer Engine's, for whatever layer: where context parallel meets a sliding window, each rank
+    attends with some of the heads to whole samples. Its usual ring of keys and values refuses windows.
+
+    megatron's own list of a way for each layer, `cp_comm_type`, is read one layer off in 0.16.
+    """
+
+    def build(*, config: TransformerConfig, layer_number: int, **options: Any) -> torch.nn.Module:
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        if windowed and config.context_parallel_size > 1:
+            options["cp_comm_type"] = "a2a"
+        return attention(config=config, layer_number=layer_number, **options)
+
+    return build
