@@ -27,7 +27,12 @@ class PrivateName:
     """The package that has to be installed for it to exist."""
 
 
-_BUILD, _LAST, _LORA = "model/build.py", "model/last_layer.py", "model/lora.py"
+_BUILD, _LAST, _LORA, _TE_LORA = (
+    "model/build.py",
+    "model/last_layer.py",
+    "model/lora.py",
+    "model/lora_transformer_engine.py",
+)
 _SAVE, _STORED, _CONTENTS = "checkpoint/save_load.py", "conversion/torch_dist.py", "conversion/contents.py"
 _MEGATRON = "megatron.core."
 _LAYERS = "megatron.core.tensor_parallel.layers"
@@ -375,6 +380,22 @@ _TRANSFORMER_ENGINE = (
         "layer_norm_weight",
         ("model/weights.py",),
         "The name of the norm's weight inside the linear that follows it.",
+        in_text=True,
+        only_with="transformer_engine",
+    ),
+    PrivateName(
+        "transformer_engine.pytorch.module.layernorm_linear",
+        "return_layernorm_output",
+        ("model/lora_transformer_engine.py",),
+        "Set on a linear before each forward pass: whether it gives the output of its norm, too.",
+        in_text=True,
+        only_with="transformer_engine",
+    ),
+    PrivateName(
+        "transformer_engine.pytorch.module.base",
+        "fuse_wgrad_accumulation",
+        ("model/backend.py",),
+        "Set on linears after they are made: whether gradients of weights are added to main_grad within the product.",
         in_text=True,
         only_with="transformer_engine",
     ),

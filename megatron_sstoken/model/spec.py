@@ -33,14 +33,18 @@ def block_spec(
     """The layers of one model chunk, made as `config.transformer_impl` says, their core attention wrapped in a capture.
 
     `transformer_engine`: megatron's spec for it. `local`: megatron's spec for torch, with our norm and core attention in
-    place of those that need apex or refuse packs, and with adapters where `lora` asks for them. `with_last_layer`: whether
+    place of those that need apex or refuse packs. Either with adapters where `lora` asks for them. `with_last_layer`: whether
     the model ends in this chunk.
     """
     kind = {"num_experts": config.num_moe_experts, "qk_layernorm": config.qk_layernorm}
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        spec, norm = get_gpt_layer_with_transformer_engine_spec(**kind), TENorm
+        spec = get_gpt_layer_with_transformer_engine_spec(**kind, moe_grouped_gemm=config.moe_grouped_gemm)
+        norm = TENorm
+        if config.num_moe_experts:
+            # Before experts, too, the norm is stored under the key that megatron's spec for torch gives it.
+            spec.submodules.sharded_state_dict_keys_map |= {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
         core_attention = _with_heads_dealt_out(spec.submodules.self_attention.submodules.core_attention)
     else:
         spec, norm = get_gpt_layer_local_spec(normalization="RMSNorm", **kind), RMSNorm

@@ -52,7 +52,7 @@ def test_a_gpu_without_transformer_engine_is_told_the_command():
 @pytest.mark.parametrize(
     ("apex", "told"),
     [
-        ({}, "separate addition (no fusion)"),
+        ({}, "Transformer Engine in bf16 and fp8, else separate addition (no fusion)"),
         (dict.fromkeys(["fused_weight_gradient_mlp_cuda"], ""), "inside the matrix product"),
     ],
 )

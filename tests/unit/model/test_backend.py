@@ -127,6 +127,13 @@ def test_fused_weight_gradients_only_with_apex_extension(gpu, monkeypatch):
     assert fusion_options("torch")["gradient_accumulation_fusion"]
 
 
+def test_weight_gradients_are_accumulated_in_the_products_of_linears_that_can():
+    able, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    able.fuse_wgrad_accumulation = False
+    backend.accumulate_in_products(torch.nn.Sequential(able, other))
+    assert able.fuse_wgrad_accumulation and not hasattr(other, "fuse_wgrad_accumulation")
+
+
 def test_a_compiled_head_without_a_compiler_is_refused(monkeypatch):
     settings = Settings()
     settings.model.compiled_head = True
