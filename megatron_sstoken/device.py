@@ -1,7 +1,8 @@
 """CUDA or CPU: the only place that adapts megatron-core to a machine without CUDA.
 
-With CUDA present nothing here changes anything. Without it, megatron-core still asks for "cuda" in about thirty
-places; `adapt_megatron_to_cpu` answers those with the CPU. Each substitution stands with its reason.
+With CUDA present one name is added that megatron-core forgets, and nothing else changes. Without it, megatron-core still
+asks for "cuda" in about thirty places; `adapt_megatron_to_cpu` answers those with the CPU. Each substitution stands with
+its reason.
 """
 
 import contextlib
@@ -60,9 +61,10 @@ def peak_memory_bytes() -> int:
 
 @functools.lru_cache(maxsize=1)
 def adapt_megatron_to_cpu() -> None:
-    """Make megatron-core run on the CPU. Call it before megatron-core is first used; does nothing with CUDA."""
+    """Make megatron-core run on the CPU; with CUDA, on this process's GPU. Call it before megatron-core is first used."""
     if have_cuda():
         torch.cuda.set_device(compute_device())
+        _define_matrix_product()
         return
     # megatron asks for the current device to place buffers on, and waits for it before it times or saves.
     torch.cuda.current_device = compute_device  # type: ignore[assignment]
@@ -95,11 +97,7 @@ def adapt_megatron_to_cpu() -> None:
     # It warns when the CPU's generator moves inside a fork of "cuda"'s; here the two are one.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
 
-    from megatron.core.transformer.moe import moe_utils
-
-    # The router asks whether Transformer Engine's matrix product is there, by a name that exists only where it is.
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
+    _define_matrix_product()
 
     from megatron.core.distributed import param_and_grad_buffer
 
@@ -108,6 +106,14 @@ def adapt_megatron_to_cpu() -> None:
     param_and_grad_buffer._coalescing_manager = lambda group, async_ops: contextlib.nullcontext()
     param_and_grad_buffer.dist_reduce_scatter_func = _reduce_in_place
     param_and_grad_buffer.dist_all_gather_func = _gather_from_others
+
+
+def _define_matrix_product() -> None:
+    """A mixture's router asks whether Transformer Engine's matrix product is there, by a name that exists only where it is."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def _reduce_in_place(output, input, *, op, group, async_op):

@@ -285,7 +285,7 @@ def _components(machine: Machine) -> dict[str, str]:
     engine = gpu and machine.runs_transformer_engine
     apex = gpu and machine.works("amp_C") and machine.works("apex.multi_tensor_apply")
     fused = "Transformer Engine"
-    where = f"{fused} in bf16 and fp8, else " if engine else ""  # model/backend.py: not in fp32, not with adapters
+    where = f"{fused} in bf16 and fp8, else " if engine else ""  # model/backend.py: not in fp32
     added_inside = gpu and machine.works("fused_weight_gradient_mlp_cuda")
     return {
         "device": f"{len(machine.gpus)} × {machine.gpus[0][0]}" if gpu else f"CPU ({platform.machine()})",
@@ -294,7 +294,9 @@ def _components(machine: Machine) -> dict[str, str]:
         "norm": where + "torch RMSNorm, fp32 inside",
         "linear": where + "torch, sharded by megatron-core",
         "optimizer": f"{fused} fused Adam" if engine else "apex fused Adam" if apex else "torch AdamW",
-        "gradient accumulation": "inside the matrix product" if added_inside else "separate addition (no fusion)",
+        "gradient accumulation": "inside the matrix product"
+        if added_inside
+        else where + "separate addition (no fusion)",
         "head and loss": "vocabulary-parallel, model/head.py",
         "FP8 recipes": ", ".join(fp8_recipes(machine)) or "none" + (" (needs Transformer Engine)" if gpu else ""),
     }

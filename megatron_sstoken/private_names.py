@@ -28,6 +28,7 @@ class PrivateName:
 
 
 _BUILD, _LAST, _LORA = "model/build.py", "model/last_layer.py", "model/lora.py"
+_TE_LORA = "model/lora_transformer_engine.py"
 _STATE, _STORED, _CONTENTS = "checkpoint/optimizer_state.py", "conversion/torch_dist.py", "conversion/contents.py"
 _MEGATRON = "megatron.core."
 _LAYERS = "megatron.core.tensor_parallel.layers"
@@ -77,7 +78,7 @@ _MEGATRON_MODEL = (
     PrivateName(
         _MEGATRON + "transformer.utils",
         "is_layer_window_attention",
-        ("model/attention.py",),
+        ("model/attention.py", "model/spec.py"),
         "Whether a layer (numbers from 1) has the sliding window, as megatron's own attention asks.",
     ),
     PrivateName(
@@ -295,6 +296,13 @@ _MEGATRON_STATE = (
 
 _TORCH = (
     PrivateName(
+        "torch.nn.modules.module",
+        "_forward_pre_hooks",
+        (_BUILD,),
+        "megatron's hooks on the output layer, which wait for its weight; called in its place by the head that reads it.",
+        in_text=True,
+    ),
+    PrivateName(
         "torch.utils._device",
         "_device_constructors",
         ("device.py",),
@@ -407,6 +415,22 @@ _TRANSFORMER_ENGINE = (
         "layer_norm_weight",
         ("model/weights.py",),
         "The name of the norm's weight inside the linear that follows it.",
+        in_text=True,
+        only_with="transformer_engine",
+    ),
+    PrivateName(
+        "transformer_engine.pytorch.module.layernorm_linear",
+        "return_layernorm_output",
+        ("model/lora_transformer_engine.py",),
+        "Set on a linear before each forward pass: whether it gives the output of its norm, too.",
+        in_text=True,
+        only_with="transformer_engine",
+    ),
+    PrivateName(
+        "transformer_engine.pytorch.module.base",
+        "fuse_wgrad_accumulation",
+        ("model/backend.py",),
+        "Set on linears after they are made: whether gradients of weights are added to main_grad within the product.",
         in_text=True,
         only_with="transformer_engine",
     ),

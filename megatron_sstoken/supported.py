@@ -37,10 +37,10 @@ class Line(NamedTuple):
 OLDEST_TORCH = "2.8"
 """The first whose `torch.mm` takes `out_dtype`, by which the head on GPUs accumulates bf16 products in fp32."""
 LINES = (
-    # The range is that of its extra `dev`.
-    Line("0.16.1", 'python_version < "3.12"', "2.9", "2.12"),
+    # Its extra `dev` asks for 2.9 to 2.11; 2.9 cannot attend to windows of packed samples under context parallel.
+    Line("0.16.1", 'python_version < "3.12"', "2.10", "2.12"),
     # The newest for Python 3.12 and later. It states no range; what it imports without a fallback is there from 2.9 to 2.20.
-    Line("0.19.2", 'python_version >= "3.12"', "2.9", "2.21"),
+    Line("0.19.2", 'python_version >= "3.12"', "2.10", "2.21"),
 )
 """Both run on Python 3.12 as well; which one is installed there is `python`'s choice."""
 

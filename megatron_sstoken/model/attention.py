@@ -5,6 +5,8 @@ Under context parallel each rank holds, of every sample, chunk r and chunk 2·cp
 """
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -151,6 +153,21 @@ class AttentionCapture:
         return masses
 
 
+@contextmanager
+def _evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Within, `module` is in evaluation mode.
+
+    In training Transformer Engine's attention keeps a copy of its delayed FP8 scales for each forward pass, for the
+    recomputation to take away; a pass that is not recomputed would leave its copy behind, one for every micro-batch.
+    """
+    training = module.training
+    module.train(False)
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
 class CapturingCoreAttention(torch.nn.Module):
     """A core attention that also measures how much each query attends to the context.
 
@@ -167,7 +184,7 @@ class CapturingCoreAttention(torch.nn.Module):
 
     def forward(self, query, key, value, attention_mask, **kwargs):
         if self.capture.context is not None and self.layer_number not in self.capture.masses:
-            with torch.no_grad():
+            with torch.no_grad(), _evaluating(self.inner):
                 indicator = self.capture.context.to(value.dtype)[:, None, None].expand(value.shape).contiguous()
                 output = self.inner(query.detach(), key.detach(), indicator, attention_mask, **kwargs)
                 mass = output.reshape(query.shape[0], -1, value.shape[-1])[:, :, 0]
@@ -180,7 +197,9 @@ class CapturingCoreAttention(torch.nn.Module):
         return state(prefix, sharded_offsets, metadata) if state else {}
 
 
-def core_attention_builder(inner: type, captured_layers: frozenset[int], capture: AttentionCapture):
+def core_attention_builder(
+    inner: Callable[..., torch.nn.Module], captured_layers: frozenset[int], capture: AttentionCapture
+):
     """What megatron's layer spec calls for `core_attention`: `inner`, wrapped in a capture on the layers named."""
 
     def build(*, layer_number: int, **kwargs):

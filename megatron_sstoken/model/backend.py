@@ -42,21 +42,28 @@ def transformer_engine_problem() -> str | None:
 
 
 def backend_of(settings: Settings) -> Backend:
-    """What the layers of this run are made of. `auto` is Transformer Engine where it can run and has the precision.
-
-    Adapters sit on megatron's own linears: Transformer Engine's hold the norm before them, whose output they do not give.
-    """
+    """What the layers of this run are made of. `auto` is Transformer Engine where it can run and has the precision."""
     wanted = preferred_backend(settings)
     if settings.model.backend != "auto" or settings.training.precision == "fp8":
         return wanted  # there is no other: where it cannot run, `machine_problems` says so
     return "torch" if wanted == "torch" or transformer_engine_problem() else "transformer_engine"
 
 
+def passed_over(settings: Settings) -> str | None:
+    """What a user of a GPU should know where `auto` could not take Transformer Engine: why, and what it costs."""
+    wanted = preferred_backend(settings) == "transformer_engine" and settings.model.backend == "auto"
+    reason = transformer_engine_problem() if wanted and have_cuda() else None
+    return reason and (
+        f"WARNING: the layers run on torch, which is slower on a GPU than Transformer Engine: {reason}; "
+        "model.backend=torch says that this is meant"
+    )
+
+
 def preferred_backend(settings: Settings) -> Backend:
     """What the layers are made of on a machine on which Transformer Engine can run."""
     if settings.model.backend != "auto":
         return settings.model.backend
-    return "torch" if settings.training.precision == "fp32" or settings.lora.rank else "transformer_engine"
+    return "torch" if settings.training.precision == "fp32" else "transformer_engine"
 
 
 def machine_problems(settings: Settings) -> list[str]:
@@ -125,8 +132,8 @@ def fp8_options(training: TrainingSettings) -> dict[str, Any]:
 def fusion_options(backend: Backend) -> dict[str, bool]:
     """Which of megatron's fused kernels are there.
 
-    Weight gradients are accumulated inside the matrix product only with apex's extension: megatron's vocabulary head
-    demands it, even where Transformer Engine brings its own for the layers.
+    `gradient_accumulation_fusion` is for megatron's own linears, and needs apex's extension. Transformer Engine's have their
+    own (`accumulate_in_products`).
     """
     is_te = backend == "transformer_engine"
     extension = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
@@ -138,6 +145,17 @@ def fusion_options(backend: Backend) -> dict[str, bool]:
         "persist_layer_norm": False,
         "apply_rope_fusion": is_te,
     }
+
+
+def accumulate_in_products(module: torch.nn.Module) -> None:
+    """Let Transformer Engine's linears under `module`, whose weights have megatron's `main_grad`, add their gradients to it
+    within the matrix product: in fp32, without a temporary in the weights' type.
+
+    megatron would ask for it with the option that its own vocabulary head answers with a demand for apex.
+    """
+    for linear in module.modules():
+        if hasattr(linear, "fuse_wgrad_accumulation"):
+            setattr(linear, "fuse_wgrad_accumulation", True)  # noqa: B010  (an attribute of Transformer Engine's)
 
 
 def token_multiple(training: TrainingSettings) -> int:

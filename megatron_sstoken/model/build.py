@@ -20,7 +20,7 @@ from megatron_sstoken.compat import finalize_gradients, silence_announcements
 from megatron_sstoken.config import Settings
 from megatron_sstoken.device import compute_device, have_cuda
 from megatron_sstoken.model.attention import AttentionCapture
-from megatron_sstoken.model.backend import backend_of, fp8_options, fusion_options
+from megatron_sstoken.model.backend import Backend, accumulate_in_products, backend_of, fp8_options, fusion_options
 from megatron_sstoken.model.dtypes import weight_dtype
 from megatron_sstoken.model.families import Architecture, Split, rope_inverse_frequencies
 from megatron_sstoken.model.head import IGNORE_INDEX, HeadOptions, selective_head, vocabulary_parallel_loss
@@ -193,7 +193,7 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
         qk_layernorm=a.qk_norm,
         window_size=None if a.sliding_window is None else (a.sliding_window - 1, 0),
         window_attn_skip_freq=[int(windowed) for windowed in a.windowed_layers] or None,
-        **_mixture_config(a, layout),
+        **_mixture_config(a, layout, backend),
         **{name: list(value) if isinstance(value, tuple) else value for name, value in a.transformer_options},
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -224,7 +224,7 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
     )
 
 
-def _mixture_config(a: Architecture, layout: Layout) -> dict[str, Any]:
+def _mixture_config(a: Architecture, layout: Layout, backend: Backend) -> dict[str, Any]:
     """What a mixture of experts adds: every token goes to its experts, none is dropped, and no auxiliary loss."""
     if not a.num_experts:
         return {}
@@ -235,6 +235,8 @@ def _mixture_config(a: Architecture, layout: Layout) -> dict[str, Any]:
         # The softmax over all experts, unless it is taken over the chosen ones, which is the same as renormalising.
         "moe_router_pre_softmax": not a.router_renormalizes,
         "moe_router_load_balancing_type": "none",
+        # All experts of a rank in one product, by Transformer Engine; elsewhere one after another.
+        "moe_grouped_gemm": backend == "transformer_engine",
         "moe_token_dispatcher_type": "alltoall" if have_cuda() else "allgather",  # the former wants CUDA streams
         "expert_model_parallel_size": layout.expert_size,
         "expert_tensor_parallel_size": 1,
@@ -286,6 +288,8 @@ def build_model(
         model.unwrapped.append(chunk)
     model.chunks = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in model.unwrapped]
     if trainable:
+        for chunk in model.unwrapped:
+            accumulate_in_products(chunk.decoder)
         # Adapters are read by the linears that hold them, not by modules of their own, which is where megatron would wait.
         model.chunks = _data_parallel(
             config, model.chunks, layout, overlap_gather=have_cuda() and not settings.lora.rank

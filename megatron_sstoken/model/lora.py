@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) on megatron's parallel linears, as PEFT computes them.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on parallel linears, megatron's and Transformer Engine's, as PEFT computes them.
 
 A linear with weight W that is named in `lora.targets` computes W·x + alpha / rank · B·(A·dropout(x)), with A [rank, in]
 and B [out, rank]; W is frozen. megatron fuses q, k and v into one linear and gate and up into another; each of them keeps
@@ -72,9 +72,9 @@ class Adapter(torch.nn.Module):
 
 
 class AdaptedLinear(torch.nn.Module):
-    """What the adapted column- and row-parallel linears share; mixed into megatron's classes."""
+    """What all linears with adapters share; mixed into megatron's classes and Transformer Engine's."""
 
-    # Of megatron's linears, beside which this stands.
+    # Of the linears beside which this stands.
     config: TransformerConfig
     tp_group: dist.ProcessGroup
     sequence_parallel: bool
@@ -111,8 +111,6 @@ class AdaptedLinear(torch.nn.Module):
         Under sequence parallel megatron runs whole layers inside its tracker's fork (a fork in a fork would draw the
         same again and again).
         """
-        if not self.training or self.lora.dropout == 0:
-            return inputs
         if replicated or self.sequence_parallel:
             return F.dropout(inputs, self.lora.dropout)
         with get_cuda_rng_tracker().fork():
@@ -120,8 +118,13 @@ class AdaptedLinear(torch.nn.Module):
 
     def _shrink(self, inputs: torch.Tensor, *, replicated: bool) -> torch.Tensor:
         """Scaled A·dropout(x) of all targets side by side: [tokens, batch, targets · rank]."""
-        parts = [F.linear(self._drop(inputs, replicated=replicated), a.lora_A) for a in self.named_adapters().values()]
-        return torch.cat(parts, dim=-1) * (self.lora.alpha / self.lora.rank)
+        matrices: list[torch.Tensor] = [adapter.lora_A for adapter in self.named_adapters().values()]
+        if self.training and self.lora.dropout > 0:
+            parts = [F.linear(self._drop(inputs, replicated=replicated), matrix) for matrix in matrices]
+            small = torch.cat(parts, dim=-1)
+        else:  # one product, which reads the inputs once
+            small = F.linear(inputs, torch.cat(matrices))
+        return small * (self.lora.alpha / self.lora.rank)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """megatron's own entry for the base, and one for each adapter matrix."""
@@ -134,22 +137,27 @@ class AdaptedLinear(torch.nn.Module):
         return state
 
 
-class AdaptedColumnParallelLinear(AdaptedLinear, ColumnParallelLinear):
-    """Column-parallel linear, one output or several fused ones, with an adapter for each target.
+@dataclass(frozen=True)
+class Blocks:
+    """What a column-parallel linear computes, one output or several fused ones."""
 
-    `blocks`: in the order of the output, for each fused linear its name and its share of the output. With `num_groups`
-    (over all ranks) the output is made of that many groups, each holding a block of every linear: q, k and v by query group.
-    """
+    shares: dict[str, int]
+    """In the order of the output: name of each fused linear → its share of the output."""
+    num_groups: int | None = None
+    """If set, the output over all ranks is made of that many groups, each holding a block of every linear: q, k and v by
+    query group."""
 
-    output_size_per_partition: int
 
-    def __init__(self, *args, lora: LoraSettings, blocks: dict[str, int], num_groups: int | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
+class AdaptedColumns(AdaptedLinear):
+    """The adapters of a column-parallel linear, one for each target among its blocks."""
+
+    def add_column_adapters(self, lora: LoraSettings, blocks: Blocks, num_outputs: int) -> None:
+        """`num_outputs`: on this rank."""
         tensor = self.tp_group.size()
-        assert num_groups is None or num_groups % tensor == 0, "checked by the plan"
-        self.num_groups = 1 if num_groups is None else num_groups // tensor
-        rows = self.output_size_per_partition // self.num_groups
-        self.block_rows = {name: rows * share // sum(blocks.values()) for name, share in blocks.items()}
+        assert blocks.num_groups is None or blocks.num_groups % tensor == 0, "checked by the plan"
+        self.num_groups = 1 if blocks.num_groups is None else blocks.num_groups // tensor
+        rows, shares = num_outputs // self.num_groups, blocks.shares
+        self.block_rows = {name: rows * share // sum(shares.values()) for name, share in shares.items()}
         sizes: dict[str, tuple[int, int]] = {
             name: (self.input_size, size * self.num_groups)
             for name, size in self.block_rows.items()
@@ -157,11 +165,7 @@ class AdaptedColumnParallelLinear(AdaptedLinear, ColumnParallelLinear):
         }
         self._add_adapters(lora, sizes, {"lora_B": 0})
 
-    def forward(self, input_, *args, **kwargs):
-        output, bias = super().forward(input_, *args, **kwargs)
-        return (output + self._delta(input_), bias) if self.adapters_on else (output, bias)
-
-    def _delta(self, inputs: torch.Tensor) -> torch.Tensor:
+    def adapter_output(self, inputs: torch.Tensor) -> torch.Tensor:
         """[tokens (of this rank under sequence parallel), batch, in] → [tokens, batch, out / tensor size]."""
         small = self._shrink(inputs, replicated=not self.sequence_parallel)
         if self.sequence_parallel:  # gathered here the tokens are `rank` wide, not as wide as the model
@@ -180,22 +184,18 @@ class AdaptedColumnParallelLinear(AdaptedLinear, ColumnParallelLinear):
         return torch.cat(blocks, dim=-1).flatten(-2)
 
 
-class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
-    """Row-parallel linear with an adapter; `target` names it."""
+class AdaptedRows(AdaptedLinear):
+    """The adapter of a row-parallel linear."""
 
-    input_size_per_partition: int
-    output_size: int
-
-    def __init__(self, *args, lora: LoraSettings, target: str, **kwargs):
-        super().__init__(*args, **kwargs)
-        size = (self.input_size_per_partition, self.output_size)
-        self._add_adapters(lora, {target: size}, {"lora_A": 1})
+    def add_row_adapter(self, lora: LoraSettings, target: str, num_inputs: int, num_outputs: int) -> None:
+        """`target` names the linear; `num_inputs`: on this rank."""
+        self._add_adapters(lora, {target: (num_inputs, num_outputs)}, {"lora_A": 1})
 
     def forward(self, input_):
         output, bias = super().forward(input_)
-        return (output + self._delta(input_), bias) if self.adapters_on else (output, bias)
+        return (output + self.adapter_output(input_), bias) if self.adapters_on else (output, bias)
 
-    def _delta(self, inputs: torch.Tensor) -> torch.Tensor:
+    def adapter_output(self, inputs: torch.Tensor) -> torch.Tensor:
         """[tokens, batch, in / tensor size] → [tokens (of this rank under sequence parallel), batch, out]."""
         small = self._shrink(inputs, replicated=False)
         if self.sequence_parallel:
@@ -206,27 +206,52 @@ class AdaptedRowParallelLinear(AdaptedLinear, RowParallelLinear):
         return F.linear(small, adapter.lora_B)
 
 
+class AdaptedColumnParallelLinear(AdaptedColumns, ColumnParallelLinear):
+    """megatron's column-parallel linear with adapters."""
+
+    output_size_per_partition: int
+
+    def __init__(self, *args, lora: LoraSettings, blocks: Blocks, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_column_adapters(lora, blocks, self.output_size_per_partition)
+
+    def forward(self, input_, *args, **kwargs):
+        output, bias = super().forward(input_, *args, **kwargs)
+        return (output + self.adapter_output(input_), bias) if self.adapters_on else (output, bias)
+
+
+class AdaptedRowParallelLinear(AdaptedRows, RowParallelLinear):
+    """megatron's row-parallel linear with an adapter."""
+
+    input_size_per_partition: int
+    output_size: int
+
+    def __init__(self, *args, lora: LoraSettings, target: str, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_row_adapter(lora, target, self.input_size_per_partition, self.output_size)
+
+
 def adapt_layer(layer: TransformerLayerSubmodules, config: TransformerConfig, lora: LoraSettings) -> None:
     """Put adapted linears into a layer's spec wherever `lora.targets` names them; attention and dense feed-forward."""
+    column: type[AdaptedColumns] = AdaptedColumnParallelLinear
+    row: type[AdaptedRows] = AdaptedRowParallelLinear
+    if config.transformer_impl == "transformer_engine":
+        from megatron_sstoken.model.lora_transformer_engine import AdaptedTELinear, AdaptedTENormAndLinear
+
+        column, row = AdaptedTENormAndLinear, AdaptedTELinear
     attention = layer.self_attention.submodules
     heads_per_group = config.num_attention_heads // config.num_query_groups
     if {"q_proj", "k_proj", "v_proj"} & set(lora.targets):
-        attention.linear_qkv = partial(
-            AdaptedColumnParallelLinear,
-            lora=lora,
-            blocks={"q_proj": heads_per_group, "k_proj": 1, "v_proj": 1},
-            num_groups=config.num_query_groups,
-        )
+        fused = Blocks({"q_proj": heads_per_group, "k_proj": 1, "v_proj": 1}, config.num_query_groups)
+        attention.linear_qkv = partial(column, lora=lora, blocks=fused)
     if "o_proj" in lora.targets:
-        attention.linear_proj = ModuleSpec(AdaptedRowParallelLinear, params={"lora": lora, "target": "o_proj"})
+        attention.linear_proj = ModuleSpec(row, params={"lora": lora, "target": "o_proj"})
     if (mlp := dense_mlp(layer)) is None:
         return
     if {"gate_proj", "up_proj"} & set(lora.targets):
-        mlp.linear_fc1 = ModuleSpec(
-            AdaptedColumnParallelLinear, params={"lora": lora, "blocks": {"gate_proj": 1, "up_proj": 1}}
-        )
+        mlp.linear_fc1 = ModuleSpec(column, params={"lora": lora, "blocks": Blocks({"gate_proj": 1, "up_proj": 1})})
     if "down_proj" in lora.targets:
-        mlp.linear_fc2 = ModuleSpec(AdaptedRowParallelLinear, params={"lora": lora, "target": "down_proj"})
+        mlp.linear_fc2 = ModuleSpec(row, params={"lora": lora, "target": "down_proj"})
 
 
 def num_adapter_parameters(a: Architecture, lora: LoraSettings) -> int:

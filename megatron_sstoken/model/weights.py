@@ -5,6 +5,7 @@ Every rank opens the files memory-mapped and reads its own slices only, whatever
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from megatron_sstoken.model.families import Architecture, Split, WeightRule
 from megatron_sstoken.model.lora import base_parameters
 
+_OF_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.weight$")
 _EMBEDDING_NAME, _HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -248,17 +250,19 @@ def rules_of_chunk(model: Any, architecture: Architecture) -> dict[str, tuple[We
             table[name] = (rule, 0)
     if architecture.tied_embeddings:  # the last of several pipeline stages holds a copy of the embedding as its head
         table["output_layer.weight"] = table["embedding.word_embeddings.weight"]
-    named = {_name_with_fused_norms(name, held): entry for name, entry in table.items()}
+    named = {_name_in_chunk(name, held): entry for name, entry in table.items()}
     return {name: entry for name, entry in named.items() if name in held}
 
 
-def _name_with_fused_norms(name: str, held: set[str]) -> str:
-    """`name` as the chunk has it: Transformer Engine keeps a norm inside the linear layer that follows it."""
+def _name_in_chunk(name: str, held: set[str]) -> str:
+    """`name` as the chunk has it. Transformer Engine keeps a norm inside the linear layer that follows it, and the weights of
+    all experts in one layer, by number."""
     for norm, linear in (("input_layernorm.", "self_attention.linear_qkv."), ("pre_mlp_layernorm.", "mlp.linear_fc1.")):
         fused = name.replace(norm, f"{linear}layer_norm_")
         if fused in held:
             return fused
-    return name
+    grouped = _OF_EXPERT.sub(r".experts.\2.weight\1", name)
+    return grouped if grouped in held else name
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ class Workload:
     """With fp8; its tiles decide how packs are rounded."""
     recompute: Literal["none", "selective", "full"] = "none"
     backend: Literal["auto", "transformer_engine", "torch"] = "auto"
-    """auto: Transformer Engine, but torch in fp32 and with adapters."""
+    """auto: Transformer Engine, but torch in fp32."""
     head: Literal["standard", "selective"] = "selective"
     """selective: logits of response tokens only, in chunks; kept and trained only for the selected ones."""
     response: float = 1.0

@@ -85,8 +85,8 @@ def _describe_layers(settings: Settings) -> str:
     backend = backend_of(settings)
     if settings.model.backend != "auto":
         return backend
-    if settings.training.precision == "fp32" or settings.lora.rank > 0:
-        return f"{backend} ({'fp32' if settings.training.precision == 'fp32' else 'adapters'})"
+    if settings.training.precision == "fp32":
+        return f"{backend} (fp32)"
     return f"{backend} ({transformer_engine_problem() or 'transformer_engine can run'})"
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import BatchShape, batch_shape
-from megatron_sstoken.model.backend import token_multiple
+from megatron_sstoken.model.backend import Backend, preferred_backend, token_multiple
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.parallel import processes_problem
 
@@ -76,6 +76,7 @@ def layout_problems(settings: Settings, architecture: Architecture, world_size: 
     check_split("model", architecture, settings, found)
     check_adapters(settings, architecture, found)
     check_fp8(settings, architecture, found)
+    check_windows("model", architecture, settings, preferred_backend(settings), found)
     if data_size and not found.problems:
         batch_shape_of(settings, data_size, found)
     return found.problems
@@ -178,6 +179,22 @@ def check_fp8(settings: Settings, a: Architecture, found: Findings) -> None:
             value <= per_stage,
             f"training.{name}={value} is more than the {per_stage} layers of a pipeline stage: use {per_stage} or less",
         )
+
+
+def check_windows(name: str, a: Architecture, settings: Settings, backend: Backend, found: Findings) -> None:
+    """Whether context parallel can split attention to a sliding window.
+
+    Transformer Engine's ring of keys and values knows no windows. Its other way deals out the heads (model/spec.py).
+    """
+    tensor, context = settings.parallel.tensor, settings.parallel.context
+    if backend != "transformer_engine" or context == 1 or not any(a.windowed_layers):
+        return
+    found.require(
+        a.num_query_groups % (tensor * context) == 0,
+        f"parallel.tensor={tensor} × parallel.context={context} = {tensor * context} does not divide "
+        f"{name}.num_key_value_heads={a.num_query_groups}, which sliding windows on Transformer Engine need: use a product of "
+        f"{divisors(a.num_query_groups)}, or model.backend=torch",
+    )
 
 
 def batch_shape_of(settings: Settings, data_size: int, found: Findings) -> BatchShape | None:

@@ -14,7 +14,7 @@ from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.data.batches import PackOrder, filter_samples
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.data.tokenizer import load_tokenizer
-from megatron_sstoken.model.backend import machine_problems
+from megatron_sstoken.model.backend import backend_of, machine_problems, passed_over
 from megatron_sstoken.model.families import Architecture, read_architecture
 from megatron_sstoken.model.weights import HuggingFaceWeights, NoWeights, check_weights
 from megatron_sstoken.run_plan import DataPlan, RunPlan
@@ -26,6 +26,7 @@ from megatron_sstoken.validate.layout import (
     check_fp8,
     check_processes,
     check_split,
+    check_windows,
 )
 from megatron_sstoken.validate.settings import problems_of
 
@@ -42,6 +43,8 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
     architecture = found.attempt("model.hf_path", lambda: read_architecture(settings.model.hf_path or ""))
     data_size = check_processes(settings, world_size, found)
     found.lacks(machine_problems(settings))
+    if warning := passed_over(settings):
+        found.notes.append(warning)
     if architecture:
         _check_model(settings, architecture, found)
     train = _open_data("data.train", settings.data.train, settings, architecture, found, shuffle=settings.data.shuffle)
@@ -93,6 +96,7 @@ def _check_model(settings: Settings, a: Architecture, found: Findings) -> None:
         f"use each once",
     )
     check_fp8(settings, a, found)
+    check_windows("model", a, settings, backend_of(settings), found)
     if settings.model.checkpoint is None:
         _check_weights("model.hf_path", settings.model.hf_path or "", a, found)
     if settings.history.hf_path and needs_history(settings):
@@ -100,6 +104,7 @@ def _check_model(settings: Settings, a: Architecture, found: Findings) -> None:
         history = found.attempt("history.hf_path", lambda: read_architecture(path))
         if history is not None:
             check_split("history", history, settings, found)
+            check_windows("history", history, settings, backend_of(settings), found)
             _check_weights("history.hf_path", path, history, found)
 
 

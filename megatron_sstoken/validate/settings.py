@@ -55,12 +55,10 @@ def _backend_problems(settings: Settings) -> list[str]:
         )
     if backend == "torch" and precision == "fp8":
         found.append("model.backend=torch cannot compute in training.precision=fp8: use backend=auto")
-    for name, value in (("model.backend", backend), ("training.precision", precision)):
-        if rank > 0 and value in ("transformer_engine", "fp8"):
-            found.append(
-                f"{name}={value} has no adapters, and lora.rank={rank} asks for them: Transformer Engine fuses the norm into "
-                "the linears they would sit on; use model.backend=auto and training.precision=bf16"
-            )
+    if precision == "fp8" and rank > 0:
+        found.append(
+            f"training.precision=fp8 has no adapters, and lora.rank={rank} asks for them: use training.precision=bf16"
+        )
     return found
 
 

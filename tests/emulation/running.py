@@ -21,10 +21,14 @@ def run_pretended(function: Callable[..., Any], num_ranks: int, *args: Any, time
     return run_distributed(function, num_ranks, *args, timeout=timeout, before=become_pretended)
 
 
-def become_pretended() -> None:
-    """Turn this process into one with a pretended device. Before its process groups are made."""
+def become_pretended(also: Callable[[], None] = lambda: None) -> None:
+    """Turn this process into one with a pretended device. Before its process groups are made.
+
+    `also` is called once the device is there, and before megatron-core is imported.
+    """
     os.environ.pop("SSTOKEN_DEVICE", None)  # other tests hide what GPUs there are
     pretended_device.install()
+    also()
     _use_gloo()
     _adapt_megatron()
     assert have_cuda()

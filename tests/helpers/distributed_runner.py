@@ -29,15 +29,16 @@ def run_distributed(
     *args: Any,
     timeout: float = 120,
     before: Callable[[], None] | None = None,
+    preloaded: bool = True,
 ) -> list[Any]:
     """Call `function(rank, *args)` on `num_ranks` fresh processes with torch.distributed (gloo) initialised.
 
     `function` must be importable (top level of a module). Returns the results in rank order. A rank that raises takes
     the others down at once and its traceback is in the AssertionError; so is the time limit (`timeout` in seconds).
-    `before` is called in each process first of all.
+    `before` is called in each process first of all. Without `preloaded` each begins with no library imported.
     """
     with tempfile.TemporaryDirectory() as folder:
-        port, context = free_port(), preloaded_context()
+        port, context = free_port(), preloaded_context() if preloaded else mp.get_context("spawn")
         processes = [
             context.Process(
                 target=_rank_main, args=(rank, num_ranks, port, folder, function, args, before), daemon=False

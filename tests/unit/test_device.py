@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers.cli import ROOT, environment
 
 CHECK = """
@@ -31,6 +33,24 @@ assert again.model.rotary_emb.inv_freq[0] == 1.0
 """
 
 
-def test_adaptation_in_a_fresh_process():
-    result = subprocess.run([sys.executable, "-c", CHECK], env=environment(), cwd=ROOT, capture_output=True, text=True)
+# Without Transformer Engine the router of a mixture wants a name that nobody has defined: on GPUs, too.
+ON_A_GPU = """
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.set_device = lambda device: None
+from megatron_sstoken.device import adapt_megatron_to_cpu
+adapt_megatron_to_cpu()
+from megatron.core.transformer.moe.moe_utils import router_gating_linear
+inputs, weight = torch.ones(2, 3, requires_grad=True), torch.ones(4, 3, requires_grad=True)
+logits = router_gating_linear(inputs, weight, None, torch.float32)
+assert logits.tolist() == [[3.0] * 4] * 2
+logits.sum().backward()
+assert inputs.grad.tolist() == [[4.0] * 3] * 2
+"""
+
+
+@pytest.mark.parametrize(("check", "device"), [(CHECK, "cpu"), (ON_A_GPU, "")], ids=["cpu", "gpu"])
+def test_adaptation_in_a_fresh_process(check, device):
+    variables = environment() | {"SSTOKEN_DEVICE": device}
+    result = subprocess.run([sys.executable, "-c", check], env=variables, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

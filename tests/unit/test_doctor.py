@@ -44,7 +44,7 @@ def test_a_sound_machine_without_gpu_runs_the_torch_path():
 def test_a_gpu_without_transformer_engine_is_told_the_command():
     machine = replace(HOPPER, versions=CPU.versions, imports=CPU.imports)
     found = diagnose(machine)
-    wanted = "pip install --no-build-isolation 'transformer-engine[pytorch,core_cu13]>=2.9,<2.12'"
+    wanted = "pip install --no-build-isolation 'transformer-engine[pytorch,core_cu13]>=2.10,<2.12'"
     assert not found.errors and wanted in found.missing[0] and "wheel ninja pybind11" in found.missing[0]
     assert found.components["communication"].startswith("NCCL")
 
@@ -52,7 +52,7 @@ def test_a_gpu_without_transformer_engine_is_told_the_command():
 @pytest.mark.parametrize(
     ("apex", "told"),
     [
-        ({}, "separate addition (no fusion)"),
+        ({}, "Transformer Engine in bf16 and fp8, else separate addition (no fusion)"),
         (dict.fromkeys(["fused_weight_gradient_mlp_cuda"], ""), "inside the matrix product"),
     ],
 )
@@ -147,7 +147,11 @@ def test_what_hinders_is_named_with_its_remedy(changes, kind, message):
 
 @pytest.mark.parametrize(
     ("core", "engine", "wanted"),
-    [("0.16.1", "2.12.0", ">=2.9,<2.12"), ("0.19.2", "2.21.1+abc", ">=2.9,<2.21"), ("0.19.2", "2.8.0", ">=2.9,<2.21")],
+    [
+        ("0.16.1", "2.12.0", ">=2.10,<2.12"),
+        ("0.19.2", "2.21.1+abc", ">=2.10,<2.21"),
+        ("0.19.2", "2.9.0", ">=2.10,<2.21"),
+    ],
 )
 def test_a_transformer_engine_that_megatron_does_not_take(core, engine, wanted):
     versions = HOPPER.versions | {"megatron-core": core, "transformer-engine": engine}

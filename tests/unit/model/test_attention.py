@@ -111,14 +111,15 @@ def test_sample_bounds():
 
 
 class Counted(torch.nn.Module):
-    """A core attention that counts its calls."""
+    """A core attention that counts its calls, and those in training."""
 
     def __init__(self, inner):
         super().__init__()
-        self.inner, self.calls = inner, 0
+        self.inner, self.calls, self.calls_in_training = inner, 0, 0
 
     def forward(self, *args, **kwargs):
         self.calls += 1
+        self.calls_in_training += self.training
         return self.inner(*args, **kwargs)
 
 
@@ -201,6 +202,17 @@ def test_a_capture_fires_once_when_armed(capturing):
     capture.arm(other)
     attend(core, q, k, v)
     torch.testing.assert_close(capture.take()[LAYER].double(), dense_mass(q, k, other), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_capture_is_no_pass_of_training(capturing, training):
+    """Transformer Engine keeps something for every one, until it is recomputed."""
+    core, capture = capturing
+    core.train(training)
+    capture.arm(make_context())
+    attend(core, *make_qkv(4, 2))
+    assert (core.inner.calls, core.inner.calls_in_training) == (2, int(training))
+    assert all(module.training == training for module in core.modules())
 
 
 def test_arming_forgets_what_nobody_took(capturing):

@@ -12,6 +12,7 @@ from megatron_sstoken.model.backend import (
     fusion_options,
     machine_problems,
     numerics_of,
+    passed_over,
 )
 from megatron_sstoken.supported import TOKEN_MULTIPLE
 from megatron_sstoken.validate.settings import problems_of
@@ -43,6 +44,17 @@ def test_auto_takes_transformer_engine_where_it_can_run_and_computes_the_precisi
     gpu()
     assert backend_of(make()) == backend_of(make(precision="fp8")) == "transformer_engine"
     assert backend_of(make(precision="fp32")) == backend_of(make("torch")) == "torch"
+
+
+def test_a_gpu_without_transformer_engine_is_told_loudly(monkeypatch):
+    assert passed_over(make()) is None, "a laptop has no use for it"
+    monkeypatch.setattr(backend, "have_cuda", lambda: True)
+    monkeypatch.setattr(backend, "transformer_engine_problem", lambda: "it is too new")
+    warning = passed_over(make())
+    assert warning.startswith("WARNING") and "it is too new" in warning and "model.backend=torch" in warning
+    assert passed_over(make("torch")) is passed_over(make(precision="fp32")) is None
+    monkeypatch.setattr(backend, "transformer_engine_problem", lambda: None)
+    assert passed_over(make()) is None
 
 
 def test_without_cuda_both_are_refused_by_name_with_a_remedy():
@@ -113,6 +125,13 @@ def test_fused_weight_gradients_only_with_apex_extension(gpu, monkeypatch):
     monkeypatch.setattr(backend, "have_cuda", lambda: True)
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: name)
     assert fusion_options("torch")["gradient_accumulation_fusion"]
+
+
+def test_weight_gradients_are_accumulated_in_the_products_of_linears_that_can():
+    able, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    able.fuse_wgrad_accumulation = False
+    backend.accumulate_in_products(torch.nn.Sequential(able, other))
+    assert able.fuse_wgrad_accumulation and not hasattr(other, "fuse_wgrad_accumulation")
 
 
 def test_a_compiled_head_without_a_compiler_is_refused(monkeypatch):

@@ -108,7 +108,6 @@ def test_exit_codes_and_output(capsys):
         ("--precision fp8 --lora_rank 16 --propose", "training.precision=fp8 has no adapters"),
         ("--propose --response 2", r"response=2\.0 is outside"),
         ("--propose --rho 2", r"selection\.rho=2\.0 is outside"),
-        ("--lora_rank 16 --backend transformer_engine", "model.backend=transformer_engine has no adapters"),
         ("--assume matmul=abc", "'abc' is not a number"),
         ("--assume speed=2", "there is no assumption 'speed'"),
         ("--assume links=0", "use a number above 0"),

@@ -124,7 +124,7 @@ def test_what_a_run_refuses_is_not_estimated(changes, says):
     ("changes", "made_of"),
     [
         ({}, "transformer_engine"),
-        ({"lora_rank": 8}, "torch"),
+        ({"lora_rank": 8}, "transformer_engine"),
         ({"precision": "fp32"}, "torch"),
         ({"backend": "torch"}, "torch"),
     ],

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_sstoken.validate.layout import divisors
+from megatron_sstoken.model.families import read_architecture
+from megatron_sstoken.validate.layout import Findings, check_windows, divisors
 from megatron_sstoken.validate.run import plan_run
 from tests.helpers.plans import only_problem, problems_of
 from tests.helpers.workbench import make_model, make_settings
@@ -221,3 +222,26 @@ def test_a_dense_model_has_no_experts(settings):
     assert only_problem(settings(parallel__expert=2), 2) == (
         "parallel.expert=2 needs a mixture of experts, which model.model_type=llama is not: use 1"
     )
+
+
+@pytest.mark.parametrize(("parallel", "fits"), [((1, 2), True), ((2, 2), False), ((1, 4), False), ((4, 1), True)])
+def test_sliding_windows_under_context_parallel_on_transformer_engine(tmp_path, parallel, fits):
+    """Its ring refuses windows, and dealing out heads needs enough of them."""
+    architecture = read_architecture(make_model(tmp_path / "model", "mistral"))
+    settings = make_settings("", "", parallel__tensor=parallel[0], parallel__context=parallel[1])
+
+    def problems(backend):
+        found = Findings([])
+        check_windows("model", architecture, settings, backend, found)
+        return found.problems
+
+    assert problems("torch") == []
+    if fits:
+        assert problems("transformer_engine") == []
+    else:
+        (problem,) = problems("transformer_engine")
+        assert problem == (
+            f"parallel.tensor={parallel[0]} × parallel.context={parallel[1]} = 4 does not divide "
+            "model.num_key_value_heads=2, which sliding windows on Transformer Engine need: use a product of 1 or 2, or "
+            "model.backend=torch"
+        )

@@ -1,0 +1,41 @@
+"""Adapters on Transformer Engine's linears. Imported only where it is installed (model/lora.py)."""
+
+from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
+
+from megatron_sstoken.config import LoraSettings
+from megatron_sstoken.model.lora import AdaptedColumns, AdaptedRows, Blocks
+
+
+class AdaptedTENormAndLinear(AdaptedColumns, TELayerNormColumnParallelLinear):
+    """A norm and the column-parallel linear that it is fused with, which gives the normalised input to the adapters.
+
+    Megatron-Bridge's adapters ask the same of it (`peft/utils.py`), and have the normalised input gathered; here each tensor
+    parallel rank keeps its share of the tokens.
+    """
+
+    out_features: int
+
+    def __init__(self, input_size: int, output_size: int, *, lora: LoraSettings, blocks: Blocks, **kwargs):
+        super().__init__(input_size, output_size, **kwargs)
+        self.input_size = input_size
+        self.add_column_adapters(lora, blocks, self.out_features)
+
+    def forward(self, x):
+        self.return_layernorm_output = self.adapters_on
+        output, bias = super().forward(x)
+        if not self.adapters_on:
+            return output, bias
+        output, normalised = output
+        return output + self.adapter_output(normalised), bias
+
+
+class AdaptedTELinear(AdaptedRows, TERowParallelLinear):
+    """A row-parallel linear with an adapter."""
+
+    in_features: int
+    out_features: int
+
+    def __init__(self, input_size: int, output_size: int, *, lora: LoraSettings, target: str, **kwargs):
+        super().__init__(input_size, output_size, **kwargs)
+        self.input_size = input_size
+        self.add_row_adapter(lora, target, self.in_features, self.out_features)
