@@ -1,6 +1,6 @@
 """Makes global batches ahead, in a thread beside the training."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from megatron_sstoken.data.batches import BatchLoader, TokenBatch
@@ -32,6 +32,10 @@ class Prefetcher:
         if number + 1 < self._loader.num_batches:
             self._ahead[number + 1] = self._thread.submit(self._make, number + 1)
         return wanted.result()
+
+    def settle(self) -> None:
+        """Wait for the batch in the making: before a fork, which must not find the thread with a lock in its hands."""
+        wait(self._ahead.values())
 
     def close(self) -> None:
         """Make no more; waits for the one in the making."""

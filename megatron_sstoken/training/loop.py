@@ -296,6 +296,7 @@ def save(trainer: Trainer, *, stopping: bool = False, wait: bool = True) -> None
     plan, settings = trainer.plan, trainer.settings
     trainer.require_whole_files()
     trainer.model.gather_weights()
+    trainer.prefetcher.settle()
     state = RunState(
         step=trainer.step,
         identity=identity_of(plan),

@@ -31,6 +31,8 @@ def test_each_batch_is_made_once_before_it_is_asked_for():
     loader = Loader()
     prefetcher = Prefetcher(loader)
     first = prefetcher.take(0)
+    prefetcher.settle()
+    assert [number for number, _ in loader.made] == [0, 1]
     assert torch.equal(first.micro_batches[0].tokens, make_batch(TURNS, 8, seed=0).tokens)
     assert prefetcher.take(1).num_samples_before == 10
     with pytest.raises(OSError, match="the disk is gone"):
