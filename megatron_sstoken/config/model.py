@@ -53,6 +53,13 @@ class ParallelSettings:
     pipeline: int = 1
     """Pipeline parallel size: layers are split into consecutive stages."""
 
+    first_stage_layers: int | None = None
+    """Layers of the first pipeline stage, which has the embedding, too; the other stages share the rest evenly. Default: as
+    many as the others. For numbers of layers that the stages do not divide, and for stages that take equally long."""
+
+    last_stage_layers: int | None = None
+    """The same of the last pipeline stage, which has the vocabulary head, the losses and the selection, too."""
+
     virtual_pipeline: int = 1
     """Model chunks per pipeline stage (interleaved schedule); 1 is the plain 1F1B schedule."""
 
@@ -65,11 +72,32 @@ class ParallelSettings:
     sequence: bool = False
     """Sequence parallel: norms and residuals are split over the tensor parallel group. Needs tensor > 1."""
 
+    def stage_layers(self, num_layers: int) -> list[int] | None:
+        """Layers of each pipeline stage for a model of `num_layers`; None where they cannot be dealt out that way.
+
+        As megatron-core does it: stages whose number is not set are equal, and all chunks of a stage are.
+        """
+        given = {0: self.first_stage_layers, self.pipeline - 1: self.last_stage_layers}
+        own = {stage: layers for stage, layers in given.items() if layers is not None}
+        others, left = self.pipeline - len(own), num_layers - sum(own.values())
+        if left < others or (left % others if others else left):
+            return None
+        found = [own.get(stage, left // max(others, 1)) for stage in range(self.pipeline)]
+        return None if any(layers % self.virtual_pipeline for layers in found) else found
+
     def problems(self) -> list[str]:
         """Rules that need this section alone."""
         rules = Rules("parallel", self)
         for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert"):
             rules.at_least(name, 1)
+        for name in ("first_stage_layers", "last_stage_layers"):
+            value = getattr(self, name)
+            if value is not None:
+                rules.at_least(name, 1)
+                rules.require(
+                    self.pipeline > 1,
+                    f"parallel.{name}={value} needs parallel.pipeline > 1, which is {self.pipeline}: leave it out",
+                )
         rules.require(
             self.virtual_pipeline == 1 or self.pipeline > 1,
             f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline > 1, "

@@ -200,6 +200,11 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
         tensor_model_parallel_size=layout.tensor_size,
         pipeline_model_parallel_size=layout.pipeline_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        # Of two stages one says it all; with both megatron divides by the number of the others, which is 0.
+        num_layers_in_last_pipeline_stage=None
+        if layout.pipeline_size == 2 and parallel.first_stage_layers is not None
+        else parallel.last_stage_layers,
         context_parallel_size=layout.context_size,
         sequence_parallel=parallel.sequence,
         pipeline_dtype=dtype,

@@ -97,18 +97,40 @@ def check_split(name: str, a: Architecture, settings: Settings, found: Findings)
         f"parallel.tensor={tensor} neither divides nor is a multiple of {name}.num_key_value_heads={groups}: "
         f"use {divisors(groups)}",
     )
-    chunks = parallel.pipeline * parallel.virtual_pipeline
-    found.require(
-        a.num_layers % chunks == 0,
-        f"parallel.pipeline={parallel.pipeline} × parallel.virtual_pipeline={parallel.virtual_pipeline} = {chunks} "
-        f"does not divide {name}.num_hidden_layers={a.num_layers}: use a product of {divisors(a.num_layers)}",
-    )
+    _check_stages(name, a, settings, found)
     _check_experts(name, a, settings, found)
     owner = "the model" if name == "model" else f"the {name} model"
     found.require(
         settings.data.sequence_length <= a.max_positions,
         f"data.sequence_length={settings.data.sequence_length} is longer than {owner}'s "
         f"max_position_embeddings={a.max_positions}: use {a.max_positions} or less",
+    )
+
+
+def _check_stages(name: str, a: Architecture, settings: Settings, found: Findings) -> None:
+    """Whether the layers can be dealt out to the pipeline stages and their chunks."""
+    parallel = settings.parallel
+    if parallel.stage_layers(a.num_layers) is not None:
+        return
+    given = {
+        f"parallel.{field}={value}": value
+        for field in ("first_stage_layers", "last_stage_layers")
+        if (value := getattr(parallel, field)) is not None
+    }
+    if given:
+        number = parallel.pipeline - len(given)
+        others = {0: "no other stage", 1: "one other stage"}.get(number, f"{number} other stages")
+        chunks = f", and every stage is split into parallel.virtual_pipeline={parallel.virtual_pipeline} equal chunks"
+        found.problems.append(
+            f"{' and '.join(given)} leave {a.num_layers - sum(given.values())} of {name}.num_hidden_layers={a.num_layers} "
+            f"for {others} to share evenly{chunks if parallel.virtual_pipeline > 1 else ''}: use other numbers"
+        )
+        return
+    product = parallel.pipeline * parallel.virtual_pipeline
+    found.problems.append(
+        f"parallel.pipeline={parallel.pipeline} × parallel.virtual_pipeline={parallel.virtual_pipeline} = {product} "
+        f"does not divide {name}.num_hidden_layers={a.num_layers}: use a product of {divisors(a.num_layers)}, or set "
+        "parallel.first_stage_layers"
     )
 
 

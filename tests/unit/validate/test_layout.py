@@ -22,6 +22,7 @@ from tests.helpers.workbench import make_model, make_settings
         ),  # the cut goes through query groups
         (2, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}, 1, 64, 1),
         (8, {"parallel__tensor": 2, "parallel__pipeline": 2}, 2, 64, 1),
+        (2, {"parallel__pipeline": 2, "parallel__first_stage_layers": 1}, 1, 64, 1),
         (6, {"parallel__context": 3}, 2, 192, 6),
         (8, {"parallel__context": 2, "parallel__tensor": 2, "parallel__sequence": True}, 2, 64, 4),
     ],
@@ -65,13 +66,31 @@ LAYOUT_PROBLEMS = {
         {"parallel__pipeline": 3},
         3,
         "parallel.pipeline=3 × parallel.virtual_pipeline=1 = 3 does not divide model.num_hidden_layers=4: "
-        "use a product of 1, 2 or 4",
+        "use a product of 1, 2 or 4, or set parallel.first_stage_layers",
     ),
     "layers and chunks": (
         {"parallel__pipeline": 2, "parallel__virtual_pipeline": 3},
         2,
         "parallel.pipeline=2 × parallel.virtual_pipeline=3 = 6 does not divide model.num_hidden_layers=4: "
-        "use a product of 1, 2 or 4",
+        "use a product of 1, 2 or 4, or set parallel.first_stage_layers",
+    ),
+    "first stage": (
+        {"parallel__pipeline": 4, "parallel__first_stage_layers": 2},
+        4,
+        "parallel.first_stage_layers=2 leave 2 of model.num_hidden_layers=4 for 3 other stages to share evenly: "
+        "use other numbers",
+    ),
+    "first and last stage": (
+        {"parallel__pipeline": 2, "parallel__first_stage_layers": 2, "parallel__last_stage_layers": 1},
+        2,
+        "parallel.first_stage_layers=2 and parallel.last_stage_layers=1 leave 1 of model.num_hidden_layers=4 for no other "
+        "stage to share evenly: use other numbers",
+    ),
+    "chunks of stages": (
+        {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "parallel__first_stage_layers": 1},
+        2,
+        "parallel.first_stage_layers=1 leave 3 of model.num_hidden_layers=4 for one other stage to share "
+        "evenly, and every stage is split into parallel.virtual_pipeline=2 equal chunks: use other numbers",
     ),
     "length": (
         {"data__sequence_length": 513},

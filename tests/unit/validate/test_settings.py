@@ -46,6 +46,14 @@ BROKEN = {
         {"parallel__virtual_pipeline": 2},
         "parallel.virtual_pipeline=2 needs parallel.pipeline > 1, which is 1: use virtual_pipeline=1",
     ),
+    "first stage without pipeline": (
+        {"parallel__first_stage_layers": 2},
+        "parallel.first_stage_layers=2 needs parallel.pipeline > 1, which is 1: leave it out",
+    ),
+    "empty last stage": (
+        {"parallel__pipeline": 2, "parallel__last_stage_layers": 0},
+        "parallel.last_stage_layers=0 is too small: use 1 or more",
+    ),
     "sequence without tensor": (
         {"parallel__sequence": True},
         "parallel.sequence=true needs parallel.tensor > 1, which is 1: use sequence=false",
