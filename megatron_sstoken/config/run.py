@@ -37,6 +37,10 @@ class OptimizerSettings:
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
 
+    gradient_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Number format in which gradients are added up over micro-batches and reduced over replicas. bf16 takes half the memory
+    and traffic, and rounds every sum to 8 bits: for few micro-batches a step. Not with fp32 weights."""
+
     def problems(self) -> list[str]:
         """Rules that need this section alone."""
         rules = Rules("optimizer", self)

@@ -296,8 +296,9 @@ def build_model(
         for chunk in model.unwrapped:
             accumulate_in_products(chunk.decoder)
         # Adapters are read by the linears that hold them, not by modules of their own, which is where megatron would wait.
+        overlap_gather = have_cuda() and not settings.lora.rank
         model.chunks = _data_parallel(
-            config, model.chunks, layout, overlap_gather=have_cuda() and not settings.lora.rank
+            config, model.chunks, layout, settings.optimizer.gradient_dtype, overlap_gather=overlap_gather
         )
         config.finalize_model_grads_func = finalize_gradients
     return model
@@ -343,9 +344,11 @@ def _mark_tensor_parallel(chunk: TokenLossModel, architecture: Architecture) -> 
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
 
 
-def _data_parallel(config, chunks, layout: Layout, *, overlap_gather: bool) -> list[torch.nn.Module]:
+def _data_parallel(
+    config, chunks, layout: Layout, gradient_dtype: str, *, overlap_gather: bool
+) -> list[torch.nn.Module]:
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=gradient_dtype == "fp32",  # otherwise gradients are of their parameter's type
         use_distributed_optimizer=True,
         overlap_grad_reduce=have_cuda(),
         overlap_param_gather=overlap_gather,

@@ -13,6 +13,7 @@ def problems_of(settings: Settings) -> list[str]:
         *_method_problems(settings),
         *_history_problems(settings),
         *_backend_problems(settings),
+        *_gradient_problems(settings),
         *_output_problems(settings),
     ]
 
@@ -60,6 +61,16 @@ def _backend_problems(settings: Settings) -> list[str]:
             f"training.precision=fp8 has no adapters, and lora.rank={rank} asks for them: use training.precision=bf16"
         )
     return found
+
+
+def _gradient_problems(settings: Settings) -> list[str]:
+    """Gradients that the weights cannot have."""
+    if settings.optimizer.gradient_dtype == "bf16" and settings.training.precision == "fp32":
+        return [
+            "optimizer.gradient_dtype=bf16 is for weights in bf16, and training.precision=fp32 has them in fp32: use "
+            "gradient_dtype=fp32, or training.precision=bf16"
+        ]
+    return []
 
 
 def _output_problems(settings: Settings) -> list[str]:

@@ -278,6 +278,19 @@ def test_main_grad_gets_the_sum(alone, dtype):
     assert leaf.grad is None and not leaf.grad_added_to_main_grad
 
 
+def test_a_main_grad_in_bf16_is_left_to_autograd(alone):
+    """The sum over a micro-batch is fp32 and rounded once; megatron's hook then adds it to the buffer."""
+    hidden, weight, labels, upstream = head_case(torch.bfloat16)
+    leaf = torch.nn.Parameter(weight.clone())
+    leaf.main_grad, leaf.grad_added_to_main_grad = torch.zeros(PADDED, HIDDEN, dtype=torch.bfloat16), False
+    selective_head(hidden, leaf, labels, WORDS, alone)[0].backward(upstream)
+    in_fp32 = torch.nn.Parameter(weight.clone())
+    in_fp32.main_grad, in_fp32.grad_added_to_main_grad = torch.zeros(PADDED, HIDDEN), False
+    selective_head(hidden, in_fp32, labels, WORDS, alone)[0].backward(upstream)
+    assert torch.equal(leaf.grad, in_fp32.main_grad.bfloat16()) and leaf.grad.any()
+    assert not leaf.grad_added_to_main_grad and not leaf.main_grad.any()
+
+
 def test_the_stand_in_sets_off_the_hook_and_adds_nothing():
     leaf = torch.nn.Parameter(torch.ones(3, 2, dtype=torch.bfloat16))
     leaf.grad_added_to_main_grad, leaf.zero_out_wgrad = False, True

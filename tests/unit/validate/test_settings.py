@@ -54,6 +54,11 @@ BROKEN = {
         {"parallel__pipeline": 2, "parallel__last_stage_layers": 0},
         "parallel.last_stage_layers=0 is too small: use 1 or more",
     ),
+    "gradients in bf16 of weights in fp32": (
+        {"optimizer__gradient_dtype": "bf16", "training__precision": "fp32"},
+        "optimizer.gradient_dtype=bf16 is for weights in bf16, and training.precision=fp32 has them in fp32: use "
+        "gradient_dtype=fp32, or training.precision=bf16",
+    ),
     "sequence without tensor": (
         {"parallel__sequence": True},
         "parallel.sequence=true needs parallel.tensor > 1, which is 1: use sequence=false",
