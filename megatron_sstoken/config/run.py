@@ -5,6 +5,8 @@ from typing import Literal
 
 from megatron_sstoken.config.rules import Rules
 
+MomentFormat = Literal["fp32", "bf16", "fp16", "fp8"]
+
 
 @dataclass
 class OptimizerSettings:
@@ -41,6 +43,23 @@ class OptimizerSettings:
     """Number format in which gradients are added up over micro-batches and reduced over replicas. bf16 takes half the memory
     and traffic, and rounds every sum to 8 bits: for few micro-batches a step. Not with fp32 weights."""
 
+    first_moment_dtype: MomentFormat = "fp32"
+    """Number format in which AdamW keeps its first moment between steps; it computes in fp32. Others than fp32 are megatron's
+    precision-aware optimizer, and need Transformer Engine's AdamW. bf16 is customary; fp16 and fp8 have a scale per tensor."""
+
+    second_moment_dtype: MomentFormat = "fp32"
+    """The same of the second moment."""
+
+    offload_fraction: float = 0.0
+    """Share of the optimizer's state that lies in the host's memory and is updated by its processor (megatron's
+    optimizer_cpu_offload). Frees up to 12 bytes a parameter over the replicas, and takes a transfer of gradients and weights
+    a step. Needs Transformer Engine."""
+
+    @property
+    def is_precision_aware(self) -> bool:
+        """Whether a moment is not fp32."""
+        return (self.first_moment_dtype, self.second_moment_dtype) != ("fp32", "fp32")
+
     def problems(self) -> list[str]:
         """Rules that need this section alone."""
         rules = Rules("optimizer", self)
@@ -55,6 +74,14 @@ class OptimizerSettings:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             rules.require(0 <= value < 1, f"optimizer.{name}={value} is outside [0, 1): use 0.9 to 0.999")
+        rules.in_range("offload_fraction", 0, 1)
+        for name in ("first_moment_dtype", "second_moment_dtype"):
+            value = getattr(self, name)
+            rules.require(
+                value == "fp32" or self.offload_fraction == 0,
+                f"optimizer.{name}={value} cannot go with optimizer.offload_fraction={self.offload_fraction}, which keeps "
+                "moments in fp32: use one of them",
+            )
         rules.require(self.epsilon > 0, f"optimizer.epsilon={self.epsilon} must be above 0: use 1e-8")
         return rules.broken
 
@@ -95,7 +122,16 @@ class TrainingSettings:
     """With fp8: number of last layers that stay in bf16. Not with the delayed recipe."""
 
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation: none, attention only, or whole layers."""
+    """Activations that the backward pass computes again instead of keeping them: none, those of attention, or whole layers.
+
+    selective is for the torch path, whose attention keeps what it computes from queries, keys and values. Fused attention
+    (Transformer Engine) keeps nothing of it: there selective costs time and saves nothing.
+    """
+
+    offload_layers: int = 0
+    """Number of first layers whose activations wait in the host's memory for their backward pass (megatron's
+    cpu_offloading_num_layers). Needs Transformer Engine, `parallel.pipeline` 1 and `recompute` none; frees as much memory as
+    these layers' activations, if the link to the host keeps up with the computation."""
 
     validate_every: int = 0
     """Steps between validations; 0 validates only at the end. Needs `data.validation`."""
@@ -133,6 +169,12 @@ class TrainingSettings:
                 f"training.{name}={value} needs training.precision=fp8 and a training.fp8_recipe other than delayed: use 0",
             )
         rules.at_least("validate_every", 0)
+        rules.at_least("offload_layers", 0)
+        rules.require(
+            self.offload_layers == 0 or self.recompute == "none",
+            f"training.offload_layers={self.offload_layers} cannot go with training.recompute={self.recompute}: use one of "
+            "them",
+        )
         return rules.broken
 
 

@@ -80,6 +80,16 @@ def machine_problems(settings: Settings) -> list[str]:
                 f"training.precision=fp8 with training.fp8_recipe={training.fp8_recipe} cannot run: {reason}; "
                 "or use training.precision=bf16"
             )
+    optimizer = settings.optimizer
+    wanted = {
+        "optimizer.first_moment_dtype": (optimizer.first_moment_dtype, "fp32"),
+        "optimizer.second_moment_dtype": (optimizer.second_moment_dtype, "fp32"),
+        "optimizer.offload_fraction": (optimizer.offload_fraction, 0),
+        "training.offload_layers": (training.offload_layers, 0),
+    }
+    for name, (value, plain) in wanted.items():
+        if value != plain and missing:
+            problems.append(f"{name}={value} needs Transformer Engine, which cannot run: {missing}; or use {plain}")
     if settings.model.compiled_head and (missing := compiler_problem()):
         problems.append(f"model.compiled_head=true cannot run: {missing}; or use compiled_head=false")
     return problems

@@ -219,6 +219,8 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
         # Σ over selected ÷ number selected in the global batch: megatron divides once, after the last micro-batch.
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
+        cpu_offloading=training.offload_layers > 0,
+        cpu_offloading_num_layers=training.offload_layers,
         # Interleaved chunks of two stages send each other two messages at a time. In one batch these would be taken for one
         # another, which Megatron-LM refuses; apart, they are taken in their order. The schedule that overlaps messages frees
         # tensors that are still being sent: streams allow that, gloo does not.

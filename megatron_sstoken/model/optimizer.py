@@ -1,5 +1,8 @@
 """The optimizer and the learning-rate schedule of a model; a new schedule is an entry of `OptimizerSettings.schedule`."""
 
+from typing import Any
+
+import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -29,6 +32,7 @@ def build_optimizer(
         params_dtype=model.config.params_dtype,
         use_distributed_optimizer=True,
         overlap_param_gather=any(getattr(chunk.ddp_config, "overlap_param_gather", False) for chunk in model.chunks),
+        **memory_options(settings),
     )
     optimizer = get_megatron_optimizer(config, model.chunks, use_gloo_process_groups=have_cuda(), pg_collection=None)
     fuse_adamw(optimizer)
@@ -51,6 +55,27 @@ def build_optimizer(
     )
     model.config.grad_scale_func = optimizer.scale_loss
     return optimizer, scheduler
+
+
+_MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
+
+
+def memory_options(settings: OptimizerSettings) -> dict[str, Any]:
+    """What megatron's OptimizerConfig takes for moments that are not fp32, and for state in the host's memory."""
+    offloads = settings.offload_fraction > 0
+    if not (offloads or settings.is_precision_aware):
+        return {}
+    return {
+        "use_precision_aware_optimizer": True,  # for state in the host's memory as well: megatron moves it only so
+        "exp_avg_dtype": _MOMENTS[settings.first_moment_dtype],
+        "exp_avg_sq_dtype": _MOMENTS[settings.second_moment_dtype],
+        # As their lower 16 bits alone, fp32 weights would take half the memory and stand so in checkpoints, which no other
+        # optimizer could read then.
+        "store_param_remainders": False,
+        "optimizer_cpu_offload": offloads,
+        "optimizer_offload_fraction": settings.offload_fraction,
+        "overlap_cpu_optimizer_d2h_h2d": offloads,
+    }
 
 
 def follow_settings(

@@ -98,6 +98,12 @@ def check_split(name: str, a: Architecture, settings: Settings, found: Findings)
         f"use {divisors(groups)}",
     )
     _check_stages(name, a, settings, found)
+    offloaded = settings.training.offload_layers
+    found.require(
+        offloaded < a.num_layers,
+        f"training.offload_layers={offloaded} is not below {name}.num_hidden_layers={a.num_layers}, and the last layer's "
+        f"activations are needed at once: use {a.num_layers - 1} or less",
+    )
     _check_experts(name, a, settings, found)
     owner = "the model" if name == "model" else f"the {name} model"
     found.require(

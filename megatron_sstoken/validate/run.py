@@ -14,7 +14,7 @@ from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.data.batches import PackOrder, filter_samples
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.data.tokenizer import load_tokenizer
-from megatron_sstoken.model.backend import backend_of, machine_problems, passed_over
+from megatron_sstoken.model.backend import backend_of, machine_problems, passed_over, preferred_backend
 from megatron_sstoken.model.families import Architecture, read_architecture
 from megatron_sstoken.model.weights import HuggingFaceWeights, NoWeights, check_weights
 from megatron_sstoken.run_plan import DataPlan, RunPlan
@@ -61,6 +61,7 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
                 f"data.train={settings.data.train}: prepare both with the same",
             )
     shape = batch_shape_of(settings, data_size, found) if data_size else None
+    found.notes += _notes(settings, dry_run)
     _check_checkpoint(settings, found)
     if found.problems or not (architecture and train and shape):
         raise SettingsError(found.problems)
@@ -78,6 +79,17 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
         captured_layers=_captured_layers(settings, architecture),
         notes=tuple(found.notes),
     )
+
+
+def _notes(settings: Settings, dry_run: bool) -> list[str]:
+    """What works and does not do what is hoped for."""
+    backend = preferred_backend(settings) if dry_run else backend_of(settings)
+    if settings.training.recompute == "selective" and backend == "transformer_engine":
+        return [
+            "training.recompute=selective computes attention again and saves nothing: Transformer Engine's fused attention "
+            "keeps nothing of it; use none, or full"
+        ]
+    return []
 
 
 def _check_model(settings: Settings, a: Architecture, found: Findings) -> None:

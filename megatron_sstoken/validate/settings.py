@@ -2,6 +2,7 @@
 
 from megatron_sstoken.config import Settings
 from megatron_sstoken.history.source import history_sources
+from megatron_sstoken.model.backend import preferred_backend
 from megatron_sstoken.model.head import UNCERTAINTY
 from megatron_sstoken.selection.methods import METHODS, find_method
 
@@ -13,7 +14,7 @@ def problems_of(settings: Settings) -> list[str]:
         *_method_problems(settings),
         *_history_problems(settings),
         *_backend_problems(settings),
-        *_gradient_problems(settings),
+        *_memory_problems(settings),
         *_output_problems(settings),
     ]
 
@@ -63,14 +64,27 @@ def _backend_problems(settings: Settings) -> list[str]:
     return found
 
 
-def _gradient_problems(settings: Settings) -> list[str]:
-    """Gradients that the weights cannot have."""
-    if settings.optimizer.gradient_dtype == "bf16" and settings.training.precision == "fp32":
-        return [
-            "optimizer.gradient_dtype=bf16 is for weights in bf16, and training.precision=fp32 has them in fp32: use "
-            "gradient_dtype=fp32, or training.precision=bf16"
-        ]
-    return []
+def _memory_problems(settings: Settings) -> list[str]:
+    """What would save memory and cannot, for want of weights in bf16, of a single stage, or of fused layers."""
+    optimizer, training, found = settings.optimizer, settings.training, []
+    for name in ("gradient_dtype", "first_moment_dtype", "second_moment_dtype", "offload_fraction"):
+        value, plain = getattr(optimizer, name), 0 if name == "offload_fraction" else "fp32"
+        if value != plain and training.precision == "fp32":
+            found.append(
+                f"optimizer.{name}={value} is for weights in bf16, and training.precision=fp32 has them in fp32: use "
+                f"{name}={plain}, or training.precision=bf16"
+            )
+    if training.offload_layers and settings.parallel.pipeline > 1:
+        found.append(
+            f"training.offload_layers={training.offload_layers} needs parallel.pipeline=1, which is "
+            f"{settings.parallel.pipeline}: use offload_layers=0"
+        )
+    if training.offload_layers and preferred_backend(settings) == "torch":
+        found.append(
+            f"training.offload_layers={training.offload_layers} is Transformer Engine's, and the layers of this run are "
+            "torch's (model.backend, training.precision=fp32, or adapters): use offload_layers=0"
+        )
+    return found
 
 
 def _output_problems(settings: Settings) -> list[str]:

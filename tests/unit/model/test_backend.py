@@ -66,6 +66,23 @@ def test_without_cuda_both_are_refused_by_name_with_a_remedy():
     assert machine_problems(make()) == []
 
 
+def test_what_saves_memory_with_transformer_engine_is_refused_without(gpu):
+    settings = make()
+    settings.optimizer.second_moment_dtype = "bf16"
+    settings.optimizer.offload_fraction, settings.training.offload_layers = 0.5, 2
+    told = machine_problems(settings)
+    assert [
+        problem.split(" needs Transformer Engine, which cannot run: this machine has no CUDA")[0] for problem in told
+    ] == [
+        "optimizer.second_moment_dtype=bf16",
+        "optimizer.offload_fraction=0.5",
+        "training.offload_layers=2",
+    ]
+    assert told[0].endswith("; or use fp32") and told[1].endswith("; or use 0")
+    gpu()
+    assert machine_problems(settings) == []
+
+
 @pytest.mark.parametrize(
     ("recipe", "capability", "cuda", "says"),
     [

@@ -229,3 +229,13 @@ def test_adapters_settings_that_cannot_work(settings):
         "history.source=adapters_off needs lora.rank > 0, which is 0: set it, or use history.source=frozen",
         "history.store=x is not used by history.source=adapters_off: leave it out, or use source=frozen",
     ]
+
+
+def test_selective_recomputation_of_fused_attention_is_a_note(settings):
+    def notes(**changes):
+        plan = plan_run(settings(training__recompute="selective", **changes), 1, dry_run=True)
+        return [note for note in plan.notes if "training.recompute=selective" in note]
+
+    (note,) = notes(training__precision="bf16")
+    assert note.endswith("use none, or full")
+    assert notes(training__precision="bf16", model__backend="torch") == notes(training__precision="fp32") == []

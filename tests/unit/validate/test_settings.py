@@ -59,6 +59,38 @@ BROKEN = {
         "optimizer.gradient_dtype=bf16 is for weights in bf16, and training.precision=fp32 has them in fp32: use "
         "gradient_dtype=fp32, or training.precision=bf16",
     ),
+    "moments in bf16 of weights in fp32": (
+        {"optimizer__second_moment_dtype": "bf16", "training__precision": "fp32"},
+        "optimizer.second_moment_dtype=bf16 is for weights in bf16, and training.precision=fp32 has them in fp32: use "
+        "second_moment_dtype=fp32, or training.precision=bf16",
+    ),
+    "state outside of weights in fp32": (
+        {"optimizer__offload_fraction": 0.5, "training__precision": "fp32"},
+        "optimizer.offload_fraction=0.5 is for weights in bf16, and training.precision=fp32 has them in fp32: use "
+        "offload_fraction=0, or training.precision=bf16",
+    ),
+    "moments in bf16 outside": (
+        {"optimizer__first_moment_dtype": "bf16", "optimizer__offload_fraction": 1.0},
+        "optimizer.first_moment_dtype=bf16 cannot go with optimizer.offload_fraction=1.0, which keeps moments in fp32: use "
+        "one of them",
+    ),
+    "more than all of the state": (
+        {"optimizer__offload_fraction": 2.0},
+        "optimizer.offload_fraction=2.0 is outside [0, 1]: use a value in it",
+    ),
+    "activations outside, computed again": (
+        {"training__offload_layers": 2, "training__recompute": "full"},
+        "training.offload_layers=2 cannot go with training.recompute=full: use one of them",
+    ),
+    "activations of stages outside": (
+        {"training__offload_layers": 2, "parallel__pipeline": 2},
+        "training.offload_layers=2 needs parallel.pipeline=1, which is 2: use offload_layers=0",
+    ),
+    "activations of torch outside": (
+        {"training__offload_layers": 2, "model__backend": "torch"},
+        "training.offload_layers=2 is Transformer Engine's, and the layers of this run are torch's (model.backend, "
+        "training.precision=fp32, or adapters): use offload_layers=0",
+    ),
     "sequence without tensor": (
         {"parallel__sequence": True},
         "parallel.sequence=true needs parallel.tensor > 1, which is 1: use sequence=false",
