@@ -34,18 +34,33 @@ CASES: list[dict[str, Any]] = [
     {"global_batch_size": 1, "world_size": 2, "context": 2},
     {"global_batch_size": 8, "world_size": 4, "pipeline": 4, "rank": 1},
     {"global_batch_size": 4, "world_size": 2, "pipeline": 2, "virtual_pipeline": 2, "rank": 1},
+    {"global_batch_size": 4, "world_size": 2, "pipeline": 2, "first_stage_layers": 1, "rank": 0},
+    {"global_batch_size": 4, "world_size": 2, "pipeline": 2, "first_stage_layers": 1, "rank": 1},
     {"global_batch_size": 4, "world_size": 4, "tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2},
 ]
 """Layouts of a Llama of 4 layers; `rank` is the one that is measured."""
 
 
 def tiny_workload(case: dict[str, Any]) -> tuple[Workload, int]:
-    """The workload of a case, and the rank; `family: qwen2` has biases, `tied: True` ties the embeddings."""
+    """The workload of a case, and the rank; `family: qwen2` has biases, `tied: True` ties the embeddings, `layers` are 4."""
     case = dict(case)
     rank, groups = case.pop("rank", 0), case.pop("groups", 4)
-    family, tied = case.pop("family", "llama"), case.pop("tied", False)
+    family, tied, layers = case.pop("family", "llama"), case.pop("tied", False), case.pop("layers", 4)
     architecture = Architecture(
-        family, 64, 4, 8, groups, 8, 160, 99, 512, 1e-5, 10000.0, None, tied_embeddings=tied, qkv_bias=family == "qwen2"
+        family,
+        64,
+        layers,
+        8,
+        groups,
+        8,
+        160,
+        99,
+        512,
+        1e-5,
+        10000.0,
+        None,
+        tied_embeddings=tied,
+        qkv_bias=family == "qwen2",
     )
     return Workload(architecture, backend="torch", sequence_length=SEQUENCE, selects=False, **case), rank
 
@@ -69,7 +84,7 @@ def run_step(case: dict[str, Any]) -> dict[str, Any]:
     if stage == w.pipeline - 1:
         total += head_kept_bytes(w)
     if w.recompute == "full":  # the peak is in the last layer's backward, when the loss has been freed
-        inputs = w.chunk_layers * w.split_tokens * w.architecture.hidden_size * w.width
+        inputs = w.chunk_layers(stage) * w.split_tokens * w.architecture.hidden_size * w.width
         total = inputs + sum(layer_activations(w).values())
     return {
         "stage": stage,
@@ -102,6 +117,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         "stage": model.layout.pipeline_rank,
         "parameters": sum(parameter.numel() for chunk in model.unwrapped for parameter in chunk.parameters()),
         "gradient_buffer": sum(buffer.grad_data.numel() for buffer in buffers),
+        "gradient_bytes": sum(buffer.grad_data.nbytes for buffer in buffers),
         "optimizer_shard": shards,
     }
 

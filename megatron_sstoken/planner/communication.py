@@ -51,7 +51,7 @@ def traffic_of(w: Workload, stage: int, gpu: GPU) -> list[Traffic]:
 
     for operation, (count, size) in tensor_traffic(w, stage).items():
         add("tensor", operation, count, size, w.tensor)
-    layers, micro = w.chunk_layers * w.virtual_pipeline, w.num_micro_batches
+    layers, micro = w.stage_layers[stage], w.num_micro_batches
     keys = 2 * w.tokens * w.context * w.key_width * w.width  # keys and values of a whole sample
     runs = _forward_runs(w)
     add("context", "all_gather", 2 * layers * micro * runs, layers * micro * runs * keys, w.context)
@@ -59,7 +59,7 @@ def traffic_of(w: Workload, stage: int, gpu: GPU) -> list[Traffic]:
     sends = _sends(w, stage)
     add("pipeline", "send", sends, sends * w.split_tokens * w.architecture.hidden_size * w.width, w.pipeline)
     trained, shards = trainable_parameters(w, stage), w.data * w.context
-    add("data", "reduce_scatter", w.virtual_pipeline, trained * 4, shards)
+    add("data", "reduce_scatter", w.virtual_pipeline, trained * w.gradient_width, shards)
     add("data", "all_gather", w.virtual_pipeline, trained * w.width, shards)
     if stage == w.pipeline - 1:
         known = 2 if w.selects else 1  # losses, attention: fp32 a token
@@ -77,7 +77,7 @@ def tensor_traffic(w: Workload, stage: int) -> dict[str, tuple[int, int]]:
     again in backward for the weight's gradient, and before the row linears' backward; reduce-scatters at the other ends.
     Recomputing whole layers repeats the forward part. Of the selective head all tokens are counted, scored or not.
     """
-    layers, micro = w.chunk_layers * w.virtual_pipeline, w.num_micro_batches
+    layers, micro = w.stage_layers[stage], w.num_micro_batches
     hidden = w.tokens * w.architecture.hidden_size * w.width
     again = w.recompute == "full"
     scoring = _scoring_passes(w)

@@ -88,7 +88,7 @@ def _traffic(estimate: Estimate) -> str:
 
 def _speed(estimate: Estimate) -> str:
     speed = estimate.speed
-    names = ("compute", "tensor", "context", "pipeline", "bubble", "data", "optimizer")
+    names = ("compute", "tensor", "context", "pipeline", "bubble", "offload", "data", "optimizer")
     parts = ", ".join(f"{name} {value:.3f}" for name in names if (value := getattr(speed, name)) >= 0.0005)
     return (
         f"Step  {speed.step:.2f} s = {parts}\n"

@@ -26,26 +26,32 @@ class GPU:
     """Bytes a second to the GPUs of its node."""
     network: float
     """Bytes a second to other nodes."""
+    host_link: float
+    """Bytes a second, each way, to the memory of its node's processors."""
+    host_memory: float
+    """Bytes a second of that memory, this GPU's share."""
     source: str
     gpus_per_node: int = 8
 
 
 GPUS: dict[str, GPU] = {
     "h100": GPU(
-        "H100 SXM 80 GB", (9, 0), 80e9, 3.35e12, 989e12, 1979e12, 67e12, 450e9, 50e9,
-        "NVIDIA H100 datasheet (SXM; dense is half of the figure with sparsity); DGX H100: 400 Gb/s a GPU",
+        "H100 SXM 80 GB", (9, 0), 80e9, 3.35e12, 989e12, 1979e12, 67e12, 450e9, 50e9, 64e9, 76.8e9,
+        "NVIDIA H100 datasheet (SXM; dense is half of the figure with sparsity); DGX H100: 400 Gb/s and PCIe 5.0 a GPU, two "
+        "Xeon 8480C",
     ),
     "h200": GPU(
-        "H200 SXM 141 GB", (9, 0), 141e9, 4.8e12, 989e12, 1979e12, 67e12, 450e9, 50e9,
-        "NVIDIA H200 datasheet (SXM); DGX H200: 400 Gb/s a GPU",
+        "H200 SXM 141 GB", (9, 0), 141e9, 4.8e12, 989e12, 1979e12, 67e12, 450e9, 50e9, 64e9, 76.8e9,
+        "NVIDIA H200 datasheet (SXM); DGX H200: 400 Gb/s and PCIe 5.0 a GPU, two Xeon 8480C",
     ),
     "a100-80": GPU(
-        "A100 SXM 80 GB", (8, 0), 80e9, 2.039e12, 312e12, 0.0, 19.5e12, 300e9, 25e9,
-        "NVIDIA A100 datasheet (SXM, 80 GB); DGX A100: 200 Gb/s a GPU",
+        "A100 SXM 80 GB", (8, 0), 80e9, 2.039e12, 312e12, 0.0, 19.5e12, 300e9, 25e9, 32e9, 51.2e9,
+        "NVIDIA A100 datasheet (SXM, 80 GB); DGX A100: 200 Gb/s and PCIe 4.0 a GPU, two EPYC 7742",
     ),
     "b200": GPU(
-        "B200 180 GB", (10, 0), 180e9, 8e12, 2250e12, 4500e12, 75e12, 900e9, 50e9,
-        "NVIDIA DGX B200 datasheet, an eighth of it (1,440 GB, 64 TB/s, 72 PFLOP/s FP8 with sparsity); 400 Gb/s a GPU",
+        "B200 180 GB", (10, 0), 180e9, 8e12, 2250e12, 4500e12, 75e12, 900e9, 50e9, 64e9, 89.6e9,
+        "NVIDIA DGX B200 datasheet, an eighth of it (1,440 GB, 64 TB/s, 72 PFLOP/s FP8 with sparsity); 400 Gb/s and PCIe 5.0 "
+        "a GPU, two Xeon 8570",
     ),
 }  # fmt: skip
 
@@ -67,7 +73,9 @@ class Assumptions:
     memory: float = 0.75
     """Share of the memory bandwidth that element-wise work reaches."""
     links: float = 0.75
-    """Share of the link rates that collectives reach."""
+    """Share of the link rates that collectives and transfers to the host reach."""
+    host: float = 0.6
+    """Share of the host's memory bandwidth that the optimizer's update there reaches."""
     tensor_exposed: float = 1.0
     """Share of the tensor parallel communication that computation does not hide (1: no overlap)."""
     context_exposed: float = 0.2

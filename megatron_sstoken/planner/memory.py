@@ -5,7 +5,7 @@ listed tensor by tensor; `tests/unit/planner` and `benchmarks/plan_check.py` com
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 from megatron_sstoken.model.head import CHUNK_ROWS
 from megatron_sstoken.planner.hardware import Assumptions
@@ -35,13 +35,17 @@ class StageMemory:
     """Batches with history losses, token reports, the attention capture."""
     working: int
     """Temporaries of one layer, recomputed activations included."""
+    update: int
+    """Temporaries of the optimizer's step, as far as they are more than what the backward pass has given back."""
     framework: int
     """CUDA, libraries and NCCL; what fragmentation loses."""
+    host: int = 0
+    """In the memory of the node's processors, not on the GPU."""
 
     @property
     def total(self) -> int:
-        counts = ("stage", "parameters", "trainable")
-        return sum(value for name, value in asdict(self).items() if name not in counts)
+        """Bytes on the GPU."""
+        return sum(getattr(self, name) for name in BYTE_FIELDS)
 
 
 def parameter_sizes(w: Workload, stage: int) -> dict[str, int]:
@@ -49,7 +53,7 @@ def parameter_sizes(w: Workload, stage: int) -> dict[str, int]:
 
     With pipeline parallel and tied embeddings the last stage has a copy of the embedding as its head.
     """
-    a, layers = w.architecture, w.chunk_layers * w.virtual_pipeline
+    a, layers = w.architecture, w.stage_layers[stage]
     qkv = (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim // w.tensor
     linear = a.hidden_size * (qkv + w.query_width + 3 * w.ffn_width)
     vector = 2 * a.hidden_size + (qkv if a.qkv_bias else 0) + (2 * a.head_dim if a.qk_norm else 0)
@@ -63,8 +67,8 @@ def parameter_sizes(w: Workload, stage: int) -> dict[str, int]:
     }
 
 
-def adapter_parameters(w: Workload) -> int:
-    """LoRA parameters of one rank of any stage: A [r, in] and B [out, r] of q, k, v, o, gate, up and down.
+def adapter_parameters(w: Workload, stage: int) -> int:
+    """LoRA parameters of one rank of a stage: A [r, in] and B [out, r] of q, k, v, o, gate, up and down.
 
     The side that tensor parallel does not split is whole on every rank.
     """
@@ -72,7 +76,7 @@ def adapter_parameters(w: Workload) -> int:
     qkv = (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim // w.tensor
     columns = 5 * a.hidden_size + qkv + 2 * w.ffn_width  # q, k, v, gate, up: A whole, B split
     rows = w.query_width + w.ffn_width + 2 * a.hidden_size  # o, down: A split, B whole
-    return w.chunk_layers * w.virtual_pipeline * w.lora_rank * (columns + rows)
+    return w.stage_layers[stage] * w.lora_rank * (columns + rows)
 
 
 def layer_activations(w: Workload) -> dict[str, int]:
@@ -140,11 +144,13 @@ def chunks_in_flight(w: Workload, stage: int) -> int:
 
 def activation_bytes(w: Workload, stage: int) -> int:
     """What autograd keeps for backward passes on one rank of a stage, at most; without the loss (`head_kept_bytes`)."""
-    flight = chunks_in_flight(w, stage)
+    flight, layers = chunks_in_flight(w, stage), w.chunk_layers(stage)
+    if w.offload_layers:  # one layer's on the way there and one's on the way back
+        layers = min(layers, layers - w.offload_layers + 2)
     if w.recompute == "full":
-        chunk = w.chunk_layers * _between_layers(w)
+        chunk = layers * _between_layers(w)
     else:
-        chunk = w.chunk_layers * (sum(layer_activations(w).values()) + adapter_activations(w))
+        chunk = layers * (sum(layer_activations(w).values()) + adapter_activations(w))
     total = flight * chunk
     if stage == 0:
         total += _first_chunks(w) * w.tokens * 8  # the embedding's indices
@@ -185,11 +191,16 @@ def head_kept_bytes(w: Workload) -> int:
 
 
 def head_bytes(w: Workload) -> int:
-    """The loss at its peak, on the last stage: logits, an fp32 copy, and the probabilities made of it."""
+    """The loss at its peak, on the last stage: logits, an fp32 copy, and the probabilities made of it.
+
+    The selective head sums its weight's gradient in fp32: in megatron's buffer, or where that is bf16 apart.
+    """
     tokens = w.tokens if w.head == "standard" else min(CHUNK_ROWS["cuda"], w.tokens)
     copies = 4 + 4 if w.precision == "fp32" else 4 + 4 + w.width
     made_of_one = 4 if w.head == "standard" else 0  # the probabilities that are kept are one of the copies
-    return head_kept_bytes(w) + tokens * w.vocabulary * (copies - made_of_one)
+    apart = w.head == "selective" and w.gradient_dtype == "bf16" and not w.lora_rank
+    summed = w.vocabulary * w.architecture.hidden_size * (4 + w.width) if apart else 0
+    return head_kept_bytes(w) + tokens * w.vocabulary * (copies - made_of_one) + summed
 
 
 def selection_bytes(w: Workload, stage: int) -> int:
@@ -215,32 +226,70 @@ def working_bytes(w: Workload) -> int:
 
 def trainable_parameters(w: Workload, stage: int) -> int:
     """Parameters of one rank of a stage that have gradients."""
-    return adapter_parameters(w) if w.lora_rank else sum(parameter_sizes(w, stage).values())
+    return adapter_parameters(w, stage) if w.lora_rank else sum(parameter_sizes(w, stage).values())
+
+
+def state_bytes(w: Workload) -> int:
+    """Optimizer state of one parameter on the GPU: fp32 weight and two moments; fp32 weights serve themselves."""
+    return sum(w.moment_widths) + (0 if w.precision == "fp32" else 4)
+
+
+def optimizer_bytes(w: Workload, shard: int) -> int:
+    """State on the GPU of the `shard` parameters that a rank updates. Beside what is offloaded megatron keeps gradients in fp32
+    of the rest."""
+    if w.offload_fraction:
+        return math.ceil(shard * (1 - w.offload_fraction)) * (state_bytes(w) + 4)
+    return shard * state_bytes(w)
+
+
+def host_bytes(w: Workload, stage: int) -> int:
+    """What one rank of a stage keeps in the host's memory: state with gradients in fp32, activations."""
+    shard = math.ceil(trainable_parameters(w, stage) / (w.data * w.context))
+    activations = w.offload_layers * sum(layer_activations(w).values()) if w.offload_layers else 0
+    return math.ceil(shard * w.offload_fraction) * (state_bytes(w) + 4) + activations
+
+
+def update_bytes(w: Workload, shard: int) -> int:
+    """Temporaries of the optimizer's step: gradients in fp32 where they are bf16, and moments in fp32 where they are not."""
+    if w.offload_fraction:
+        return 0
+    if w.moment_widths != (4, 4):  # Transformer Engine's AdamW reads gradients as they are
+        return shard * 4 * sum(width != 4 for width in w.moment_widths)
+    return shard * 4 if w.gradient_dtype == "bf16" else 0
 
 
 def stage_memory(w: Workload, stage: int, assumptions: Assumptions) -> StageMemory:
     """Everything on one rank of a stage.
 
-    Gradients are fp32 (`grad_reduce_in_fp32`), whole on every rank. The distributed optimizer splits its state over
-    data × context parallel ranks: fp32 weights and two moments, 12 bytes; 8 in fp32, where the weights serve. FP8 keeps
-    bf16 weights and two FP8 copies of the layers' matrices (rows and columns).
+    Gradients are whole on every rank. The distributed optimizer splits its state over data × context parallel ranks. FP8
+    keeps bf16 weights and two FP8 copies of the layers' matrices (rows and columns). The optimizer's step needs its memory
+    when the backward pass has given back activations and logits.
     """
     sizes = parameter_sizes(w, stage)
     frozen = sum(sizes.values())
     trainable = trainable_parameters(w, stage)
-    parameters = frozen + adapter_parameters(w)
-    state = 8 if w.precision == "fp32" else 12
+    parameters = frozen + adapter_parameters(w, stage)
+    shard = math.ceil(trainable / (w.data * w.context))
     parts = {
         "weights": parameters * w.width + (2 * sizes["linear"] if w.precision == "fp8" else 0),
-        "gradients": trainable * 4,
-        "optimizer": math.ceil(trainable / (w.data * w.context)) * state,
+        "gradients": trainable * w.gradient_width,
+        "optimizer": optimizer_bytes(w, shard),
         "activations": activation_bytes(w, stage) + received_bytes(w, stage),
         "head": head_bytes(w) if stage == w.pipeline - 1 else 0,
         "selection": selection_bytes(w, stage),
         "working": working_bytes(w),
     }
+    given_back = parts["activations"] + parts["head"] + parts["working"]
+    parts["update"] = max(update_bytes(w, shard) - given_back, 0)
     lost = assumptions.fragmentation * sum(parts.values())
-    return StageMemory(stage, parameters, trainable, **parts, framework=int(assumptions.framework_bytes + lost))
+    return StageMemory(
+        stage,
+        parameters,
+        trainable,
+        **parts,
+        framework=int(assumptions.framework_bytes + lost),
+        host=host_bytes(w, stage),
+    )
 
 
 def memory_of(w: Workload, assumptions: Assumptions) -> list[StageMemory]:
@@ -249,5 +298,6 @@ def memory_of(w: Workload, assumptions: Assumptions) -> list[StageMemory]:
 
 
 BYTE_FIELDS = tuple(
-    field.name for field in fields(StageMemory) if field.name not in ("stage", "parameters", "trainable")
+    field.name for field in fields(StageMemory) if field.name not in ("stage", "parameters", "trainable", "host")
 )
+"""What lies on the GPU."""

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from megatron_sstoken.model.flops import attention_flops, causal_pairs, model_flops
 from megatron_sstoken.planner.communication import Traffic, traffic_of
 from megatron_sstoken.planner.hardware import GPU, Assumptions
-from megatron_sstoken.planner.memory import parameter_sizes, trainable_parameters
+from megatron_sstoken.planner.memory import layer_activations, parameter_sizes, state_bytes, trainable_parameters
 from megatron_sstoken.planner.workload import Workload
 
 FLASH_BACKWARD = 2.5
 """FLOPs of FlashAttention's backward pass, as a multiple of its forward: it computes the scores again."""
 LOGIT_BYTES = 54
 """Memory traffic of one logit through the loss and back (fp32 copy, maximum, exponential, sum, gradient)."""
-OPTIMIZER_BYTES = 30
-"""Memory traffic of AdamW for one parameter: gradient 4, weight and moments 12 read and 12 written, bf16 weight 2."""
+HOST_BYTES = 28
+"""Memory traffic of AdamW for one parameter in the host's memory: gradient 4, weight and moments 12 read and 12 written."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class Speed:
     data: float
     """Gradients and weights between replicas, as far as no computation hides them."""
     optimizer: float
+    """The update, on the GPU or in the host's memory, whichever takes longer."""
+    offload: float
+    """Activations on their way to the host's memory and back, as far as no computation hides them."""
     tokens: int
     """Of a global batch."""
     model_flops: float
@@ -43,7 +46,8 @@ class Speed:
 
     @property
     def step(self) -> float:
-        return self.compute + self.tensor + self.context + self.pipeline + self.bubble + self.data + self.optimizer
+        busy = self.compute + self.tensor + self.context + self.pipeline + self.bubble
+        return busy + self.offload + self.data + self.optimizer
 
     @property
     def tokens_per_gpu(self) -> float:
@@ -58,7 +62,7 @@ class Speed:
 
 def stage_seconds(w: Workload, stage: int, gpu: GPU, assumptions: Assumptions) -> float:
     """Computation of one micro-batch on one rank of a stage, forward and backward."""
-    layers = w.chunk_layers * w.virtual_pipeline
+    layers = w.stage_layers[stage]
     scoring = 1 if w.selects and w.scope == "batch" else 0
     forward = 1 + scoring + (w.recompute == "full")
     backward = 1 if w.lora_rank else 2  # frozen matrices have no gradient of their own
@@ -101,6 +105,34 @@ def transfer_seconds(traffic: Traffic, gpu: GPU, assumptions: Assumptions) -> fl
     return traffic.sent / (rate * assumptions.links)
 
 
+def update_seconds(w: Workload, gpu: GPU, assumptions: Assumptions) -> float:
+    """The optimizer's step on the fullest rank.
+
+    AdamW passes once over gradient, weight and state; all gradients are emptied, and their norm taken. What lies in the
+    host's memory is updated there beside the rest, parameter by parameter while gradients (fp32) come and weights go.
+    """
+    parameters = max(trainable_parameters(w, stage) for stage in range(w.pipeline))
+    shard = parameters / (w.data * w.context)
+    bf16_weight = 0 if w.precision == "fp32" else 2
+    update = (1 - w.offload_fraction) * shard * (w.gradient_width + 2 * state_bytes(w) + bf16_weight)
+    on_gpu = (update + 2 * w.gradient_width * parameters) / (gpu.memory_bandwidth * assumptions.memory)
+    moved = shard * w.offload_fraction * 4 / (gpu.host_link * assumptions.links)
+    on_host = shard * w.offload_fraction * HOST_BYTES / (gpu.host_memory * assumptions.host)
+    return max(on_gpu, moved, on_host)
+
+
+def offload_seconds(w: Workload, seconds: float, gpu: GPU, assumptions: Assumptions) -> float:
+    """What is left to wait for of the activations that move to the host's memory, forward, and back, backward, in a step.
+
+    `seconds`: the computation of one micro-batch, of which the offloaded layers' share hides their transfers.
+    """
+    if not w.offload_layers:
+        return 0.0
+    moved = w.offload_layers * sum(layer_activations(w).values()) / (gpu.host_link * assumptions.links)
+    hidden = seconds * w.offload_layers / w.architecture.num_layers
+    return w.num_micro_batches * (max(moved - hidden / 3, 0.0) + max(moved - hidden * 2 / 3, 0.0))
+
+
 def speed_of(w: Workload, gpu: GPU, assumptions: Assumptions) -> Speed:
     """One training step.
 
@@ -125,8 +157,6 @@ def speed_of(w: Workload, gpu: GPU, assumptions: Assumptions) -> Speed:
     bubble = (sum(busy) - busy[worst]) / micro / w.virtual_pipeline
     hidden = busy[worst] / micro * 2 / 3  # one backward pass
     gathered = slow.get("data all_gather", 0.0)
-    parameters = max(trainable_parameters(w, stage) for stage in range(w.pipeline))
-    update = parameters * (OPTIMIZER_BYTES / (w.data * w.context) + 8)  # 8: gradients are emptied, and their norm taken
     return Speed(
         compute=slow["compute"],
         tensor=slow["tensor"],
@@ -134,7 +164,8 @@ def speed_of(w: Workload, gpu: GPU, assumptions: Assumptions) -> Speed:
         pipeline=slow.get("pipeline", 0.0),
         bubble=bubble,
         data=max(slow.get("data reduce_scatter", 0.0) - hidden, 0.0) + gathered,
-        optimizer=update / (gpu.memory_bandwidth * assumptions.memory),
+        optimizer=update_seconds(w, gpu, assumptions),
+        offload=offload_seconds(w, busy[worst] / micro, gpu, assumptions),
         tokens=w.global_batch_size * w.sequence_length,
         model_flops=w.global_batch_size
         * model_flops(w.architecture, w.sequence_length, causal_pairs(w.sequence_length)),

@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Literal
 
 from megatron_sstoken.config import ModelSettings, Settings
+from megatron_sstoken.config.run import MomentFormat
 from megatron_sstoken.data.batches import batch_shape
 from megatron_sstoken.model.backend import Backend, preferred_backend, token_multiple
 from megatron_sstoken.model.dtypes import weight_dtype
@@ -13,6 +14,11 @@ from megatron_sstoken.validate.layout import layout_problems
 from megatron_sstoken.validate.settings import problems_of
 
 Precision = Literal["bf16", "fp32", "fp8"]
+LAYOUT = ("tensor", "pipeline", "virtual_pipeline", "first_stage_layers", "last_stage_layers", "context", "sequence")
+"""Settings of the section `parallel` that a workload has."""
+MOMENT_WIDTH: dict[MomentFormat, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+OPTIMIZER = ("gradient_dtype", "first_moment_dtype", "second_moment_dtype", "offload_fraction")
+"""Those of the section `optimizer`."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,8 @@ class Workload:
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int = 1
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
     context: int = 1
     sequence: bool = False
     micro_batch_size: int = 1
@@ -33,6 +41,13 @@ class Workload:
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
     """With fp8; its tiles decide how packs are rounded."""
     recompute: Literal["none", "selective", "full"] = "none"
+    offload_layers: int = 0
+    """First layers whose activations wait in the host's memory."""
+    gradient_dtype: Literal["fp32", "bf16"] = "fp32"
+    first_moment_dtype: MomentFormat = "fp32"
+    second_moment_dtype: MomentFormat = "fp32"
+    offload_fraction: float = 0.0
+    """Share of the optimizer's state in the host's memory."""
     backend: Literal["auto", "transformer_engine", "torch"] = "auto"
     """auto: Transformer Engine, but torch in fp32."""
     head: Literal["standard", "selective"] = "selective"
@@ -88,15 +103,31 @@ class Workload:
         """Tokens of a micro-batch on one rank where sequence parallel splits them."""
         return self.tokens // self.tensor if self.sequence else self.tokens
 
-    @property
-    def chunk_layers(self) -> int:
-        """Layers of one model chunk."""
-        return self.architecture.num_layers // (self.pipeline * self.virtual_pipeline)
+    @cached_property
+    def stage_layers(self) -> list[int]:
+        """Layers of each pipeline stage."""
+        found = self.settings().parallel.stage_layers(self.architecture.num_layers)
+        assert found is not None, "a workload with problems is not estimated"
+        return found
+
+    def chunk_layers(self, stage: int) -> int:
+        """Layers of one model chunk of a stage."""
+        return self.stage_layers[stage] // self.virtual_pipeline
 
     @property
     def width(self) -> int:
         """Bytes of an activation."""
         return weight_dtype(self.precision).itemsize
+
+    @property
+    def gradient_width(self) -> int:
+        """Bytes of a gradient as it is added up."""
+        return 2 if self.gradient_dtype == "bf16" else 4
+
+    @property
+    def moment_widths(self) -> tuple[int, int]:
+        """Bytes of AdamW's two moments between steps."""
+        return MOMENT_WIDTH[self.first_moment_dtype], MOMENT_WIDTH[self.second_moment_dtype]
 
     @property
     def query_width(self) -> int:
@@ -125,12 +156,15 @@ class Workload:
         settings.model.vocabulary_multiple = self.vocabulary_multiple
         settings.model.backend, settings.model.head = self.backend, self.head
         if split:
-            for name in ("tensor", "pipeline", "virtual_pipeline", "context", "sequence"):
+            for name in LAYOUT:
                 setattr(settings.parallel, name, getattr(self, name))
         settings.data.sequence_length = self.sequence_length
         settings.training.micro_batch_size = self.micro_batch_size
         settings.training.global_batch_size = self.global_batch_size
         settings.training.recompute = self.recompute
+        settings.training.offload_layers = self.offload_layers
+        for name in OPTIMIZER:
+            setattr(settings.optimizer, name, getattr(self, name))
         settings.training.precision = self.precision
         settings.training.fp8_recipe = self.fp8_recipe
         settings.lora.rank = self.lora_rank

@@ -37,6 +37,17 @@ def test_the_published_comparison_in_the_docs_is_todays(capsys):
     assert written == rows, "run benchmarks/plan_check.py published, and look at docs/planning.md"
 
 
+def test_published_layouts_of_70b_fit_with_gradients_and_moments_in_bf16():
+    """Megatron-Bridge: SFT on 32 H100 in bf16 and FP8, and pre-training on 64 in FP8; with fp32 none does."""
+    sft = {"world_size": 32, "tensor": 4, "pipeline": 4, "virtual_pipeline": 5, "sequence_length": 4096}
+    pretraining = {"world_size": 64, "tensor": 4, "pipeline": 8, "virtual_pipeline": 5, "sequence_length": 8192}
+    small = {"gradient_dtype": "bf16", "first_moment_dtype": "bf16", "second_moment_dtype": "bf16"}
+    for layout, batch, precision in ((sft, 32, "bf16"), (sft, 32, "fp8"), (pretraining, 128, "fp8")):
+        w = Workload(SEVENTY, sequence=True, selects=False, global_batch_size=batch, precision=precision, **layout)
+        assert estimate(w, GPUS["h100"], Assumptions()).excess > 0
+        assert estimate(replace(w, **small), GPUS["h100"], Assumptions()).excess < 0
+
+
 @pytest.mark.parametrize(("pipeline", "virtual", "micro"), [(4, 1, 8), (4, 1, 2), (2, 2, 4), (4, 2, 8)])
 def test_chunks_in_flight_against_a_run_of_the_schedule(pipeline, virtual, micro):
     for stage in range(pipeline):
@@ -55,10 +66,10 @@ def test_chunks_in_flight_against_a_run_of_the_schedule(pipeline, virtual, micro
 def test_adapters_of_all_seven_linears():
     w = Workload(EIGHT, lora_rank=64)
     shapes = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
-    assert adapter_parameters(w) == 32 * sum(64 * (rows + columns) for rows, columns in shapes)
+    assert adapter_parameters(w, 0) == 32 * sum(64 * (rows + columns) for rows, columns in shapes)
     full, lora = (estimate(one, GPUS["h100"], Assumptions()).peak for one in (replace(w, lora_rank=0), w))
-    assert lora.trainable == adapter_parameters(w) and lora.optimizer < full.optimizer / 10
-    assert lora.parameters == full.parameters + adapter_parameters(w)
+    assert lora.trainable == adapter_parameters(w, 0) and lora.optimizer < full.optimizer / 10
+    assert lora.parameters == full.parameters + adapter_parameters(w, 0)
 
 
 def test_ring_collectives_send_what_they_must():
@@ -71,6 +82,59 @@ def test_ring_collectives_send_what_they_must():
 def test_a_selective_head_holds_no_logits_of_the_whole_sequence():
     w = Workload(EIGHT, sequence_length=8192)
     assert head_bytes(w) < head_bytes(replace(w, head="standard")) / 5
+
+
+def test_state_gradients_and_activations_that_take_less_memory():
+    """Against hand counts: 4 bytes of master weight and the moments', over the replicas; gradients whole."""
+    w = Workload(EIGHT, world_size=4, tensor=2, sequence=True, sequence_length=4096, global_batch_size=96)
+    plain = estimate(w, GPUS["h100"], Assumptions())
+    number = plain.peak.trainable
+
+    def peak(**changes):
+        return estimate(replace(w, **changes), GPUS["h100"], Assumptions()).peak
+
+    assert (plain.peak.gradients, plain.peak.optimizer) == (number * 4, number // 2 * 12) and plain.peak.update == 0
+    assert peak(gradient_dtype="bf16").gradients == number * 2
+    assert peak(first_moment_dtype="fp8", second_moment_dtype="bf16").optimizer == number // 2 * 7
+    half = peak(offload_fraction=0.5)
+    assert (half.optimizer, half.host) == (number // 4 * 16, number // 4 * 16)
+    assert peak(offload_fraction=1.0).optimizer == 0
+    some = peak(offload_layers=12)
+    assert some.activations == pytest.approx(plain.peak.activations * (32 - 12 + 2) / 32, rel=0.01)
+    assert some.host == pytest.approx(plain.peak.activations * 12 / 32, rel=0.01)
+    assert all(one.total < plain.peak.total for one in (half, some, peak(gradient_dtype="bf16")))
+
+
+def test_temporaries_of_the_optimizers_step_count_where_activations_do_not_cover_them():
+    """Of few tokens and many parameters on one rank: two moments, 4 bytes each."""
+    w = Workload(EIGHT, sequence_length=128, global_batch_size=1, second_moment_dtype="bf16", first_moment_dtype="bf16")
+    found = estimate(w, GPUS["b200"], Assumptions()).peak
+    assert found.update == 8 * found.trainable - found.activations - found.head - found.working > 0
+
+
+def test_what_lies_in_the_hosts_memory_costs_time():
+    w = Workload(EIGHT, world_size=8, tensor=2, sequence=True, sequence_length=4096, global_batch_size=16)
+
+    def speed(**changes):
+        return estimate(replace(w, **changes), GPUS["h100"], Assumptions()).speed
+
+    shard = estimate(w, GPUS["h100"], Assumptions()).peak.trainable / 4
+    assert speed(offload_fraction=1.0).optimizer == pytest.approx(shard * 28 / (76.8e9 * 0.6))  # memory, not the link
+    assert speed().optimizer < speed(offload_fraction=0.5).optimizer < speed(offload_fraction=1.0).optimizer
+    # Of few tokens the transfers take longer than the computation; attention over many grows with their square.
+    few, many = (speed(offload_layers=20, sequence_length=length).offload for length in (4096, 131072))
+    assert few > 0 and many == 0
+    assert speed(gradient_dtype="bf16").optimizer < speed().optimizer
+
+
+def test_stages_that_differ_wait_for_the_longest():
+    w = Workload(
+        SEVENTY, world_size=64, tensor=8, pipeline=4, sequence=True, sequence_length=4096, global_batch_size=64
+    )
+    even, uneven = (estimate(one, GPUS["h100"], Assumptions()) for one in (w, replace(w, first_stage_layers=26)))
+    assert [stage.parameters for stage in uneven.memory[1:3]] < [stage.parameters for stage in even.memory[1:3]]
+    assert uneven.workload.stage_layers == [26, 18, 18, 18] and even.workload.stage_layers == [20] * 4
+    assert uneven.speed.step > even.speed.step and uneven.peak.stage == 0
 
 
 def test_proposals_fit_run_and_are_sorted():
