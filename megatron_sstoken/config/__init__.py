@@ -7,15 +7,23 @@ than one section, the model, the data or the number of processes.
 import os
 from dataclasses import dataclass, field
 
-from megatron_sstoken.config.model import DataSettings, LoraSettings, LoraTarget, ModelSettings, ParallelSettings
+from megatron_sstoken.config.model import (
+    DataSettings,
+    HardwareSettings,
+    LoraSettings,
+    LoraTarget,
+    ModelSettings,
+    ParallelSettings,
+)
 from megatron_sstoken.config.rules import RENAMED, SettingsError
 from megatron_sstoken.config.run import CheckpointSettings, LoggingSettings, OptimizerSettings, TrainingSettings
 from megatron_sstoken.config.selection import HistorySettings, SelectionSettings
 
 __all__ = [
     "RENAMED",
-    "CheckpointSettings", "DataSettings", "HistorySettings", "LoggingSettings", "LoraSettings", "LoraTarget", "ModelSettings",
-    "OptimizerSettings", "ParallelSettings", "SelectionSettings", "Settings", "SettingsError", "TrainingSettings",
+    "CheckpointSettings", "DataSettings", "HardwareSettings", "HistorySettings", "LoggingSettings", "LoraSettings",
+    "LoraTarget", "ModelSettings", "OptimizerSettings", "ParallelSettings", "SelectionSettings", "Settings",
+    "SettingsError", "TrainingSettings",
 ]  # fmt: skip
 
 
@@ -33,6 +41,7 @@ class Settings:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
+    hardware: HardwareSettings = field(default_factory=HardwareSettings)
 
     @property
     def logging_directory(self) -> str | None:

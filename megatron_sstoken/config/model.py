@@ -111,6 +111,24 @@ class ParallelSettings:
 
 
 @dataclass
+class HardwareSettings:
+    """Hardware that a configuration is meant for, read by `tools/plan.py`. A run takes the hardware that it is started on."""
+
+    gpus: int | None = None
+    """Number of GPUs."""
+
+    gpu: Literal["h100", "h200", "a100-80", "b200"] = "h100"
+    """Their type."""
+
+    def problems(self) -> list[str]:
+        """Rules that need this section alone."""
+        rules = Rules("hardware", self)
+        if self.gpus is not None:
+            rules.at_least("gpus", 1)
+        return rules.broken
+
+
+@dataclass
 class DataSettings:
     """Training and validation data."""
 

@@ -33,11 +33,27 @@ def verdict(estimate: Estimate) -> str:
     return f"does not fit: {text}, {estimate.excess / GIB:.1f} GiB too much\n(--propose lists layouts that fit)"
 
 
+def describe_gain(estimate: Estimate, best: Estimate | None) -> str:
+    """What the fastest layout that fits would give, beside an estimate; None where none fits."""
+    if best is None:
+        return "proposed: nothing, no layout of these GPUs fits"
+    gain = best.speed.tokens_per_gpu / estimate.speed.tokens_per_gpu - 1
+    w = best.workload
+    if estimate.excess <= 0 and gain < 0.02:
+        return "proposed: this layout; no other is faster by 2 % or more"
+    return (
+        f"proposed: {describe_layout(w)}, micro-batch {w.micro_batch_size}, recompute {w.recompute}: "
+        f"{best.speed.tokens_per_gpu:,.0f} tokens/s/GPU ({gain:+.0%}), {best.peak.total / GIB:.1f} GiB\n"
+        "(--yaml prints it as a configuration)"
+    )
+
+
 def describe_layout(w: Workload) -> str:
     """'tensor 4 (sequence) × pipeline 4 (× 5 chunks) × context 1 × data 2'."""
     return (
         f"tensor {w.tensor}{' (sequence)' if w.sequence else ''} × pipeline {w.pipeline}"
         + (f" (× {w.virtual_pipeline} chunks)" if w.virtual_pipeline > 1 else "")
+        + (f" of {'+'.join(map(str, w.stage_layers))} layers" if len(set(w.stage_layers)) > 1 else "")
         + f" × context {w.context} × data {w.data}"
     )
 
@@ -46,6 +62,13 @@ def _head(estimate: Estimate) -> str:
     w, a = estimate.workload, estimate.workload.architecture
     trained = f"LoRA rank {w.lora_rank}" if w.lora_rank else "all parameters trained"
     precision = f"fp8 {w.fp8_recipe}" if w.precision == "fp8" else w.precision
+    saved = [f"gradients {w.gradient_dtype}"] if w.gradient_dtype != "fp32" else []
+    if w.moment_widths != (4, 4):
+        saved.append(f"moments {w.first_moment_dtype} and {w.second_moment_dtype}")
+    if w.offload_fraction:
+        saved.append(f"{w.offload_fraction:.0%} of the optimizer's state in the host's memory")
+    if w.offload_layers:
+        saved.append(f"activations of {w.offload_layers} layers in the host's memory")
     share = f", {w.response:.0%} response, {w.rho:.0%} of it trained" if w.selects else ""
     rows = [
         ("model", f"{a.family}, {a.num_parameters():,} parameters, {a.num_layers} layers; {trained}"),
@@ -57,6 +80,8 @@ def _head(estimate: Estimate) -> str:
         ),
         ("computed", f"{precision}, {w.layers_of}, recompute {w.recompute}, {w.head} head{share}"),
     ]
+    if saved:
+        rows.append(("memory", ", ".join(saved)))
     return "\n".join(f"{name:<10}{value}" for name, value in rows)
 
 
@@ -67,6 +92,8 @@ def _memory(estimate: Estimate) -> str:
         values = [getattr(stage, name) / GIB for name in names]
         cells = "".join(f"{value:>{_width(name)}.2f}" for name, value in zip(names, values, strict=True))
         rows.append(f"{stage.stage:>5}{stage.parameters:>15,}" + cells)
+    if estimate.peak.host:
+        rows.append(f"and {estimate.peak.host / GIB:.1f} GiB of a rank in its host's memory")
     return "\n".join(["Memory of one rank, GiB", *rows])
 
 
@@ -118,11 +145,18 @@ def describe_proposals(estimates: list[Estimate]) -> str:
     """A table, best first."""
     columns = ("tensor", "pipeline", "virtual_pipeline", "context", "data", "micro_batch_size", "recompute")
     header = "".join(f"{name:>{len(name) + 2}}" for name in columns)
-    rows = [f"{header}{'GiB':>8}{'step s':>9}{'tokens/s/GPU':>14}{'TFLOP/s':>9}"]
+    uneven = any(len(set(estimate.workload.stage_layers)) > 1 for estimate in estimates)
+    rows = [f"{header}{'GiB':>8}{'step s':>9}{'tokens/s/GPU':>14}{'TFLOP/s':>9}{'  layers' if uneven else ''}"]
     for estimate in estimates:
         cells = "".join(f"{getattr(estimate.workload, name):>{len(name) + 2}}" for name in columns)
         rows.append(
             f"{cells}{estimate.peak.total / GIB:>8.1f}{estimate.speed.step:>9.2f}{estimate.speed.tokens_per_gpu:>14,.0f}"
-            f"{estimate.speed.tflops_per_gpu:>9.0f}"
+            f"{estimate.speed.tflops_per_gpu:>9.0f}" + (f"  {_layers(estimate.workload)}" if uneven else "")
         )
     return "\n".join([*rows, "(tensor parallel with sequence parallel)"])
+
+
+def _layers(w: Workload) -> str:
+    """Layers of the first stage, of each of those between, and of the last; one number where all are equal."""
+    own = w.stage_layers
+    return str(own[0]) if len(set(own)) == 1 else "+".join(map(str, [own[0], *own[1:-1][:1], own[-1]]))

@@ -79,8 +79,13 @@ def propose(w: Workload, gpu: GPU, assumptions: Assumptions, number: int = 5) ->
     Tensor parallel stays within a node and comes with sequence parallel. Layouts of equal speed: less memory first.
     """
     runnable = (candidate for candidate in _candidates(w, gpu) if not problems_of_workload(candidate))
-    found = [one for one in (estimate(candidate, gpu, assumptions) for candidate in runnable) if one.excess <= 0]
-    best: dict[tuple, Estimate] = {}  # of layouts that differ in recomputation alone, the fastest
+    fitting = (
+        candidate
+        for candidate in runnable
+        if all(stage.total <= gpu.memory for stage in memory_of(candidate, assumptions))
+    )
+    found = [estimate(candidate, gpu, assumptions) for candidate in fitting]
+    best: dict[tuple, Estimate] = {}  # of layouts that differ in recomputation or the stages' layers alone, the fastest
     for one in sorted(found, key=lambda one: (one.speed.step, one.peak.total)):
         c = one.workload
         best.setdefault((c.tensor, c.pipeline, c.virtual_pipeline, c.context, c.micro_batch_size), one)
@@ -96,12 +101,29 @@ def smallest_excess(w: Workload, gpu: GPU, assumptions: Assumptions) -> Estimate
 def _candidates(w: Workload, gpu: GPU) -> Iterator[Workload]:
     a = w.architecture
     for tensor in divisors_of(math.gcd(a.num_attention_heads, w.world_size), gpu.gpus_per_node):
-        for pipeline in divisors_of(math.gcd(a.num_layers, w.world_size // tensor)):
+        for pipeline in divisors_of(w.world_size // tensor, a.num_layers):
             for context in divisors_of(w.world_size // (tensor * pipeline), 8):
                 for virtual in divisors_of(a.num_layers // pipeline, 10) if pipeline > 1 else [1]:
-                    for micro in (1, 2, 4, 8):
-                        for recompute in ("none", "full"):
-                            yield replace(
-                                w, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context,
-                                sequence=tensor > 1, micro_batch_size=micro, recompute=recompute,
-                            )  # fmt: skip
+                    for first, last in _stages(a.num_layers, pipeline, virtual):
+                        for micro in (1, 2, 4, 8):
+                            for recompute in ("none", "full"):
+                                yield replace(
+                                    w, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context,
+                                    first_stage_layers=first, last_stage_layers=last, sequence=tensor > 1,
+                                    micro_batch_size=micro, recompute=recompute,
+                                )  # fmt: skip
+
+
+def _stages(layers: int, pipeline: int, chunks: int) -> Iterator[tuple[int | None, int | None]]:
+    """Layers of the first and last stage: as many as the others, and fewer by as little as can be."""
+    if layers % (pipeline * chunks) == 0:
+        yield None, None
+    if layers % chunks or pipeline == 1:
+        return
+    units = layers // chunks  # layers that a stage gains or loses together, one a chunk
+    ends = units - (pipeline - 2) * (units // pipeline + 1)
+    first, last = (ends + 1) // 2, ends // 2
+    if pipeline == 2 and first == last:
+        first, last = first + 1, last - 1
+    if last > 0:
+        yield first * chunks, last * chunks

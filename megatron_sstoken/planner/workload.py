@@ -10,6 +10,7 @@ from megatron_sstoken.data.batches import batch_shape
 from megatron_sstoken.model.backend import Backend, preferred_backend, token_multiple
 from megatron_sstoken.model.dtypes import weight_dtype
 from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.selection.methods import find_method
 from megatron_sstoken.validate.layout import layout_problems
 from megatron_sstoken.validate.settings import problems_of
 
@@ -17,6 +18,8 @@ Precision = Literal["bf16", "fp32", "fp8"]
 LAYOUT = ("tensor", "pipeline", "virtual_pipeline", "first_stage_layers", "last_stage_layers", "context", "sequence")
 """Settings of the section `parallel` that a workload has."""
 MOMENT_WIDTH: dict[MomentFormat, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+TRAINING = ("micro_batch_size", "global_batch_size", "precision", "fp8_recipe", "recompute", "offload_layers")
+"""Those of the section `training`."""
 OPTIMIZER = ("gradient_dtype", "first_moment_dtype", "second_moment_dtype", "offload_fraction")
 """Those of the section `optimizer`."""
 
@@ -63,6 +66,29 @@ class Workload:
     lora_rank: int = 0
     """0 trains all parameters; otherwise adapters on all seven linears, the rest frozen."""
     vocabulary_multiple: int = ModelSettings.vocabulary_multiple
+
+    @classmethod
+    def of_settings(
+        cls, settings: Settings, architecture: Architecture, world_size: int, response: float = 1.0
+    ) -> "Workload":
+        """The workload of a run. Adapters are taken to be on all linears, and an adaptive share to be its largest."""
+        training, selection = settings.training, settings.selection
+        return cls(
+            architecture,
+            world_size,
+            **{name: getattr(settings.parallel, name) for name in LAYOUT},
+            **{name: getattr(training, name) for name in TRAINING},
+            **{name: getattr(settings.optimizer, name) for name in OPTIMIZER},
+            sequence_length=settings.data.sequence_length,
+            backend=settings.model.backend,
+            head=settings.model.head,
+            response=response,
+            rho=selection.rho_max if selection.rho == "auto" else selection.rho,
+            scope=selection.scope,
+            selects=find_method(selection.method).selects,
+            lora_rank=settings.lora.rank,
+            vocabulary_multiple=settings.model.vocabulary_multiple,
+        )
 
     @cached_property
     def layers_of(self) -> Backend:
@@ -159,16 +185,13 @@ class Workload:
             for name in LAYOUT:
                 setattr(settings.parallel, name, getattr(self, name))
         settings.data.sequence_length = self.sequence_length
-        settings.training.micro_batch_size = self.micro_batch_size
-        settings.training.global_batch_size = self.global_batch_size
-        settings.training.recompute = self.recompute
-        settings.training.offload_layers = self.offload_layers
+        for name in TRAINING:
+            setattr(settings.training, name, getattr(self, name))
         for name in OPTIMIZER:
             setattr(settings.optimizer, name, getattr(self, name))
-        settings.training.precision = self.precision
-        settings.training.fp8_recipe = self.fp8_recipe
         settings.lora.rank = self.lora_rank
         settings.selection.rho, settings.selection.scope = self.rho, self.scope
+        settings.selection.method = "sstoken" if self.selects else "full"
         return settings
 
 

@@ -16,6 +16,7 @@ FIXED_NAMES = {
     "training": "micro_batch_size global_batch_size steps epochs seed precision",
     "checkpoint": "directory save_every keep resume",
     "logging": "directory every records_every",
+    "hardware": "gpus gpu",
 }
 # What was added since; a name that goes from here breaks somebody's YAML.
 MORE_NAMES = {
@@ -23,8 +24,10 @@ MORE_NAMES = {
     "data": "too_long packing shuffle",
     "selection": "rho_min rho_max loss_average",
     "history": "store",
-    "optimizer": "min_learning_rate schedule warmup_fraction weight_decay beta1 beta2 epsilon clip_grad",
-    "training": "recompute validate_every",
+    "optimizer": "min_learning_rate schedule warmup_fraction weight_decay beta1 beta2 epsilon clip_grad gradient_dtype "
+    "first_moment_dtype second_moment_dtype offload_fraction",
+    "training": "recompute validate_every offload_layers",
+    "parallel": "expert first_stage_layers last_stage_layers",
 }
 
 
