@@ -137,8 +137,9 @@ def speed_of(w: Workload, gpu: GPU, assumptions: Assumptions) -> Speed:
     """One training step.
 
     The busiest stage works through all micro-batches; the pipeline fills and drains through all stages once, in chunks.
-    Gradients are reduced beside the last backward pass (`overlap_grad_reduce`); weights are gathered after the step,
-    beside nothing. Context parallel transfers hide behind attention in Transformer Engine, not in the torch path.
+    Gradients are reduced beside the last backward pass (`overlap_grad_reduce`), weights gathered beside the first forward pass
+    (`overlap_param_gather`; not with adapters). Context parallel transfers hide behind attention in Transformer Engine, not in
+    the torch path.
     """
     micro = w.num_micro_batches
     stages = []
@@ -155,15 +156,16 @@ def speed_of(w: Workload, gpu: GPU, assumptions: Assumptions) -> Speed:
     worst = max(range(w.pipeline), key=busy.__getitem__)
     slow = stages[worst]
     bubble = (sum(busy) - busy[worst]) / micro / w.virtual_pipeline
-    hidden = busy[worst] / micro * 2 / 3  # one backward pass
-    gathered = slow.get("data all_gather", 0.0)
+    one = busy[worst] / micro  # a third of it is the forward pass, which hides gathers, the rest hides reductions
+    gathered = slow.get("data all_gather", 0.0) - (0.0 if w.lora_rank else one / 3)
+    reduced = slow.get("data reduce_scatter", 0.0) - one * 2 / 3
     return Speed(
         compute=slow["compute"],
         tensor=slow["tensor"],
         context=slow["context"],
         pipeline=slow.get("pipeline", 0.0),
         bubble=bubble,
-        data=max(slow.get("data reduce_scatter", 0.0) - hidden, 0.0) + gathered,
+        data=max(reduced, 0.0) + max(gathered, 0.0),
         optimizer=update_seconds(w, gpu, assumptions),
         offload=offload_seconds(w, busy[worst] / micro, gpu, assumptions),
         tokens=w.global_batch_size * w.sequence_length,

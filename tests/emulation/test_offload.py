@@ -1,4 +1,4 @@
-"""Optimizer state in the host's memory: the same steps as with state on the device, and checkpoints that either goes on from."""
+"""Optimizer state in the host's memory: the same steps as with state on the device; checkpoints that either goes on from."""
 
 import pytest
 

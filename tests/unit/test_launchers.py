@@ -71,9 +71,7 @@ def test_fp8_is_a_note_of_a_dry_run_and_an_error_of_a_run(folder):
 
 
 def test_what_does_not_fit_a_node_is_said(folder):
-    with pytest.raises(
-        SettingsError, match="8 processes cannot be split into parallel.tensor=2 × parallel.pipeline=16"
-    ):
+    with pytest.raises(SettingsError, match="8 processes cannot be split into parallel.tensor=4 × parallel.pipeline=4"):
         plan(folder, "Llama-3.1-70B", 8)
 
 
@@ -84,7 +82,7 @@ def test_what_does_not_fit_a_node_is_said(folder):
             "slurm.sh",
             "Llama-3.1-70B",
             {"NNODES": "16"},
-            "128 = tensor 2 × pipeline 16 (× 5 chunks) × context 2 × data 2",
+            "128 = tensor 4 × pipeline 4 (× 10 chunks) × context 1 × data 8",
         ),
         ("single_gpu.sh", "Llama-3.1-8B", {}, "1 = tensor 1 × pipeline 1 × context 1 × data 1"),
     ],
