@@ -57,9 +57,14 @@ def sharded_optimizer_state(
     with. To load, the tensors of the optimizer are themselves what is filled.
     """
     with _own_part_alone(optimizer):
-        return optimizer.sharded_state_dict(
+        state = optimizer.sharded_state_dict(
             weights, is_loading=is_loading, metadata=metadata | {"distrib_optim_sharding_type": _FORM}
         )
+    for group in _groups(state):
+        # With state in the host's memory megatron keeps there the classes that it is made of: code, which no checkpoint holds.
+        for name in [name for name, value in group.items() if isinstance(value, type)]:
+            del group[name]
+    return state
 
 
 @torch.no_grad()
@@ -193,6 +198,12 @@ def _take_bounds_of(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None
     megatron-core 0.19 tells groups apart by these, and finds none where a resumed run has others.
     """
     now = optimizer.param_groups[0]
+    for group in _groups(state):
+        group |= {name: now[name] for name in ("max_lr", "min_lr") if name in group and name in now}
+
+
+def _groups(state: dict[Any, Any]) -> Iterator[dict[str, Any]]:
+    """The parameter groups in a state, of one optimizer or of two."""
     for part in [state, *(value for value in state.values() if isinstance(value, dict))]:
-        for group in part["optimizer"]["param_groups"] if isinstance(part.get("optimizer"), dict) else []:
-            group |= {name: now[name] for name in ("max_lr", "min_lr") if name in group and name in now}
+        if isinstance(part.get("optimizer"), dict):
+            yield from part["optimizer"]["param_groups"]

@@ -356,7 +356,13 @@ def _replace_tensor_methods() -> None:
         on_gpu = is_on_gpu(self) if device is None else _wants_cuda(device)
         return torch.tensor(data, dtype=dtype or self.dtype, device=CUDA if on_gpu else "cpu", **kwargs)
 
-    kind.device = property(lambda self: CUDA if is_on_gpu(self) else real_device(self))  # type: ignore
+    def device(self):
+        try:
+            return CUDA if is_on_gpu(self) else real_device(self)
+        except RuntimeError as error:  # torch's ShardedTensor, which has none
+            raise AttributeError(str(error)) from error
+
+    kind.device = property(device)  # type: ignore
     kind.is_cuda = property(is_on_gpu)  # type: ignore
     kind.to, kind.type, kind.tolist, kind.numpy, kind.new_tensor = to, type_, tolist, numpy, new_tensor  # type: ignore
     kind.cpu = lambda self, *args, **kwargs: self.to("cpu")  # type: ignore

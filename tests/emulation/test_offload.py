@@ -33,7 +33,7 @@ def settings_of(folder, fraction, directory, steps=STEPS):
 
 def train(rank, settings, saves=False):
     """The remaining steps of a run, losses and norms, and the share of the first moment that lies in the host's memory."""
-    from megatron.core.optimizer import optimizer_config
+    from megatron.core.optimizer import distrib_optimizer, optimizer_config
 
     from megatron_sstoken.model import backend
     from megatron_sstoken.training.loop import save, training_step
@@ -42,6 +42,7 @@ def train(rank, settings, saves=False):
 
     backend.transformer_engine_problem = lambda: None  # type: ignore[assignment]  # megatron asks for its version, no more
     optimizer_config.is_te_min_version = lambda *version: True
+    distrib_optimizer.HAVE_APEX_OR_TE = settings.optimizer.offload_fraction > 0  # it decides where `step` is looked for
     trainer = make_trainer(settings)
     steps = []
     for number in range(trainer.step, trainer.plan.num_steps):
