@@ -82,7 +82,7 @@ def _memory_problems(settings: Settings) -> list[str]:
     if training.offload_layers and preferred_backend(settings) == "torch":
         found.append(
             f"training.offload_layers={training.offload_layers} is Transformer Engine's, and the layers of this run are "
-            "torch's (model.backend, training.precision=fp32, or adapters): use offload_layers=0"
+            "torch's (model.backend, or training.precision=fp32): use offload_layers=0"
         )
     return found
 

@@ -88,8 +88,8 @@ BROKEN = {
     ),
     "activations of torch outside": (
         {"training__offload_layers": 2, "model__backend": "torch"},
-        "training.offload_layers=2 is Transformer Engine's, and the layers of this run are torch's (model.backend, "
-        "training.precision=fp32, or adapters): use offload_layers=0",
+        "training.offload_layers=2 is Transformer Engine's, and the layers of this run are torch's (model.backend, or "
+        "training.precision=fp32): use offload_layers=0",
     ),
     "sequence without tensor": (
         {"parallel__sequence": True},
