@@ -154,11 +154,9 @@ def save_at_once(rank, settings):
     return checkpoint_bytes(trainer.plan.architecture, settings)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True], ids=["untied", "tied"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_checkpoint_is_as_large_as_was_said(folder, tmp_path, case, tied):
-    if tied and "adapters" in case:
-        pytest.skip("the same adapters")
     make_model(tmp_path / "model", hidden_size=256, intermediate_size=512, tie_word_embeddings=tied)
     settings = settings_in(folder, tmp_path / "run", **CASES[case])
     settings.model.hf_path = str(tmp_path / "model")

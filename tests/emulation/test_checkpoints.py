@@ -38,7 +38,9 @@ def save_and_go_on_twice(rank, settings):
     return went_on, steps(resumed, 2)
 
 
-@pytest.mark.parametrize("changes", [{}, {"parallel__tensor": 2}], ids=["dp2", "tp2"])
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"parallel__tensor": 2}, marks=pytest.mark.slow)], ids=["dp2", "tp2"]
+)
 def test_a_run_goes_on_from_what_was_saved_beside_it(tmp_path, changes):
     settings = make_settings(
         make_model(tmp_path / "model"),
