@@ -90,7 +90,7 @@ def save_and_go_on(rank, settings, sign):
     return checkpoint.state.step, [torch.equal(a, b) for a, b in zip(expected, loaded, strict=True)]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_the_state_of_the_step_is_saved_although_training_went_on(folder, tmp_path, precision):
     settings = settings_in(
         folder, tmp_path / "run", training__precision=precision, lora__rank=0, optimizer__schedule="constant"

@@ -110,15 +110,15 @@ def train_until_signal(rank, settings, at_step, number):
 
     signal.signal(number, signal.SIG_DFL)  # whoever runs the tests may ignore it, as nohup does
     trainer = make_trainer(settings)
-    load = trainer.loader.load
+    take = trainer.prefetcher.take
 
-    def load_and_signal(step):
+    def take_and_signal(step):
         if rank == 1 and step == at_step:
             for process in (*psutil.Process().children(recursive=True), psutil.Process()):
                 process.send_signal(number)  # as torchrun and Slurm do
-        return load(step)
+        return take(step)
 
-    trainer.loader.load = load_and_signal
+    trainer.prefetcher.take = take_and_signal
     train(trainer)
     return trainer.step, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 

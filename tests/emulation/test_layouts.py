@@ -20,7 +20,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 FAMILIES = ("llama", "qwen2", "mixtral")  # plain; tied embeddings and biases; experts
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow) if name == "qwen2" else name for name in FAMILIES],
+)
 def settings_of(request, tmp_path_factory):
     """Changed settings → settings of two steps of a miniature of one family, masses from the first and the last layer."""
     folder = tmp_path_factory.mktemp(request.param)

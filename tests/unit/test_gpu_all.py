@@ -147,6 +147,7 @@ def tiny_run(folder, *arguments: str) -> str:
     return (folder / "report.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_the_tap_on_a_cpu(tmp_path):
     report = tiny_run(tmp_path, "--only", "tap", "engine")

@@ -10,7 +10,7 @@ import torch
 from packaging.markers import Marker
 
 from megatron_sstoken import supported
-from megatron_sstoken.config import ModelSettings, SelectionSettings, Settings, TrainingSettings
+from megatron_sstoken.config import ModelSettings, OptimizerSettings, SelectionSettings, Settings, TrainingSettings
 from megatron_sstoken.doctor import REQUIRED, Machine, fp8_recipes
 from megatron_sstoken.model import backend
 from tests.helpers.cli import ROOT
@@ -55,7 +55,8 @@ def test_the_doctor_looks_for_all_that_is_required():
 
 
 def test_the_planner_chooses_among_what_the_settings_offer():
-    offered = get_type_hints(TrainingSettings) | get_type_hints(ModelSettings) | get_type_hints(SelectionSettings)
+    sections = (TrainingSettings, ModelSettings, SelectionSettings, OptimizerSettings)
+    offered = {name: hint for section in sections for name, hint in get_type_hints(section).items()}
     for name, choices in CHOICES.items():
         assert set(choices) == set(offered[name].__args__), name
 

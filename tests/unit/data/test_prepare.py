@@ -163,7 +163,9 @@ def test_interruption_leaves_nothing(tokenizer, tmp_path, monkeypatch, error, wo
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL], ids=lambda number: number.name
+)
 def test_signals_leave_no_process_and_nothing_complete(tokenizer, tmp_path, number):
     path = write_rows(tmp_path / "rows.jsonl", ROWS * 2000)  # seconds of work
     command = [
