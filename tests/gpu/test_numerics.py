@@ -43,7 +43,7 @@ def why_no_gpu() -> str:
     if not torch.cuda.is_available():
         return "this machine has no CUDA device"
     if importlib.util.find_spec("transformer_engine") is None:
-        return "transformer_engine is not installed: pip install 'megatron-sstoken[te]'"
+        return "transformer_engine is not installed: python -m megatron_sstoken.doctor names the command"
     return ""
 
 
