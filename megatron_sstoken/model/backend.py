@@ -26,7 +26,9 @@ def transformer_engine_problem() -> str | None:
     if not have_cuda():
         return "this machine has no CUDA device (or SSTOKEN_DEVICE=cpu hides it)"
     if importlib.util.find_spec("transformer_engine") is None:
-        return "transformer_engine is not installed: python -m megatron_sstoken.doctor names the command that installs it"
+        return (
+            "transformer_engine is not installed: python -m megatron_sstoken.doctor names the command that installs it"
+        )
     from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.utils import get_te_version
 
