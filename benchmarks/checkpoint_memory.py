@@ -132,15 +132,15 @@ def largest_rise(action: Callable[[], Any], layout: Any) -> int:
     """How far the resident memory of a process rises in `action`, at most, on the process where that is most."""
     import torch.distributed as dist
 
+    from megatron_sstoken.parallel import gather_objects
+
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     dist.barrier(group=layout.control)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
     before = status("VmRSS")
     action()
-    rises: list[int] = [0] * layout.world_size
-    dist.all_gather_object(rises, status("VmHWM") - before, group=layout.control)
-    return max(rises)
+    return max(gather_objects(status("VmHWM") - before, layout))
 
 
 def status(name: str) -> int:

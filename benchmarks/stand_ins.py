@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from benchmarks.changes import apply
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.store import StoreWriter
 
@@ -87,7 +88,7 @@ def make_store(folder: str | Path, samples: Sequence[TokensAndRoles], rows: Sequ
 
 
 def make_settings(model: str, data: str, **changes: Any) -> Settings:
-    """fp32 settings for tiny runs; `changes` are dotted settings with `__` for the dot, or a mapping as `**{...}`."""
+    """fp32 settings for tiny runs; `changes` as `apply` takes them."""
     settings = Settings()
     settings.model.hf_path = model
     settings.data.train = data
@@ -99,8 +100,4 @@ def make_settings(model: str, data: str, **changes: Any) -> Settings:
     settings.optimizer.learning_rate = 1e-3
     settings.optimizer.schedule = "constant"
     settings.optimizer.warmup_fraction = 0.0
-    for name, value in changes.items():
-        section, key = name.replace("__", ".").split(".")
-        assert hasattr(getattr(settings, section), key), name
-        setattr(getattr(settings, section), key, value)
-    return settings
+    return apply(settings, **changes)

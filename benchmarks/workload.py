@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.changes import apply
 from benchmarks.drawn_history import DrawnHistory
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.conversation import FieldNames
@@ -108,11 +109,7 @@ def settings_for(work: Path, *, tensor: int = 1, data: str = "data", **changes: 
     settings.data.sequence_length, settings.parallel.tensor = 1024, tensor
     settings.training.precision = "fp32"
     settings.training.micro_batch_size = settings.training.global_batch_size = 1
-    for name, value in changes.items():
-        section, key = name.split("__")
-        assert hasattr(getattr(settings, section), key), name
-        setattr(getattr(settings, section), key, value)
-    return settings
+    return apply(settings, **changes)
 
 
 def make_trainer(settings: Settings) -> Trainer:

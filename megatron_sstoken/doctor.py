@@ -153,7 +153,7 @@ def try_rendezvous(timeout: float = 90) -> str:
     return "" if not failed else (errors[failed[0]] or [f"exit code {processes[failed[0]].returncode}"])[-1]
 
 
-def examine(folder: str = ".") -> Machine:
+def examine(folder: str | Path = ".") -> Machine:
     """Look at this machine; starts a few processes, for seconds. `folder`: where disk space is looked at."""
     versions = {package: version_of(package) for package in PACKAGES}
     gpus: list[tuple[str, tuple[int, int], int]] = []

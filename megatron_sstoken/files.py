@@ -66,12 +66,17 @@ def write_failure(error: BaseException, path: Path) -> OSError:
             other = other[0] if isinstance(other, tuple) and other else other
             if isinstance(other, BaseException) and other not in seen:
                 seen.append(other)
-    parent = path
-    while not parent.exists():
-        parent = parent.parent
-    if shutil.disk_usage(parent).free < _NO_ROOM:
+    if shutil.disk_usage(existing_above(path)).free < _NO_ROOM:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     return OSError(errno.EIO, f"{type(error).__name__}: {error}".splitlines()[0], str(path))
+
+
+def existing_above(path: str | Path) -> Path:
+    """The absolute `path`, or the nearest folder above it that exists."""
+    existing = Path(os.path.abspath(path))
+    while not existing.exists():
+        existing = existing.parent
+    return existing
 
 
 def delete_old(folder: Path, pattern: str, *, seconds: float = 60) -> None:

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from transformers import LlamaConfig
 
+from benchmarks.changes import apply
 from benchmarks.gpu.results import Results
-from benchmarks.gpu.runs import TINY, apply, make_trainer, settings_for
+from benchmarks.gpu.runs import TINY, make_trainer, settings_for
 from benchmarks.stand_ins import save_random_model
 from megatron_sstoken.config import Settings
 from megatron_sstoken.model.backend import numerics_of

@@ -4,11 +4,11 @@ import importlib
 import json
 import os
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.results import NotHere, Results, append_line
+from megatron_sstoken.doctor import version_of
 
 PACKAGES = {"torch": "torch", "megatron_core": "megatron-core", "transformer_engine": "transformer-engine"}
 
@@ -18,11 +18,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {"python": sys.version.split()[0]}
-    for name, package in PACKAGES.items():
-        try:
-            found[name] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[name] = None
+    found |= {name: version_of(package) for name, package in PACKAGES.items()}
     on_gpu = torch.cuda.is_available()
     return found | {
         "cuda": torch.version.cuda,

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.changes import apply
 from benchmarks.gpu.results import Results
-from benchmarks.gpu.runs import apply, make_trainer, planned_memory, settings_for
+from benchmarks.gpu.runs import make_trainer, planned_memory, settings_for
 from megatron_sstoken.config import Settings
 from megatron_sstoken.device import synchronize
 from megatron_sstoken.training.loop import training_step

@@ -2,8 +2,9 @@
 
 import torch
 
+from benchmarks.changes import apply
 from benchmarks.gpu.results import Results
-from benchmarks.gpu.runs import apply, make_trainer, settings_for
+from benchmarks.gpu.runs import make_trainer, settings_for
 from megatron_sstoken.training.loop import Trainer, train
 
 SAVED, STEPS = 2, 4

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.changes import apply
 from benchmarks.drawn_history import DrawnHistory
 from benchmarks.gpu.results import NotHere
 from megatron_sstoken.checkpoint.weights_source import starting_weights
@@ -125,15 +126,6 @@ def packs_of_an_epoch(settings: Settings) -> int:
     return PackOrder(samples, seed=0, shuffle=False, packing="first_fit", capacity=length).num_packs(1)
 
 
-def apply(settings: Settings, **changes: Any) -> Settings:
-    """`settings` with `section__key=value` set."""
-    for name, value in changes.items():
-        section, key = name.split("__")
-        assert hasattr(getattr(settings, section), key), name
-        setattr(getattr(settings, section), key, value)
-    return settings
-
-
 def make_trainer(settings: Settings, *, scored: bool = False) -> Trainer:
     """A trainer of a run with these settings, in the place of any other one.
 
@@ -200,20 +192,8 @@ def device_bytes() -> float:
 
 def planned_memory(settings: Settings, architecture: Architecture | None = None) -> StageMemory:
     """What the planner says that a run on one device holds at its peak."""
-    training = settings.training
-    workload = Workload(
-        architecture or read_architecture(settings.model.hf_path or ""),
-        micro_batch_size=training.micro_batch_size,
-        global_batch_size=training.global_batch_size,
-        sequence_length=settings.data.sequence_length,
-        precision=training.precision,
-        fp8_recipe=training.fp8_recipe,
-        recompute=training.recompute,
-        backend=backend_of(settings),
-        head=settings.model.head,
-        selects=settings.selection.method != "full",
-        lora_rank=settings.lora.rank,
-    )
+    architecture = architecture or read_architecture(settings.model.hf_path or "")
+    workload = replace(Workload.of_settings(settings, architecture, 1), backend=backend_of(settings))
     return memory_of(workload, Assumptions())[0]
 
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from benchmarks.changes import apply
 from benchmarks.gpu.results import NotHere, Results
 from benchmarks.gpu.runs import (
     FULL,
-    apply,
     architecture_of,
     device_bytes,
     layers_that_fit,
@@ -27,8 +27,8 @@ from benchmarks.measure import Timing, alternate
 from megatron_sstoken.config import Settings
 from megatron_sstoken.device import have_cuda, peak_memory_bytes
 from megatron_sstoken.model.backend import backend_of, compiler_problem, numerics_of
-from megatron_sstoken.model.flops import causal_pairs, model_flops
 from megatron_sstoken.training.loop import Trainer, training_step
+from megatron_sstoken.training.metrics import training_flops
 
 GIB = 2**30
 TABLE = "steps with the optimizer, alternating, on one global batch"
@@ -174,10 +174,9 @@ def compare(
 
 def work_of(trainer: Trainer) -> tuple[int, float]:
     """Real tokens of global batch 0, and the operations of plain fine-tuning on them."""
-    lengths: list[int] = []
-    for batch in trainer.loader.load(0):
-        lengths += torch.bincount(batch.segment[batch.segment >= 0].cpu()).tolist()
-    return sum(lengths), model_flops(trainer.plan.architecture, sum(lengths), sum(map(causal_pairs, lengths)))
+    batches = trainer.loader.load(0)
+    tokens = sum(sum(batch.facts.sample_lengths) for batch in batches)
+    return tokens, sum(training_flops(batch, trainer.plan.architecture) for batch in batches)
 
 
 def use(trainer: Trainer, variant: Variant, fusing: Mapping[torch.nn.Module, bool]) -> None:

@@ -3,6 +3,8 @@
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
+import torch
+
 from megatron_sstoken.data.batches import BatchLoader, TokenBatch
 from megatron_sstoken.device import have_cuda
 
@@ -45,5 +47,5 @@ class Prefetcher:
     def _make(self, number: int) -> GlobalBatch:
         batches = self._loader.load(number)
         if have_cuda():
-            batches = [batch.mapped(lambda tensor: tensor.pin_memory()) for batch in batches]
+            batches = [batch.mapped(torch.Tensor.pin_memory) for batch in batches]
         return GlobalBatch(batches, self._loader.num_samples_before(number))

@@ -119,7 +119,7 @@ def selective_head(
     `rows`: where the labels are and, before the backward pass, how many losses get a gradient, where the host knows it; else
     the host waits for the device to tell.
     """
-    where = (labels != IGNORE_INDEX).nonzero().squeeze(-1) if rows is None else rows.scored
+    where = indices_where(labels != IGNORE_INDEX, None) if rows is None else rows.scored
     scored = _SelectiveHead.apply(
         hidden.index_select(0, where),
         weight,
@@ -165,7 +165,7 @@ class _SelectiveHead(torch.autograd.Function):
         real = _real_rows(weight, ctx.vocabulary_size, ctx.group)
         gradient = gradients[0]
         number = ctx.known_rows.num_trained if ctx.known_rows is not None else None
-        trained = gradient.nonzero().squeeze(-1) if number is None else indices_where(gradient != 0, number)
+        trained = indices_where(gradient != 0, number)
         parts = hidden.new_zeros(len(trained), hidden.shape[1])
         summed = _weight_sum(weight, ctx.main_grad) if ctx.needs_input_grad[1] else None
         differentiate = _compiled(_logit_gradients) if ctx.compiled else _logit_gradients

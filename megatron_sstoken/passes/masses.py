@@ -5,6 +5,7 @@ behind theirs: in the schedule's own messages, which come in order and are never
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ class MassTransport:
     model: Model
     num_tokens: int
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Rows of hidden states that a micro-batch's masses fill; 0 where all are measured in the last chunk."""
         layout = self.model.layout

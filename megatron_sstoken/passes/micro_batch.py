@@ -23,7 +23,7 @@ class MicroBatch:
     position: torch.Tensor
     """int64 [T / cp]."""
     labels: torch.Tensor
-    """int64 [T / cp]: as `labels_of`."""
+    """int64 [T / cp]: `TokenBatch.labels` where the token that is predicted has a loss, `IGNORE_INDEX` elsewhere."""
     context: torch.Tensor
     """bool [T / cp]."""
     num_scored: int
@@ -54,7 +54,7 @@ def micro_batch(model: Model, batch: TokenBatch, scored: np.ndarray | None = Non
     bounds = sample_bounds(batch.lengths, layout.context_size, layout.context_rank)
     predicting = np.append(scored[1:], False)
     bounds.head_rows = model.head_rows(predicting if bounds.local is None else predicting[bounds.local])
-    labels = labels_of(batch, to_compute_device(torch.from_numpy(predicting)))
+    labels = torch.where(to_compute_device(torch.from_numpy(predicting)), batch.labels[0], IGNORE_INDEX)
     return MicroBatch(
         batch,
         bounds,
@@ -64,11 +64,6 @@ def micro_batch(model: Model, batch: TokenBatch, scored: np.ndarray | None = Non
         context=of_this_rank(batch.context, bounds.index),
         num_scored=int(scored.sum()),
     )
-
-
-def labels_of(batch: TokenBatch, predicting: torch.Tensor) -> torch.Tensor:
-    """int64 [T]: the labels at the positions `predicting` (bool [T]) names, `IGNORE_INDEX` at all others."""
-    return torch.where(predicting, batch.labels[0], IGNORE_INDEX)
 
 
 def of_this_rank(values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:

@@ -167,7 +167,7 @@ def speed_of(w: Workload, gpu: GPU, assumptions: Assumptions) -> Speed:
         bubble=bubble,
         data=max(reduced, 0.0) + max(gathered, 0.0),
         optimizer=update_seconds(w, gpu, assumptions),
-        offload=offload_seconds(w, busy[worst] / micro, gpu, assumptions),
+        offload=offload_seconds(w, one, gpu, assumptions),
         tokens=w.global_batch_size * w.sequence_length,
         model_flops=w.global_batch_size
         * model_flops(w.architecture, w.sequence_length, causal_pairs(w.sequence_length)),

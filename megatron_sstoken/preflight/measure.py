@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_sstoken.device import communication_backend, compute_device, have_cuda, synchronize
 from megatron_sstoken.doctor import diagnose, examine, version_of
+from megatron_sstoken.files import existing_above
 from megatron_sstoken.preflight.findings import PATIENCE, Facts
 
 VISIBLE = 10.0
@@ -56,7 +57,7 @@ def look(folder: str) -> tuple[list[Facts], bool]:
     speeds = _measure(job)
     examined: tuple[tuple[str, str], ...] = ()
     if job.is_first_of_node:
-        found = diagnose(examine(_existing(folder)))
+        found = diagnose(examine(existing_above(folder)))
         examined = (*(("error", text) for text in found.errors), *(("warning", text) for text in found.warnings))
     gpu = torch.cuda.get_device_properties(compute_device()) if have_cuda() else None
     own = Facts(
@@ -68,7 +69,7 @@ def look(folder: str) -> tuple[list[Facts], bool]:
         gpu_bytes=gpu.total_memory if gpu else 0,
         speeds=speeds,
         clock=clock,
-        disk=shutil.disk_usage(_existing(folder)).free,
+        disk=shutil.disk_usage(existing_above(folder)).free,
         folder_problem=shared,
         doctor=examined,
     )
@@ -94,14 +95,6 @@ def _gathered(value: Any) -> list[Any]:
     box: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
-
-
-def _existing(folder: str) -> str:
-    """The folder, or the nearest one above it that exists."""
-    path = Path(folder).absolute()
-    while not path.exists():
-        path = path.parent
-    return str(path)
 
 
 def _share(job: _Job, folder: str) -> str:

@@ -227,7 +227,7 @@ def _select_across(
 ) -> tuple[Tensor, Tensor]:
     """(mask, threshold) with the tokens of all ranks together."""
     known = signals.response_counts
-    competing = signals.response.nonzero().squeeze(1) if known is None else indices_where(signals.response, sum(known))
+    competing = indices_where(signals.response, None if known is None else sum(known))
     ids = token_id(signals.sample[competing], signals.position[competing])
     best = distributed_topk(score[competing], ids, group, rho=rho)
     mask = torch.zeros_like(signals.response).index_copy_(0, competing, best.mask)

@@ -288,8 +288,13 @@ def _count_digits(keys: Tensor, prefix: Tensor, undecided: int, width: int) -> T
     return histogram(torch.where(in_question, digit, num_bins), num_bins + 1)
 
 
-def indices_where(mask: torch.Tensor, number: int) -> torch.Tensor:
-    """The indices of the `number` true entries of `mask` (bool [n]), ascending: `nonzero` without a wait for its size."""
+def indices_where(mask: Tensor, number: int | None) -> Tensor:
+    """int64: the indices of the true entries of `mask` (bool [n]), ascending.
+
+    `number`: how many there are. Where the host does not know (None), it waits for the device to tell.
+    """
+    if number is None:
+        return mask.nonzero().squeeze(1)
     slot = torch.where(mask, mask.cumsum(0) - 1, number)
     found = mask.new_zeros(number + 1, dtype=torch.int64)
     return found.scatter_(0, slot, torch.arange(len(mask), device=mask.device))[:number]

@@ -64,7 +64,7 @@ class PendingMetrics:
         """The metrics; waits for the device if it is not yet so far. Raises ValueError, on all ranks, where a score is NaN."""
         if self._arrival is not None and not self._arrival.query():
             self._arrival.synchronize()
-        first_nan, *_ = self._numbers.tolist()
+        first_nan = int(self._numbers[0])
         if first_nan != NO_TOKEN:
             raise nan_error(first_nan)
         selected_loss, response_loss, selected, response, tokens, positions, flops, rho, *percentiles = (
@@ -160,12 +160,9 @@ def _percentiles_of(reports: list[TokenReport], device: torch.device) -> torch.T
 
 def _percentiles(values: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> torch.Tensor:
     """Of pairs of values and masks: how many of the masked values are not NaN, and their percentiles, interpolated."""
-    if not values:
-        return torch.full((1 + _PERCENTILES,), torch.nan, dtype=torch.float64, device=device).index_fill_(
-            0, torch.zeros(1, dtype=torch.int64, device=device), 0.0
-        )
-    known = torch.cat([torch.where(mask, value, torch.nan) for value, mask in values]).sort().values  # NaN is last
-    count = (~known.isnan()).sum()
+    nothing = torch.full((1,), torch.nan, device=device)  # which is what there is to read where there are no values
+    known = torch.cat([nothing, *(torch.where(mask, value, torch.nan) for value, mask in values)]).sort().values
+    count = (~known.isnan()).sum()  # NaN is last
     place = torch.linspace(0, 1, _PERCENTILES, dtype=torch.float64, device=device) * (count - 1).clamp(min=0)
     low, high = (known.take(end.long()).double() for end in (place.floor(), place.ceil()))
     return torch.cat([count.double().reshape(1), torch.lerp(low, high, place - place.floor())])

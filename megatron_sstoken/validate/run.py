@@ -14,6 +14,7 @@ from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.data.batches import PackOrder, filter_samples
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.files import existing_above
 from megatron_sstoken.model.backend import backend_of, machine_problems, passed_over, preferred_backend
 from megatron_sstoken.model.families import Architecture, read_architecture
 from megatron_sstoken.model.weights import HuggingFaceWeights, NoWeights, check_weights
@@ -240,9 +241,7 @@ def _check_checkpoint(settings: Settings, found: Findings) -> None:
 
 def writing_problem(setting: str, path: str) -> str | None:
     """Why nothing can be made at `path`, or None: its nearest existing parent is not a writable folder."""
-    existing = os.path.abspath(path)
-    while not os.path.exists(existing):
-        existing = os.path.dirname(existing)
+    existing = existing_above(path)
     if os.path.isdir(existing) and os.access(existing, os.W_OK):
         return None
     return f"{setting}={path} cannot be written: {existing} is not a writable folder"

@@ -1,7 +1,7 @@
 """NCCL's rule for the first message between two processes: both must be there, or the first waits on the host for the other.
 
-A single `isend` or `irecv` makes a communicator of two ranks, a batch one of the whole group (pytorch's ProcessGroupNCCL;
-NVIDIA/nccl issue 783). Over gloo, which lets a sender go on, a program that breaks the rule still works; here it does not.
+A single `isend` or `irecv` makes a communicator of two ranks, a batch one of the whole group, as pytorch's ProcessGroupNCCL
+does. Over gloo, which lets a sender go on, a program that breaks the rule ends well all the same; here it does not.
 """
 
 import datetime

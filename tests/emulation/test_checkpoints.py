@@ -1,17 +1,9 @@
 """The CUDA path, emulated: what is saved beside training is copied from the device, and a run goes on from it bit for bit."""
 
 import pytest
-import torch
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from tests.emulation.running import become_pretended
-from tests.helpers.distributed_runner import run_distributed
+from tests.emulation.running import run_pretended
 from tests.helpers.workbench import make_model, make_samples, make_settings, make_store, make_trainer
-
-
-def pretend():
-    become_pretended()
-    ShardedTensor.device = property(lambda self: torch.device("cuda", 0))  # torch asks what it is made of another way
 
 
 def save_and_go_on_twice(rank, settings):
@@ -51,5 +43,5 @@ def test_a_run_goes_on_from_what_was_saved_beside_it(tmp_path, changes):
         checkpoint__directory=str(tmp_path / "run"),
         **changes,
     )
-    for went_on, resumed in run_distributed(save_and_go_on_twice, 2, settings, timeout=240, before=pretend):
+    for went_on, resumed in run_pretended(save_and_go_on_twice, 2, settings):
         assert went_on == resumed and len(resumed) == 2

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from benchmarks.changes import apply
 from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.history.source import history_sources
 from megatron_sstoken.validate.settings import problems_of
@@ -13,11 +14,7 @@ def settings_with(**changes) -> Settings:
     """Settings that have no problem, changed: `section__name=value`."""
     settings = Settings()
     settings.model.hf_path, settings.data.train = "model", "data"
-    for name, value in changes.items():
-        section, key = name.split("__")
-        assert hasattr(getattr(settings, section), key), name
-        setattr(getattr(settings, section), key, value)
-    return settings
+    return apply(settings, **changes)
 
 
 def test_defaults_are_the_papers_and_work_once_model_and_data_are_named():
