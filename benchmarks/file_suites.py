@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.measure import Rows, alternate
-from benchmarks.workload import FIELDS, Options
+from benchmarks.workload import RECIPE, Options
 from megatron_sstoken.conversion.hf import from_hf, to_hf
 from megatron_sstoken.conversion.work import ConversionOptions
 from megatron_sstoken.data.prepare import prepare
@@ -31,7 +31,7 @@ def preparation(options: Options) -> None:
         "plain loop, chat template": partial(plain_loop, source, model, _rendered),
         "plain loop, f-string": partial(plain_loop, source, model, _formatted),
         "tools/prepare_data.py": lambda: prepare(
-            [source], model, options.work / "prepared", fields=FIELDS, workers=WORKERS, overwrite=True, progress=False
+            [source], model, options.work / "prepared", recipe=RECIPE, workers=WORKERS, overwrite=True, progress=False
         ),
     }
     rows = Rows("prepare", options.config(workers=WORKERS))

@@ -13,15 +13,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.changes import apply
 from benchmarks.drawn_history import DrawnHistory
 from megatron_sstoken.config import Settings
-from megatron_sstoken.data.conversation import FieldNames
 from megatron_sstoken.data.prepare import prepare
+from megatron_sstoken.data.recipe import FieldNames, Recipe
 from megatron_sstoken.data.store import SampleStore, StoreWriter
 from megatron_sstoken.parallel import create_layout, reset_layout
 from megatron_sstoken.training.loop import Trainer, create_trainer, model_to_train
 from megatron_sstoken.validate.agree import agreed_plan
 from tools.make_toy import make_tokenizer
 
-FIELDS = FieldNames.parse("prompt=question,response=answer")
+RECIPE = Recipe(FieldNames.parse("prompt=question,response=answer"))
 LENGTHS = (256, 512, 1024, 2048, 4096)
 RESPONSE_SHARE = 0.6
 
@@ -80,7 +80,7 @@ def make(gsm8k: Path, work: Path, shape: Shape, num_problems: int) -> None:
     LlamaForCausalLM(config).save_pretrained(work / "model")
     (work / "problems.jsonl").write_text("\n".join(lines[:num_problems]) + "\n", encoding="utf-8")
     prepare(
-        [work / "problems.jsonl"], work / "model", work / "data", fields=FIELDS, workers=1, overwrite=True,
+        [work / "problems.jsonl"], work / "model", work / "data", recipe=RECIPE, workers=1, overwrite=True,
         progress=False,
     )  # fmt: skip
     _make_lengths(work / "lengths", SampleStore(work / "data"))

@@ -12,8 +12,8 @@ try:
 except ModuleNotFoundError:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_sstoken.data.conversation import FieldNames
 from megatron_sstoken.data.prepare import default_workers, prepare, summary
+from megatron_sstoken.data.recipe import FieldNames, Recipe
 from megatron_sstoken.tool import add_debug, run_tool
 
 ROWS = """input rows: {"messages": [{"role", "content"}, …]}, {"prompt", "completion"} (texts, or lists of
@@ -65,7 +65,7 @@ def _prepare(options: argparse.Namespace) -> int:
         options.tokenizer,
         options.output,
         chat_template=options.chat_template,
-        fields=FieldNames.parse(options.fields) if options.fields else None,
+        recipe=Recipe(fields=FieldNames.parse(options.fields) if options.fields else None),
         workers=options.workers,
         on_bad_row=options.on_bad_row,
         overwrite=options.overwrite,

@@ -20,8 +20,11 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from megatron_sstoken.data.conversation import FieldNames, parse_row, tokenize_conversations
+from megatron_sstoken.data.conversation import BadRow
+from megatron_sstoken.data.formats import decode_line, parse_row
 from megatron_sstoken.data.limits import BadTemplate, limit_memory, memory_limit
+from megatron_sstoken.data.masks import tokenize_conversations
+from megatron_sstoken.data.recipe import DEFAULT_RECIPE, Recipe
 from megatron_sstoken.data.store import (
     MANIFEST,
     NO_TEMPLATE,
@@ -30,7 +33,7 @@ from megatron_sstoken.data.store import (
     StoreManifest,
     StoreWriter,
 )
-from megatron_sstoken.data.tokenizer import BadRow, TextTokenizer, load_tokenizer
+from megatron_sstoken.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_sstoken.files import naming, source_inside, whole_folder
 from megatron_sstoken.integrity import CHECKSUMS
 from megatron_sstoken.lock import Lock
@@ -111,7 +114,7 @@ def prepare(
     output: str | Path,
     *,
     chat_template: str | Path | None = None,
-    fields: FieldNames | None = None,
+    recipe: Recipe = DEFAULT_RECIPE,
     workers: int | None = None,
     on_bad_row: Literal["error", "skip"] = "error",
     overwrite: bool = False,
@@ -142,7 +145,7 @@ def prepare(
         StoreWriter(partial) as writer,
         tqdm(total=total, unit="B", unit_scale=True, desc="prepare", disable=not progress) as bar,
     ):
-        results = _tokenize_chunks(tokenizer, fields, chunks, workers)
+        results = _tokenize_chunks(tokenizer, recipe, chunks, workers)
         num_bad = _write(results, writer, bar, partial / SKIPPED if on_bad_row == "skip" else None)
         return writer.finalize(
             vocabulary_size=tokenizer.vocabulary_size,
@@ -181,7 +184,7 @@ def summary(path: str | Path) -> str:
     return "\n".join(f"{name:<16} {value}" for name, value in entries.items())
 
 
-def tokenize_chunk(tokenizer: TextTokenizer, fields: FieldNames | None, chunk: LineChunk) -> TokenizedChunk:
+def tokenize_chunk(tokenizer: TextTokenizer, recipe: Recipe, chunk: LineChunk) -> TokenizedChunk:
     """Tokenise the non-blank lines of a chunk; bad ones are reported in the result."""
     conversations, places, bad = [], [], []
     row = -1
@@ -191,12 +194,14 @@ def tokenize_chunk(tokenizer: TextTokenizer, fields: FieldNames | None, chunk: L
             continue
         row += 1
         try:
-            conversations.append(parse_row(line, fields))
+            conversations.append(parse_row(decode_line(line), recipe))
             places.append((row, number, line))
         except BadRow as error:
             bad.append(_bad_line(chunk.file, number, error, line))
     samples, rows = [], []
-    for result, (place, number, line) in zip(tokenize_conversations(tokenizer, conversations), places, strict=True):
+    for result, (place, number, line) in zip(
+        tokenize_conversations(tokenizer, conversations, recipe), places, strict=True
+    ):
         if isinstance(result, BadRow):
             bad.append(_bad_line(chunk.file, number, result, line))
         else:
@@ -239,6 +244,8 @@ _OWN_FILES = frozenset(
         "roles.idx",
         "rows.npy",
         "response_counts.npy",
+        "labels.npy",
+        "weights.bin",
         MANIFEST,
         CHECKSUMS,
         SKIPPED,
@@ -327,17 +334,17 @@ def _write(results: Iterable[TokenizedChunk], writer: StoreWriter, bar: tqdm, sk
 
 
 def _tokenize_chunks(
-    tokenizer: TextTokenizer, fields: FieldNames | None, chunks: Iterable[LineChunk], workers: int
+    tokenizer: TextTokenizer, recipe: Recipe, chunks: Iterable[LineChunk], workers: int
 ) -> Iterator[TokenizedChunk]:
     """Tokenised chunks in the order of `chunks`."""
     if workers == 1:
-        yield from (tokenize_chunk(tokenizer, fields, chunk) for chunk in chunks)
+        yield from (tokenize_chunk(tokenizer, recipe, chunk) for chunk in chunks)
         return
     # Forking a process that has threads (torch's, tqdm's) is unsafe; a server forks clean copies that have
     # already imported what takes seconds.
     context = get_context("forkserver")
     context.set_forkserver_preload(["transformers.models.auto.tokenization_auto", __name__])
-    arguments = (tokenizer.path, tokenizer.template, fields)
+    arguments = (tokenizer.path, tokenizer.template, recipe)
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=arguments) as pool:
         try:
             yield from _in_order(pool.submit, chunks, CHUNKS_IN_FLIGHT * workers)
@@ -361,15 +368,15 @@ def _in_order(
         yield pending.popleft().result()
 
 
-_worker: tuple[TextTokenizer, FieldNames | None]  # of a worker process
+_worker: tuple[TextTokenizer, Recipe]  # of a worker process
 
 
-def _start_worker(tokenizer_path: str, template: str | None, fields: FieldNames | None) -> None:
+def _start_worker(tokenizer_path: str, template: str | None, recipe: Recipe) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, with which they end
     limit_memory()
-    _worker = load_tokenizer(tokenizer_path, template), fields
+    _worker = load_tokenizer(tokenizer_path, template), recipe
     threading.Thread(target=_end_with_parent, daemon=True).start()
     gc.freeze()  # what is loaded by now stays: collections need not walk through it
 

@@ -2,14 +2,15 @@
 
 A prepared folder holds megatron's `IndexedDataset` pairs `tokens.bin/.idx` (int32) and `roles.bin/.idx`
 (uint8), each sample one document; `rows.npy` (int64 [num_samples], row of the input); `response_counts.npy`
-(int32 [num_samples]); `manifest.json`; and `checksums.json` over all files, written last.
+(int32 [num_samples]); `labels.npy` (int32 [num_samples], which of the manifest's labels); where weights differ from the
+roles, `weights.bin` (fp32 [num_tokens]); `manifest.json`; and `checksums.json` over all files, written last.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -21,7 +22,9 @@ from megatron_sstoken.integrity import checksum_of, write_checksums
 # processes that tokenise do not have to spend.
 
 MANIFEST = "manifest.json"
-STORE_FORMAT, STORE_VERSION = "megatron_sstoken.samples", 1
+STORE_FORMAT, STORE_VERSION = "megatron_sstoken.samples", 2
+FIRST_VERSION = 1
+"""Has neither weights nor labels nor notes; is still read."""
 NO_TEMPLATE = "none (plain text)"
 
 
@@ -50,6 +53,12 @@ class StoreManifest:
     tokenizer_path: str
     sources: list[dict[str, Any]] = field(default_factory=list)
     """Input files in order: path, size (bytes), sha256."""
+    weighted: bool = False
+    """Whether weights differ from the roles: then the folder has `weights.bin`."""
+    labels: list[str] = field(default_factory=list)
+    """Names of the sources of samples, which `labels.npy` counts from 0."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """What was noticed while preparing, in words, and of how many rows."""
     tool_version: str = __version__
     format: str = STORE_FORMAT
     format_version: int = STORE_VERSION
@@ -63,7 +72,10 @@ class StoreManifest:
             raise ValueError(f"prepared data: {path} {problem}: make it with tools/prepare_data.py")
         content = read_json(file)
         found = (content.get("format"), content.get("format_version"))
-        if found != (STORE_FORMAT, STORE_VERSION) or content.keys() != {entry.name for entry in fields(cls)}:
+        names = {entry.name for entry in fields(cls)}
+        if found == (STORE_FORMAT, FIRST_VERSION):
+            names -= {"weighted", "labels", "notes"}
+        if found[0] != STORE_FORMAT or found[1] not in (FIRST_VERSION, STORE_VERSION) or content.keys() != names:
             raise ValueError(
                 f"prepared data: {file} has format {found[0]} version {found[1]}, this version reads "
                 f"{STORE_FORMAT} version {STORE_VERSION}: prepare the data again with tools/prepare_data.py"
@@ -80,7 +92,8 @@ class SampleStore:
 
     `lengths` int32 [num_samples], `response_counts` int32 [num_samples] (response tokens at position >= 1),
     `rows` int64 [num_samples] (0-based among the non-blank rows of all input files), `offsets` int64
-    [num_samples + 1] (start of each sample in the flat token stream). Raises `ValueError` for a folder that
+    [num_samples + 1] (start of each sample in the flat token stream), `labels` int32 [num_samples] (which of
+    `manifest.labels`; all 0 where there are none). Raises `ValueError` for a folder that
     is missing, incomplete, truncated or of another format version.
     """
 
@@ -98,6 +111,8 @@ class SampleStore:
             "tokens.idx": index_size,
             "roles.idx": index_size,
         }
+        if self.manifest.weighted:
+            sizes["weights.bin"] = 4 * num_tokens
         for name, size in sizes.items():
             require_size(self.path / name, size, "prepare the data again with tools/prepare_data.py --overwrite")
         self._tokens = IndexedDataset(str(self.path / "tokens"))
@@ -107,6 +122,9 @@ class SampleStore:
         self.offsets: np.ndarray = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         self.response_counts = self._load_array("response_counts.npy")
         self.rows = self._load_array("rows.npy")
+        versioned = self.manifest.format_version > FIRST_VERSION
+        self.labels = self._load_array("labels.npy") if versioned else np.zeros(num_samples, dtype=np.int32)
+        self._weights = np.memmap(self.path / "weights.bin", np.float32, "r") if self.manifest.weighted else None
 
     def __len__(self) -> int:
         return self.manifest.num_samples
@@ -118,6 +136,15 @@ class SampleStore:
     def roles(self, index: int, length: int | None = None) -> np.ndarray:
         """Roles uint8 [n] (0 context, 1 response) of a sample, or of its first `length` tokens; a copy."""
         return self._read(self._roles, index, length)
+
+    def weights(self, index: int, length: int | None = None) -> np.ndarray:
+        """Weights fp32 [n] of a sample's tokens, or of its first `length`; a copy. 0 where the role is context, above 0
+        elsewhere, 1 where nobody said anything else."""
+        roles = self.roles(index, length)
+        if self._weights is None:
+            return roles.astype(np.float32)
+        start = int(self.offsets[index])
+        return np.array(self._weights[start : start + roles.size])
 
     def _read(self, data: Any, index: int, length: int | None) -> np.ndarray:
         if not 0 <= index < len(self):
@@ -154,18 +181,47 @@ class StoreWriter:
         self._rows: list[int] = []
         self._response_counts: list[int] = []
         self._largest_token = -1
+        self._weights: BinaryIO | None = None
+        self._weight_hash = hashlib.sha256()
+        self._label_numbers: dict[str, int] = {}
+        self._labels: list[int] = []
 
-    def add(self, tokens: np.ndarray, roles: np.ndarray, row: int) -> None:
-        """Append a sample of `row` of the input: tokens int32 [n], roles uint8 [n] (1 response), n >= 1."""
+    def add(
+        self, tokens: np.ndarray, roles: np.ndarray, row: int, *, weights: np.ndarray | None = None, label: str = ""
+    ) -> None:
+        """Append a sample of `row` of the input: tokens int32 [n], roles uint8 [n] (1 response), n >= 1.
+
+        `weights` fp32 [n], above 0 where the role is response and 0 elsewhere; None: the roles. `label`: its source.
+        """
         assert tokens.dtype == np.int32 and roles.dtype == np.uint8, (tokens.dtype, roles.dtype)
         assert tokens.shape == roles.shape == (tokens.size,) and tokens.size, (tokens.shape, roles.shape)
         self._tokens.add_document(tokens, [tokens.size])
         self._roles.add_document(roles, [roles.size])
         self._token_hash.update(tokens.tobytes())
         self._role_hash.update(roles.tobytes())
+        if weights is not None and self._weights is None and not np.array_equal(weights, roles):
+            self._weights = self._start_weights(sum(self._tokens.sequence_lengths) - tokens.size)
+        if self._weights is not None:
+            values = roles.astype(np.float32) if weights is None else weights
+            assert values.dtype == np.float32 and np.array_equal(values > 0, roles == 1), (values.dtype, values, roles)
+            self._weights.write(values.tobytes())
+            self._weight_hash.update(values.tobytes())
+        self._labels.append(self._label_numbers.setdefault(label, len(self._label_numbers)))
         self._rows.append(row)
         self._response_counts.append(int(np.count_nonzero(roles[1:])))
         self._largest_token = max(self._largest_token, int(tokens.max()))
+
+    def _start_weights(self, num_tokens: int) -> BinaryIO:
+        """Begin `weights.bin` with the `num_tokens` tokens of the samples so far, whose weights are their roles."""
+        self._roles.data_file.flush()
+        file = open(self.path / "weights.bin", "wb")  # noqa: SIM115 – `close` closes it
+        with open(self.path / "roles.bin", "rb") as roles:
+            while num_tokens and (part := roles.read(min(num_tokens, 1 << 20))):
+                values = np.frombuffer(part, dtype=np.uint8).astype(np.float32).tobytes()
+                file.write(values)
+                self._weight_hash.update(values)
+                num_tokens -= len(part)
+        return file
 
     def finalize(
         self,
@@ -178,6 +234,7 @@ class StoreWriter:
         template_source: str = NO_TEMPLATE,
         num_skipped: int = 0,
         sources: Sequence[dict[str, Any]] = (),
+        notes: Mapping[str, int] | None = None,
     ) -> StoreManifest:
         """Complete the folder. ValueError if it holds no sample, or a token outside the vocabulary."""
         if not self._rows:
@@ -194,7 +251,11 @@ class StoreWriter:
             builder.finalize(str(self.path / f"{name}.idx"))
         np.save(self.path / "rows.npy", np.array(self._rows, dtype=np.int64))
         np.save(self.path / "response_counts.npy", np.array(self._response_counts, dtype=np.int32))
+        np.save(self.path / "labels.npy", np.array(self._labels, dtype=np.int32))
         digests = self._token_hash.digest() + self._role_hash.digest()
+        if self._weights is not None:
+            self._weights.flush()
+            digests += self._weight_hash.digest()
         manifest = StoreManifest(
             data_fingerprint=hashlib.sha256(digests + lengths.tobytes()).hexdigest(),
             tokenizer_fingerprint=tokenizer_fingerprint,
@@ -210,6 +271,9 @@ class StoreWriter:
             template_source=template_source,
             tokenizer_path=tokenizer_path,
             sources=list(sources),
+            weighted=self._weights is not None,
+            labels=list(self._label_numbers),
+            notes=dict(notes or {}),
         )
         manifest.save(self.path)
         files = [path for path in self.path.iterdir() if path.is_file()]
@@ -220,6 +284,8 @@ class StoreWriter:
         """Release the files; the folder stays incomplete unless `finalize` was called."""
         self._tokens.data_file.close()
         self._roles.data_file.close()
+        if self._weights is not None:
+            self._weights.close()
 
     def __enter__(self) -> "StoreWriter":
         return self

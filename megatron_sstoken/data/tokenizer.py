@@ -19,19 +19,13 @@ from jinja2.ext import Extension
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from megatron_sstoken.data.conversation import BadRow, Message, Span
 from megatron_sstoken.data.limits import MEMORY, BadTemplate, size_limit, time_limit
-
-Message = dict[str, Any]
-Span = tuple[int, int]
 
 END_OF_TURN = (
     "<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>", "</s>", "<|endoftext|>",
     "<|eom_id|>", "<eos>",
 )  # fmt: skip
-
-
-class BadRow(ValueError):
-    """One row cannot be prepared; the message is the reason. Other rows may be fine."""
 
 
 def _unlocated(char: int) -> int:

@@ -14,8 +14,11 @@ import pytest
 
 from megatron_sstoken.data import limits
 from megatron_sstoken.data import prepare as prepare_module
-from megatron_sstoken.data.conversation import FieldNames, parse_row, tokenize_conversations
+from megatron_sstoken.data.conversation import Conversation
+from megatron_sstoken.data.formats import decode_line, parse_row
+from megatron_sstoken.data.masks import tokenize_conversations
 from megatron_sstoken.data.prepare import prepare, summary
+from megatron_sstoken.data.recipe import FieldNames, Recipe
 from megatron_sstoken.data.store import SampleStore, StoreWriter
 from megatron_sstoken.data.tokenizer import load_tokenizer
 from megatron_sstoken.lock import Lock
@@ -58,7 +61,7 @@ def test_samples_are_those_of_the_rows(tokenizer, tmp_path, monkeypatch):
     manifest = run(inputs, tokenizer, tmp_path / "out")
     store = SampleStore(tmp_path / "out")
     rows = [*ROWS, ROWS[0]]
-    samples = tokenize_conversations(load_tokenizer(tokenizer), [row["messages"] for row in rows])
+    samples = tokenize_conversations(load_tokenizer(tokenizer), [Conversation(row["messages"]) for row in rows])
     assert len(store) == len(rows) and store.rows.tolist() == list(range(len(rows)))
     for index, sample in enumerate(samples):
         assert store.tokens(index).tolist() == sample.tokens.tolist()
@@ -308,7 +311,7 @@ def test_bad_arguments(tokenizer, tmp_path):
 def test_plain_text_with_sentencepiece(tmp_path):
     model = make_sentencepiece(tmp_path / "toy.model")
     path = write_rows(tmp_path / "rows.jsonl", [{"q": "the fox", "a": "the dog"}])
-    manifest = run([path], model, tmp_path / "out", fields=FieldNames("q", "a"))
+    manifest = run([path], model, tmp_path / "out", recipe=Recipe(FieldNames("q", "a")))
     assert manifest.template == manifest.template_source == "none (plain text)"
     store = SampleStore(tmp_path / "out")
     assert store.tokens(0)[-1] == manifest.eos_token_id and store.roles(0)[-1] == 1
@@ -338,7 +341,7 @@ def test_command_line(tokenizer, tmp_path):
     table = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if "tokens " not in line[:16])
     assert table["rows"] == table["samples"] == "40" and table["skipped"] == "0" and table["output"] == "out"
     assert table["template"] == "of the tokenizer, roles by generation marks"
-    assert parse_row(path.read_bytes().splitlines()[0]) == ROWS[0]["messages"]
+    assert parse_row(decode_line(path.read_bytes().splitlines()[0])).messages == ROWS[0]["messages"]
     again = subprocess.run([*command, "--output", "out"], cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 2 and again.stdout == ""
     assert again.stderr.splitlines()[-1].startswith("error: --output: out exists")

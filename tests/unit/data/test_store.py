@@ -18,13 +18,17 @@ def write_store(path, samples=SAMPLES, vocabulary_size=10):
     with StoreWriter(path) as writer:
         for row, (tokens, roles) in enumerate(samples):
             writer.add(np.array(tokens, dtype=np.int32), np.array(roles, dtype=np.uint8), 2 * row)
-        return writer.finalize(
-            vocabulary_size=vocabulary_size,
-            eos_token_id=9,
-            tokenizer_fingerprint="f",
-            tokenizer_path="p",
-            template=None,
-        )
+        return finalize(writer, vocabulary_size)
+
+
+def finalize(writer, vocabulary_size=10):
+    return writer.finalize(
+        vocabulary_size=vocabulary_size,
+        eos_token_id=9,
+        tokenizer_fingerprint="f",
+        tokenizer_path="p",
+        template=None,
+    )
 
 
 @pytest.fixture
@@ -122,3 +126,56 @@ def test_manifest_of_another_version(folder):
     (folder / "manifest.json").write_text(json.dumps(content)[:20])
     with pytest.raises(ValueError, match="is not JSON"):
         SampleStore(folder)
+
+
+def test_weights_of_samples_begun_without(tmp_path):
+    """Weights differ from the roles only from the second sample on; labels are counted; a copy of version 1 reads on."""
+    tokens, roles = np.arange(5, dtype=np.int32), np.array([0, 0, 1, 1, 0], dtype=np.uint8)
+    weights = np.array([0, 0, 0.5, 1.75, 0], dtype=np.float32)
+    with StoreWriter(tmp_path / "out") as writer:
+        writer.add(tokens, roles, 0, label="math")
+        writer.add(tokens, roles, 1, weights=weights, label="chat")
+        writer.add(tokens, roles, 2, label="math")
+        manifest = finalize(writer)
+    store = SampleStore(tmp_path / "out")
+    assert manifest.weighted and [store.weights(index).tolist() for index in range(3)] == [
+        roles.tolist(), weights.tolist(), roles.tolist(),
+    ]  # fmt: skip
+    assert store.weights(1, 3).tolist() == [0, 0, 0.5]
+    assert manifest.labels == ["math", "chat"] and store.labels.tolist() == [0, 1, 0]
+    with pytest.raises(IndexError):
+        store.weights(3)
+
+
+def test_weights_equal_to_the_roles_are_not_stored(tmp_path):
+    tokens, roles = np.arange(3, dtype=np.int32), np.array([0, 1, 1], dtype=np.uint8)
+    for name, weights in (("with", roles.astype(np.float32)), ("without", None)):
+        with StoreWriter(tmp_path / name) as writer:
+            writer.add(tokens, roles, 0, weights=weights)
+            assert not finalize(writer).weighted
+    fingerprints = {SampleStore(tmp_path / name).manifest.data_fingerprint for name in ("with", "without")}
+    assert len(fingerprints) == 1 and not (tmp_path / "with" / "weights.bin").exists()
+
+
+def test_other_weights_are_other_data(tmp_path):
+    tokens, roles = np.arange(3, dtype=np.int32), np.array([0, 1, 1], dtype=np.uint8)
+    fingerprints = set()
+    for value in (0.5, 0.25):
+        with StoreWriter(tmp_path / str(value)) as writer:
+            writer.add(tokens, roles, 0, weights=np.array([0, 1, value], dtype=np.float32))
+            fingerprints.add(finalize(writer).data_fingerprint)
+    assert len(fingerprints) == 2
+
+
+def test_a_folder_of_the_first_version_is_read(tmp_path):
+    """It has neither labels nor weights nor notes."""
+    with StoreWriter(tmp_path / "out") as writer:
+        writer.add(np.arange(3, dtype=np.int32), np.array([0, 1, 1], dtype=np.uint8), 0)
+        finalize(writer)
+    path = tmp_path / "out" / "manifest.json"
+    content = json.loads(path.read_text())
+    old = {key: value for key, value in content.items() if key not in ("weighted", "labels", "notes")}
+    path.write_text(json.dumps(old | {"format_version": 1}))
+    (tmp_path / "out" / "labels.npy").unlink()
+    store = SampleStore(tmp_path / "out")
+    assert store.labels.tolist() == [0] and store.weights(0).tolist() == [0, 1, 1]

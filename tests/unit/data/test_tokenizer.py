@@ -6,8 +6,9 @@ import shutil
 import pytest
 from transformers import ByT5Tokenizer
 
-from megatron_sstoken.data.conversation import tokenize_conversations
-from megatron_sstoken.data.tokenizer import BadRow, has_generation_marks, load_tokenizer
+from megatron_sstoken.data.conversation import BadRow, Conversation
+from megatron_sstoken.data.masks import tokenize_conversations
+from megatron_sstoken.data.tokenizer import has_generation_marks, load_tokenizer
 from tests.helpers.toy import CHAT_TEMPLATES, exchange, make_sentencepiece, make_tokenizer
 
 MARK = "{% generation %}{{ x }}{% endgeneration %}"
@@ -89,7 +90,7 @@ def test_tokenizer_without_offsets(tmp_path):
     said = "{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
     template = "{{ messages[0].content }}:" + said
     tokenizer = load_tokenizer(tmp_path, template)
-    (sample,) = tokenize_conversations(tokenizer, [exchange("é", "ab")])
+    (sample,) = tokenize_conversations(tokenizer, [Conversation(exchange("é", "ab"))])
     assert sample.roles.tolist() == [0, 0, 0, 1, 1, 1]
     assert sample.tokens[-1] == tokenizer.eos_id
     assert tokenizer.fingerprint == load_tokenizer(tmp_path).fingerprint
@@ -99,7 +100,7 @@ def test_border_unknown_without_offsets(tmp_path):
     """A template border inside what the tokenizer takes for one special token."""
     ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path)
     template = "{{ messages[0].content }}</{% generation %}s>{{ messages[1].content }}{% endgeneration %}"
-    (result,) = tokenize_conversations(load_tokenizer(tmp_path, template), [exchange("a", "b")])
+    (result,) = tokenize_conversations(load_tokenizer(tmp_path, template), [Conversation(exchange("a", "b"))])
     assert isinstance(result, BadRow) and "has no offsets" in str(result)
 
 

@@ -1,14 +1,13 @@
-"""Rows → messages → tokens and roles."""
-
-import json
+"""Conversations → tokens and roles."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sstoken.data.conversation import FieldNames, parse_row, tokenize_conversations
-from megatron_sstoken.data.tokenizer import BadRow, load_tokenizer
+from megatron_sstoken.data.conversation import BadRow, Conversation
+from megatron_sstoken.data.masks import tokenize_conversations
+from megatron_sstoken.data.tokenizer import load_tokenizer
 from tests.helpers.toy import CHAT_TEMPLATES, exchange, make_sentencepiece, make_tokenizer, random_conversations
 
 MULTI_TURN = [
@@ -28,7 +27,7 @@ def tokenizer(tmp_path_factory):
 def tokenize(tokenizer, template, messages):
     """The sample of one conversation, or the `BadRow`."""
     tokenizer.set_template(CHAT_TEMPLATES.get(template, template))
-    (result,) = tokenize_conversations(tokenizer, [messages])
+    (result,) = tokenize_conversations(tokenizer, [Conversation(messages)])
     return result
 
 
@@ -37,96 +36,6 @@ def response_texts(tokenizer, sample):
     borders = np.flatnonzero(np.diff(np.concatenate([[0], sample.roles, [0]])))
     runs = zip(borders[::2], borders[1::2], strict=True)
     return [tokenizer._tokenizer.decode(sample.tokens[start:stop]) for start, stop in runs]
-
-
-def line(row):
-    return json.dumps(row).encode()
-
-
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"messages": MULTI_TURN, "id": 3}, MULTI_TURN),
-        ({"prompt": "a", "completion": "b"}, exchange("a", "b")),
-        ({"prompt": MULTI_TURN[:2], "completion": MULTI_TURN[2:]}, MULTI_TURN),
-        ({"messages": MULTI_TURN, "prompt": "the quick fox"}, MULTI_TURN),
-        ({"instruction": "a", "input": "x", "output": "b"}, exchange("a\n\nx", "b")),
-        ({"instruction": "a", "input": "", "output": "b"}, exchange("a", "b")),
-        ({"instruction": "a", "input": None, "output": "b"}, exchange("a", "b")),
-        ({"instruction": "a", "output": "b"}, exchange("a", "b")),
-        (
-            {
-                "messages": [
-                    {"role": "user", "content": "a", "name": None},
-                    {"role": "assistant", "content": "b"},
-                ]
-            },
-            exchange("a", "b"),
-        ),
-    ],
-)
-def test_every_form_becomes_messages(row, expected):
-    assert parse_row(line(row)) == expected
-
-
-@pytest.mark.parametrize(
-    ("row", "system"), [({"q": "a", "a": "b", "s": "c"}, "c"), ({"q": "a", "a": "b", "s": ""}, None),
-                        ({"q": "a", "a": "b", "s": None}, None), ({"q": "a", "a": "b"}, None)]
-)  # fmt: skip
-def test_named_fields(row, system):
-    fields = FieldNames.parse("prompt=q, response=a,system=s")
-    assert parse_row(line(row), fields) == exchange("a", "b", system)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "prompt=q", "prompt=q,response=", "prompt=q,response=a,x=y", "prompt=q,prompt=r,response=a"]
-)
-def test_named_fields_must_be_complete(text):
-    with pytest.raises(ValueError, match="--fields: .* must read prompt=NAME,response=NAME"):
-        FieldNames.parse(text)
-
-
-@pytest.mark.parametrize(
-    ("bad", "reason"),
-    [
-        (b'{"prompt": ', "invalid JSON"),
-        (b'{"prompt": "\xff", "completion": "b"}', "byte 12 of the line is not UTF-8"),
-        (b"[" * 100_000, "nested too deeply"),
-        (b"[1]", "must be a JSON object, not a list"),
-        (b'{"prompt": "a", "prompt": "b", "completion": "c"}', "key 'prompt' occurs twice"),
-        (
-            line({"prompt": "a", "completion": "b", "messages": MULTI_TURN}),
-            "ambiguous: .*messages and prompt/comp",
-        ),
-        (line({"prompt": "a", "answer": "b"}), "no known form .* in the fields: prompt, answer"),
-        (line({"prompt": "a", "completion": 3}), "`completion` must be a string, not a number"),
-        (line({"prompt": MULTI_TURN[:1], "completion": "b"}), "`prompt` must be a string, not a list"),
-        (line({"instruction": "a", "input": [], "output": "b"}), "`input` must be a string, not a list"),
-        (line({"messages": "hello"}), "`messages` must be a list, not a string"),
-        (line({"messages": []}), "the conversation is empty"),
-        (line({"messages": ["hello"]}), "message 0 must be an object"),
-        (line({"messages": [{"from": "human", "value": "a"}]}), "`role` of message 0 is missing"),
-        (
-            line({"messages": [{"role": "user", "content": None}]}),
-            "`content` of message 0 must be a string, not null",
-        ),
-        (
-            line({"messages": [{"role": "bot", "content": "a"}]}),
-            "role 'bot' of message 0 is none of system, user",
-        ),
-        (line({"messages": MULTI_TURN[:1]}), "no assistant message"),
-        (line({"prompt": "a", "completion": ""}), "no assistant message with content"),
-        (line({"messages": MULTI_TURN, "tools": [{"name": "f"}]}), "`tools` .* not supported"),
-    ],
-)
-def test_bad_rows_say_why(bad, reason):
-    with pytest.raises(BadRow, match=reason):
-        parse_row(bad)
-
-
-def test_missing_named_field_is_named():
-    with pytest.raises(BadRow, match="field `question` is missing; the row has: prompt, answer"):
-        parse_row(line({"prompt": "a", "answer": "b"}), FieldNames("question", "answer"))
 
 
 @pytest.mark.parametrize("template", ["generation", "generation_newline", "plain"])
@@ -151,7 +60,7 @@ def test_every_method_finds_the_same_roles(tokenizer):
     results = {}
     for name in ("generation", "generation_newline", "plain"):
         tokenizer.set_template(CHAT_TEMPLATES[name])
-        results[name] = tokenize_conversations(tokenizer, conversations)
+        results[name] = tokenize_conversations(tokenizer, [*map(Conversation, conversations)])
     for marked, newline, plain in zip(*results.values(), strict=True):
         np.testing.assert_array_equal(marked.tokens, plain.tokens)
         np.testing.assert_array_equal(marked.roles, plain.roles)
@@ -225,14 +134,16 @@ def test_template_that_refuses_gives_the_reason(tokenizer):
 
 
 def test_half_a_surrogate_pair_is_refused(tokenizer):
-    messages = parse_row(b'{"prompt": "a", "completion": "x\\ud800"}')
+    messages = exchange("a", "x\ud800")
     for template in ("generation", "plain", None):
         assert "half a surrogate pair" in str(tokenize(tokenizer, template, messages))
 
 
 def test_one_bad_conversation_leaves_the_others(tokenizer):
     tokenizer.set_template(None)
-    first, second, third = tokenize_conversations(tokenizer, [exchange("a", "b"), MULTI_TURN, exchange("c", "d")])
+    first, second, third = tokenize_conversations(
+        tokenizer, [*map(Conversation, [exchange("a", "b"), MULTI_TURN, exchange("c", "d")])]
+    )
     assert isinstance(second, BadRow) and "--chat_template" in str(second)
     assert [response_texts(tokenizer, sample) for sample in (first, third)] == [
         ["b<|endoftext|>"],
