@@ -106,6 +106,27 @@ def adapt_megatron_to_cpu() -> None:
     param_and_grad_buffer._coalescing_manager = lambda group, async_ops: contextlib.nullcontext()
     param_and_grad_buffer.dist_reduce_scatter_func = _reduce_in_place
     param_and_grad_buffer.dist_all_gather_func = _gather_from_others
+    _take_plain_optimizers()
+
+
+def _take_plain_optimizers() -> None:
+    """Let megatron's optimizers use torch's Adam and norms: those of Transformer Engine and apex, where installed, need a GPU.
+
+    The same that they use where neither is installed.
+    """
+    from megatron.core import optimizer as optimizers
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+
+    optimizers.USING_PYTORCH_OPTIMIZER = True
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = (
+        distrib_optimizer.USING_APEX_OPTIMIZER
+    ) = False
+    optimizers.Adam, optimizers.SGD, distrib_optimizer.Adam = torch.optim.AdamW, torch.optim.SGD, torch.optim.Adam
+    clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_tensor_impl = utils.local_multi_tensor_l2_norm, None
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
 
 
 def _define_matrix_product() -> None:

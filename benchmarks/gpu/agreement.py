@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from benchmarks.changes import apply
 from benchmarks.gpu.results import Results
-from benchmarks.gpu.runs import TINY, make_trainer, settings_for
+from benchmarks.gpu.runs import LENGTH, TINY, make_trainer, settings_for
 from benchmarks.stand_ins import save_random_model
 from megatron_sstoken.config import Settings
 from megatron_sstoken.model.backend import numerics_of
@@ -30,7 +30,7 @@ MODEL, HISTORY = "model", "history"
 VOCABULARY = 8192
 SHAPE = {
     "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
-    "num_key_value_heads": 4, "vocab_size": VOCABULARY,
+    "num_key_value_heads": 4, "vocab_size": VOCABULARY, "max_position_embeddings": LENGTH,
 }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Saving and going on: a run that goes on from its checkpoint must come where the run came that was not stopped."""
 
+import os
+
 import torch
 
 from benchmarks.changes import apply
@@ -8,13 +10,14 @@ from benchmarks.gpu.runs import make_trainer, settings_for
 from megatron_sstoken.training.loop import Trainer, train
 
 SAVED, STEPS = 2, 4
-BOUND = 1e-3
-"""Of the norm of the weights' difference ÷ the norm of what two steps change: kernels of attention's backward pass may add in
-another order each time."""
+BOUND = 1e-6
+"""Of the norm of the weights' difference ÷ the norm of what two steps change."""
 
 
 def run(results: Results) -> None:
     """Four steps; then the last two again from the checkpoint of the second."""
+    # cuDNN otherwise adds in another order each time in the backward pass of attention, and Adam makes much of little at first.
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     settings = settings_for(results.work, "Llama-3.2-1B", tiny=results.tiny, layers=3, vocabulary=8192, rows=8)
     apply(settings, data__shuffle=True, training__global_batch_size=2)
     settings.training.steps = STEPS

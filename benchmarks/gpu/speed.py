@@ -1,5 +1,6 @@
 """Tokens a second, time against plain fine-tuning, and memory: methods that alternate on one model, on the same batch."""
 
+import copy
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -83,8 +84,12 @@ def one_billion(results: Results) -> None:
         variants |= {f"ssToken, weight gradients {name}": Variant(fused=fused) for name, fused in FUSED.items()}
     else:
         results.absent("fused weight gradients", "the layers are not made of Transformer Engine's")
-    found = compare(results, settings, variants, case="1B, chats", rounds=6)
+    large = apply(copy.deepcopy(settings), training__micro_batch_size=_largest_micro_batch(settings))
+    case = f"1B, chats, micro-batches of {large.training.micro_batch_size} packs"
+    found = compare(results, large, METHODS, case=case, rounds=6)
     results.target(SSTOKEN_1B, found[SSTOKEN]["ratio"])
+    with results.attempt("micro-batches of one pack"):  # the host may not keep up with the GPU
+        compare(results, settings, variants, case="1B, chats, micro-batches of one pack", rounds=4)
     with results.attempt("short samples"):
         _leave_time(results, 20)
         shown = {name: METHODS[name] for name in (PLAIN, SSTOKEN)}
@@ -95,7 +100,7 @@ def one_billion(results: Results) -> None:
         if problem := compiler_problem():
             raise NotHere(problem)
         shown = {SSTOKEN: METHODS[SSTOKEN], "ssToken, compiled head": Variant(compiled=True)}
-        compare(results, settings, shown, case="1B, chats, again", rounds=4)
+        compare(results, large, shown, case=f"{case}, again", rounds=4)
 
 
 def lora(results: Results) -> None:
@@ -202,6 +207,15 @@ def _unless_too_large(results: Results, settings: Settings, case: str) -> dict[s
     except torch.OutOfMemoryError:
         results.absent(case, "the planner says that it fits, and it does not")
         return None
+
+
+def _largest_micro_batch(settings: Settings) -> int:
+    """How many packs, up to 4, this device takes at once with all logits, by the planner; they divide the global batch."""
+    for size in (4, 3, 2):
+        larger = apply(copy.deepcopy(_as(settings, METHODS[PLAIN])), training__micro_batch_size=size)
+        if settings.training.global_batch_size % size == 0 and planned_memory(larger).total <= FULL * device_bytes():
+            return size
+    return 1
 
 
 def _leave_time(results: Results, seconds: float) -> None:

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def environment() -> dict[str, str]:
     """This process's environment, with the repository importable and one thread a process."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def launch_command(num_ranks: int, module: str, *arguments: str) -> list[str]:

@@ -12,8 +12,8 @@ from megatron_sstoken.model.families.rope import read_rope
 # Fields that say nothing about what the model computes, or only about how it is run or made.
 _HARMLESS = frozenset(
     "architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id "
-    "initializer_range _name_or_path name_or_path pretraining_tp attention_dropout hidden_dropout return_dict "
-    "output_attentions output_hidden_states is_decoder id2label label2id "
+    "initializer_range _name_or_path _model_name_or_path name_or_path pretraining_tp attention_dropout hidden_dropout "
+    "return_dict output_attentions output_hidden_states is_decoder id2label label2id "
     "problem_type chunk_size_feed_forward is_encoder_decoder tie_encoder_decoder add_cross_attention "
     "cross_attention_hidden_size finetuning_task tokenizer_class task_specific_params unsloth_fixed "
     "unsloth_version torchscript prefix sep_token_id decoder_start_token_id".split()
