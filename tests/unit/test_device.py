@@ -54,3 +54,33 @@ def test_adaptation_in_a_fresh_process(check, device):
     variables = environment() | {"SSTOKEN_DEVICE": device}
     result = subprocess.run([sys.executable, "-c", check], env=variables, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+# What megatron's optimizers find where Transformer Engine is installed: its Adam and norms, which need a GPU.
+FUSED = """
+import torch
+import megatron.core.optimizer as optimizers
+from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+from megatron_sstoken.device import adapt_megatron_to_cpu
+class NeedsGpu:
+    def __call__(self, *_, **__): raise RuntimeError("no CUDA")
+for module, names in (
+    (optimizers, "Adam SGD"), (distrib_optimizer, "Adam"), (clip_grads, "multi_tensor_applier l2_norm_impl multi_tensor_scale_impl"),
+    (optimizer, "multi_tensor_applier multi_tensor_scale_impl"),
+):
+    for name in names.split():
+        assert hasattr(module, name), (module, name)
+        setattr(module, name, NeedsGpu())
+optimizers.USING_PYTORCH_OPTIMIZER, distrib_optimizer.HAVE_APEX_OR_TE, distrib_optimizer.USING_TE_OPTIMIZER = False, True, True
+adapt_megatron_to_cpu()
+assert optimizers.Adam is torch.optim.AdamW and distrib_optimizer.Adam is torch.optim.Adam and optimizers.USING_PYTORCH_OPTIMIZER
+assert not distrib_optimizer.HAVE_APEX_OR_TE and not distrib_optimizer.USING_TE_OPTIMIZER
+norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, torch.zeros(1), [[torch.tensor([3.0, 4.0])]], False)
+assert float(norm) == 5.0, norm
+"""
+
+
+def test_fused_optimizers_of_gpus_are_left_alone_on_a_cpu():
+    env = environment() | {"SSTOKEN_DEVICE": "cpu"}
+    done = subprocess.run([sys.executable, "-c", FUSED], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
