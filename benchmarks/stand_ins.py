@@ -77,13 +77,18 @@ def make_conversations(num: int, *, seed: int = 0, longest: int = 60, shortest: 
 
 def make_store(folder: str | Path, samples: Sequence[TokensAndRoles], rows: Sequence[int] | None = None) -> str:
     """Write samples as a prepared folder; `rows` are their numbers in the input. Returns the folder."""
-    writer = StoreWriter(folder)
-    for number, sample in enumerate(samples):
-        row = number if rows is None else rows[number]
-        writer.add(np.array(sample.tokens, dtype=np.int32), np.array(sample.roles, dtype=np.uint8), row)
-    writer.finalize(
-        vocabulary_size=VOCABULARY, eos_token_id=1, tokenizer_fingerprint="toy", tokenizer_path="toy", template=None
-    )
+    with StoreWriter(folder) as writer:
+        for number, sample in enumerate(samples):
+            weights = getattr(sample, "weights", None)
+            writer.add(
+                np.array(sample.tokens, dtype=np.int32),
+                np.array(sample.roles, dtype=np.uint8),
+                number if rows is None else rows[number],
+                weights=None if weights is None else np.array(weights, dtype=np.float32),
+            )
+        writer.finalize(
+            vocabulary_size=VOCABULARY, eos_token_id=1, tokenizer_fingerprint="toy", tokenizer_path="toy", template=None
+        )
     return str(folder)
 
 

@@ -48,6 +48,12 @@ class RunPlan:
         return find_method(self.settings.selection.method)
 
     @property
+    def weighted(self) -> bool:
+        """Whether the losses of tokens count as much as the training data says."""
+        method = self.settings.weights.method
+        return self.train.store.manifest.weighted if method is None else method == "external"
+
+    @property
     def needs_history(self) -> bool:
         return "history_loss" in self.method.needs
 

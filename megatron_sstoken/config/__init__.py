@@ -17,13 +17,13 @@ from megatron_sstoken.config.model import (
 )
 from megatron_sstoken.config.rules import RENAMED, SettingsError
 from megatron_sstoken.config.run import CheckpointSettings, LoggingSettings, OptimizerSettings, TrainingSettings
-from megatron_sstoken.config.selection import HistorySettings, SelectionSettings
+from megatron_sstoken.config.selection import HistorySettings, SelectionSettings, WeightSettings
 
 __all__ = [
     "RENAMED",
     "CheckpointSettings", "DataSettings", "HardwareSettings", "HistorySettings", "LoggingSettings", "LoraSettings",
     "LoraTarget", "ModelSettings", "OptimizerSettings", "ParallelSettings", "SelectionSettings", "Settings",
-    "SettingsError", "TrainingSettings",
+    "SettingsError", "TrainingSettings", "WeightSettings",
 ]  # fmt: skip
 
 
@@ -35,6 +35,7 @@ class Settings:
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     selection: SelectionSettings = field(default_factory=SelectionSettings)
+    weights: WeightSettings = field(default_factory=WeightSettings)
     history: HistorySettings = field(default_factory=HistorySettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)

@@ -78,6 +78,21 @@ class SelectionSettings:
 
 
 @dataclass
+class WeightSettings:
+    """How much each selected token counts in the loss."""
+
+    method: Literal["none", "external"] | None = None
+    """none: all alike. external: by the weights that the prepared data holds, of messages, spans or parts of an answer.
+
+    Default: external where `data.train` holds weights.
+    """
+
+    divisor: Literal["selected", "response", "weight"] = "selected"
+    """What the sum of weighted losses is divided by: the number of selected tokens, of all response tokens, or the sum of
+    the selected tokens' weights; in the global batch, or within what `selection.loss_average` takes the mean of."""
+
+
+@dataclass
 class HistorySettings:
     """History losses and where they come from."""
 

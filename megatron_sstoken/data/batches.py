@@ -63,6 +63,8 @@ class TokenBatch:
     """
     num_segments: int
     """Samples in this batch."""
+    weight: torch.Tensor | None = None
+    """fp32 [T]: how much the loss of each token counts, 0 outside the response; None: all alike."""
     facts: BatchFacts = None  # type: ignore[assignment]  # made here, from tensors that lie on the host
     """The same on the host, wherever the tensors are."""
 
@@ -261,7 +263,10 @@ class BatchLoader:
         num_packs: int,
         lag: int = 0,
         history: TokenValues | None = None,
+        weighted: bool = False,
     ):
+        """`weighted`: batches carry the weights of the store."""
+        self.weighted = weighted
         self.store, self.order, self.shape = store, order, shape
         self.data_rank, self.num_packs, self.lag, self.history = data_rank, num_packs, lag, history
 
@@ -310,6 +315,7 @@ class BatchLoader:
         sample = np.full(total, -1, dtype=np.int64)
         role = np.zeros(total, dtype=np.uint8)
         history = np.full(total, np.nan, dtype=np.float32) if self.history is not None else None
+        weight = np.zeros(total, dtype=np.float32) if self.weighted else None
         lengths: list[int] = []
         num_segments = 0
         for number, pack in enumerate(packs):
@@ -326,6 +332,8 @@ class BatchLoader:
                 if history is not None and self.history is not None:
                     offset = int(self.store.offsets[index])
                     history[here] = self.history.values(offset, offset + length)
+                if weight is not None:
+                    weight[here] = self.store.weights(index, length)
                 aligned = int(self._aligned(np.array(length)))
                 lengths.append(aligned)
                 num_segments += 1
@@ -346,4 +354,5 @@ class BatchLoader:
             history_loss=torch.from_numpy(history) if history is not None else None,
             lengths=lengths,
             num_segments=num_segments,
+            weight=torch.from_numpy(weight) if weight is not None else None,
         )

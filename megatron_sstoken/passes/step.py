@@ -17,7 +17,7 @@ from megatron_sstoken.model.attention import SampleBounds
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.model.head import HEAD_SIGNALS
 from megatron_sstoken.parallel import Layout
-from megatron_sstoken.passes.loss import loss_weights
+from megatron_sstoken.passes.loss import BY_TOKEN, LossRule, divide_by_weights, loss_weights
 from megatron_sstoken.passes.masses import MassTransport, mean_mass, total_mass
 from megatron_sstoken.passes.micro_batch import MicroBatch, micro_batch, of_this_rank, to_predicting
 from megatron_sstoken.selection.methods import Selection
@@ -54,7 +54,7 @@ def select_and_train(
     batches: list[TokenBatch],
     select: SelectMicroBatch,
     *,
-    loss_average: str = "token",
+    rule: LossRule = BY_TOKEN,
     whole_gradients: bool = False,
 ) -> list[TokenReport]:
     """Forward and backward over this rank's micro-batches, selecting between them; leaves the gradient of the batch's loss.
@@ -63,8 +63,7 @@ def select_and_train(
     With `whole_gradients` every data-parallel rank gets all gradients, not its shard. Returns a report per micro-batch on the
     last stage, nothing elsewhere.
     """
-    loss_function = _training_loss(model, select, loss_average)
-    return _run(model, batches, loss_function, forward_only=False, force_all_reduce=whole_gradients)
+    return _train(model, batches, select, rule, force_all_reduce=whole_gradients)
 
 
 def train_on(
@@ -72,7 +71,7 @@ def train_on(
     batches: list[TokenBatch],
     selections: list[Selection],
     *,
-    loss_average: str = "token",
+    rule: LossRule = BY_TOKEN,
     whole_gradients: bool = False,
 ) -> list[TokenReport]:
     """As `select_and_train`, with selections made beforehand: one a micro-batch on the last stage, none elsewhere.
@@ -84,23 +83,37 @@ def train_on(
     scored = np.split(torch.cat(masks).cpu().numpy(), np.cumsum([len(mask) for mask in masks])[:-1]) if masks else []
     selections = [replace(one, num_selected=int(mask.sum())) for one, mask in zip(selections, scored, strict=True)]
     following = iter(selections)
-    loss_function = _training_loss(model, lambda report: next(following), loss_average)
-    return _run(model, batches, loss_function, scored, forward_only=False, force_all_reduce=whole_gradients)
+    return _train(model, batches, lambda report: next(following), rule, scored, force_all_reduce=whole_gradients)
 
 
-def _training_loss(model: Model, select: SelectMicroBatch, loss_average: str) -> Callable:
-    """megatron's loss function of one micro-batch: (sum, count, report)."""
+def _train(
+    model: Model,
+    batches: list[TokenBatch],
+    select: SelectMicroBatch,
+    rule: LossRule,
+    scored: Sequence[np.ndarray] = (),
+    **options: Any,
+) -> list[TokenReport]:
+    """Forward and backward; gradients are divided by what the rule says."""
+    sums: list[torch.Tensor] = []
+    reports = _run(model, batches, _training_loss(model, select, rule, sums), scored, forward_only=False, **options)
+    if rule.scales_afterwards:
+        divide_by_weights(model, sums)
+    return reports
+
+
+def _training_loss(model: Model, select: SelectMicroBatch, rule: LossRule, sums: list[torch.Tensor]) -> Callable:
+    """megatron's loss function of one micro-batch: (sum, count, report). Adds to `sums` what `divide_by_weights` takes."""
 
     def loss_function(losses: torch.Tensor, report: TokenReport, one: MicroBatch):
         with torch.no_grad():
             selection = select(report)
-            weights, count = loss_weights(selection.mask, report.batch, loss_average)
+            weights, counted = loss_weights(selection.mask, report.batch, rule)
             weights = of_this_rank(to_predicting(weights), one.bounds.index)
             one.note_selected(selection.num_selected)
-            if model.layout.context_size > 1:
-                # Tokens are counted where they are; samples and micro-batches by one of the ranks that share them.
-                share = (weights > 0).sum(dtype=torch.int)
-                count = share if loss_average == "token" else count * (model.layout.context_rank == 0)
+            count = of_this_rank(counted, one.bounds.index).sum(dtype=torch.int)  # each where it lies
+            if rule.scales_afterwards:
+                sums.append(torch.stack([count.double(), weights.double().sum()]))
         # where, not a product alone: a loss that is not finite on an unselected token must not reach the sum.
         total = torch.where(weights > 0, losses * weights, 0.0).sum()
         return total, count, replace(report, selection=selection)

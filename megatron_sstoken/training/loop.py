@@ -133,6 +133,7 @@ def create_trainer(
         num_packs=plan.num_packs,
         lag=plan.lag,
         history=history.token_values(),
+        weighted=plan.weighted,
     )
     said = plan.settings.logging
     resumed = newest.state.step if newest is not None else None

@@ -44,6 +44,7 @@ def objective_of(plan: RunPlan) -> dict:
     settings = plan.settings
     return {
         "selection": asdict(settings.selection),
+        "weights": {"method": "external" if plan.weighted else "none", "divisor": settings.weights.divisor},
         "history": asdict(settings.history),
         "model": asdict(settings.model),
         "optimizer": asdict(settings.optimizer),

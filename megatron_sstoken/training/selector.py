@@ -16,6 +16,7 @@ from megatron_sstoken.data.batches import TokenBatch
 from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.parallel import Layout
+from megatron_sstoken.passes.loss import LossRule
 from megatron_sstoken.passes.step import TokenReport, score_batch, select_and_train, train_on
 from megatron_sstoken.selection.adaptive import choose_rho
 from megatron_sstoken.selection.methods import Method, Selection, find_method, score_tokens, select_tokens
@@ -36,6 +37,8 @@ class Selector:
     """The data-parallel ranks."""
     history: HistorySource = HistorySource()
     """Where history losses come from."""
+    rule: LossRule = LossRule()
+    """What the losses of selected tokens are divided by."""
 
     @property
     def method(self) -> Method:
@@ -98,7 +101,7 @@ def selector_of(
 ) -> Selector:
     """The selector of global batch number `step`."""
     seed, group = settings.training.seed, layout.data
-    return Selector(settings.selection, gamma, seed, step, group, history or HistorySource())
+    return Selector(settings.selection, gamma, seed, step, group, history or HistorySource(), LossRule.of(settings))
 
 
 def signals_of(report: TokenReport) -> TokenSignals:
@@ -117,18 +120,22 @@ def signals_of(report: TokenReport) -> TokenSignals:
 
 
 def train_on_selected(
-    model: Model, batches: list[TokenBatch], selector: Selector, *, whole_gradients: bool = False
+    model: Model,
+    batches: list[TokenBatch],
+    selector: Selector,
+    *,
+    whole_gradients: bool = False,
 ) -> list[TokenReport]:
     """Select tokens of a global batch and leave the gradient of their loss, as `select_and_train` does."""
-    average = selector.settings.loss_average
+    rule = selector.rule
     batches = selector.history.prepare(model, batches)
     if not selector.needs_all_scores:
-        return select_and_train(model, batches, selector, loss_average=average, whole_gradients=whole_gradients)
+        return select_and_train(model, batches, selector, rule=rule, whole_gradients=whole_gradients)
     with model.evaluating():
         scored = score_batch(model, batches)
     selections, rho = selector.over_batch(scored) if scored else ([], math.nan)
     uncaptured = replace(model, captured_layers=())  # attention is known by now
-    reports = train_on(uncaptured, batches, selections, loss_average=average, whole_gradients=whole_gradients)
+    reports = train_on(uncaptured, batches, selections, rule=rule, whole_gradients=whole_gradients)
     return [_completed(report, one, rho) for report, one in zip(reports, scored, strict=True)]
 
 

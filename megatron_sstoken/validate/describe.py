@@ -56,6 +56,7 @@ def describe(plan: RunPlan) -> str:
         ),
         ("steps", f"{plan.num_steps:,} ({plan.num_packs / packs_per_epoch:.3g} epochs)"),
         ("selection", _describe_selection(s)),
+        ("weights", _describe_weights(plan)),
         ("trained", describe_trained(a, s.lora)),
         ("layers", _describe_layers(s)),
         ("precision", numerics_of(s)),
@@ -88,6 +89,18 @@ def _describe_layers(settings: Settings) -> str:
     if settings.training.precision == "fp32":
         return f"{backend} (fp32)"
     return f"{backend} ({transformer_engine_problem() or 'transformer_engine can run'})"
+
+
+def _describe_weights(plan: RunPlan) -> str:
+    """How much selected tokens count."""
+    divisor = {"selected": "number of selected tokens", "response": "number of response tokens", "weight": "their sum"}
+    manifest, name = plan.train.store.manifest, plan.settings.weights.divisor
+    if not plan.weighted:
+        ignored = " (the data's weights are ignored: weights.method=none)" if manifest.weighted else ""
+        return (
+            "none: all selected tokens alike" + ignored + (f", divided by the {divisor[name]}" * (name == "response"))
+        )
+    return f"external: those of the data, divided by the {divisor[name]}"
 
 
 def _describe_selection(settings: Settings) -> str:

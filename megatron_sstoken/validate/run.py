@@ -49,6 +49,12 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
     if architecture:
         _check_model(settings, architecture, found)
     train = _open_data("data.train", settings.data.train, settings, architecture, found, shuffle=settings.data.shuffle)
+    if train and settings.weights.method == "external":
+        found.require(
+            train.store.manifest.weighted,
+            f"weights.method=external needs weights in data.train={settings.data.train}, which has none: use none, or "
+            "prepare data that says how much a message or span counts (docs/data.md)",
+        )
     validation = None
     if settings.data.validation:
         validation = _open_data(

@@ -8,6 +8,7 @@ unsharded run whose micro-batch is D times as large. `pytest -s` prints the tabl
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ GLOBAL_BATCH = 8
 NEAR = 2e-5
 """Scores this close to the threshold may fall on either side of it."""
 
-# (family, packed, scope, loss average, rows of a micro-batch)
+# (family, packed, scope, loss average [÷ divisor, with the data's own weights], rows of a micro-batch)
 CASES = [
     ("llama", packed, scope, "token", rows) for packed, scope, rows in itertools.product((False, True), SCOPES, (1, 2))
 ]
@@ -49,16 +50,23 @@ CASES += [
     ("qwen2", True, "batch", "sample", 1),
     ("qwen2", False, "sample", "microbatch", 2),
     ("llama", True, "sample", "sample", 2),
+    ("llama", True, "sample", "token ÷ selected", 1),
+    ("llama", True, "batch", "token ÷ weight", 1),
+    ("qwen2", False, "sample", "token ÷ response", 2),
+    ("llama", True, "sample", "sample ÷ weight", 2),
 ]
+WEIGHTS = (0.3, 1.0, 1.7)
 
 
 def settings_of(folder, case, parallel, micro_batch_size):
-    family, packed, scope, average, _ = case
+    family, packed, scope, loss, _ = case
+    average, _, divisor = loss.partition(" ÷ ")
     return make_settings(
         f"{folder}/{family}",
-        f"{folder}/data",
+        f"{folder}/weighted" if divisor else f"{folder}/data",
+        weights__divisor=divisor or "selected",
         history__hf_path=f"{folder}/{family}-history",
-        history__store=f"{folder}/{family}-history-losses",
+        history__store=f"{folder}/{family}-history-losses{'-weighted' * bool(divisor)}",
         data__packing=packed,
         data__shuffle=packed,
         selection__scope=scope,
@@ -77,28 +85,39 @@ def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("invariance")
     samples = make_samples(30, seed=11)
     make_store(folder / "data", samples)
+    generator = np.random.default_rng(3)
+    weighted = [
+        replace(one, weights=(np.array(one.roles) * generator.choice(WEIGHTS, len(one.roles))).tolist())
+        for one in samples
+    ]
+    make_store(folder / "weighted", weighted)
     for number, family in enumerate(("llama", "qwen2")):
         make_model(folder / family, family, seed=2 * number + 1)
         make_model(folder / f"{family}-history", family, seed=2 * number + 2)
     keys = sorted({(case, rows) for case in CASES for rows in (case[-1], 2 * case[-1])})
     settings = [settings_of(folder, case, {}, rows) for case, rows in keys]
     (results, *_) = run_distributed(run_cases, 1, settings, timeout=300)
-    return folder, samples, dict(zip(keys, results, strict=True))
+    return folder, {"data": samples, "weighted": weighted}, dict(zip(keys, results, strict=True))
 
 
 def test_unsharded_run_equals_the_reference(bench):
-    folder, samples, unsharded = bench
+    folder, data, unsharded = bench
     models = {name: load_model(folder / name) for name in ("llama", "qwen2", "llama-history", "qwen2-history")}
     for (case, rows_at_once), result in unsharded.items():
-        family, packed, scope, average, _ = case
+        family, packed, scope, loss, _ = case
+        average, _, divisor = loss.partition(" ÷ ")
+        samples = data["weighted" if divisor else "data"]
         rows = global_batch(folder, packed)
         batch = [
             [samples[i] for row in rows[k : k + rows_at_once] for i in row]
             for k in range(0, GLOBAL_BATCH, rows_at_once)
         ]
-        objective = Objective("sstoken", models[f"{family}-history"], layer=LAYER, scope=scope, loss_average=average)
+        objective = Objective(
+            "sstoken", models[f"{family}-history"], layer=LAYER, scope=scope, loss_average=average,
+            divisor=divisor or "selected",
+        )  # fmt: skip
         loss, gradients = loss_and_gradients(models[family], batch, objective)
-        if average == "token":
+        if loss == "token":
             assert result[0] == pytest.approx(loss, abs=1e-5), case
         assert largest_difference(result[2], gradients) < 2e-4, (case, rows_at_once)
 

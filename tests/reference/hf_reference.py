@@ -34,6 +34,8 @@ class Sample:
 
     tokens: list[int]
     roles: list[int]
+    weights: list[float] | None = None
+    """How much the loss of each token counts; None: all alike."""
 
     def __post_init__(self) -> None:
         _check_roles(self.tokens, self.roles)
@@ -61,6 +63,9 @@ class Objective:
     layer: int | Sequence[int] = -1
     scope: str = "sample"
     loss_average: str = "token"
+    divisor: str = "selected"
+    """What a sum of weighted losses is divided by: the number of "selected" or "response" tokens, or the "weight" of the
+    selected."""
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, ("full", "sstoken"))
@@ -274,7 +279,11 @@ def loss_and_gradients(
     """Loss of a global batch under `objective` (default: full), and its unclipped gradient by name."""
     objective = objective or Objective()
     micro_batches = _micro_batches(batch, objective)
-    weights = loss_weights(_trained_tokens(model, micro_batches, objective), objective.loss_average)
+    trained = _trained_tokens(model, micro_batches, objective)
+    if objective.divisor == "selected" and all(s.weights is None for samples in micro_batches for s in samples):
+        weights = loss_weights(trained, objective.loss_average)
+    else:
+        weights = soft_weights(micro_batches, trained, objective)
     loss = torch.zeros(())
     for samples, weights_of_samples in zip(micro_batches, weights, strict=True):
         for sample, weight in zip(samples, weights_of_samples, strict=True):
@@ -302,6 +311,37 @@ def loss_weights(trained: Sequence[Sequence[Sequence[bool]]], loss_average: str)
         [[1 / divisor(samples, tokens) if is_trained else 0.0 for is_trained in tokens] for tokens in samples]
         for samples in trained
     ]
+
+
+def soft_weights(
+    micro_batches: list[list[Sample]], trained: list[list[list[bool]]], objective: Objective
+) -> list[list[list[float]]]:
+    """As `loss_weights`, with the samples' own weights and `objective.divisor`."""
+    pairs = [list(zip(*both, strict=True)) for both in zip(micro_batches, trained, strict=True)]
+
+    def weight(sample: Sample, at: int) -> float:
+        return 1.0 if sample.weights is None else sample.weights[at]
+
+    def divided_by(group: list) -> float:
+        if objective.divisor == "response":
+            return sum(sum(_response_mask(sample)) for sample, _ in group)
+        kept = [(sample, at) for sample, mask in group for at, one in enumerate(mask) if one]
+        return len(kept) if objective.divisor == "selected" else sum(weight(sample, at) for sample, at in kept)
+
+    everything = [pair for group in pairs for pair in group]
+    result = []
+    for group in pairs:
+        rows = []
+        for sample, mask in group:
+            if objective.loss_average == "token":
+                by = divided_by(everything)
+            elif objective.loss_average == "sample":
+                by = len(everything) * divided_by([(sample, mask)])
+            else:
+                by = len(pairs) * divided_by(group)
+            rows.append([weight(sample, at) / by if one else 0.0 for at, one in enumerate(mask)])
+        result.append(rows)
+    return result
 
 
 def _trained_tokens(

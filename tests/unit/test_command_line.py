@@ -12,6 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 CHOICES = {
     "selection.scope": ("sample", "microbatch", "batch"),
+    "weights.divisor": ("selected", "response", "weight"),
     "selection.loss_average": ("token", "sample", "microbatch"),
     "training.precision": ("fp32", "bf16"),
     "data.too_long": ("truncate", "drop"),

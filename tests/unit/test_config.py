@@ -10,6 +10,7 @@ FIXED_NAMES = {
     "parallel": "tensor pipeline virtual_pipeline context sequence",
     "data": "train validation sequence_length",
     "selection": "method rho gamma layer scope rel_floor warmup_samples",
+    "weights": "method divisor",
     "history": "source hf_path",
     "lora": "rank alpha dropout targets",
     "optimizer": "learning_rate",

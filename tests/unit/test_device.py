@@ -65,15 +65,19 @@ from megatron_sstoken.device import adapt_megatron_to_cpu
 class NeedsGpu:
     def __call__(self, *_, **__): raise RuntimeError("no CUDA")
 for module, names in (
-    (optimizers, "Adam SGD"), (distrib_optimizer, "Adam"), (clip_grads, "multi_tensor_applier l2_norm_impl multi_tensor_scale_impl"),
+    (optimizers, "Adam SGD"),
+    (distrib_optimizer, "Adam"),
+    (clip_grads, "multi_tensor_applier l2_norm_impl multi_tensor_scale_impl"),
     (optimizer, "multi_tensor_applier multi_tensor_scale_impl"),
 ):
     for name in names.split():
         assert hasattr(module, name), (module, name)
         setattr(module, name, NeedsGpu())
-optimizers.USING_PYTORCH_OPTIMIZER, distrib_optimizer.HAVE_APEX_OR_TE, distrib_optimizer.USING_TE_OPTIMIZER = False, True, True
+optimizers.USING_PYTORCH_OPTIMIZER = False
+distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
 adapt_megatron_to_cpu()
-assert optimizers.Adam is torch.optim.AdamW and distrib_optimizer.Adam is torch.optim.Adam and optimizers.USING_PYTORCH_OPTIMIZER
+assert optimizers.Adam is torch.optim.AdamW and distrib_optimizer.Adam is torch.optim.Adam
+assert optimizers.USING_PYTORCH_OPTIMIZER
 assert not distrib_optimizer.HAVE_APEX_OR_TE and not distrib_optimizer.USING_TE_OPTIMIZER
 norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, torch.zeros(1), [[torch.tensor([3.0, 4.0])]], False)
 assert float(norm) == 5.0, norm

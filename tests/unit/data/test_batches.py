@@ -357,3 +357,32 @@ def test_a_batch_is_a_function_of_its_number(many):
     for number in (5, 2, 3):
         for found, wanted in zip(loaders[1].load(number), whole[number], strict=True):
             assert torch.equal(found.tokens, wanted.tokens) and torch.equal(found.sample, wanted.sample)
+
+
+def test_weights_lie_where_their_tokens_do(tmp_path):
+    """Cut samples, padding, several packs; a loader that is not asked carries none."""
+    lengths, generator = [5, 3, 9], np.random.default_rng(0)
+    with StoreWriter(tmp_path / "data") as writer:
+        for row, length in enumerate(lengths):
+            roles = (np.arange(length) % 3 > 0).astype(np.uint8)
+            weights = (roles * generator.uniform(0.1, 2, length)).astype(np.float32)
+            writer.add(np.arange(length, dtype=np.int32), roles, row, weights=weights)
+        writer.finalize(
+            vocabulary_size=9, eos_token_id=None, tokenizer_fingerprint="", tokenizer_path="", template=None
+        )
+    store = SampleStore(tmp_path / "data")
+    samples = filter_samples(store, 6, "truncate")
+    order = PackOrder(samples, seed=0, shuffle=False, packing="first_fit", capacity=8)
+    shape = BatchShape(2, 2, 1, 8)
+    for weighted in (True, False):
+        loader = BatchLoader(store, order, shape, data_rank=0, num_packs=order.num_packs(1), weighted=weighted)
+        (batch,) = loader.load(0)
+        if not weighted:
+            assert batch.weight is None
+            continue
+        real = batch.segment >= 0
+        places = zip(batch.sample[real].tolist(), batch.position[real].tolist(), strict=True)
+        wanted = [float(store.weights(row)[position]) for row, position in places]
+        assert batch.weight.dtype == torch.float32 and batch.weight[real].tolist() == wanted
+        assert not batch.weight[~real].any() and len(wanted) == 5 + 3 + 6
+        assert torch.equal(batch.mapped(lambda tensor: tensor + 1).weight, batch.weight + 1)

@@ -1,24 +1,37 @@
-"""Weights and counts of the three loss averages, against means written out."""
+"""Weights and counts of the three loss averages and the three divisors, against means written out."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
-from megatron_sstoken.passes.loss import loss_weights
+from megatron_sstoken.passes.loss import LossRule, loss_weights
 from tests.helpers.token_batches import make_batch
 
 TURNS = [[0, 1, 1, 1], [0, 0, 1, 1], [0, 1]]
 SELECTED = [[1, 2], [3], []]  # positions, by sample
+WEIGHTS = [[0, 0.3, 1.7, 1], [0, 0, 0.25, 2.5], [0, 1]]
+
+
+def mask_of(batch):
+    mask = torch.zeros(len(batch.position), dtype=torch.bool)
+    for sample, positions in enumerate(SELECTED):
+        for position in positions:
+            mask[(batch.segment == sample) & (batch.position == position)] = True
+    return mask
+
+
+def weights_of(batch):
+    """WEIGHTS, laid out as the batch is."""
+    pairs = zip(batch.segment.tolist(), batch.position.tolist(), strict=True)
+    return torch.tensor([WEIGHTS[segment][position] if segment >= 0 else 0.0 for segment, position in pairs])
 
 
 @pytest.fixture
 def case():
     batch = make_batch(TURNS, 5)
-    mask = torch.zeros(len(batch.position), dtype=torch.bool)
-    for sample, positions in enumerate(SELECTED):
-        for position in positions:
-            mask[(batch.segment == sample) & (batch.position == position)] = True
+    mask = mask_of(batch)
     losses = torch.arange(len(mask), dtype=torch.float32) ** 2
     per_sample = [losses[mask & (batch.segment == sample)] for sample in range(3)]
     return batch, mask, losses, per_sample
@@ -26,10 +39,10 @@ def case():
 
 def mean_of(case, average):
     batch, mask, losses, _ = case
-    weights, count = loss_weights(mask, batch, average)
-    assert weights.dtype == torch.float32 and count.dtype == torch.int and count.dim() == 0
+    weights, counted = loss_weights(mask, batch, LossRule(average))
+    assert weights.dtype == torch.float32 and counted.dtype == torch.bool and counted.shape == weights.shape
     assert (weights[~mask] == 0).all()
-    return float((weights * losses).sum() / count)
+    return float((weights * losses).sum() / counted.sum())
 
 
 def test_token(case):
@@ -43,7 +56,7 @@ def test_sample_counts_samples_without_a_selected_token(case):
 
 def test_microbatch(case):
     assert mean_of(case, "microbatch") == pytest.approx(float(torch.cat(case[3]).mean()))
-    assert int(loss_weights(case[1], case[0], "microbatch")[1]) == 1
+    assert int(loss_weights(case[1], case[0], LossRule("microbatch"))[1].sum()) == 1
 
 
 @pytest.mark.parametrize("average", ["token", "sample", "microbatch"])
@@ -51,5 +64,34 @@ def test_an_empty_micro_batch_counts_nothing(average):
     padding = torch.full((4,), -1)
     batch = replace(make_batch([[0, 1]], 4), segment=padding, sample=padding, num_segments=0)
     mask = torch.zeros(4, dtype=torch.bool)
-    weights, count = loss_weights(mask, batch, average)
-    assert int(count) == 0 and not weights.any()
+    weights, counted = loss_weights(mask, batch, LossRule(average))
+    assert not counted.any() and not weights.any()
+
+
+def wanted(average, divisor, losses, batch):
+    """The loss by its definition: sums of weighted losses over what they are divided by, in one group or a mean of groups."""
+    place = {(s, p): t for t, (s, p) in enumerate(zip(batch.segment.tolist(), batch.position.tolist(), strict=True))}
+
+    def of_group(samples):
+        chosen = [(s, p) for s in samples for p in SELECTED[s]]
+        total = sum(WEIGHTS[s][p] * float(losses[place[s, p]]) for s, p in chosen)
+        responses = sum(sum(TURNS[s][1:]) for s in samples)
+        by = {"selected": len(chosen), "response": responses, "weight": sum(WEIGHTS[s][p] for s, p in chosen)}[divisor]
+        return total / by if by else 0.0
+
+    groups = [[0], [1], [2]] if average == "sample" else [[0, 1, 2]]
+    return sum(map(of_group, groups)) / len(groups)
+
+
+@pytest.mark.parametrize(
+    ("average", "divisor"),
+    itertools.product(["token", "sample", "microbatch"], ["selected", "response", "weight"]),
+)
+def test_weights_and_divisors(average, divisor):
+    batch = make_batch(TURNS, 5)
+    batch = replace(batch, weight=weights_of(batch))
+    losses = torch.arange(len(batch.position), dtype=torch.float32) ** 2
+    rule = LossRule(average, divisor)
+    weights, counted = loss_weights(mask_of(batch), batch, rule)
+    count = weights.sum() if rule.scales_afterwards else counted.sum()
+    assert float((weights * losses).sum() / count) == pytest.approx(wanted(average, divisor, losses, batch), rel=1e-6)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_sstoken.model.attention import AttentionCapture, SampleBounds, sample_bounds
 from megatron_sstoken.passes import step
+from megatron_sstoken.passes.loss import LossRule
 from megatron_sstoken.passes.step import (
     TokenReport,
     of_this_rank,
@@ -162,7 +163,7 @@ def test_averages(monkeypatch, average, weights, counts):
     chunk = Chunk([torch.rand(12) + 1, torch.rand(4) + 1])
     model, handed = run_as_megatron(monkeypatch, chunk)
     batches = [make_batch(ROWS, 4), make_batch([[0, 0, 1]], 4, first_sample=9)]
-    reports = train_on(model, batches, select_these(SELECTED, [0, 0, 1, 0]), loss_average=average)
+    reports = train_on(model, batches, select_these(SELECTED, [0, 0, 1, 0]), rule=LossRule(average))
     trained = [0, 1, 4, 6], [1]  # the positions that predict the selected tokens
     for parameter, at, wanted, (total, count), number, report in zip(
         chunk.losses, trained, weights, handed, counts, reports, strict=True
@@ -216,7 +217,7 @@ def test_a_loss_that_is_not_finite_and_not_selected_stays_out(monkeypatch, bad, 
     losses[1:3] = 1.0  # what predicts tokens 2 and 3
     chunk = Chunk([losses])
     model, handed = run_as_megatron(monkeypatch, chunk)
-    select_and_train(model, [batch], make_selector(method="full"), loss_average=average)
+    select_and_train(model, [batch], make_selector(method="full"), rule=LossRule(average))
     weight = 1.0 if average == "token" else 0.5
     assert float(handed[0][0]) == 2 * weight and int(handed[0][1]) == (2 if average == "token" else 1)
     assert chunk.losses[0].grad.tolist() == [[0, weight, weight, 0, 0, 0, 0, 0]]
@@ -227,7 +228,7 @@ def test_a_micro_batch_without_samples(monkeypatch, average):
     chunk = Chunk([torch.rand(8)])
     model, handed = run_as_megatron(monkeypatch, chunk)
     batch = make_batch([], 8, num_rows=1)
-    select_and_train(model, [batch], make_selector(method="random"), loss_average=average)
+    select_and_train(model, [batch], make_selector(method="random"), rule=LossRule(average))
     assert float(handed[0][0]) == 0.0 and int(handed[0][1]) == 0
     assert not chunk.losses[0].grad.any()
 

@@ -3,14 +3,16 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from megatron_sstoken.config import SettingsError
+from megatron_sstoken.validate.describe import describe
 from megatron_sstoken.validate.run import plan_run
 from tests.helpers.plans import NUM_SAMPLES, only_problem, problems_of, write_samples
 from tests.helpers.toy import make_tokenizer
-from tests.helpers.workbench import VOCABULARY, make_model, make_samples
+from tests.helpers.workbench import VOCABULARY, make_model, make_samples, make_store
 from tests.reference.hf_reference import Sample
 
 
@@ -239,3 +241,18 @@ def test_selective_recomputation_of_fused_attention_is_a_note(settings):
     (note,) = notes(training__precision="bf16")
     assert note.endswith("use none, or full")
     assert notes(training__precision="bf16", model__backend="torch") == notes(training__precision="fp32") == []
+
+
+def test_weights_of_the_data_are_used_unless_told_otherwise(settings, tmp_path):
+    samples = make_samples(NUM_SAMPLES, longest=32)
+    plain = make_store(tmp_path / "plain", samples)
+    weighted = make_store(
+        tmp_path / "weighted", [replace(one, weights=[role / 2 for role in one.roles]) for one in samples]
+    )
+    for method, wanted in ((None, True), ("external", True), ("none", False)):
+        plan = plan_run(settings(data__train=weighted, weights__method=method), 1)
+        assert plan.weighted == wanted, method
+        assert ("ignored" in describe(plan)) == (method == "none")
+    assert not plan_run(settings(data__train=plain), 1).weighted
+    problem = only_problem(settings(data__train=plain, weights__method="external"))
+    assert problem.startswith("weights.method=external needs weights in data.train=") and "use none" in problem
