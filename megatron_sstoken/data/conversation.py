@@ -9,8 +9,16 @@ Span = tuple[int, int]
 ROLES = ("system", "user", "assistant", "tool")
 
 
+def printable(text: str) -> str:
+    """The text, with half surrogate pairs (which no stream takes) written out as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class BadRow(ValueError):
     """One row cannot be prepared; the message is the reason. Other rows may be fine."""
+
+    def __init__(self, reason: str):
+        super().__init__(printable(reason))
 
 
 @dataclass(frozen=True)
