@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_sstoken.data.conversation import BadRow, Conversation, MessageWeight, printable
-from megatron_sstoken.data.message_weights import learns, take_whole
+from megatron_sstoken.data.conversation import BadRow, Conversation, printable
+from megatron_sstoken.data.message_weights import UNWEIGHTED, learns, take_whole
 from megatron_sstoken.data.messages import MEDIA, MessageKeys, ParsedMessage, as_context, parse_messages
 from megatron_sstoken.data.recipe import DEFAULT_RECIPE, FieldNames, Recipe
-from megatron_sstoken.data.row_values import check_json, decode_json, decoded, is_empty, kind
+from megatron_sstoken.data.row_values import check_json, decode_json, decoded, is_empty, kind, without_nulls
 from megatron_sstoken.data.tool_calls import parse_tools
 
 
@@ -51,13 +51,16 @@ FORMS: tuple[Exchange | Messages, ...] = (
     Exchange("question", "answer"),  # GSM8K
     Exchange("question", "response"),  # OpenOrca
     Exchange("input", "output"),  # NeMo
+    Exchange("inputs", "targets"),  # FLAN, Aya
     Exchange("instruction", "output", ADDITIONS),  # Alpaca, LLaMA-Factory
     Exchange("instruction", "response", ADDITIONS),  # Dolly
 )
+_NEEDED = [frozenset(form.columns) for form in FORMS]
 SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
 SOURCE = ("source", "dataset")
 PREFERENCE = ("chosen", "rejected", "rejected_response", "rejected_messages", "label", "kto_tag")
+_UNSUPPORTED = frozenset((*MEDIA, *PREFERENCE))
 
 
 def decode_line(line: bytes) -> dict[str, Any]:
@@ -115,10 +118,10 @@ class _Columns:
     def take_one(self, names: tuple[str, ...]) -> tuple[str, Any]:
         """The column that holds something, and its value. Raises `BadRow` where several differ."""
         found = {name: value for name in names if not is_empty(value := self.take(name))}
-        values = list(found.values())
-        if any(value != values[0] for value in values[1:]):
+        first = next(iter(found.items()), (names[0], None))
+        if len(found) > 1 and any(value != first[1] for value in found.values()):
             raise BadRow(f"columns {' and '.join(found)} differ: keep one")
-        return next(iter(found.items()), (names[0], None))
+        return first
 
     def required(self, name: str) -> Any:
         if name not in self.names:
@@ -140,7 +143,7 @@ def _parse(columns: _Columns, names: FieldNames | None) -> Conversation:
     weights = tuple(one.weight for one in parsed)
     return Conversation(
         [one.message for one in parsed],
-        weights=weights if any(weight != MessageWeight() for weight in weights) else (),
+        weights=weights if any(weight != UNWEIGHTED for weight in weights) else (),
         tools=parse_tools(tools, f"`{name}`"),
         template_arguments=_template_arguments(columns),
         source=_source(columns),
@@ -149,6 +152,8 @@ def _parse(columns: _Columns, names: FieldNames | None) -> Conversation:
 
 
 def _refuse_unsupported(columns: _Columns, preference: bool) -> None:
+    if _UNSUPPORTED.isdisjoint(columns.left):
+        return
     for name in MEDIA:
         if not is_empty(columns.left.get(name)):
             raise BadRow(f"column `{name}`: images, audio and video are not supported: remove the column")
@@ -169,7 +174,7 @@ def _named_form(names: FieldNames) -> Exchange | Messages:
 
 
 def _find_form(columns: _Columns) -> Exchange | Messages:
-    fitting = [form for form in FORMS if all(name in columns.left for name in form.columns)]
+    fitting = [form for form, needed in zip(FORMS, _NEEDED, strict=True) if columns.left.keys() >= needed]
     # instruction, input and output are one form, not also input and output
     forms = [
         form
@@ -291,7 +296,7 @@ def _template_arguments(columns: _Columns) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadRow(f"`{name}` must be an object, not {kind(value)}")
     check_json(value, f"`{name}`")
-    return value
+    return without_nulls(value)
 
 
 def _source(columns: _Columns) -> str | None:

@@ -12,6 +12,7 @@ SWITCHES = ("train", "training", "loss")
 SPANS = ("spans", "train_detail")
 """Keys that weigh parts of the content: ours, axolotl's."""
 LARGEST, SMALLEST = 1e30, 1e-30  # what fp32 holds with room for products and sums
+UNWEIGHTED = MessageWeight()
 
 WeightedSpan = tuple[int, int, float]
 

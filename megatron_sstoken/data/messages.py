@@ -5,14 +5,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_sstoken.data.conversation import ROLES, BadRow, Message, MessageWeight
-from megatron_sstoken.data.message_weights import WeightedSpan, says_more_than_zero, take_weight, take_whole
+from megatron_sstoken.data.message_weights import UNWEIGHTED, WeightedSpan, says_more_than_zero, take_weight, take_whole
 from megatron_sstoken.data.row_values import decoded, is_empty, kind
 from megatron_sstoken.data.tool_calls import parse_calls
 
 ROLE_NAMES = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "ai"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "chatbot", "ai"),
     "tool": ("tool", "function", "observation", "ipython", "tool_response"),
 }
 """What each of `ROLES` is called, in any case of letters: OpenAI, ShareGPT, LLaMA-Factory, axolotl, ms-swift, Llama."""
@@ -44,6 +44,8 @@ class MessageKeys:
         if not isinstance(name, str):
             problem = "is missing" if name is None else f"must be a string, not {kind(name)}"
             raise BadRow(f"`{self.role[0]}` of message {number} {problem}")
+        if name in ROLES and not self.roles:
+            return name, False
         if own := self.roles.get(name):
             return own, False
         known = name.strip().lower()
@@ -58,7 +60,7 @@ class ParsedMessage:
     """A message, how much it counts, and its keys that only a template may read."""
 
     message: Message
-    weight: MessageWeight = MessageWeight()
+    weight: MessageWeight = UNWEIGHTED
     unused: tuple[str, ...] = ()
     is_call: bool = False
 
@@ -89,9 +91,13 @@ def as_context(parsed: ParsedMessage, number: int) -> ParsedMessage:
 
 
 def _exchange(raw: dict[str, Any]) -> list[dict[str, Any]]:
-    """ms-swift's `{"human": …, "assistant": …}` → two messages; anything else stays."""
-    if raw.keys() == {"human", "assistant"}:
-        return [{"role": role, "content": text} for role, text in raw.items()]
+    """An exchange in one object (ms-swift; xtuner and Capybara) → its messages; anything else stays."""
+    if "role" in raw:
+        return [raw]
+    for user, assistant in (("human", "assistant"), ("input", "output")):
+        if {user, assistant} <= raw.keys() <= {"system", user, assistant}:
+            head = [] if is_empty(raw.get("system")) else [{"role": "system", "content": raw["system"]}]
+            return [*head, {"role": "user", "content": raw[user]}, {"role": "assistant", "content": raw[assistant]}]
     return [raw]
 
 
@@ -101,6 +107,8 @@ def _parse_message(raw: dict[str, Any], number: int, keys: MessageKeys) -> Parse
     what = f"message {number}"
     role, is_call = keys.find_role(_take(fields, keys.role, what), number)
     content = _take(fields, keys.content, what)
+    if not fields and isinstance(content, str) and not is_call:
+        return ParsedMessage({"role": role, "content": content})  # most messages
     for key in MEDIA:
         if not is_empty(fields.get(key)):
             raise BadRow(f"{what} has `{key}`: only texts are supported")
@@ -130,7 +138,7 @@ def _parse_message(raw: dict[str, Any], number: int, keys: MessageKeys) -> Parse
     if role != "assistant":
         if says_more_than_zero(weight):
             raise BadRow(f"{what} of role {role} has a weight above 0: only the assistant's messages are trained on")
-        weight = MessageWeight()
+        weight = UNWEIGHTED
     message: Message = {"role": role, "content": content}
     message |= {REASONING[0]: thinking} if thinking else {}
     message |= {"tool_calls": calls} if calls else {}
@@ -142,10 +150,10 @@ def _parse_message(raw: dict[str, Any], number: int, keys: MessageKeys) -> Parse
 def _take(fields: dict[str, Any], keys: tuple[str, ...], what: str) -> Any:
     """Take the value of whichever key is there."""
     found = {key: fields.pop(key) for key in keys if key in fields}
-    values = list(found.values())
-    if any(value != values[0] for value in values[1:]):
+    first = next(iter(found.values()), None)
+    if len(found) > 1 and any(value != first for value in found.values()):
         raise BadRow(f"{' and '.join(f'`{key}`' for key in found)} of {what} differ: keep one")
-    return values[0] if values else None
+    return first
 
 
 def _take_calls(fields: dict[str, Any], what: str) -> list[dict[str, Any]]:

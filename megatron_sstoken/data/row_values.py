@@ -9,7 +9,7 @@ from megatron_sstoken.data.conversation import BadRow
 def decode_json(text: str, what: str) -> Any:
     """A JSON text → its value. Raises `BadRow` that begins with `what`."""
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise BadRow(f"{what}: {error}") from error
     except RecursionError as error:
@@ -65,3 +65,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise BadRow(f"key {twice!r} occurs twice in one object: keep one")
     return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)

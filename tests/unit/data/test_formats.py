@@ -57,6 +57,8 @@ def test_the_documentation_shows_every_form():
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, exchange("a", "b")),
         ({"conversations": exchange("a", "b")}, exchange("a", "b")),
         ({"conversation": [{"human": "a", "assistant": "b"}]}, exchange("a", "b")),
+        ({"conversation": [{"input": "a", "output": "b", "system": "s"}]}, exchange("a", "b", "s")),
+        ({"conversation": [{"input": "a", "output": "b", "system": None}]}, exchange("a", "b")),
         ({"prompt": "a", "completion": "b"}, exchange("a", "b")),
         ({"prompt": "a", "completion": "b", "messages": None}, exchange("a", "b")),
         ({"prompt": MULTI_TURN[:2], "completion": MULTI_TURN[2:]}, MULTI_TURN),
@@ -182,7 +184,12 @@ def test_no_tools(tools):
 
 def test_other_columns():
     row = shares(
-        chat_template_kwargs='{"enable_thinking": false}', source="web", dataset="d", id=0, score=None, extra=[]
+        chat_template_kwargs='{"enable_thinking": false, "documents": null}',
+        source="web",
+        dataset="d",
+        id=0,
+        score=None,
+        extra=[],
     )
     conversation = parse(row)
     assert conversation.template_arguments == {"enable_thinking": False}
