@@ -23,6 +23,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("thinking", "reasoning")
+CALL_PARTS = ("tool_call", "tool_calls")  # LLaMA-Factory's, as JSON text
 PART_KEYS = ("text", "value", "content", *REASONING_PARTS)
 """Keys of a part's text: OpenAI's, LLaMA-Factory's, axolotl's, Anthropic's and Mistral's."""
 
@@ -125,9 +126,11 @@ def _parse_message(raw: dict[str, Any], number: int, keys: MessageKeys) -> Parse
     if isinstance(content, list):
         joined = _join_parts(content, what)
         content = joined.text
-        if joined.thinking and (thinking or role != "assistant"):
-            raise BadRow(f"{what} has reasoning twice, or is not the assistant's: keep it in one place")
-        thinking = thinking or joined.thinking
+        if role != "assistant" and (joined.thinking or joined.calls):
+            raise BadRow(f"{what} of role {role} has parts of thinking or calls: only the assistant's may")
+        if (thinking and joined.thinking) or (calls and joined.calls):
+            raise BadRow(f"{what} has thinking or calls both in parts and beside them: keep one")
+        thinking, calls = thinking or joined.thinking, calls or joined.calls
     if content is None and (calls or thinking):
         content = ""
     if not isinstance(content, str):
@@ -169,11 +172,11 @@ def _take_calls(fields: dict[str, Any], what: str) -> list[dict[str, Any]]:
 
 def _with_call(before: ParsedMessage, call: ParsedMessage) -> ParsedMessage | None:
     """One message of the assistant's where a message that is a call follows it: what it said, and the calls."""
-    if not call.is_call or before.message["role"] != "assistant" or before.weight != call.weight:
+    nothing_else = call.message.keys() == {"role", "content", "tool_calls"} and before.weight == call.weight
+    if not (call.is_call and nothing_else and before.message["role"] == "assistant"):
         return None
     calls = [*before.message.get("tool_calls", []), *call.message["tool_calls"]]
-    both = call.message | before.message | {"tool_calls": calls}
-    return replace(before, message=both, unused=tuple(dict.fromkeys(before.unused + call.unused)))
+    return replace(before, message=before.message | {"tool_calls": calls})
 
 
 @dataclass
@@ -182,6 +185,7 @@ class _Parts:
 
     text: str = ""
     thinking: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
     spans: list[WeightedSpan] = field(default_factory=list)
     """Of `text`."""
     unused: list[str] = field(default_factory=list)
@@ -189,7 +193,7 @@ class _Parts:
 
 
 def _join_parts(parts: list[Any], what: str) -> _Parts:
-    """Texts are put together with nothing between them, as chat templates that know parts do."""
+    """Thinking, then texts (with nothing between them, as chat templates that know parts do), then calls."""
     joined = _Parts()
     for index, raw in enumerate(parts):
         place = f"part {index} of {what}"
@@ -198,26 +202,28 @@ def _join_parts(parts: list[Any], what: str) -> _Parts:
             raise BadRow(f"{place} must be an object with type and text, not {kind(part)}")
         part = {key: value for key, value in part.items() if value is not None}
         name = part.pop("type", "text")
-        if name not in (*TEXT_PARTS, *REASONING_PARTS):
-            raise BadRow(f"{place} is of type {name!r}: only text and thinking are supported")
         weight = take_whole(part, place)
-        text = _take(part, PART_KEYS, place)
+        content = _take(part, PART_KEYS, place)
         joined.unused += [f"content.{key}" for key, value in part.items() if not is_empty(value)]
-        if isinstance(text, list) and name in REASONING_PARTS:  # Mistral's thinking holds parts of text
-            inner = _join_parts(text, place)
+        if name in REASONING_PARTS and isinstance(content, list):  # Mistral's thinking holds parts of text
+            inner = _join_parts(content, place)
             weight = next((weight for *_, weight in inner.spans), weight)
-            text = inner.text
-        if not isinstance(text, str):
-            raise BadRow(f"`text` of {place} must be a string, not {kind(text)}")
-        if name in TEXT_PARTS:
-            start, joined.text = len(joined.text), joined.text + text
-            joined.spans += [(start, len(joined.text), weight)] if weight is not None and text else []
-        elif weight is not None:
-            raise BadRow(f"{place} weighs thinking: weigh the whole message, or use --thinking_weight")
-        elif joined.text:
-            raise BadRow(f"{place} is thinking after text: templates write thinking first")
+            content = inner.text
+        if name not in TEXT_PARTS and weight is not None:
+            raise BadRow(f"{place} is no text, but has a weight: weigh the whole message, or use --thinking_weight")
+        if name in CALL_PARTS:
+            joined.calls += parse_calls(content, place)
+        elif name not in (*TEXT_PARTS, *REASONING_PARTS):
+            raise BadRow(f"{place} is of type {name!r}: only text, thinking and tool_call are supported")
+        elif not isinstance(content, str):
+            raise BadRow(f"`text` of {place} must be a string, not {kind(content)}")
+        elif joined.calls or (joined.text and name in REASONING_PARTS):
+            raise BadRow(f"{place} is out of order: templates write thinking, then text, then calls")
+        elif name in REASONING_PARTS:
+            joined.thinking += content
         else:
-            joined.thinking += text
+            start, joined.text = len(joined.text), joined.text + content
+            joined.spans += [(start, len(joined.text), weight)] if weight is not None and content else []
     return joined
 
 

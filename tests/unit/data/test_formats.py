@@ -332,20 +332,46 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=5),
     max_leaves=20,
 )
-MESSAGES = st.lists(
-    st.fixed_dictionaries(
-        {"role": st.sampled_from(["user", "assistant", "tool", "function_call"])},
-        optional={
-            name: VALUES for name in ("content", "weight", "train", "spans", "train_detail", "tool_calls", "thinking")
-        },
-    ),
-    max_size=4,
+CALLS = st.sampled_from(
+    [{"name": "f"}, [{"function": {"name": "f", "arguments": "{}"}}], '{"name": "f", "arguments": 1}']
 )
+PARTS = st.lists(
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["text", "text", "thinking"]), "text": st.text(max_size=3)},
+        optional={"weight": st.floats(0, 2) | VALUES},
+    ),
+    max_size=3,
+)
+OFTEN_RIGHT = {
+    "weight": st.floats(0, 2) | VALUES,
+    "train": st.booleans() | VALUES,
+    "spans": st.lists(
+        st.fixed_dictionaries({"start": st.integers(0, 2), "stop": st.integers(1, 4), "weight": st.floats(0, 2)}),
+        max_size=2,
+    )
+    | VALUES,
+    "train_detail": st.lists(
+        st.fixed_dictionaries(
+            {"begin_offset": st.integers(0, 3), "end_offset": st.integers(0, 3), "train": st.booleans()}
+        ),
+        max_size=2,
+    ),
+    "thinking": st.text(max_size=3) | VALUES,
+    "tool_calls": CALLS | VALUES,
+    "name": VALUES,
+}
+ANSWERS = st.fixed_dictionaries(
+    {"role": st.just("assistant"), "content": st.text(max_size=4) | PARTS}, optional=OFTEN_RIGHT
+)
+OTHERS = st.fixed_dictionaries({"role": st.sampled_from(["user", "tool"]), "content": st.text(max_size=4)}) | (
+    st.fixed_dictionaries({"role": st.just("function_call"), "content": CALLS})
+)
+MESSAGES = st.lists(ANSWERS | ANSWERS | OTHERS | VALUES, min_size=1, max_size=3)
 
 
 @given(
     st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6)
-    | st.fixed_dictionaries({"messages": MESSAGES}, optional={"tools": VALUES, "system": VALUES, "weight": VALUES})
+    | st.fixed_dictionaries({"messages": MESSAGES}, optional={"tools": VALUES, "system": VALUES})
     | st.fixed_dictionaries(
         {"prompt": MESSAGES | VALUES, "completion": MESSAGES | VALUES}, optional={"history": VALUES}
     )

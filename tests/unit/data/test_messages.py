@@ -64,6 +64,15 @@ def test_parts_of_text_are_put_together(key):
     assert answer(content=parts)["content"] == "a bcd"
 
 
+@pytest.mark.parametrize("value", ['{"name": "f", "arguments": {"x": 1}}', CALL["function"]])
+def test_parts_that_are_calls(value):
+    part = {"type": "tool_call", "value": value}
+    assert answer(content=[part, part]) == {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}
+    assert answer(content=[{"type": "text", "value": "b"}, part]) == {**ANSWER, "tool_calls": [CALL]}
+    with pytest.raises(BadRow, match="part 1 of message 0 is out of order"):
+        answer(content=[part, "b"])
+
+
 def test_keys_of_parts_that_nothing_reads_are_unused():
     (one,) = parse_messages([{"role": "user", "content": [{"text": "a", "cache_control": {"type": "x"}}]}], "messages")
     assert one.message == QUESTION and one.unused == ("content.cache_control",)
@@ -77,6 +86,8 @@ def test_messages_that_are_calls(role):
     assert parse({"role": role, "content": f"[{text}, {text}]"}) == [both]
     assert parse({"role": role, "content": text}, {"role": role, "content": text}) == [both]
     assert parse(ANSWER, {"role": role, "content": text}) == [{**ANSWER, "tool_calls": [CALL]}]
+    thought = parse(ANSWER, {"role": role, "content": text, "thinking": "t"})
+    assert thought == [ANSWER, both | {"tool_calls": [CALL], "reasoning_content": "t"}]
     apart = parse(ANSWER | {"weight": 0}, {"role": role, "content": text})
     assert apart == [ANSWER, both | {"tool_calls": [CALL]}]
 
@@ -132,19 +143,19 @@ def test_context_has_weight_zero():
         ),
         (
             {"role": "user", "content": [{"type": "thinking", "thinking": "t"}]},
-            "reasoning twice, or is not the assistant",
+            "role user has parts of thinking or calls",
         ),
         (
             {"role": "assistant", "content": ["b", {"type": "thinking", "thinking": "t"}]},
-            "part 1 of message 0 is thinking after text",
+            "part 1 of message 0 is out of order",
         ),
         (
             {"role": "assistant", "content": [{"type": "thinking", "thinking": "t", "train": False}]},
-            "part 0 of message 0 weighs thinking: .*--thinking_weight",
+            "part 0 of message 0 is no text, but has a weight: .*--thinking_weight",
         ),
         (
             {"role": "assistant", "thinking": "t", "content": [{"type": "thinking", "thinking": "t"}]},
-            "message 0 has reasoning twice",
+            "message 0 has thinking or calls both in parts and beside them",
         ),
         ({"role": "assistant", "reasoning": "s", "thinking": "t"}, "`reasoning` and `thinking` of message 0 differ"),
         ({"role": "assistant", "reasoning": ["s"]}, "the reasoning of message 0 must be a string"),
