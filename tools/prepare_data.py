@@ -16,9 +16,9 @@ from megatron_sstoken.data.prepare import default_workers, prepare, summary
 from megatron_sstoken.data.recipe import FieldNames, Recipe
 from megatron_sstoken.tool import add_debug, run_tool
 
-ROWS = """input rows: {"messages": [{"role", "content"}, …]}, {"prompt", "completion"} (texts, or lists of
-messages), {"instruction", "input", "output"}, or the columns named by --fields. Roles: system, user,
-assistant, tool."""
+ROWS = """input rows: messages or conversations (role and content, or from and value), prompt and completion (texts, or
+lists of messages), prompt, query or question and response, question and answer, input and output, instruction and output or
+response (Alpaca, Dolly), or the columns named by --fields. docs/data.md has a row of each."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -32,7 +32,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", required=True, help="Hugging Face folder, or sentencepiece .model file")
     parser.add_argument("--output", required=True, help="folder to create")
     parser.add_argument("--chat_template", metavar="FILE", help="Jinja template to use instead of the tokenizer's")
-    parser.add_argument("--fields", help="columns, such as prompt=question,response=answer[,system=rules]")
+    parser.add_argument(
+        "--fields",
+        help="columns: prompt=question,response=answer[,system=rules], or messages=dialog[,role=from][,content=value]",
+    )
     parser.add_argument("--workers", type=int, default=default_workers(), help="tokenising processes")
     parser.add_argument(
         "--on_bad_row",

@@ -9,8 +9,16 @@ Span = tuple[int, int]
 ROLES = ("system", "user", "assistant", "tool")
 
 
+def printable(text: str) -> str:
+    """The text, with half surrogate pairs (which no stream takes) written out as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class BadRow(ValueError):
     """One row cannot be prepared; the message is the reason. Other rows may be fine."""
+
+    def __init__(self, reason: str):
+        super().__init__(printable(reason))
 
 
 @dataclass(frozen=True)
@@ -20,7 +28,7 @@ class MessageWeight:
     whole: float | None = None
     """Of the whole message, its tool calls and end of turn included; None: the row says nothing."""
     spans: tuple[tuple[int, int, float], ...] = ()
-    """(start, stop, weight) of characters of `content`, ascending, apart from each other; they win over `whole`."""
+    """(start, stop, weight) of characters of `content`, ascending, not overlapping; they win over `whole`."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,8 @@ class Conversation:
 
     messages: list[Message]
     """What the template sees. `role` is one of `ROLES`, `content` a string; more keys (tool_calls, reasoning_content,
-    name …) as the row has them. Keys whose value is null are left out."""
+    name …). The arguments of calls are objects; `TemplateStyle.apply` writes them as text where the template wants
+    that. Keys whose value is null are left out."""
     weights: tuple[MessageWeight, ...] = ()
     """One for each message, or none at all: the row says nothing."""
     tools: list[dict[str, Any]] | None = None
@@ -39,7 +48,8 @@ class Conversation:
     source: str | None = None
     """Label of the row (its column `source`), else None."""
     unused: tuple[str, ...] = ()
-    """Columns (`id`) and keys of messages (`messages.id`) that nothing reads."""
+    """Columns (`id`), keys of messages (`messages.id`) and of their parts (`messages.content.id`) that are not read here.
+    The template may read those of messages: `formats.really_unused`."""
 
     def weight_of(self, index: int) -> MessageWeight:
         """Weight of message `index`."""

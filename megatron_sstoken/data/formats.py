@@ -1,113 +1,313 @@
 """Rows of a data set, in whatever form they come → conversations."""
 
-import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_sstoken.data.conversation import ROLES, BadRow, Conversation, Message
+from megatron_sstoken.data.conversation import BadRow, Conversation, printable
+from megatron_sstoken.data.message_weights import UNWEIGHTED, learns, take_whole
+from megatron_sstoken.data.messages import MEDIA, MessageKeys, ParsedMessage, as_context, parse_messages
 from megatron_sstoken.data.recipe import DEFAULT_RECIPE, FieldNames, Recipe
+from megatron_sstoken.data.row_values import check_json, decode_json, decoded, is_empty, kind, without_nulls
+from megatron_sstoken.data.tool_calls import parse_tools
 
-FORMS = {
-    "messages": ("messages",),
-    "prompt/completion": ("prompt", "completion"),
-    "instruction/output": ("instruction", "output"),
-}
+
+@dataclass(frozen=True)
+class Exchange:
+    """A form of row: columns of a prompt and of the response to it."""
+
+    prompt: str
+    response: str
+    additions: tuple[str, ...] = ()
+    """Columns whose text follows the prompt's, after an empty line."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.prompt, self.response)
+
+
+@dataclass(frozen=True)
+class Messages:
+    """A form of row: a column with a list of messages."""
+
+    column: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    additions = ()
+
+
+ADDITIONS = ("input", "context")  # Alpaca's, Dolly's
+FORMS: tuple[Exchange | Messages, ...] = (
+    Messages("messages"),  # OpenAI, TRL, and most others
+    Messages("conversations"),  # ShareGPT, LLaMA-Factory, axolotl, NeMo
+    Messages("conversation"),  # LMSYS, WildChat, ms-swift
+    Exchange("prompt", "completion"),  # TRL
+    Exchange("prompt", "response"),
+    Exchange("query", "response"),  # ms-swift, MetaMath
+    Exchange("question", "answer"),  # GSM8K
+    Exchange("question", "response"),  # OpenOrca
+    Exchange("input", "output"),  # NeMo
+    Exchange("inputs", "targets"),  # FLAN, Aya
+    Exchange("instruction", "output", ADDITIONS),  # Alpaca, LLaMA-Factory
+    Exchange("instruction", "response", ADDITIONS),  # Dolly
+)
+_NEEDED = [frozenset(form.columns) for form in FORMS]
+SYSTEM = ("system", "system_prompt")
+TOOLS = ("tools", "functions")
+SOURCE = ("source", "dataset")
+PREFERENCE = ("chosen", "rejected", "rejected_response", "rejected_messages", "label", "kto_tag")
+_UNSUPPORTED = frozenset((*MEDIA, *PREFERENCE))
 
 
 def decode_line(line: bytes) -> dict[str, Any]:
     """One line of JSON → a row. Raises `BadRow` with the reason."""
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
+        text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadRow(f"byte {error.start} of the line is not UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise BadRow(f"invalid JSON: {error}") from error
-    except RecursionError as error:
-        raise BadRow("invalid JSON: nested too deeply") from error
+        remedy = " (UTF-16?): convert the file to UTF-8" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise BadRow(f"byte {error.start} of the line is not UTF-8{remedy}") from error
+    row = decode_json(text, "invalid JSON")
     if not isinstance(row, dict):
-        raise BadRow(f"a row must be a JSON object, not {_kind(row)}")
+        raise BadRow(f"a row must be a JSON object, not {kind(row)}")
     return row
 
 
 def parse_row(row: dict[str, Any], recipe: Recipe = DEFAULT_RECIPE) -> Conversation:
     """A row → a conversation. `recipe.fields` names the columns; without it the form is found from `FORMS`.
 
-    Keys of a message besides role and content (such as `name`) reach the chat template unchanged. Every
-    assistant message counts as response, also one inside a conversational prompt. Raises `BadRow` with the
-    reason.
+    Assistant messages of a prompt are context, all others are trained on as far as the row's weights say so. Keys
+    of a message that are not known here (such as `name`) reach the chat template unchanged. Raises `BadRow` with the
+    reason, and nothing else.
     """
-    if row.get("tools"):
-        raise BadRow("`tools` (tool schemas) is not supported: write them into the system message")
-    messages = _named_messages(row, recipe.fields) if recipe.fields else _formed_messages(row)
-    _check_messages(messages)
-    # a data set's unset columns arrive as null; templates tell an absent key from a present one
-    present = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    return Conversation(present)
+    try:
+        return _parse(_Columns(row), recipe.fields)
+    except RecursionError as error:
+        raise BadRow("nested too deeply") from error
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise BadRow(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object: keep one")
-    return row
+def really_unused(unused: Iterable[str], template: str | None) -> tuple[str, ...]:
+    """Of `Conversation.unused`, what the chat template does not read either.
+
+    A key of messages counts as read where the template's text takes it from something that is not a tool or a call:
+    `message.name`, `message["name"]`, `m.get("name")`.
+    """
+
+    def is_read(key: str) -> bool:
+        name = re.escape(key)
+        takes = rf"(\w+)(?:\[[^\]'\"]*\])?\s*(?:\.\s*{name}\b|\[\s*['\"]{name}['\"]\s*\]|\.get\(\s*['\"]{name}['\"])"
+        return any(not re.search("tool|func|call|param", base) for base in re.findall(takes, template or ""))
+
+    return tuple(name for name in unused if not (name.startswith("messages.") and is_read(name.split(".", 1)[1])))
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+class _Columns:
+    """The columns of a row that hold something; those that nothing takes are unused at the end."""
+
+    def __init__(self, row: dict[str, Any]):
+        self.names = tuple(row)
+        self.left = {name: value for name, value in row.items() if value is not None}
+
+    def take(self, name: str) -> Any:
+        """The value of a column, None if it is not there."""
+        return self.left.pop(name, None)
+
+    def take_one(self, names: tuple[str, ...]) -> tuple[str, Any]:
+        """The column that holds something, and its value. Raises `BadRow` where several differ."""
+        found = {name: value for name in names if not is_empty(value := self.take(name))}
+        first = next(iter(found.items()), (names[0], None))
+        if len(found) > 1 and any(value != first[1] for value in found.values()):
+            raise BadRow(f"columns {' and '.join(found)} differ: keep one")
+        return first
+
+    def required(self, name: str) -> Any:
+        if name not in self.names:
+            raise BadRow(f"field `{name}` is missing; the row has: {', '.join(self.names) or 'nothing'}")
+        return self.take(name)
 
 
-def _text(row: dict[str, Any], key: str) -> str:
-    if key not in row:
-        raise BadRow(f"field `{key}` is missing; the row has: {', '.join(row) or 'nothing'}")
-    if not isinstance(row[key], str):
-        raise BadRow(f"`{key}` must be a string, not {_kind(row[key])}")
-    return row[key]
+def _parse(columns: _Columns, names: FieldNames | None) -> Conversation:
+    _refuse_unsupported(columns, preference=names is None)
+    form = _named_form(names) if names else _find_form(columns)
+    if isinstance(form, Messages):
+        parsed = parse_messages(columns.required(form.column), form.column, _message_keys(names))
+    else:
+        parsed = _parse_exchange(columns, form)
+    parsed = _with_system(columns, (names.system,) if names and names.system else SYSTEM, parsed)
+    parsed = _with_row_weight(columns, parsed)
+    _check_something_to_learn(parsed)
+    name, tools = columns.take_one((names.tools,) if names and names.tools else TOOLS)
+    weights = tuple(one.weight for one in parsed)
+    return Conversation(
+        [one.message for one in parsed],
+        weights=weights if any(weight != UNWEIGHTED for weight in weights) else (),
+        tools=parse_tools(tools, f"`{name}`"),
+        template_arguments=_template_arguments(columns),
+        source=_source(columns),
+        unused=_unused(columns, parsed),
+    )
 
 
-def _exchange(prompt: str, response: str, system: str = "") -> list[Message]:
-    head = [{"role": "system", "content": system}] if system else []
-    return [*head, {"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+def _refuse_unsupported(columns: _Columns, preference: bool) -> None:
+    if _UNSUPPORTED.isdisjoint(columns.left):
+        return
+    for name in MEDIA:
+        if not is_empty(columns.left.get(name)):
+            raise BadRow(f"column `{name}`: images, audio and video are not supported: remove the column")
+    for name in PREFERENCE if preference else ():
+        value = columns.left.get(name)
+        if isinstance(value, bool) if name in ("label", "kto_tag") else not is_empty(value):
+            raise BadRow(
+                f"column `{name}` is of preference data, which is not supported: name what is to be learnt, such as "
+                "--fields prompt=prompt,response=chosen or --fields messages=chosen, or remove the column"
+            )
 
 
-def _named_messages(row: dict[str, Any], fields: FieldNames) -> list[Message]:
-    system = "" if fields.system is None or row.get(fields.system) is None else _text(row, fields.system)
-    return _exchange(_text(row, fields.prompt), _text(row, fields.response), system)
+def _named_form(names: FieldNames) -> Exchange | Messages:
+    if names.messages:
+        return Messages(names.messages)
+    assert names.prompt and names.response, "FieldNames has one of the two forms"
+    return Exchange(names.prompt, names.response)
 
 
-def _formed_messages(row: dict[str, Any]) -> list[Message]:
-    forms = [form for form, keys in FORMS.items() if row.keys() >= set(keys)]
-    if not forms:
-        raise BadRow(
-            f"no known form ({', '.join(FORMS)}) in the fields: {', '.join(row) or 'none'}: "
-            "name the fields with --fields"
-        )
+def _find_form(columns: _Columns) -> Exchange | Messages:
+    fitting = [form for form, needed in zip(FORMS, _NEEDED, strict=True) if columns.left.keys() >= needed]
+    # instruction, input and output are one form, not also input and output
+    forms = [
+        form
+        for form in fitting
+        if not any(set(form.columns) < {*other.columns, *other.additions} for other in fitting if other is not form)
+    ]
     if len(forms) > 1:
-        raise BadRow(f"ambiguous: the fields fit {' and '.join(forms)}: keep one, or name the fields with --fields")
-    if forms == ["messages"]:
-        return row["messages"]
-    if forms == ["instruction/output"]:
-        parts = [_text(row, "instruction"), _text(row, "input") if row.get("input") is not None else ""]
-        return _exchange("\n\n".join(part for part in parts if part), _text(row, "output"))
-    if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        return row["prompt"] + row["completion"]
-    return _exchange(_text(row, "prompt"), _text(row, "completion"))
+        fits = " and ".join("/".join(form.columns) for form in forms)
+        raise BadRow(f"ambiguous: the fields fit {fits}: name the ones that count with --fields, or remove the others")
+    if forms:
+        return forms[0]
+    present = ", ".join(columns.left) or "none"
+    empty = ", ".join(name for name in columns.names if name not in columns.left)
+    present += f" (null: {empty})" if empty else ""
+    if "text" in columns.left:
+        raise BadRow(
+            f"plain text has no prompt to tell the response from (fields: {present}): split it into prompt and completion"
+        )
+    known = ", ".join("/".join(form.columns) for form in FORMS)
+    raise BadRow(f"no known form ({known}) in the fields: {present}: name the fields with --fields")
 
 
-def _check_messages(messages: Any) -> None:
-    if not isinstance(messages, list):
-        raise BadRow(f"`messages` must be a list, not {_kind(messages)}")
-    if not messages:
+def _message_keys(names: FieldNames | None) -> MessageKeys:
+    if names is None:
+        return MessageKeys()
+    own = {name: role for name, role in ((names.user, "user"), (names.assistant, "assistant")) if name}
+    return MessageKeys(
+        (names.role,) if names.role else MessageKeys.role,
+        (names.content,) if names.content else MessageKeys.content,
+        own,
+    )
+
+
+def _parse_exchange(columns: _Columns, form: Exchange) -> list[ParsedMessage]:
+    parsed = _parse_history(columns.take("history"))
+    prompt, response = (columns.required(name) for name in form.columns)
+    additions = [columns.take(name) for name in form.additions]
+    for name, value in zip(form.additions, additions, strict=True):
+        if value is not None and not isinstance(value, str):
+            raise BadRow(f"`{name}` must be a string, not {kind(value)}")
+    if any(additions) and not isinstance(prompt, str):
+        raise BadRow(f"`{form.prompt}` must be a string beside {' and '.join(form.additions)}, not {kind(prompt)}")
+    if isinstance(prompt, str):
+        prompt = "\n\n".join(text for text in (prompt, *additions) if text)
+    context = _side(prompt, form.prompt, "user")
+    parsed += [as_context(one, number) for number, one in enumerate(context)]
+    return parsed + _side(response, form.response, "assistant")
+
+
+def _side(value: Any, column: str, role: str) -> list[ParsedMessage]:
+    """A prompt or a response: a text, or a list of messages."""
+    if isinstance(value, list):
+        return parse_messages(value, column)
+    if not isinstance(value, str):
+        raise BadRow(f"`{column}` must be a string or a list of messages, not {kind(value)}")
+    return [ParsedMessage({"role": role, "content": value})]
+
+
+def _parse_history(value: Any) -> list[ParsedMessage]:
+    """Earlier exchanges as pairs; what was answered is trained on, as in LLaMA-Factory and ms-swift."""
+    if is_empty(value := decoded(value, "`history`")):
+        return []
+    pairs = value if isinstance(value, list) else [value]
+    for pair in pairs:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise BadRow("`history` must be a list of pairs of texts: question and answer")
+    texts = [text for pair in pairs for text in pair]
+    return [
+        ParsedMessage({"role": role, "content": text})
+        for role, text in zip(("user", "assistant") * len(pairs), texts, strict=True)
+    ]
+
+
+def _with_system(columns: _Columns, names: tuple[str, ...], parsed: list[ParsedMessage]) -> list[ParsedMessage]:
+    name, system = columns.take_one(names)
+    if system is None:
+        return parsed
+    if not isinstance(system, str):
+        raise BadRow(f"`{name}` must be a string, not {kind(system)}")
+    written = [one.message["content"] for one in parsed if one.message["role"] == "system"]
+    if not written:
+        return [ParsedMessage({"role": "system", "content": system}), *parsed]
+    if written[0] != system:
+        raise BadRow(f"column `{name}` differs from the conversation's own system message: keep one")
+    return parsed
+
+
+def _with_row_weight(columns: _Columns, parsed: list[ParsedMessage]) -> list[ParsedMessage]:
+    """The row's weight is that of each assistant message without its own."""
+    given = {name: value for name in ("weight", "loss_weight", "train") if (value := columns.take(name)) is not None}
+    weight = take_whole(given, "the row")
+    if weight is None:
+        return parsed
+    return [
+        replace(one, weight=replace(one.weight, whole=weight))
+        if one.message["role"] == "assistant" and one.weight.whole is None
+        else one
+        for one in parsed
+    ]
+
+
+def _check_something_to_learn(parsed: list[ParsedMessage]) -> None:
+    if not parsed:
         raise BadRow("the conversation is empty")
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise BadRow(f"message {number} must be an object with role and content, not {_kind(message)}")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                problem = f"must be a string, not {_kind(message[key])}" if key in message else "is missing"
-                raise BadRow(f"`{key}` of message {number} {problem}")
-        if message["role"] not in ROLES:
-            raise BadRow(f"role {message['role']!r} of message {number} is none of {', '.join(ROLES)}")
-    turns = [message for message in messages if message["role"] == "assistant"]
-    if not any(turn["content"] or turn.get("tool_calls") for turn in turns):
+    turns = [one for one in parsed if one.message["role"] == "assistant"]
+    turns = [
+        one for one in turns if any(one.message.get(key) for key in ("content", "tool_calls", "reasoning_content"))
+    ]
+    if not turns:
         raise BadRow("no assistant message with content, so there is nothing to learn")
+    if not any(learns(one.weight) for one in turns):
+        raise BadRow("every assistant message has weight 0 or is part of the prompt, so there is nothing to learn")
+
+
+def _template_arguments(columns: _Columns) -> dict[str, Any]:
+    name = "chat_template_kwargs"
+    if is_empty(value := decoded(columns.take(name), f"`{name}`")):
+        return {}
+    if not isinstance(value, dict):
+        raise BadRow(f"`{name}` must be an object, not {kind(value)}")
+    check_json(value, f"`{name}`")
+    return without_nulls(value)
+
+
+def _source(columns: _Columns) -> str | None:
+    """The label of the row; a column of that name that holds no text is not one."""
+    for name in SOURCE:
+        if isinstance(columns.left.get(name), str) and columns.left[name]:
+            return printable(columns.take(name))
+    return None
+
+
+def _unused(columns: _Columns, parsed: list[ParsedMessage]) -> tuple[str, ...]:
+    names = [name for name, value in columns.left.items() if not is_empty(value)]
+    names += [f"messages.{key}" for one in parsed for key in one.unused]
+    return tuple(dict.fromkeys(map(printable, names)))

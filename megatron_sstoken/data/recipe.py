@@ -9,20 +9,38 @@ DROPPABLE = ("system", "tools", "tool_calls", "reasoning", "content")
 
 @dataclass(frozen=True)
 class FieldNames:
-    """Names of the fields that hold the prompt, the response and (optional, may be empty) the system text."""
+    """What a data set calls its columns: either prompt and response, or messages."""
 
-    prompt: str
-    response: str
+    prompt: str | None = None
+    response: str | None = None
     system: str | None = None
+    """Of the system text, which may be empty."""
+    messages: str | None = None
+    """Of a list of messages; what follows is about these."""
+    role: str | None = None
+    """Key of a message's role."""
+    content: str | None = None
+    """Key of a message's content."""
+    user: str | None = None
+    """The user's role."""
+    assistant: str | None = None
+    """The assistant's role."""
+    tools: str | None = None
+    """Of the tool schemas."""
 
     @classmethod
     def parse(cls, text: str) -> "FieldNames":
-        """`prompt=question,response=answer[,system=rules]` → names; `ValueError` for anything else."""
+        """`prompt=question,response=answer[,system=rules]` or `messages=dialog[,role=from …]`; else `ValueError`."""
         pairs = [part.partition("=")[::2] for part in text.split(",")]
         names = {key.strip(): name.strip() for key, name in pairs}
-        right_keys = {"prompt", "response"} <= names.keys() <= {"prompt", "response", "system"}
-        if not right_keys or len(names) < len(pairs) or not all(names.values()):
-            raise ValueError(f"--fields: {text!r} must read prompt=NAME,response=NAME[,system=NAME]")
+        general = {"system", "tools"}
+        exchange = {"prompt", "response"} <= names.keys() <= {"prompt", "response"} | general
+        messages = {"messages"} <= names.keys() <= {"messages", "role", "content", "user", "assistant"} | general
+        if not (exchange or messages) or len(names) < len(pairs) or not all(names.values()):
+            raise ValueError(
+                f"--fields: {text!r} must read prompt=NAME,response=NAME or messages=NAME[,role=KEY][,content=KEY]"
+                "[,user=ROLE][,assistant=ROLE], each with [,system=NAME][,tools=NAME]"
+            )
         return cls(**names)
 
 
