@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,10 @@ class TextTokenizer(ABC):
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], positions: bool = True) -> list[Encoding]:
         """Token ids of each text, without added special tokens; faster without `positions`."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of tokens, special ones included."""
 
     def set_template(self, template: str | None) -> None:
         """Use this Jinja chat template (None: none). Raises as `has_generation_marks`."""
@@ -144,6 +149,9 @@ class HuggingFaceTokenizer(TextTokenizer):
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [Encoding(encoding.ids, partial(_tokens_before, encoding)) for encoding in encodings]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
     def _encode_slowly(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
@@ -192,6 +200,13 @@ class SentencePieceTokenizer(TextTokenizer):
 
     def encode_batch(self, texts: Sequence[str], positions: bool = True) -> list[Encoding]:
         return [self._encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Control pieces by their names, which sentencepiece itself leaves out."""
+        texts = []
+        for control, run in groupby(map(int, ids), key=lambda token_id: self._model.is_control(token_id)):
+            texts.append("".join(map(self._model.id_to_piece, run)) if control else self._model.decode(list(run)))
+        return "".join(texts)
 
     def _encode(self, text: str) -> Encoding:
         ids: list[int] = []
