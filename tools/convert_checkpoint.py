@@ -37,6 +37,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     export = commands.add_parser("to-hf", help="megatron checkpoint → Hugging Face folder")
     _add_checkpoint_arguments(export)
     export.add_argument("--merge", action="store_true", help="of a LoRA run: the whole model, adapters merged in")
+    export.add_argument(
+        "--chat_template",
+        choices=("data", "own"),
+        default="data",
+        help="write the template that the data was prepared with, or keep the tokenizer's own (default: data)",
+    )
     export.set_defaults(run=_to_hf)
     _add_conversion_arguments(export, dtypes="fp32, bf16 or fp16", shard_size="5GB")
 
@@ -136,8 +142,15 @@ def _from_hf(arguments: argparse.Namespace) -> int:
 
 
 def _to_hf(arguments: argparse.Namespace) -> int:
-    options, merge = _options(arguments), arguments.merge
-    written = to_hf(arguments.checkpoint, arguments.output, hf_path=arguments.hf, options=options, merge=merge)
+    written = to_hf(
+        arguments.checkpoint,
+        arguments.output,
+        hf_path=arguments.hf,
+        options=_options(arguments),
+        merge=arguments.merge,
+        chat_template=arguments.chat_template,
+        tell=print,
+    )
     print(f"written: {written}")
     return 0
 

@@ -14,6 +14,7 @@ except ModuleNotFoundError:
 
 from megatron_sstoken.data.prepare import default_workers, prepare, summary
 from megatron_sstoken.data.recipe import FieldNames, Recipe
+from megatron_sstoken.data.templates import template_names
 from megatron_sstoken.tool import add_debug, run_tool
 
 ROWS = """input rows: messages or conversations (role and content, or from and value), prompt and completion (texts, or
@@ -31,7 +32,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE.jsonl", help="files, read in this order")
     parser.add_argument("--tokenizer", required=True, help="Hugging Face folder, or sentencepiece .model file")
     parser.add_argument("--output", required=True, help="folder to create")
-    parser.add_argument("--chat_template", metavar="FILE", help="Jinja template to use instead of the tokenizer's")
+    parser.add_argument(
+        "--chat_template",
+        metavar="NAME|FILE",
+        help=f"template to use instead of the tokenizer's: a Jinja file, or one of {', '.join(template_names())}",
+    )
     parser.add_argument(
         "--fields",
         help="columns: prompt=question,response=answer[,system=rules], or messages=dialog[,role=from][,content=value]",

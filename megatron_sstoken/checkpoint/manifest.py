@@ -78,6 +78,8 @@ class RunState:
     """Settings of selection and history, and the starting weights: told where a resumed run changes them."""
     adapters: AdapterIdentity | None = None
     """Set where the checkpoint holds adapters (and their optimizer state) alone."""
+    chat_template: str | None = None
+    """Text of the chat template that the training data was prepared with; None: without one, or not known."""
     split: list = field(default_factory=list)
     """Layout and kind of device that random states belong to."""
 

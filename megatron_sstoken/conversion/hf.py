@@ -4,8 +4,9 @@ At no time are there more tensors in memory than `ConversionOptions.max_memory` 
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,6 +15,7 @@ from megatron_sstoken.checkpoint.manifest import Checkpoint, RunState, open_chec
 from megatron_sstoken.checkpoint.weights_source import WeightsSource
 from megatron_sstoken.config import ModelSettings
 from megatron_sstoken.conversion.adapters import AdapterCheckpoint
+from megatron_sstoken.conversion.chat_template import export_template
 from megatron_sstoken.conversion.contents import Parameter, checkpoint_contents
 from megatron_sstoken.conversion.folder import FolderReader, copy_companions
 from megatron_sstoken.conversion.output import write_checkpoint, write_safetensors
@@ -35,7 +37,13 @@ def _reader_of(source: WeightsSource) -> FolderReader | CheckpointReader:
 
 
 def _write_adapters(
-    adapters: AdapterCheckpoint, source: str, named: str | None, output: str, options: ConversionOptions
+    adapters: AdapterCheckpoint,
+    source: str,
+    named: str | None,
+    output: str,
+    options: ConversionOptions,
+    template: str | None,
+    tell: Callable[[str], None],
 ) -> Path:
     """`named`: the base's Hugging Face folder, where the user named one."""
     base_checkpoint = adapters.identity.base_checkpoint
@@ -46,9 +54,15 @@ def _write_adapters(
             f"the adapters of {adapters.folder} belong to the weights of {base_checkpoint}: export those with to-hf and name "
             "their folder with --hf, or pass --merge"
         )
-    identity = {"operation": "adapters", "version": __version__, "source": adapters.fingerprint}
+    identity = {
+        "operation": "adapters",
+        "version": __version__,
+        "source": adapters.fingerprint,
+        "chat_template": template,
+    }
     with Workplace(output, identity, [adapters.folder] if options.verify else []) as place:
         adapters.write_peft(place.folder, os.path.abspath(source))
+        tell(export_template(place.folder, template))
         return place.publish()
 
 
@@ -59,22 +73,26 @@ def to_hf(
     hf_path: str | None = None,
     options: ConversionOptions | None = None,
     merge: bool = False,
+    chat_template: Literal["data", "own"] = "data",
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Write a Hugging Face folder (config, safetensors with index, tokenizer) from a megatron checkpoint.
 
     `checkpoint`: a checkpoint folder or a directory of them (the newest is taken), of any layout; its optimizer state is
     not read. `hf_path`: the folder that config and tokenizer are copied from; default: the one that the checkpoint
     names. Padded vocabulary rows are left out. Of a LoRA run the adapters are written as a PEFT folder, or, with `merge`,
-    the whole model with the adapters in its weights. The output appears complete or not at all. Raises ValueError for
-    missing or unfitting input and for an output in the way.
+    the whole model with the adapters in its weights. `chat_template`: the one that the run's data was prepared with
+    (`export_template`), or the tokenizer's own; `tell` hears which was written. The output appears complete or not
+    at all. Raises ValueError for missing or unfitting input and for an output in the way.
     """
     options = options or ConversionOptions()
     refuse_existing(output, options.overwrite, [checkpoint, *([hf_path] if hf_path else [])])
     opened = open_checkpoint(checkpoint)
     folder, source = opened.folder, _architecture_folder(opened, hf_path)
+    template = opened.state.chat_template if chat_template == "data" else None
     adapters = AdapterCheckpoint(opened) if merge or opened.state.adapters else None
     if adapters is not None and not merge:
-        return _write_adapters(adapters, source, hf_path, output, options)
+        return _write_adapters(adapters, source, hf_path, output, options, template, tell)
     contents = checkpoint_contents(read_architecture(source))  # unpadded
     reader = _reader_of(WeightsSource(source, str(folder)) if adapters is None else adapters.base(source))
     reader.check(contents)
@@ -85,9 +103,11 @@ def to_hf(
         costs = {parameter.name: costs[parameter.name] + 8 * parameter.numel for parameter in contents.parameters}
     check_memory(options.max_memory, costs)
     identity = _identity("to-hf", dtype, options, [folder / ".metadata", *reader.identifying_files()])
+    identity["chat_template"] = template
     with Workplace(output, identity, _folders_read(options, folder, reader)) as place:
         write_safetensors(place, reader, contents, dtype, costs, options, adapters)
         copy_companions(Path(source), place.folder, dtype=dtype)
+        tell(export_template(place.folder, template))
         return place.publish()
 
 
@@ -167,7 +187,8 @@ def reshard(
         reader.read(real, into=padded[: real.shape[0]])
         return padded
 
-    state = RunState(step=0, identity=None, hf_path=os.path.abspath(source))
+    template = opened.state.chat_template
+    state = RunState(step=0, identity=None, hf_path=os.path.abspath(source), chat_template=template)
     sources = _folders_read(options, reader)
     return write_checkpoint(output, identity, contents, dtype, costs, options, state, read, sources)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_sstoken.data.conversation import BadRow, Conversation, Message, Span
 from megatron_sstoken.data.recipe import DEFAULT_RECIPE, Recipe
+from megatron_sstoken.data.templates import template_names
 from megatron_sstoken.data.tokenizer import Encoding, TextTokenizer
 
 CONTEXT, RESPONSE = 0, 1
@@ -97,7 +98,7 @@ def _plan_plain(tokenizer: TextTokenizer, messages: list[Message]) -> _Plan:
     if [message["role"] for message in messages] != ["user", "assistant"]:
         raise BadRow(
             "the tokenizer has no chat template, so only one user message and one assistant message can be "
-            "prepared: give a template with --chat_template"
+            f"prepared: give one with --chat_template: a file, or chatml, or another of {', '.join(template_names())}"
         )
 
     def assign(encodings: list[Encoding]) -> tuple[list[int], list[Span]]:

@@ -33,6 +33,7 @@ from megatron_sstoken.data.store import (
     StoreManifest,
     StoreWriter,
 )
+from megatron_sstoken.data.templates import find_template, require_tokens
 from megatron_sstoken.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_sstoken.files import naming, source_inside, whole_folder
 from megatron_sstoken.integrity import CHECKSUMS
@@ -122,18 +123,19 @@ def prepare(
 ) -> StoreManifest:
     """Tokenise JSON-lines files into the prepared folder `output`, which appears complete or not at all.
 
-    `chat_template` is a file that replaces the tokenizer's template. `workers` processes tokenise (1: this
-    one; default `default_workers()`). Bad rows are an error that lists the first ones, or are left out and
-    written to `skipped.jsonl`. Raises `ValueError` for these, for unusable paths and for an existing `output`
+    `chat_template`, a file or the name of a template that comes with the package, replaces the tokenizer's. `workers`
+    processes tokenise (1: this one; default `default_workers()`). Bad rows are an error that lists the first ones, or
+    are left out and written to `skipped.jsonl`. Raises `ValueError` for these, for unusable paths and for an existing `output`
     without `overwrite`.
     """
     output = Path(output)
     workers = default_workers() if workers is None else workers
     _check_arguments(inputs, output, workers, overwrite)
-    if source := source_inside(output, [*inputs, tokenizer_path, *([chat_template] if chat_template else [])]):
+    template_files = [chat_template] if chat_template and Path(chat_template).is_file() else []
+    if source := source_inside(output, [*inputs, tokenizer_path, *template_files]):
         raise ValueError(f"--output: {output} is, or holds, what is read ({source}): choose another folder")
-    template = _read_template(chat_template) if chat_template else None
-    tokenizer = load_tokenizer(tokenizer_path, template)
+    tokenizer = load_tokenizer(tokenizer_path, find_template(chat_template) if chat_template else None)
+    require_tokens(tokenizer)
     sources = [SourceFile(str(path)) for path in inputs]
     chunks = (chunk for source in sources for chunk in source.chunks())
     total = sum(os.path.getsize(source.path) for source in sources)
@@ -287,13 +289,6 @@ def _is_prepared(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return not path.is_symlink() and isinstance(content, dict) and content.get("format") == STORE_FORMAT
-
-
-def _read_template(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--chat_template: {path} cannot be read ({error}): give a Jinja file in UTF-8") from error
 
 
 def _template_source(tokenizer: TextTokenizer, chat_template: str | Path | None) -> str:

@@ -63,6 +63,11 @@ class StoreManifest:
     format: str = STORE_FORMAT
     format_version: int = STORE_VERSION
 
+    @property
+    def chat_template(self) -> str | None:
+        """Text of the chat template; None: the data was prepared without one."""
+        return None if self.template == NO_TEMPLATE else self.template
+
     @classmethod
     def load(cls, path: str | Path) -> "StoreManifest":
         """Read the manifest of a prepared folder. ValueError if there is none or it has another format."""

@@ -308,6 +308,7 @@ def save(trainer: Trainer, *, stopping: bool = False, wait: bool = True) -> None
         diverged=trainer.diverged,
         objective=objective_of(plan),
         adapters=trainer.adapters,
+        chat_template=plan.train.store.manifest.chat_template,
     )
     final = trainer.step == plan.num_steps or stopping
     trainer.saver.begin(state, trainer.model, trainer.optimizer, trainer.scheduler, trainer.history, final=final)

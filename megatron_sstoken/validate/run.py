@@ -12,7 +12,7 @@ import tokenizers
 from megatron_sstoken.checkpoint.manifest import adapter_problems, checkpoint_steps, open_checkpoint
 from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.data.batches import PackOrder, filter_samples
-from megatron_sstoken.data.store import SampleStore
+from megatron_sstoken.data.store import SampleStore, StoreManifest
 from megatron_sstoken.data.tokenizer import load_tokenizer
 from megatron_sstoken.files import existing_above
 from megatron_sstoken.model.backend import backend_of, machine_problems, passed_over, preferred_backend
@@ -67,6 +67,7 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
                 f"data.validation={settings.data.validation} was prepared with another tokenizer than "
                 f"data.train={settings.data.train}: prepare both with the same",
             )
+            found.notes += _differing_templates(settings, train.store.manifest, validation.store.manifest)
     shape = batch_shape_of(settings, data_size, found) if data_size else None
     found.notes += _notes(settings, dry_run)
     _check_checkpoint(settings, found)
@@ -86,6 +87,17 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
         captured_layers=_captured_layers(settings, architecture),
         notes=tuple(found.notes),
     )
+
+
+def _differing_templates(settings: Settings, train: StoreManifest, validation: StoreManifest) -> list[str]:
+    """A note: the losses mean something, of text in another form; and templates of other words may write the same text."""
+    if train.template_fingerprint == validation.template_fingerprint:
+        return []
+    return [
+        f"data.validation={settings.data.validation} was prepared with another chat template ({validation.template_source}) "
+        f"than data.train={settings.data.train} ({train.template_source}): its losses are of a form that is not trained, "
+        "unless both write the same text; prepare both with the same --chat_template"
+    ]
 
 
 def _notes(settings: Settings, dry_run: bool) -> list[str]:

@@ -6,12 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_sstoken.conversion.hf import from_hf, to_hf
+from megatron_sstoken.checkpoint.manifest import open_checkpoint
+from megatron_sstoken.conversion.hf import from_hf, reshard, to_hf
 from megatron_sstoken.parallel import reset_layout
 from tests.helpers.distributed_runner import run_distributed
-from tests.helpers.workbench import LAYOUTS, load_model, make_model, make_samples, make_settings, make_store
+from tests.helpers.plans import write_samples
+from tests.helpers.workbench import LAYOUTS, load_model, make_model, make_samples, make_settings
 
 FAMILIES = ("llama", "qwen2")
+TEMPLATE = "{% generation %}{{ messages }}{% endgeneration %}"
 
 
 def convert_both_ways(rank, folder):
@@ -65,7 +68,7 @@ def test_round_trip_is_bit_identical(folder, family):
 @pytest.mark.parametrize("layout", ("single", "tp2"))
 def test_exported_logits_equal_megatrons(folder, tmp_path, layout):
     num_ranks, parallel = LAYOUTS[layout]
-    data = make_store(tmp_path / "data", make_samples(8))
+    data = write_samples(tmp_path / "data", make_samples(8), template=TEMPLATE)
     settings = make_settings(
         str(folder / "llama"),
         data,
@@ -80,12 +83,17 @@ def test_exported_logits_equal_megatrons(folder, tmp_path, layout):
     with torch.no_grad():
         expected = load_model(tmp_path / "hf")(tokens).logits[0]
         untrained = load_model(folder / "llama")(tokens).logits[0]
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == "{# #}{{ messages }}{# #}", "of the data"
+    assert not (tmp_path / "hf-own" / "chat_template.jinja").exists()
+    assert open_checkpoint(str(tmp_path / "hf-resharded")).state.chat_template == TEMPLATE
     assert (logits - expected).abs().max() < 1e-4
     assert (logits - untrained).abs().max() > 1e-2, "training should have changed the weights"
 
 
 def export(rank, checkpoint, output):
     to_hf(checkpoint, output)
+    to_hf(checkpoint, f"{output}-own", chat_template="own")
+    reshard(checkpoint, f"{output}-resharded")
 
 
 def test_outputs_are_not_overwritten_and_mistakes_are_named(folder, tmp_path):

@@ -30,9 +30,10 @@ def only_problem(settings, world_size: int = 1) -> str:
 
 def write_samples(folder: Path, samples: list[Sample], **changes) -> str:
     """A store of these samples with other facts in its manifest."""
-    facts = {"vocabulary_size": VOCABULARY, "tokenizer_fingerprint": "toy", "tokenizer_path": "toy"} | changes
+    facts = {"vocabulary_size": VOCABULARY, "tokenizer_fingerprint": "toy", "tokenizer_path": "toy", "template": None}
+    facts |= changes
     writer = StoreWriter(folder)
     for row, sample in enumerate(samples):
         writer.add(np.array(sample.tokens, dtype=np.int32), np.array(sample.roles, dtype=np.uint8), 10 * row)
-    writer.finalize(eos_token_id=1, template=None, **facts)
+    writer.finalize(eos_token_id=1, **facts)
     return str(folder)

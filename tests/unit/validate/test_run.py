@@ -153,6 +153,16 @@ def test_validation_of_another_tokenizer(settings, folder, tmp_path):
     assert len(plan_run(settings(data__validation=str(folder / "data")), 1).validation.store) == NUM_SAMPLES
 
 
+def test_validation_of_another_template_is_told(settings, folder, tmp_path):
+    data = write_samples(tmp_path / "data", make_samples(3), template="{{ messages }}", template_source="mine.jinja")
+    (note,) = [note for note in plan_run(settings(data__validation=data), 1).notes if "chat template" in note]
+    assert note.startswith(
+        f"data.validation={data} was prepared with another chat template (mine.jinja) than data.train={folder / 'data'} "
+    )
+    same = plan_run(settings(data__validation=str(folder / "data")), 1).notes
+    assert not any("chat template" in note for note in same)
+
+
 def test_no_sample_is_left(settings, folder):
     problem = only_problem(settings(data__sequence_length=4, data__too_long="drop"))
     assert problem.startswith(f"data.train: {folder / 'data'}: no sample is left with data.sequence_length=4")
