@@ -219,7 +219,7 @@ def test_text_equals_the_models_own_templates(path):
 @pytest.mark.skipif(not STOCK, reason="SSTOKEN_STOCK_TEMPLATES names no folder with the models' own templates")
 @pytest.mark.parametrize("path", stock_files(), ids=lambda path: path.stem)
 def test_text_equals_the_models_own_templates_on_many(path):
-    print(f"{path.stem}: {compare_with_stock(path, 3000)} conversations")
+    print(f"{path.stem}: {compare_with_stock(path, 1000)} conversations")
 
 
 ENDS = {
