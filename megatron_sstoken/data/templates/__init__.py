@@ -6,6 +6,7 @@ to write after the generation prompt, the end of the turn included.
 """
 
 import difflib
+import functools
 import re
 from pathlib import Path
 
@@ -26,15 +27,16 @@ _PIECES = re.compile(
     r"\{%(?P<left>[-+]?)\s*(?:end)?generation\s*(?P<right>[-+]?)%\}"
     r"|\{#.*?#\}"
     r"|\{%[-+]?\s*raw\s*[-+]?%\}.*?\{%[-+]?\s*endraw\s*[-+]?%\}"
-    rf"|\{{\{{(?:{_QUOTED}|.)*?\}}\}}"
-    rf"|\{{%(?:{_QUOTED}|.)*?%\}}",
+    rf"|\{{\{{(?:{_QUOTED}|[^\"'])*?\}}\}}"
+    rf"|\{{%(?:{_QUOTED}|[^\"'])*?%\}}",
     re.DOTALL,
 )
 
 
-def template_names() -> list[str]:
+@functools.cache
+def template_names() -> tuple[str, ...]:
     """Names of the templates that come with the package, without their other names (`ALIASES`)."""
-    return sorted(path.stem for path in FOLDER.glob("*.jinja"))
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.jinja")))
 
 
 def find_template(name: str | Path) -> str:

@@ -31,7 +31,7 @@ from megatron_sstoken.data.templates import (
 from megatron_sstoken.data.tokenizer import BadRow, HuggingFaceTokenizer, has_generation_marks, load_tokenizer
 from tests.helpers.toy import exchange, make_tokenizer, write_rows
 
-NAMES = template_names()
+NAMES = list(template_names())
 RENDERINGS = Path(__file__).parent / "renderings"
 STOCK = os.environ.get("SSTOKEN_STOCK_TEMPLATES")
 TOOLS = [
@@ -405,6 +405,7 @@ MARKED = [
     "a\n  {%+ generation +%}\n b\n  {%+ endgeneration +%}\n c",
     "{%generation%}x{%endgeneration%}",
     "{# {% generation %} #}{% raw %}{% generation %}{% endraw %}{% generation %}{{ '}} {% generation %}' }}{% endgeneration %}",
+    "{{ " + "'a' ~ " * 500 + "'' }}{% generation %}x{% endgeneration %}",
     "{% set generation = '{% endgeneration %}' %}{% generation %}{{ generation }}{% endgeneration %}",
 ]
 
@@ -418,6 +419,11 @@ def test_without_marks_the_text_is_the_same(template, options):
         == environment(Ignored, **options).from_string(template).render()
     )
     assert not has_generation_marks(bare) and without_marks(bare) == bare
+
+
+def test_a_template_that_does_not_end_takes_no_time():
+    endless = "{{ " + "'a' ~ " * 5000
+    assert without_marks(endless) == endless
 
 
 @pytest.mark.parametrize("name", NAMES)
