@@ -110,6 +110,13 @@ def test_renderings(name):
     assert renderings(name) == (RENDERINGS / f"{name}.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in WITH_TOOLS])
+@pytest.mark.parametrize("content", [{}, {"content": ""}, {"content": "See."}])
+def test_calls_are_refused_where_they_would_be_lost(name, content):
+    with pytest.raises(jinja2.TemplateError):
+        render(find_template(name), [CALLS[0], CALLS[1] | content])
+
+
 TEXTS = [
     "", " ", "\n\nyes \n", "Grüße 日本語 ❤️", 'say "<b>" \\n', "it ends <|im_end|>\n</s> or [/INST]<|eot_id|>", "/no_think",
     "<think>\nhm\n</think>\n\nyes", "no</think>tail", "<think>open", "<tool_response>\nx\n</tool_response>",
