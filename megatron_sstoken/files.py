@@ -23,8 +23,9 @@ def sync(path: Path) -> None:
 
 _REMEDIES = {
     (errno.ENOSPC, errno.EDQUOT): "make room, then start the same command again",
+    (errno.EFBIG,): "raise the limit on the size of files (ulimit -f), or use another file system",
     (errno.EACCES, errno.EPERM, errno.EROFS): "let this user read and write there, or name another place",
-    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR): "name another path",
+    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG): "name another path",
     (errno.ECHILD,): "see whether its machine ran out of memory, then start the same command again",
     (errno.EIO, errno.ESTALE, errno.ENXIO): "see whether the disk or the file system is well, then start again",
 }

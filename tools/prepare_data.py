@@ -1,20 +1,25 @@
 #!/usr/bin/env python3
-"""Tokenise conversations (JSON lines) into a folder that training reads."""
+"""Tokenise conversations (JSON lines or arrays, Parquet, Arrow, CSV; compressed or not) into a folder that training reads."""
 
 import argparse
+import json
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 try:
     import megatron_sstoken  # noqa: F401
 except ModuleNotFoundError:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_sstoken.data.prepare import default_workers, prepare, summary
-from megatron_sstoken.data.recipe import FieldNames, Recipe
+from megatron_sstoken.data.mixing import Plan
+from megatron_sstoken.data.prepare import prepare
+from megatron_sstoken.data.recipe import DROPPABLE, FieldNames, Recipe
+from megatron_sstoken.data.summary import summary
 from megatron_sstoken.data.templates import template_names
+from megatron_sstoken.data.workers import default_workers
 from megatron_sstoken.tool import add_debug, run_tool
 
 ROWS = """input rows: messages or conversations (role and content, or from and value), prompt and completion (texts, or
@@ -29,32 +34,81 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog=ROWS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE.jsonl", help="files, read in this order")
-    parser.add_argument("--tokenizer", required=True, help="Hugging Face folder, or sentencepiece .model file")
-    parser.add_argument("--output", required=True, help="folder to create")
-    parser.add_argument(
-        "--chat_template",
-        metavar="NAME|FILE",
-        help=f"template to use instead of the tokenizer's: a Jinja file, or one of {', '.join(template_names())}",
+    _add_input(parser.add_argument_group("input"))
+    _add_samples(parser.add_argument_group("samples"))
+    _add_output(parser.add_argument_group("output"))
+    add_debug(parser)
+    return parser.parse_args(arguments)
+
+
+def _add_input(group: Any) -> None:
+    group.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="[NAME=]PATH",
+        help="files, folders or patterns, read in this order; NAME labels their samples",
     )
-    parser.add_argument(
+    group.add_argument(
         "--fields",
         help="columns: prompt=question,response=answer[,system=rules], or messages=dialog[,role=from][,content=value]",
     )
-    parser.add_argument("--workers", type=int, default=default_workers(), help="tokenising processes")
-    parser.add_argument(
+    group.add_argument(
         "--on_bad_row",
         choices=("error", "skip"),
         default="error",
         help="stop and list the bad input rows, or skip them and write them to OUTPUT/skipped.jsonl",
     )
-    parser.add_argument(
+    group.add_argument("--workers", type=int, default=default_workers(), help="tokenising processes")
+
+
+def _add_samples(group: Any) -> None:
+    group.add_argument("--tokenizer", required=True, help="Hugging Face folder, or sentencepiece .model file")
+    group.add_argument(
+        "--chat_template",
+        metavar="NAME|FILE",
+        help=f"template to use instead of the tokenizer's: a Jinja file, or one of {', '.join(template_names())}",
+    )
+    group.add_argument(
+        "--template_arguments",
+        metavar="JSON",
+        help="names for the chat template, such as '{\"enable_thinking\": false}'",
+    )
+    group.add_argument(
+        "--train_turns", choices=("all", "last"), default="all", help="assistant messages that are trained on"
+    )
+    group.add_argument(
+        "--thinking_weight", type=float, default=1.0, help="how much a token of thinking counts; 0: context"
+    )
+    group.add_argument(
+        "--allow_dropped",
+        nargs="+",
+        choices=DROPPABLE,
+        default=(),
+        metavar="WHAT",
+        help=f"what the chat template may leave out of a conversation: {', '.join(DROPPABLE)}",
+    )
+
+
+def _add_output(group: Any) -> None:
+    group.add_argument("--output", required=True, help="folder to create")
+    group.add_argument(
+        "--mix",
+        nargs="+",
+        metavar="NAME=SHARE",
+        help="shares of samples in the result, by label; the scarcest source decides how many, the rest is drawn",
+    )
+    group.add_argument(
+        "--mix_repeat", action="store_true", help="let sources repeat, so that every sample of all is used"
+    )
+    group.add_argument("--split", type=float, default=0.0, help="share of samples that goes to OUTPUT/validation")
+    group.add_argument("--deduplicate", action="store_true", help="keep the first of samples with the same tokens")
+    group.add_argument("--seed", type=int, default=0, help="of what --mix draws")
+    group.add_argument(
         "--overwrite",
         action="store_true",
         help="replace an OUTPUT made by this tool and everything in it (history losses too)",
     )
-    add_debug(parser)
-    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,13 +127,44 @@ def _prepare(options: argparse.Namespace) -> int:
         options.tokenizer,
         options.output,
         chat_template=options.chat_template,
-        recipe=Recipe(fields=FieldNames.parse(options.fields) if options.fields else None),
+        recipe=_recipe(options),
+        plan=Plan(
+            shares=Plan.parse_shares(options.mix) if options.mix else None,
+            repeat=options.mix_repeat,
+            split=options.split,
+            deduplicate=options.deduplicate,
+            seed=options.seed,
+        ),
         workers=options.workers,
         on_bad_row=options.on_bad_row,
         overwrite=options.overwrite,
     )
     print(summary(options.output))
     return 0
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    if not 0 <= options.thinking_weight < float("inf"):
+        raise ValueError(f"--thinking_weight: {options.thinking_weight} must be at least 0")
+    return Recipe(
+        fields=FieldNames.parse(options.fields) if options.fields else None,
+        turns=options.train_turns,
+        thinking_weight=options.thinking_weight,
+        allow_dropped=frozenset(options.allow_dropped),
+        template_arguments=_template_arguments(options.template_arguments),
+    )
+
+
+def _template_arguments(text: str | None) -> dict[str, Any]:
+    try:
+        content = json.loads(text or "{}")
+    except ValueError as error:
+        raise ValueError(f"--template_arguments: {text!r} is not JSON ({error}): give an object in quotes") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"--template_arguments: {text!r} must be a JSON object, such as '{{\"enable_thinking\": false}}'"
+        )
+    return content
 
 
 if __name__ == "__main__":

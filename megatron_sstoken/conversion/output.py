@@ -22,7 +22,7 @@ from megatron_sstoken.conversion.work import (
     progress_bar,
     run_tasks,
 )
-from megatron_sstoken.files import write_durably
+from megatron_sstoken.files import naming, write_durably
 
 _OBJECTS_FILE = "__0_0.distcp"
 
@@ -118,7 +118,7 @@ def write_checkpoint(
 
         def write_file(name: str, check: Callable[[], None]) -> None:
             path = f"{folder.name}/{name}"
-            with open(place.folder / path, "wb") as file:
+            with naming(place.folder / path), open(place.folder / path, "wb") as file:
                 places = []
                 for parameter in files[name]:
                     check()

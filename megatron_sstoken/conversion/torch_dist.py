@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_sstoken.checkpoint.harmless import needed_lengths, read_metadata
 from megatron_sstoken.conversion.contents import Contents, Parameter, Piece
+from megatron_sstoken.files import write_failure
 
 _fake_mode_is_not_thread_safe = threading.Lock()
 
@@ -151,7 +152,7 @@ def write_parameter(file: BinaryIO, parameter: Parameter, tensor: torch.Tensor) 
     written = []
     for piece in parameter.pieces(tensor.contiguous()):
         start = file.tell()
-        torch.save(_own_storage(piece.data), file)
+        _save(_own_storage(piece.data), file)
         written.append({"key": piece.key, "offset": piece.offset, "start": start, "length": file.tell() - start})
     return written
 
@@ -161,9 +162,17 @@ def write_objects(file: BinaryIO, contents: Contents) -> list[dict[str, Any]]:
     written = []
     for item in contents.objects:
         start = file.tell()
-        torch.save([item.data], file)  # a list, as megatron packs them
+        _save([item.data], file)  # a list, as megatron packs them
         written.append({"key": item.unique_key, "offset": None, "start": start, "length": file.tell() - start})
     return written
+
+
+def _save(value: Any, file: BinaryIO) -> None:
+    """As torch.save, which hides the system's reason for a failed write behind a RuntimeError of its own."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        raise write_failure(error, Path(file.name)) from error
 
 
 def write_metadata(

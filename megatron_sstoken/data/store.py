@@ -7,7 +7,10 @@ roles, `weights.bin` (fp32 [num_tokens]); `manifest.json`; and `checksums.json` 
 """
 
 import hashlib
+import io
+from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -183,13 +186,12 @@ class StoreWriter:
         self._tokens = IndexedDatasetBuilder(str(self.path / "tokens.bin"), np.int32)
         self._roles = IndexedDatasetBuilder(str(self.path / "roles.bin"), np.uint8)
         self._token_hash, self._role_hash = hashlib.sha256(), hashlib.sha256()
-        self._rows: list[int] = []
-        self._response_counts: list[int] = []
+        self._rows, self._response_counts = array("q"), array("i")
         self._largest_token = -1
         self._weights: BinaryIO | None = None
         self._weight_hash = hashlib.sha256()
         self._label_numbers: dict[str, int] = {}
-        self._labels: list[int] = []
+        self._labels = array("i")
 
     def add(
         self, tokens: np.ndarray, roles: np.ndarray, row: int, *, weights: np.ndarray | None = None, label: str = ""
@@ -254,9 +256,9 @@ class StoreWriter:
         lengths = np.array(self._tokens.sequence_lengths, dtype=np.int32)
         for name, builder in (("tokens", self._tokens), ("roles", self._roles)):
             builder.finalize(str(self.path / f"{name}.idx"))
-        np.save(self.path / "rows.npy", np.array(self._rows, dtype=np.int64))
-        np.save(self.path / "response_counts.npy", np.array(self._response_counts, dtype=np.int32))
-        np.save(self.path / "labels.npy", np.array(self._labels, dtype=np.int32))
+        _save(self.path / "rows.npy", np.array(self._rows, dtype=np.int64))
+        _save(self.path / "response_counts.npy", np.array(self._response_counts, dtype=np.int32))
+        _save(self.path / "labels.npy", np.array(self._labels, dtype=np.int32))
         digests = self._token_hash.digest() + self._role_hash.digest()
         if self._weights is not None:
             self._weights.flush()
@@ -287,13 +289,21 @@ class StoreWriter:
 
     def close(self) -> None:
         """Release the files; the folder stays incomplete unless `finalize` was called."""
-        self._tokens.data_file.close()
-        self._roles.data_file.close()
-        if self._weights is not None:
-            self._weights.close()
+        with ExitStack() as stack:  # closes all of them, also where one has no room for its last bytes
+            stack.callback(self._tokens.data_file.close)
+            stack.callback(self._roles.data_file.close)
+            if self._weights is not None:
+                stack.callback(self._weights.close)
 
     def __enter__(self) -> "StoreWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _save(path: Path, values: np.ndarray) -> None:
+    """As `np.save`, whose own error for a full disk has neither the system's number nor its words."""
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    path.write_bytes(buffer.getbuffer())

@@ -13,13 +13,14 @@ import psutil
 import pytest
 
 from megatron_sstoken.data import limits
-from megatron_sstoken.data import prepare as prepare_module
 from megatron_sstoken.data.conversation import Conversation
 from megatron_sstoken.data.formats import decode_line, parse_row
+from megatron_sstoken.data.inputs import chunks
 from megatron_sstoken.data.masks import tokenize_conversations
-from megatron_sstoken.data.prepare import prepare, summary
+from megatron_sstoken.data.prepare import prepare
 from megatron_sstoken.data.recipe import FieldNames, Recipe
 from megatron_sstoken.data.store import SampleStore, StoreWriter
+from megatron_sstoken.data.summary import summary
 from megatron_sstoken.data.tokenizer import load_tokenizer
 from megatron_sstoken.lock import Lock
 from tests.helpers.toy import (
@@ -53,7 +54,7 @@ def contents(folder):
 
 def test_samples_are_those_of_the_rows(tokenizer, tmp_path, monkeypatch):
     """Several files, chunks of a few rows, blank lines, no newline at the end, a byte order mark."""
-    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1000)
     write_rows(tmp_path / "a.jsonl", ROWS[:25])
     text = "\n\n".join(json.dumps(row) for row in ROWS[25:])
     (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{text}\r\n \n{json.dumps(ROWS[0])}".encode())
@@ -75,7 +76,7 @@ def test_samples_are_those_of_the_rows(tokenizer, tmp_path, monkeypatch):
 
 
 def test_workers_change_no_byte(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 300)
     path = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"prompt": "bad"}, *ROWS])
     for workers in (1, 3):
         run([path], tokenizer, tmp_path / f"out{workers}", workers=workers, on_bad_row="skip")
@@ -106,10 +107,10 @@ def test_bad_rows_are_an_error_with_their_lines(tokenizer, tmp_path, workers):
 
 
 def test_ten_bad_rows_are_listed(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 20)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 20)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"nonsense\n" * 25)
-    with pytest.raises(ValueError, match="25 of 25 rows") as caught:
+    with pytest.raises(ValueError, match="none of 25 rows") as caught:
         run([path], tokenizer, tmp_path / "out")
     lines = str(caught.value).splitlines()
     assert len(lines) == 12 and ":10: " in lines[10] and lines[11] == "  … and 15 more"
@@ -144,7 +145,7 @@ def test_nothing_usable(tokenizer, tmp_path):
     path = tmp_path / "rows.jsonl"
     for content in (b"", b"\n \n", b"nonsense"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="has no sample"):
+        with pytest.raises(ValueError, match="there is no row|none of 1 rows can be"):
             run([path], tokenizer, tmp_path / "out", on_bad_row="skip")
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
@@ -155,10 +156,10 @@ def test_interruption_leaves_nothing(tokenizer, tmp_path, monkeypatch, error, wo
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     add = StoreWriter.add
 
-    def fail_in_the_middle(self, tokens, roles, row):
+    def fail_in_the_middle(self, tokens, roles, row, **more):
         if row == 20:
             raise error("stop")
-        add(self, tokens, roles, row)
+        add(self, tokens, roles, row, **more)
 
     monkeypatch.setattr(StoreWriter, "add", fail_in_the_middle)
     with pytest.raises(error, match="stop"):
@@ -277,7 +278,7 @@ def test_overwriting(tokenizer, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="exists: choose another folder or pass --overwrite"):
         run([path], tokenizer, out)
     write_rows(path, [{"wrong": 1}])
-    with pytest.raises(ValueError, match="1 of 1 rows cannot be prepared"):
+    with pytest.raises(ValueError, match="none of 1 rows can be prepared"):
         run([path], tokenizer, out, overwrite=True)
     assert contents(out) == before
     write_rows(path, ROWS[:5])
@@ -300,7 +301,7 @@ def test_foreign_folders_are_not_overwritten(tokenizer, tmp_path, manifest):
 
 def test_bad_arguments(tokenizer, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(ValueError, match="--input: .*absent is not a file"):
+    with pytest.raises(ValueError, match="--input: .*absent is not there"):
         run([tmp_path / "absent"], tokenizer, tmp_path / "out")
     with pytest.raises(ValueError, match="--workers: 0 must be at least 1"):
         run([path], tokenizer, tmp_path / "out", workers=0)
