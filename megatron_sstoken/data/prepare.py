@@ -112,7 +112,7 @@ def _check_names(plan: Plan, sources: Sequence[InputFile]) -> None:
 def _template_source(tokenizer: TextTokenizer, chat_template: str | Path | None) -> str:
     if tokenizer.template is None:
         return NO_TEMPLATE
-    roles = "roles by generation marks" if tokenizer.marked else "roles by comparing token prefixes"
+    roles = "roles by generation marks" if tokenizer.marked else "roles by the text around each answer"
     return f"{chat_template or 'of the tokenizer'}, {roles}"
 
 

@@ -5,11 +5,13 @@ import json
 import re
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -22,6 +24,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_sstoken.data.conversation import BadRow, Message, Span
 from megatron_sstoken.data.limits import MEMORY, BadTemplate, size_limit, time_limit
+from megatron_sstoken.data.template_style import TemplateStyle, find_style
 
 END_OF_TURN = (
     "<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>", "</s>", "<|endoftext|>",
@@ -29,7 +32,14 @@ END_OF_TURN = (
 )  # fmt: skip
 
 
-def _unlocated(char: int) -> int:
+RESERVED = frozenset(
+    ("messages", "tools", "add_generation_prompt", "conversations", "chat_template", "continue_final_message",
+     "return_assistant_tokens_mask")
+)  # fmt: skip
+"""Names that a template gets from us or from transformers: no template argument can have them."""
+
+
+def _unlocated(start: int, stop: int) -> Span:
     raise AssertionError("encoded without positions")
 
 
@@ -37,12 +47,13 @@ def _unlocated(char: int) -> int:
 class Encoding:
     """Token ids of one text.
 
-    `tokens_before(c)` is the number of tokens that start before character `c` of the text; it raises `BadRow`
-    where the tokenizer cannot tell. Not to be called if the text was encoded without positions.
+    `tokens_of(start, stop)` is the range of tokens that hold any of the characters [start, stop) of the text. It raises
+    `BadRow` where the tokenizer cannot tell. Ask in ascending order: then all borders together cost one reading. Not to
+    be called if the text was encoded without positions.
     """
 
     ids: list[int]
-    tokens_before: Callable[[int], int] = _unlocated
+    tokens_of: Callable[[int, int], Span] = _unlocated
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,8 @@ class TextTokenizer(ABC):
     vocabulary_size: int  # largest token id + 1
     special_ids: frozenset[int]
     end_of_turn_ids: frozenset[int]
+    special_pattern: re.Pattern[str]  # the text of any special token
+    end_pattern: re.Pattern[str]  # the text of any token that ends a turn
     special_tokens: dict[str, Any]  # what templates see: bos_token, eos_token, ...
     fingerprint: str  # hex sha256 over what determines tokenisation
 
@@ -79,22 +92,36 @@ class TextTokenizer(ABC):
         """Use this Jinja chat template (None: none). Raises as `has_generation_marks`."""
         self.template = template
         self.marked = template is not None and has_generation_marks(template)
+        self._prompts: dict[str, str] = {}
+        self._style: TemplateStyle | None = None
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> RenderedChat:
-        """Apply the chat template to a conversation.
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
+        locate_marks: bool = True,
+    ) -> RenderedChat:
+        """Apply the chat template to a conversation; `arguments` are more names that the template sees.
 
-        Raises `BadRow` if it refuses it, `BadTemplate` if it takes too much time or room.
+        Without `locate_marks` no span is given. Raises `BadRow` if the template refuses the conversation, or if an
+        argument has a name of ours; `BadTemplate` if it takes too much time or room.
         """
         assert self.template is not None, "render needs a chat template"
+        check_arguments(arguments)
+        located = self.marked and locate_marks
         rendered: Any  # upstream annotates a str and returns a pair of lists
         try:
             with time_limit():
                 rendered = render_jinja_template(
                     conversations=[list(messages)],
+                    tools=None if tools is None else list(tools),
                     chat_template=self.template,
-                    return_assistant_tokens_mask=self.marked,
+                    return_assistant_tokens_mask=located,
                     add_generation_prompt=add_generation_prompt,
-                    **self.special_tokens,
+                    **{**self.special_tokens, **arguments},
                 )
         except BadTemplate:
             raise
@@ -105,12 +132,36 @@ class TextTokenizer(ABC):
         texts, spans = rendered
         length = len(texts[0])
         # Most texts are within what any conversation may give: then nobody measures theirs.
-        if length > size_limit(0) and length > (limit := size_limit(sum(len(str(message)) for message in messages))):
+        if length > size_limit(0) and length > (
+            limit := size_limit(sum(len(str(given)) for given in (*messages, tools, arguments)))
+        ):
             raise BadTemplate(
                 f"the chat template makes {length:,} characters of a conversation, of which it may make {limit:,}: use "
                 "another template"
             )
-        return RenderedChat(texts[0], spans[0] if self.marked else [])
+        return RenderedChat(texts[0], spans[0] if located else [])
+
+    def as_template_wants(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages of a conversation in the style of the chat template, which is found once."""
+        if not any(message.get("tool_calls") for message in messages):
+            return list(messages)
+        if self._style is None:
+            self._style = find_style(lambda probe: self.render(probe, locate_marks=False).text)
+        return self._style.apply(messages)
+
+    def generation_prompt(self, tools: Sequence[dict[str, Any]] | None, arguments: Mapping[str, Any]) -> str:
+        """What the template writes for the assistant to go on from; empty if it ignores `add_generation_prompt`."""
+        key = json.dumps([tools is None, dict(arguments)], sort_keys=True)
+        if key not in self._prompts:
+            self._prompts[key] = ""
+            question = [{"role": "user", "content": "x"}]
+            with suppress(BadRow):  # it may want a system message
+                without, prompted = (
+                    self.render(question, add, tools=tools, arguments=arguments, locate_marks=False).text
+                    for add in (False, True)
+                )
+                self._prompts[key] = prompted.removeprefix(without) if prompted.startswith(without) else ""
+        return self._prompts[key]
 
 
 class HuggingFaceTokenizer(TextTokenizer):
@@ -130,14 +181,19 @@ class HuggingFaceTokenizer(TextTokenizer):
             # tokenizer.json may carry both; a sample must be neither cut nor filled up
             self._backend.no_truncation()
             self._backend.no_padding()
+        self.special_tokens = dict(tokenizer.special_tokens_map)
+        self.fingerprint = self._fingerprint()
+        if self._backend is not None:
+            # It adds special tokens, which nobody asks for, and may move the offsets of tokens off their spaces.
+            self._backend.post_processor = tokenizers.processors.Sequence([])
         added = tokenizer.added_tokens_decoder
         known_ends = {token_id for token_id, token in added.items() if token.content in END_OF_TURN}
         self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.vocabulary_size = max(tokenizer.get_vocab().values()) + 1
         self.end_of_turn_ids = frozenset(known_ends if self.eos_id is None else known_ends | {self.eos_id})
         self.special_ids = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
-        self.special_tokens = dict(tokenizer.special_tokens_map)
-        self.fingerprint = self._fingerprint()
+        self.special_pattern = _any_of(tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
+        self.end_pattern = _any_of(tokenizer.convert_ids_to_tokens(sorted(self.end_of_turn_ids)))
         self.set_template(template or (tokenizer.get_chat_template() if tokenizer.chat_template else None))
 
     def encode_batch(self, texts: Sequence[str], positions: bool = True) -> list[Encoding]:
@@ -147,7 +203,7 @@ class HuggingFaceTokenizer(TextTokenizer):
             fast = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
             return [Encoding(encoding.ids) for encoding in fast]
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        return [Encoding(encoding.ids, partial(_tokens_before, encoding)) for encoding in encodings]
+        return [Encoding(encoding.ids, partial(_tokens_of, _Offsets(encoding))) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -193,6 +249,8 @@ class SentencePieceTokenizer(TextTokenizer):
         known_ends = {pieces[piece] for piece in END_OF_TURN if piece in pieces}
         self.end_of_turn_ids = frozenset(known_ends if self.eos_id is None else known_ends | {self.eos_id})
         self.special_ids = frozenset(self._controls.values()) | self.end_of_turn_ids
+        self.special_pattern = _any_of([model.id_to_piece(i) for i in sorted(self.special_ids)])
+        self.end_pattern = _any_of([model.id_to_piece(i) for i in sorted(self.end_of_turn_ids)])
         named = {"bos_token": self.bos_id, "eos_token": self.eos_id}
         self.special_tokens = {name: model.id_to_piece(i) for name, i in named.items() if i is not None}
         self.fingerprint = sha256(Path(path).read_bytes())
@@ -210,18 +268,18 @@ class SentencePieceTokenizer(TextTokenizer):
 
     def _encode(self, text: str) -> Encoding:
         ids: list[int] = []
-        starts: list[int] = []
+        offsets: list[Span] = []
         position = 0
         for part in self._split.split(text) if self._split else [text]:
             if part in self._controls:
                 ids.append(self._controls[part])
-                starts.append(position)
+                offsets.append((position, position + len(part)))
             elif part:
                 mapping = self._model.encode_as_offset_mapping(part)
                 ids.extend(mapping["ids"])
-                starts.extend(position + start for start, _ in mapping["offsets"])
+                offsets.extend((position + start, position + stop) for start, stop in mapping["offsets"])
             position += len(part)
-        return Encoding(ids, partial(bisect_left, starts))
+        return Encoding(ids, partial(_tokens_of, offsets))
 
 
 def load_tokenizer(path: str | Path, chat_template: str | None = None) -> TextTokenizer:
@@ -276,28 +334,59 @@ class _GenerationTag(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
-def _tokens_before(encoding: tokenizers.Encoding, char: int) -> int:
-    """As `Encoding.tokens_before`; asks for a few offsets, where `encoding.offsets` lists them all."""
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise BadRow if a template argument has a name of ours."""
+    if taken := sorted(RESERVED & arguments.keys()):
+        raise BadRow(f"template argument {taken[0]!r} is a name of the conversation itself: leave it out")
 
-    def start(token: int) -> int:
-        chars = encoding.token_to_chars(token)
+
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    """Matches any of the texts, the longest first; never the empty one."""
+    longest_first = sorted(filter(None, texts), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) if longest_first else r"(?!)")
+
+
+class _Offsets(Sequence[Span]):
+    """Characters of each token; asks for those that are looked at, where `encoding.offsets` lists all of them."""
+
+    def __init__(self, encoding: tokenizers.Encoding):
+        self._encoding = encoding
+
+    def __len__(self) -> int:
+        return len(self._encoding)
+
+    def __getitem__(self, token: Any) -> Any:
+        chars = self._encoding.token_to_chars(token)
         assert chars is not None, "every token is of the text: no special token was added"
-        return chars[0]
+        return chars
 
-    return bisect_left(range(len(encoding)), char, key=start)
+
+def _tokens_of(offsets: Sequence[Span], start: int, stop: int) -> Span:
+    """Tokens that hold any of the characters [start, stop), by each token's characters, which ascend.
+
+    A token of no width stands for something that the tokenizer put before the character that follows, and is with it.
+    """
+    first = bisect_left(offsets, True, key=lambda token: token[1] > start or token[0] == start)
+    return first, max(first, bisect_left(offsets, stop, key=lambda token: token[0]))
 
 
 def _split_encoding(text: str, encode: Callable[[str], list[int]]) -> Encoding:
     """Encoding without offsets: positions are known where splitting the text changes no token."""
     ids = encode(text)
+    known = (0, 0)  # the border found last: character, token
 
-    def tokens_before(char: int) -> int:
-        head = encode(text[:char])
-        if head + encode(text[char:]) != ids:
+    def border(char: int) -> int:
+        nonlocal known
+        last, token = known if known[0] <= char else (0, 0)
+        part = encode(text[last:char])
+        if ids[token : token + len(part)] != part:
+            last, token, part = 0, 0, encode(text[:char])  # some tokenizers put something before every text
+        if ids[token : token + len(part)] != part:
             raise BadRow(
                 f"the tokenizer has no offsets, and its tokens run across the role border at character "
                 f"{char}: use a fast tokenizer (tokenizer.json) or a template with a special token there"
             )
-        return len(head)
+        known = (char, token + len(part))
+        return known[1]
 
-    return Encoding(ids, tokens_before)
+    return Encoding(ids, lambda start, stop: (border(start), border(stop)))

@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sstoken.data.conversation import BadRow, Conversation
+from megatron_sstoken.data.conversation import BadRow, Conversation, MessageWeight
 from megatron_sstoken.data.masks import tokenize_conversations
+from megatron_sstoken.data.recipe import Recipe
+from megatron_sstoken.data.rendering import NO_END, SPECIAL_IN_CONTENT
 from megatron_sstoken.data.tokenizer import load_tokenizer
 from tests.helpers.toy import CHAT_TEMPLATES, exchange, make_sentencepiece, make_tokenizer, random_conversations
 
@@ -72,21 +74,21 @@ text = st.text(st.characters(codec="utf-8"), max_size=20)
 
 @given(st.lists(st.tuples(text, text), min_size=1, max_size=3))
 def test_roles_follow_the_characters(tokenizer, turns):
-    """Whatever the text, a token is response if it starts in a turn or is the end token after it."""
+    """Whatever the text, a token is response if it holds a character of a turn or of the end token after it."""
     messages = [message for user, assistant in turns for message in exchange(user, assistant)] + exchange("", "7")
     sample = tokenize(tokenizer, "generation", messages)
     chat = tokenizer.render(messages)
     offsets = tokenizer._tokenizer(chat.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     end = len("<|im_end|>")
-    inside = [any(start <= first < stop + end for start, stop in chat.spans) for first, _ in offsets]
+    inside = [any(start < last and first < stop + end for start, stop in chat.spans) for first, last in offsets]
     np.testing.assert_array_equal(sample.roles, np.array(inside, dtype=np.uint8))
 
 
-def test_a_straddling_token_belongs_to_where_it_starts(tokenizer):
-    """ " the" with its space is one token; the border lies between the space and the word."""
+def test_a_straddling_token_is_response(tokenizer):
+    """ " the" with its space is one token; the border lies between the space and the word, which has to be learnt."""
     template = "{{ messages[0].content }} {% generation %}{{ messages[1].content }}{% endgeneration %}<|im_end|>"
     sample = tokenize(tokenizer, template, exchange("the", "the lazy"))
-    assert response_texts(tokenizer, sample) == [" lazy<|im_end|>"]
+    assert response_texts(tokenizer, sample) == [" the lazy<|im_end|>"]
 
 
 def test_pad_equal_to_end_of_turn_is_trained(tokenizer):
@@ -97,26 +99,10 @@ def test_pad_equal_to_end_of_turn_is_trained(tokenizer):
     assert sample.roles[ends].tolist() == [0, 0, 1, 0, 1]  # system, user, assistant, user, assistant
 
 
-def test_prefixes_that_are_not_exact_are_refused(tokenizer):
-    stripping = CHAT_TEMPLATES["plain"].replace(
-        "message['content'] +",
-        "(message['content'] if loop.last or message['role'] != 'assistant' else '') +",
-    )
-    result = tokenize(tokenizer, stripping, MULTI_TURN)
-    assert isinstance(result, BadRow)
-    assert "message 2 cannot be told exactly" in str(result) and "{% generation %}" in str(result)
-    single = tokenize(tokenizer, stripping, MULTI_TURN[:3])
-    assert response_texts(tokenizer, single) == ["the lazy dog<|im_end|>"]
-
-
-def test_content_that_merges_with_the_prompt_is_refused_without_marks(tokenizer):
+def test_content_that_merges_with_the_prompt(tokenizer):
     template = CHAT_TEMPLATES["plain"].replace("\n", " ")
-    assert "cannot be told exactly" in str(tokenize(tokenizer, template, exchange("a", "the dog")))
-
-
-def test_template_without_generation_prompt_is_refused(tokenizer):
-    template = CHAT_TEMPLATES["plain"].partition("{% if add_generation_prompt %}")[0]
-    assert "ignores add_generation_prompt" in str(tokenize(tokenizer, template, MULTI_TURN))
+    sample = tokenize(tokenizer, template, exchange("a", "the dog"))
+    assert response_texts(tokenizer, sample) == [" the dog<|im_end|>"]
 
 
 def test_marks_without_effect_are_refused(tokenizer):
@@ -161,7 +147,7 @@ def test_plain_text_has_bos_and_eos_once(tokenizer):
 def test_plain_text_needs_eos(tmp_path):
     make_tokenizer(tmp_path, chat_template=None, eos_token=None, pad_token=None)
     with pytest.raises(ValueError, match="has no end-of-sequence token.*--chat_template"):
-        tokenize_conversations(load_tokenizer(tmp_path), [exchange("a", "b")])
+        tokenize_conversations(load_tokenizer(tmp_path), [Conversation(exchange("a", "b"))])
 
 
 def test_sentencepiece_roles(tmp_path):
@@ -179,3 +165,189 @@ def test_sentencepiece_roles(tmp_path):
     np.testing.assert_array_equal(tokenize(marked, unmarked, messages).roles, sample.roles)
     plain = tokenize(marked, None, exchange("the fox", "the dog"))
     assert plain.tokens[0] == marked.bos_id and plain.tokens[-1] == marked.eos_id and plain.roles[-1] == 1
+
+
+SPACED = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST] "
+    "{% else %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+def test_the_first_word_of_sentencepiece_vocabularies_is_trained(tmp_path):
+    """A word and the space before it are one token; the template writes the space before its marks."""
+    tokenizer = load_tokenizer(make_sentencepiece(tmp_path / "toy.model", vocab_size=120), SPACED)
+    sample = tokenize(tokenizer, SPACED, exchange("how many", "the fox"))
+    pieces = [tokenizer._model.id_to_piece(int(token)) for token in sample.tokens[sample.roles == 1]]
+    assert "".join(pieces) == "▁the▁fox</s>"
+
+
+def test_masks_are_those_of_transformers(tokenizer):
+    """Where the marks hold the end of turn: `return_assistant_tokens_mask`, token for token."""
+    template = CHAT_TEMPLATES["llama3_generation"]
+    for messages in random_conversations(30):
+        sample = tokenize(tokenizer, template, messages)
+        theirs = tokenizer._tokenizer.apply_chat_template(
+            messages, chat_template=template, return_assistant_tokens_mask=True, return_dict=True
+        )
+        assert theirs["input_ids"] == sample.tokens.tolist()
+        assert theirs["assistant_masks"] == sample.roles.tolist()
+
+
+def weigh(tokenizer, template, conversation, **recipe):
+    tokenizer.set_template(CHAT_TEMPLATES.get(template, template))
+    (result,) = tokenize_conversations(tokenizer, [conversation], Recipe(**recipe))
+    return result
+
+
+@pytest.mark.parametrize("template", ["generation", "generation_newline", "plain", "llama3"])
+def test_weights_of_messages(tokenizer, template):
+    """0 is context, header and end of turn included; others reach every token of the message."""
+    messages = [*exchange("a", "bad answer"), *exchange("b", "good answer"), *exchange("c", "dear answer")]
+    weights = [
+        MessageWeight(),
+        MessageWeight(0.0),
+        MessageWeight(),
+        MessageWeight(),
+        MessageWeight(),
+        MessageWeight(2.5),
+    ]
+    sample = weigh(tokenizer, template, Conversation(messages, tuple(weights)))
+    texts = [text.split("<")[0] for text in response_texts(tokenizer, sample)]
+    assert texts == ["good answer", "dear answer"]
+    assert sample.weights.dtype == np.float32 and set(sample.weights[sample.roles == 1]) == {1.0, 2.5}
+    np.testing.assert_array_equal(sample.weights > 0, sample.roles == 1)
+    runs = np.flatnonzero(sample.weights == 2.5)
+    assert tokenizer._tokenizer.decode(sample.tokens[runs]).startswith("dear answer<|")
+    alone = weigh(tokenizer, template, Conversation(messages, (MessageWeight(),) * 6))
+    assert alone.weights is None and len(response_texts(tokenizer, alone)) == 3
+
+
+def test_weights_of_spans(tokenizer):
+    """A token in several spans takes the largest; the template strips the content, so characters move."""
+    template = CHAT_TEMPLATES["generation"].replace("message['content'] }}", "message['content'] | trim }}")
+    content = "  first part, then the rest"
+    spans = ((2, 12, 0.5), (12, 18, 0.0))
+    messages = exchange("a", content)
+    sample = weigh(tokenizer, template, Conversation(messages, (MessageWeight(), MessageWeight(None, spans))))
+    (encoding,) = tokenizer.encode_batch([text := tokenizer.render(messages).text])
+    shift = text.index("first") - 2
+    for start, stop, weight in [*spans, (18, len(content), 1.0)]:
+        first, after = encoding.tokens_of(start + shift, stop + shift)
+        assert sample.weights[after - 1 if weight == 1.0 else first] == weight
+    assert sample.weights[sample.tokens == tokenizer.eos_id].size == 0 and sample.roles[-2] == 1  # its end of turn
+
+
+def test_spans_that_leave_the_content_are_refused(tokenizer):
+    conversation = Conversation(exchange("a", "abc"), (MessageWeight(), MessageWeight(None, ((0, 4, 0.5),))))
+    assert "ends at character 4" in str(weigh(tokenizer, "generation", conversation))
+
+
+def test_the_last_turn_only(tokenizer):
+    conversation = Conversation([*exchange("a", "one"), *exchange("b", "two"), *exchange("c", "three")])
+    for template in ("generation", "plain"):
+        assert response_texts(tokenizer, weigh(tokenizer, template, conversation, turns="last")) == ["three<|im_end|>"]
+    own = Conversation(conversation.messages, tuple(MessageWeight(1.0 if i == 1 else None) for i in range(6)))
+    kept = weigh(tokenizer, "plain", own, turns="last")
+    assert response_texts(tokenizer, kept) == ["one<|im_end|>", "three<|im_end|>"]
+
+
+def test_nothing_with_a_weight_is_refused(tokenizer):
+    nothing = Conversation(exchange("a", "b"), (MessageWeight(0.0), MessageWeight(0.0)))
+    for template in ("generation", "plain", None):
+        assert "has weight 0" in str(weigh(tokenizer, template, nothing))
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n"
+    "</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "OPEN{% endif %}"
+)
+
+
+@pytest.mark.parametrize("opened", [False, True], ids=["closed", "opened"])
+def test_thinking_weight(tokenizer, opened):
+    """Up to the closing tag and the spaces after it, also where the generation prompt has begun it."""
+    template = THINKING.replace("OPEN", "<think>\n" if opened else "")
+    said = {"role": "assistant", "content": "the dog", "reasoning_content": "a fox </thin or a dog"}
+    conversation = Conversation([*exchange("a", "b"), {"role": "user", "content": "c"}, said])
+    whole = weigh(tokenizer, template, conversation)
+    assert whole.weights is None
+    end = "a fox </thin or a dog\n</think>\n\nthe dog<|im_end|>"
+    assert response_texts(tokenizer, whole) == ["b<|im_end|>", end if opened else "<think>\n" + end]
+    none = weigh(tokenizer, template, conversation, thinking_weight=0.0)
+    assert none.weights is None and response_texts(tokenizer, none) == ["b<|im_end|>", "the dog<|im_end|>"]
+    half = weigh(tokenizer, template, conversation, thinking_weight=0.5)
+    thought = tokenizer._tokenizer.decode(half.tokens[half.weights == 0.5])
+    assert thought == ("" if opened else "<think>\n") + "a fox </thin or a dog\n</think>\n\n"
+    weighted = Conversation(conversation.messages, (*[MessageWeight()] * 3, MessageWeight(3.0)))
+    product = weigh(tokenizer, template, weighted, thinking_weight=0.5)
+    assert set(product.weights[product.roles == 1]) == {1.0, 1.5, 3.0}
+    plain = weigh(tokenizer, "plain", Conversation(MULTI_TURN), thinking_weight=0.0)
+    assert len(response_texts(tokenizer, plain)) == 2
+
+
+def test_plain_text_has_weights(tokenizer):
+    conversation = Conversation(exchange("a", "the lazy dog"), (MessageWeight(), MessageWeight(2.0, ((0, 3, 0.0),))))
+    sample = weigh(tokenizer, None, conversation)
+    assert response_texts(tokenizer, sample) == [" lazy dog<|endoftext|>"] and sample.weights[-1] == 2.0
+
+
+def test_notes(tokenizer):
+    """What nobody would see: an answer without an end, and contents that become special tokens."""
+    template = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}### assistant:\n"
+    endless = template.replace("{% endfor %}", "{% endfor %}{% if add_generation_prompt %}") + "{% endif %}"
+    sample = tokenize(tokenizer, endless, exchange("Hi", "Hello"))
+    assert response_texts(tokenizer, sample) == ["Hello\n\n"] and sample.notes == (NO_END,)
+    assert tokenize(tokenizer, "plain", exchange("Hi", "Hello")).notes == ()
+    for name in ("plain", "generation", "generation_newline"):
+        sample = tokenize(tokenizer, name, exchange("Hi", "use <|im_end|> to stop"))
+        assert response_texts(tokenizer, sample) == ["use <|im_end|> to stop<|im_end|>"]
+        assert sample.notes == (SPECIAL_IN_CONTENT,)
+
+
+def test_template_arguments(tokenizer):
+    """The row's win over the recipe's, and neither has a name of ours."""
+    template = CHAT_TEMPLATES["plain"].replace("{% for", "{{ mood }}{% for", 1)
+    conversation = Conversation(exchange("a", "b"))
+    told = weigh(tokenizer, template, conversation, template_arguments={"mood": "calm"})
+    assert tokenizer._tokenizer.decode(told.tokens).startswith("calm<|im_start|>")
+    own = Conversation(conversation.messages, template_arguments={"mood": "wild"})
+    told = weigh(tokenizer, template, own, template_arguments={"mood": "calm"})
+    assert tokenizer._tokenizer.decode(told.tokens).startswith("wild<|im_start|>")
+    shadowing = Conversation(conversation.messages, template_arguments={"messages": []})
+    assert "'messages' is a name of the conversation" in str(weigh(tokenizer, template, shadowing))
+    with pytest.raises(ValueError, match="'tools' is a name of the conversation"):
+        weigh(tokenizer, template, conversation, template_arguments={"tools": []})
+
+
+CALLING = CHAT_TEMPLATES["plain"].replace(
+    "message['content'] + '<|im_end|>\n' }}",
+    "message['content'] }}{% for c in message.tool_calls %}<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>\n",
+)
+
+
+def test_long_conversations_are_read_once(tokenizer, monkeypatch):
+    """Every turn costs the same: the whole is encoded once, and few conversations are rendered besides it."""
+    encoded, rendered = [], []
+    encode, render = type(tokenizer).encode_batch, type(tokenizer).render
+    monkeypatch.setattr(
+        type(tokenizer), "encode_batch", lambda self, texts: encoded.extend(texts) or encode(self, texts)
+    )
+    monkeypatch.setattr(
+        type(tokenizer),
+        "render",
+        lambda self, messages, *a, **k: rendered.append(messages) or render(self, messages, *a, **k),
+    )
+    for number in (10, 100):
+        encoded.clear()
+        rendered.clear()
+        messages = []
+        for turn in range(number):  # texts, numbers and booleans of which none is as the one before
+            arguments = {"where": f"city {turn}", "days": turn, "far": turn % 2 == 0, "share": turn / 7}
+            call = {"function": {"name": "look", "arguments": arguments}}
+            messages += exchange("a", "") + [{"role": "tool", "content": "rain"}]
+            messages[-2]["tool_calls"] = [call]
+            messages.append({"role": "assistant", "content": "it rains"})
+        sample = tokenize(tokenizer, CALLING, messages)
+        assert len(response_texts(tokenizer, sample)) == 2 * number
+        assert len(encoded) == 1 and len(rendered) <= 10
