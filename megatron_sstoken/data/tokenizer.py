@@ -263,7 +263,8 @@ class SentencePieceTokenizer(TextTokenizer):
         """Control pieces by their names, which sentencepiece itself leaves out."""
         texts = []
         for control, run in groupby(map(int, ids), key=lambda token_id: self._model.is_control(token_id)):
-            texts.append("".join(map(self._model.id_to_piece, run)) if control else self._model.decode(list(run)))
+            pieces = list(run)
+            texts.append("".join(map(self._model.id_to_piece, pieces)) if control else self._model.decode(pieces))
         return "".join(texts)
 
     def _encode(self, text: str) -> Encoding:
