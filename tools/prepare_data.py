@@ -15,8 +15,10 @@ except ModuleNotFoundError:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_sstoken.data.mixing import Plan
+from megatron_sstoken.data.output import store_folders
 from megatron_sstoken.data.prepare import prepare
 from megatron_sstoken.data.recipe import DROPPABLE, FieldNames, Recipe
+from megatron_sstoken.data.show import show
 from megatron_sstoken.data.summary import summary
 from megatron_sstoken.data.templates import template_names
 from megatron_sstoken.data.workers import default_workers
@@ -38,16 +40,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_samples(parser.add_argument_group("samples"))
     _add_output(parser.add_argument_group("output"))
     add_debug(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.show < 0:
+        parser.error(f"--show={options.show} must be 0 or more")
+    if options.input is None and not options.show:
+        parser.error("the following argument is required: --input (or --show N, for a finished --output)")
+    if options.input is not None and options.tokenizer is None:
+        parser.error("the following argument is required: --tokenizer")
+    return options
 
 
 def _add_input(group: Any) -> None:
     group.add_argument(
         "--input",
         nargs="+",
-        required=True,
         metavar="[NAME=]PATH",
-        help="files, folders or patterns, read in this order; NAME labels their samples",
+        help="files, folders or patterns, read in this order; NAME labels their samples (needed, except to --show a folder)",
     )
     group.add_argument(
         "--fields",
@@ -63,7 +71,9 @@ def _add_input(group: Any) -> None:
 
 
 def _add_samples(group: Any) -> None:
-    group.add_argument("--tokenizer", required=True, help="Hugging Face folder, or sentencepiece .model file")
+    group.add_argument(
+        "--tokenizer", help="Hugging Face folder, or sentencepiece .model file (needed, except to --show a folder)"
+    )
     group.add_argument(
         "--chat_template",
         metavar="NAME|FILE",
@@ -92,6 +102,13 @@ def _add_samples(group: Any) -> None:
 
 def _add_output(group: Any) -> None:
     group.add_argument("--output", required=True, help="folder to create")
+    group.add_argument(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print N samples of the result, what is trained on in colour, or in « »; without --input, of a finished OUTPUT",
+    )
     group.add_argument(
         "--mix",
         nargs="+",
@@ -122,6 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _prepare(options: argparse.Namespace) -> int:
+    if options.input is None:
+        _show(options)
+        return 0
     prepare(
         options.input,
         options.tokenizer,
@@ -140,7 +160,21 @@ def _prepare(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
     )
     print(summary(options.output))
+    _show(options)
     return 0
+
+
+def _show(options: argparse.Namespace) -> None:
+    """Print samples of OUTPUT; of `train` where it holds that and `validation`."""
+    folder = (store_folders(Path(options.output)) or [options.output])[0]
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    if not options.show:
+        return
+    try:
+        for text in show(folder, options.show, tokenizer=options.tokenizer, colour=colour):
+            print(f"\n{text}", flush=True)
+    except BrokenPipeError:  # the reader has seen enough: `| head`. Python must not try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:

@@ -31,6 +31,7 @@ from tests.helpers.toy import (
     random_conversations,
     write_rows,
 )
+from tools.prepare_data import main
 
 ROWS = [{"messages": messages} for messages in random_conversations(40, seed=1)]
 TOOL = Path(__file__).parents[3] / "tools" / "prepare_data.py"
@@ -346,3 +347,29 @@ def test_command_line(tokenizer, tmp_path):
     again = subprocess.run([*command, "--output", "out"], cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 2 and again.stdout == ""
     assert again.stderr.splitlines()[-1].startswith("error: --output: out exists")
+
+
+def test_samples_are_shown(tokenizer, tmp_path, capsys):
+    """After preparing, and of a finished folder."""
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    arguments = ["--output", str(tmp_path / "out"), "--show", "2"]
+    assert main([*arguments, "--input", str(path), "--tokenizer", str(tokenizer), "--workers", "1"]) == 0
+    made = capsys.readouterr().out
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert shown and made.endswith(shown) and shown.count("── sample") == 2
+    first = next(message["content"] for message in ROWS[0]["messages"] if message["role"] == "assistant")
+    assert f"<|im_start|>assistant\n«{first}<|im_end|>»" in shown
+    assert main(["--output", str(tmp_path / "absent"), "--show", "1"]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["--output", str(tmp_path / "out")])
+    assert "--input" in capsys.readouterr().err
+
+
+def test_showing_ends_in_peace_where_nobody_reads_on(tokenizer, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    run([path], tokenizer, tmp_path / "out")
+    command = f"{sys.executable} {TOOL} --output out --show 40 | head -1"
+    cut = subprocess.run(command, cwd=tmp_path, shell=True, capture_output=True, text=True)
+    assert cut.stderr == "" and "sample 0" not in cut.stdout
