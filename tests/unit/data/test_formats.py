@@ -2,8 +2,6 @@
 
 import json
 import math
-import re
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,14 +11,14 @@ from megatron_sstoken.data import formats, messages
 from megatron_sstoken.data.conversation import BadRow, Conversation, MessageWeight
 from megatron_sstoken.data.formats import FORMS, decode_line, parse_row, really_unused
 from megatron_sstoken.data.recipe import FieldNames, Recipe
+from tests.helpers.documented import rows_of
 from tests.helpers.toy import exchange
 
 MULTI_TURN = [
     *exchange("the quick fox", "the lazy dog", system="you are helpful"),
     *exchange("how many", "7"),
 ]
-DOCS = Path(__file__).parents[3] / "docs" / "data.md"
-ROWS = [json.loads(row) for row in re.findall(r"^\|[^|]*\| `(\{.*\})` \|", DOCS.read_text("utf-8"), re.MULTILINE)]
+ROWS = [*rows_of("docs/data.md").values(), *rows_of("README.md").values()]
 CONTEXT, PLAIN = MessageWeight(0.0), MessageWeight()
 
 
