@@ -10,6 +10,7 @@ from megatron_sstoken.data.tokenizer import TextTokenizer, load_tokenizer
 
 GREEN, DIM, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 REPLACEMENT = "\ufffd"
+SHOWN = "\n\t\u200c\u200d"  # line breaks, tabs, and what joins letters and emoji
 
 
 def show(path: str | Path, number: int, *, tokenizer: str | Path | None = None, colour: bool = False) -> Iterator[str]:

@@ -47,7 +47,8 @@ def train_two_steps(rank: int, folder: str, num_folders: int) -> None:
 
     for number in range(num_folders):
         settings = make_settings(
-            f"{folder}/model", f"{folder}/{number}", data__sequence_length=LENGTH, training__global_batch_size=1, data__shuffle=False,
+            f"{folder}/model", f"{folder}/{number}", data__sequence_length=LENGTH, data__shuffle=False,
+            training__global_batch_size=1,
             training__steps=2, logging__directory=f"{folder}/logs/{number}", logging__records_every=1,
             selection__rho=0.9,
         )  # fmt: skip
