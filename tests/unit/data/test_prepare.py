@@ -169,7 +169,9 @@ def test_interruption_leaves_nothing(tokenizer, tmp_path, monkeypatch, error, wo
 
 
 @pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL], ids=lambda number: number.name
+    "number",
+    [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGKILL)],
+    ids=lambda number: number.name,
 )
 def test_signals_leave_no_process_and_nothing_complete(tokenizer, tmp_path, number):
     path = write_rows(tmp_path / "rows.jsonl", ROWS * 2000)  # seconds of work

@@ -225,6 +225,7 @@ def test_selective_head(alone, monkeypatch, counts, chunk_rows):
     assert torch.equal(without[0][0].nan_to_num(-1), found[0].nan_to_num(-1)) and len(without[0]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
 def test_a_compiled_head_is_the_same(alone, monkeypatch):
     """In both types, over chunks of several sizes: losses, entropies and gradients within rounding of the plain one's."""
