@@ -8,6 +8,7 @@ roles, `weights.bin` (fp32 [num_tokens]); `manifest.json`; and `checksums.json` 
 
 import hashlib
 import io
+import warnings
 from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -21,8 +22,15 @@ from megatron_sstoken import __version__
 from megatron_sstoken.files import read_json, require_size, write_json
 from megatron_sstoken.integrity import checksum_of, write_checksums
 
-# megatron.core.datasets.indexed_dataset is imported where it is used: importing megatron takes seconds, which
-# processes that tokenise do not have to spend.
+
+def _indexed_dataset() -> Any:
+    """megatron's module, imported where it is used: that takes seconds, which processes that tokenise need not spend."""
+    from megatron.core.datasets import indexed_dataset
+
+    # What 0.19 says in a process outside a job whenever it has something to say, and asks whether this one should.
+    warnings.filterwarnings("ignore", "Could not determine rank", UserWarning)
+    return indexed_dataset
+
 
 MANIFEST = "manifest.json"
 STORE_FORMAT, STORE_VERSION = "megatron_sstoken.samples", 2
@@ -106,8 +114,6 @@ class SampleStore:
     """
 
     def __init__(self, path: str | Path):
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
         self.path = Path(path)
         self.manifest = StoreManifest.load(self.path)
         num_samples, num_tokens = self.manifest.num_samples, self.manifest.num_tokens
@@ -123,8 +129,9 @@ class SampleStore:
             sizes["weights.bin"] = 4 * num_tokens
         for name, size in sizes.items():
             require_size(self.path / name, size, "prepare the data again with tools/prepare_data.py --overwrite")
-        self._tokens = IndexedDataset(str(self.path / "tokens"))
-        self._roles = IndexedDataset(str(self.path / "roles"))
+        made = _indexed_dataset()
+        self._tokens = made.IndexedDataset(str(self.path / "tokens"))
+        self._roles = made.IndexedDataset(str(self.path / "roles"))
         # copies, as megatron unmaps the index when the data set dies, whoever still holds a view of it
         self.lengths: np.ndarray = self._tokens.sequence_lengths.copy()
         self.offsets: np.ndarray = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
@@ -179,12 +186,11 @@ class StoreWriter:
     """Writes a prepared folder sample by sample; nothing can open it before `finalize`. A context manager."""
 
     def __init__(self, path: str | Path):
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._tokens = IndexedDatasetBuilder(str(self.path / "tokens.bin"), np.int32)
-        self._roles = IndexedDatasetBuilder(str(self.path / "roles.bin"), np.uint8)
+        builder = _indexed_dataset().IndexedDatasetBuilder
+        self._tokens = builder(str(self.path / "tokens.bin"), np.int32)
+        self._roles = builder(str(self.path / "roles.bin"), np.uint8)
         self._token_hash, self._role_hash = hashlib.sha256(), hashlib.sha256()
         self._rows, self._response_counts = array("q"), array("i")
         self._largest_token = -1

@@ -374,4 +374,5 @@ def test_showing_ends_in_peace_where_nobody_reads_on(tokenizer, tmp_path):
     run([path], tokenizer, tmp_path / "out")
     command = f"{sys.executable} {TOOL} --output out --show 40 | head -1"
     cut = subprocess.run(command, cwd=tmp_path, shell=True, capture_output=True, text=True)
-    assert cut.stderr == "" and "sample 0" not in cut.stdout
+    told = [line for line in cut.stderr.splitlines() if "No CUDA runtime" not in line]  # torch's builds for GPUs
+    assert told == [] and "sample 0" not in cut.stdout
