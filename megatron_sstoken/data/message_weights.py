@@ -1,5 +1,6 @@
 """What a row says about how much its messages count."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_sstoken.data.conversation import BadRow, MessageWeight
@@ -40,7 +41,7 @@ def take_weight(fields: dict[str, Any], content: str, parts: list[WeightedSpan],
         spans = [_span(entry, f"`spans` of {what}") for entry in _entries(given["spans"], f"`spans` of {what}")]
     if "train_detail" in given:
         spans = _train_detail(given["train_detail"], len(content), whole, f"`train_detail` of {what}")
-    return MessageWeight(whole, _ordered(spans, len(content), what))
+    return MessageWeight(whole, _at_words(_ordered(spans, len(content), what), content))
 
 
 def learns(weight: MessageWeight) -> bool:
@@ -105,6 +106,21 @@ def _train_detail(value: Any, length: int, whole: float | None, what: str) -> li
     starts = [0, *(stop for _, stop, _ in ordered)]
     stops = [*(start for start, _, _ in ordered), length]
     return [*ordered, *((start, stop, 0.0) for start, stop in zip(starts, stops, strict=True) if start < stop)]
+
+
+def _at_words(spans: Sequence[WeightedSpan], content: str) -> tuple[WeightedSpan, ...]:
+    """Spans whose borders before a word lie before the space that leads to it.
+
+    Most tokenizers put that space into the word's token. The space's own weight would decide about the token, and a span of
+    weight 0 over a word would do nothing.
+    """
+
+    def border(position: int) -> int:
+        leads = 0 < position < len(content) and content[position - 1] == " " and not content[position].isspace()
+        return position - 1 if leads else position
+
+    moved = ((border(start), border(stop), weight) for start, stop, weight in spans)
+    return tuple((start, stop, weight) for start, stop, weight in moved if start < stop)
 
 
 def _ordered(spans: list[WeightedSpan], length: int, what: str) -> tuple[WeightedSpan, ...]:

@@ -32,9 +32,24 @@ def test_keys_that_agree():
 
 def test_spans():
     spans = [{"start": 6, "stop": 12, "weight": 2}, {"start": 2, "stop": 5, "weight": 0}]
-    assert parse(spans=spans) == MessageWeight(None, ((2, 5, 0.0), (6, 12, 2.0)))
-    assert parse(spans=spans, weight=0.5) == MessageWeight(0.5, ((2, 5, 0.0), (6, 12, 2.0)))
+    assert parse(spans=spans) == MessageWeight(None, ((1, 5, 0.0), (5, 12, 2.0)))
+    assert parse(spans=spans, weight=0.5) == MessageWeight(0.5, ((1, 5, 0.0), (5, 12, 2.0)))
     assert parse(spans=[]) == MessageWeight()
+
+
+def test_the_space_before_a_word_has_the_weight_of_the_word():
+    """Its token holds both."""
+
+    def borders(content, *spans):
+        given = [{"start": start, "stop": stop, "weight": 0} for start, stop in spans]
+        return [span[:2] for span in parse(content, spans=given).spans]
+
+    assert borders("a bad answer", (2, 5)) == borders("a bad answer", (1, 5)) == [(1, 5)]
+    assert borders("a bad answer", (2, 6), (6, 12)) == [(1, 5), (5, 12)]
+    assert borders("a  b", (3, 4)) == [(2, 4)], "of several spaces the last"
+    assert borders("a\nb\tc", (2, 3), (4, 5)) == [(2, 3), (4, 5)], "other white space has tokens of its own"
+    assert borders("ab cd", (1, 5)) == [(1, 5)] and borders(" ab ", (0, 4)) == [(0, 4)]
+    assert borders("a b", (1, 2)) == [], "a space alone"
 
 
 def test_train_detail():
@@ -43,9 +58,9 @@ def test_train_detail():
         {"begin_offset": 6, "end_offset": 11, "train": True},
         {"begin_offset": 0, "end_offset": 0, "train": False},
     ]
-    assert parse(train_detail=detail) == MessageWeight(None, ((0, 1, 0.0), (1, 6, 0.0), (6, 12, 1.0)))
+    assert parse(train_detail=detail) == MessageWeight(None, ((0, 1, 0.0), (1, 5, 0.0), (5, 12, 1.0)))
     middle = [{"begin_offset": 2, "end_offset": 4, "train": True}]
-    assert parse(train_detail=middle).spans == ((0, 2, 0.0), (2, 5, 1.0), (5, 12, 0.0))
+    assert parse(train_detail=middle).spans == ((0, 1, 0.0), (1, 5, 1.0), (5, 12, 0.0))
 
 
 def test_parts():
@@ -56,8 +71,8 @@ def test_parts():
         {"text": "answer", "train": True},
         {"text": "", "weight": 0},
     ]
-    assert parse(parts) == MessageWeight(None, ((0, 2, 0.0), (6, 12, 1.0)))
-    assert parse(parts, weight=0.5) == MessageWeight(0.5, ((0, 2, 0.0), (6, 12, 1.0)))
+    assert parse(parts) == MessageWeight(None, ((0, 1, 0.0), (5, 12, 1.0)))
+    assert parse(parts, weight=0.5) == MessageWeight(0.5, ((0, 1, 0.0), (5, 12, 1.0)))
 
 
 @pytest.mark.parametrize("role", ["system", "user", "tool"])
