@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from typing import Any
 
 from megatron_sstoken.data.conversation import BadRow, Conversation, printable
@@ -10,7 +11,7 @@ from megatron_sstoken.data.message_weights import UNWEIGHTED, learns, take_whole
 from megatron_sstoken.data.messages import MEDIA, MessageKeys, ParsedMessage, as_context, parse_messages
 from megatron_sstoken.data.recipe import DEFAULT_RECIPE, FieldNames, Recipe
 from megatron_sstoken.data.row_values import check_json, decode_json, decoded, is_empty, kind, without_nulls
-from megatron_sstoken.data.tool_calls import parse_tools
+from megatron_sstoken.data.tool_calls import parse_calls, parse_tools
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Exchange:
     response: str
     additions: tuple[str, ...] = ()
     """Columns whose text follows the prompt's, after an empty line."""
+    calls: bool = False
+    """The response is tool calls."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -48,6 +51,7 @@ FORMS: tuple[Exchange | Messages, ...] = (
     Exchange("prompt", "completion"),  # TRL
     Exchange("prompt", "response"),
     Exchange("query", "response"),  # ms-swift, MetaMath
+    Exchange("query", "answers", calls=True),  # xLAM
     Exchange("question", "answer"),  # GSM8K
     Exchange("question", "response"),  # OpenOrca
     Exchange("input", "output"),  # NeMo
@@ -125,7 +129,8 @@ class _Columns:
 
     def required(self, name: str) -> Any:
         if name not in self.names:
-            raise BadRow(f"field `{name}` is missing; the row has: {', '.join(self.names) or 'nothing'}")
+            has = ", ".join(self.names) or "nothing"
+            raise BadRow(f"field `{name}` is missing; the row has: {has}: correct --fields or the row")
         return self.take(name)
 
 
@@ -133,7 +138,7 @@ def _parse(columns: _Columns, names: FieldNames | None) -> Conversation:
     _refuse_unsupported(columns, preference=names is None)
     form = _named_form(names) if names else _find_form(columns)
     if isinstance(form, Messages):
-        parsed = parse_messages(columns.required(form.column), form.column, _message_keys(names))
+        parsed = _parse_conversation(columns.required(form.column), form.column, _message_keys(names))
     else:
         parsed = _parse_exchange(columns, form)
     parsed = _with_system(columns, (names.system,) if names and names.system else SYSTEM, parsed)
@@ -193,6 +198,11 @@ def _find_form(columns: _Columns) -> Exchange | Messages:
         raise BadRow(
             f"plain text has no prompt to tell the response from (fields: {present}): split it into prompt and completion"
         )
+    if "segments" in columns.left:
+        raise BadRow(
+            "`segments` are text without roles, which is not supported: write messages, and `train` or `spans` where not "
+            "all that the assistant says is to be learnt"
+        )
     known = ", ".join("/".join(form.columns) for form in FORMS)
     raise BadRow(f"no known form ({known}) in the fields: {present}: name the fields with --fields")
 
@@ -208,6 +218,19 @@ def _message_keys(names: FieldNames | None) -> MessageKeys:
     )
 
 
+def _parse_conversation(value: Any, column: str, keys: MessageKeys) -> list[ParsedMessage]:
+    """A list of messages, or of texts of user and assistant by turns (LIMA)."""
+    value = decoded(value, f"`{column}`")
+    if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+        return _by_turns(value)
+    return parse_messages(value, column, keys)
+
+
+def _by_turns(texts: list[str]) -> list[ParsedMessage]:
+    roles = islice(cycle(("user", "assistant")), len(texts))
+    return [ParsedMessage({"role": role, "content": text}) for role, text in zip(roles, texts, strict=True)]
+
+
 def _parse_exchange(columns: _Columns, form: Exchange) -> list[ParsedMessage]:
     parsed = _parse_history(columns.take("history"))
     prompt, response = (columns.required(name) for name in form.columns)
@@ -221,6 +244,9 @@ def _parse_exchange(columns: _Columns, form: Exchange) -> list[ParsedMessage]:
         prompt = "\n\n".join(text for text in (prompt, *additions) if text)
     context = _side(prompt, form.prompt, "user")
     parsed += [as_context(one, number) for number, one in enumerate(context)]
+    if form.calls:
+        calls = parse_calls(response, f"`{form.response}`")
+        return [*parsed, ParsedMessage({"role": "assistant", "content": "", "tool_calls": calls})]
     return parsed + _side(response, form.response, "assistant")
 
 
@@ -241,11 +267,7 @@ def _parse_history(value: Any) -> list[ParsedMessage]:
     for pair in pairs:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise BadRow("`history` must be a list of pairs of texts: question and answer")
-    texts = [text for pair in pairs for text in pair]
-    return [
-        ParsedMessage({"role": role, "content": text})
-        for role, text in zip(("user", "assistant") * len(pairs), texts, strict=True)
-    ]
+    return _by_turns([text for pair in pairs for text in pair])
 
 
 def _with_system(columns: _Columns, names: tuple[str, ...], parsed: list[ParsedMessage]) -> list[ParsedMessage]:

@@ -24,6 +24,7 @@ MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("thinking", "reasoning")
 CALL_PARTS = ("tool_call", "tool_calls")  # LLaMA-Factory's, as JSON text
+USE_PART, RESULT_PART = "tool_use", "tool_result"  # Anthropic's, the latter in messages of the user
 PART_KEYS = ("text", "value", "content", *REASONING_PARTS)
 """Keys of a part's text: OpenAI's, LLaMA-Factory's, axolotl's, Anthropic's and Mistral's."""
 
@@ -75,7 +76,7 @@ def parse_messages(value: Any, column: str, keys: MessageKeys = MessageKeys()) -
     for number, raw in enumerate(value):
         if not isinstance(raw, dict):
             raise BadRow(f"message {number} must be an object with role and content, not {kind(raw)}")
-        for single in _exchange(raw):
+        for single in _single(raw):
             parsed.append(_parse_message(single, number, keys))
             if len(parsed) > 1 and (merged := _with_call(*parsed[-2:])):
                 parsed[-2:] = [merged]
@@ -91,15 +92,33 @@ def as_context(parsed: ParsedMessage, number: int) -> ParsedMessage:
     return replace(parsed, weight=MessageWeight(0.0))
 
 
-def _exchange(raw: dict[str, Any]) -> list[dict[str, Any]]:
-    """An exchange in one object (ms-swift; xtuner and Capybara) → its messages; anything else stays."""
+def _single(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """What holds several messages in one object → each: an exchange (ms-swift; xtuner and Capybara), results of tools in
+    parts (Anthropic). Anything else stays."""
     if "role" in raw:
-        return [raw]
+        return _results(raw) if isinstance(raw.get("content"), list) else [raw]
     for user, assistant in (("human", "assistant"), ("input", "output")):
         if {user, assistant} <= raw.keys() <= {"system", user, assistant}:
             head = [] if is_empty(raw.get("system")) else [{"role": "system", "content": raw["system"]}]
             return [*head, {"role": "user", "content": raw[user]}, {"role": "assistant", "content": raw[assistant]}]
     return [raw]
+
+
+def _results(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """A message of the user whose first parts are results of tools → a message of a tool each, and one of what is left."""
+    is_result = [isinstance(part, dict) and part.get("type") == RESULT_PART for part in raw["content"]]
+    count = is_result.index(False) if False in is_result else len(is_result)
+    if not count or raw["role"] != "user":
+        return [raw]
+    tools = [
+        {**raw, "content": "", **part, "role": "tool", "tool_call_id": part.get("tool_use_id")}
+        for part in raw["content"][:count]
+    ]
+    for tool in tools:
+        del tool["type"]
+        tool.pop("tool_use_id", None)
+    left = raw["content"][count:]
+    return [*tools, raw | {"content": left}] if left else tools
 
 
 def _parse_message(raw: dict[str, Any], number: int, keys: MessageKeys) -> ParsedMessage:
@@ -203,7 +222,11 @@ def _join_parts(parts: list[Any], what: str) -> _Parts:
         part = {key: value for key, value in part.items() if value is not None}
         name = part.pop("type", "text")
         weight = take_whole(part, place)
-        content = _take(part, PART_KEYS, place)
+        if name == USE_PART:
+            call = {"id": part.pop("id", None), "name": part.pop("name", None), "arguments": part.pop("input", None)}
+            name, content = CALL_PARTS[0], call
+        else:
+            content = _take(part, PART_KEYS, place)
         joined.unused += [f"content.{key}" for key, value in part.items() if not is_empty(value)]
         if name in REASONING_PARTS and isinstance(content, list):  # Mistral's thinking holds parts of text
             inner = _join_parts(content, place)
@@ -214,7 +237,7 @@ def _join_parts(parts: list[Any], what: str) -> _Parts:
         if name in CALL_PARTS:
             joined.calls += parse_calls(content, place)
         elif name not in (*TEXT_PARTS, *REASONING_PARTS):
-            raise BadRow(f"{place} is of type {name!r}: only text, thinking and tool_call are supported")
+            raise BadRow(f"{place} is of type {name!r}: only text, thinking, tool_call and tool_use are supported")
         elif not isinstance(content, str):
             raise BadRow(f"`text` of {place} must be a string, not {kind(content)}")
         elif joined.calls or (joined.text and name in REASONING_PARTS):

@@ -88,6 +88,8 @@ def _parse_tool(tool: Any, what: str) -> dict[str, Any]:
     if tool.get("type", "function") != "function":
         raise BadRow(f"{what} has a tool of type {tool['type']!r}; only functions are supported")
     check_json(tool, what)
+    if "parameters" not in function and "input_schema" in function:  # Anthropic's name
+        function["parameters"] = function.pop("input_schema")
     if function is tool:
         return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
     return {"type": "function"} | tool

@@ -65,6 +65,8 @@ def test_the_documentation_shows_every_form():
         ({"prompt": "a", "response": "b"}, exchange("a", "b")),
         ({"query": "a", "response": "b"}, exchange("a", "b")),
         ({"question": "a", "answer": "b"}, exchange("a", "b")),
+        ({"conversations": ["a", "b", "c", "d"]}, [*exchange("a", "b"), *exchange("c", "d")]),
+        ({"conversations": '["a", "b"]', "system": "s"}, exchange("a", "b", "s")),
         ({"question": "a", "response": "b", "system_prompt": "s"}, exchange("a", "b", "s")),
         ({"input": "a", "output": "b"}, exchange("a", "b")),
         ({"messages": MULTI_TURN, "prompt": "the quick fox"}, MULTI_TURN),
@@ -133,6 +135,19 @@ def test_columns_that_fields_do_not_name_keep_their_meaning():
 def test_named_fields_must_be_complete(text):
     with pytest.raises(ValueError, match="--fields: .* must read prompt=NAME,response=NAME or messages=NAME"):
         FieldNames.parse(text)
+
+
+def test_answers_that_are_calls():
+    flat = {"name": "f", "arguments": {"x": 1}}
+    tools = [{"name": "f", "parameters": {"x": {"type": "int"}}}]
+    row = {"query": "a", "answers": json.dumps([flat, flat]), "tools": json.dumps(tools)}
+    calls = [{"type": "function", "function": flat}] * 2
+    conversation = parse(row)
+    assert conversation.messages == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+    ]
+    assert conversation.tools == [{"type": "function", "function": tools[0]}] and conversation.unused == ()
 
 
 def test_only_the_completion_is_trained():
@@ -246,6 +261,12 @@ def test_what_the_template_reads_is_used(template, unused):
         (line({"prompt": "a", "answer": "b"}), "no known form .* in the fields: prompt, answer"),
         (line({"prompt": "a", "completion": None}), "no known form .* prompt .null: completion."),
         (line({"\ud800": "a"}), r"in the fields: \\ud800: name"),
+        (line({"conversations": ["a"]}), "no assistant message"),
+        (line({"conversations": ["a", {"from": "gpt", "value": "b"}]}), "message 0 must be an object .*, not a string"),
+        (line({"prompt": "a", "completion": ["b", "c"]}), "message 0 must be an object .*, not a string"),
+        (line({"query": "a", "answers": "[]"}), "no assistant message with content"),
+        (line({"query": "a", "answers": "b"}), "`answers` is a text, but not JSON"),
+        (line({"segments": [{"label": True, "text": "a"}]}), "`segments` are text without roles.*: write messages"),
         (line({"text": "a"}), "plain text has no prompt .*: split it into prompt and completion"),
         (line({"prompt": "a", "completion": 3}), "`completion` must be a string or a list of messages, not a number"),
         (line({"instruction": "a", "input": [], "output": "b"}), "`input` must be a string, not a list"),

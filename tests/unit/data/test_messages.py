@@ -47,6 +47,25 @@ def test_names_of_thinking(key):
     assert parse({"role": "user", "content": "a", key: "t"}) == [{**QUESTION, key: "t"}]
 
 
+def test_parts_of_anthropic():
+    use = {"type": "tool_use", "id": "i", "name": "f", "input": {"x": 1}}
+    assert answer(content=[{"type": "text", "text": "b"}, use]) == {**ANSWER, "tool_calls": [{"id": "i", **CALL}]}
+    results = [
+        {"type": "tool_result", "tool_use_id": "i", "content": [{"type": "text", "text": "1"}]},
+        {"type": "tool_result", "tool_use_id": "j", "is_error": True},
+    ]
+    tools = [
+        {"role": "tool", "tool_call_id": "i", "content": "1"},
+        {"role": "tool", "tool_call_id": "j", "content": "", "is_error": True},
+    ]
+    assert parse({"role": "user", "content": results}) == tools
+    assert parse({"role": "user", "content": [*results, {"type": "text", "text": "a"}]}) == [*tools, QUESTION]
+    (told, *_) = parse_messages([{"role": "user", "content": results, "name": "n"}], "messages")
+    assert set(told.unused) == {"tool_call_id", "name"}
+    with pytest.raises(BadRow, match="part 1 of message 0 is of type 'tool_result'"):
+        parse({"role": "user", "content": [{"type": "text", "text": "a"}, *results]})
+
+
 @pytest.mark.parametrize(
     "part",
     [
@@ -134,7 +153,8 @@ def test_context_has_weight_zero():
         ({"role": "tool", "content": {"a": 1}}, "`content` of message 0 must be a string, not an object"),
         ({"role": "user", "content": "a", "images": ["x"]}, "message 0 has `images`: only texts"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "part 0 of message 0 is of type 'image_url': only text"),
-        ({"role": "assistant", "content": [{"type": "tool_use", "name": "f"}]}, "of type 'tool_use'"),
+        ({"role": "assistant", "content": [{"type": "code", "text": "f"}]}, "of type 'code': only text"),
+        ({"role": "assistant", "content": [{"type": "tool_use"}]}, "part 0 of message 0 must name the function"),
         ({"role": "user", "content": [3]}, "part 0 of message 0 must be an object"),
         ({"role": "user", "content": [{"type": "text"}]}, "`text` of part 0 of message 0 must be a string, not null"),
         (

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megatron_sstoken.data.conversation import BadRow
-from megatron_sstoken.data.tool_calls import parse_calls, with_text_arguments
+from megatron_sstoken.data.tool_calls import parse_calls, parse_tools, with_text_arguments
 
 FLAT = {"name": "f", "arguments": {"city": "Köln"}}
 CALL = {"type": "function", "function": FLAT}
@@ -72,3 +72,9 @@ def test_arguments_as_text():
 def test_bad_calls_say_why(call, reason):
     with pytest.raises(BadRow, match=reason):
         parse_calls([call], "x")
+
+
+def test_schemas_of_anthropic():
+    schema = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    (tool,) = parse_tools([{"name": "f", "description": "d", "input_schema": schema}], "x")
+    assert tool == {"type": "function", "function": {"name": "f", "description": "d", "parameters": schema}}
