@@ -1,7 +1,7 @@
 """Rows of a data set, in whatever form they come → conversations."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any
@@ -11,6 +11,7 @@ from megatron_sstoken.data.message_weights import UNWEIGHTED, learns, take_whole
 from megatron_sstoken.data.messages import MEDIA, MessageKeys, ParsedMessage, as_context, parse_messages
 from megatron_sstoken.data.recipe import DEFAULT_RECIPE, FieldNames, Recipe
 from megatron_sstoken.data.row_values import check_json, decode_json, decoded, is_empty, kind, without_nulls
+from megatron_sstoken.data.template_style import names_read
 from megatron_sstoken.data.tool_calls import parse_calls, parse_tools
 
 
@@ -97,7 +98,7 @@ def really_unused(unused: Iterable[str], template: str | None) -> tuple[str, ...
     """Of `Conversation.unused`, what the chat template does not read either.
 
     A key of messages counts as read where the template's text takes it from something that is not a tool or a call:
-    `message.name`, `message["name"]`, `m.get("name")`.
+    `message.name`, `message["name"]`, `m.get("name")`; one of `chat_template_kwargs` where it is a name of the template.
     """
 
     def is_read(key: str) -> bool:
@@ -105,7 +106,15 @@ def really_unused(unused: Iterable[str], template: str | None) -> tuple[str, ...
         takes = rf"(\w+)(?:\[[^\]'\"]*\])?\s*(?:\.\s*{name}\b|\[\s*['\"]{name}['\"]\s*\]|\.get\(\s*['\"]{name}['\"])"
         return any(not re.search("tool|func|call|param", base) for base in re.findall(takes, template or ""))
 
-    return tuple(name for name in unused if not (name.startswith("messages.") and is_read(name.split(".", 1)[1])))
+    def is_used(name: str) -> bool:
+        owner, _, key = name.partition(".")
+        return (
+            is_read(key)
+            if owner == "messages"
+            else owner == "chat_template_kwargs" and key in names_read(template or "")
+        )
+
+    return tuple(name for name in unused if not is_used(name))
 
 
 class _Columns:
@@ -145,14 +154,16 @@ def _parse(columns: _Columns, names: FieldNames | None) -> Conversation:
     parsed = _with_row_weight(columns, parsed)
     _check_something_to_learn(parsed)
     name, tools = columns.take_one((names.tools,) if names and names.tools else TOOLS)
+    arguments = _template_arguments(columns)
     weights = tuple(one.weight for one in parsed)
     return Conversation(
         [one.message for one in parsed],
         weights=weights if any(weight != UNWEIGHTED for weight in weights) else (),
         tools=parse_tools(tools, f"`{name}`"),
-        template_arguments=_template_arguments(columns),
+        template_arguments=arguments,
         source=_source(columns),
-        unused=_unused(columns, parsed),
+        unused=_unused(columns, parsed, arguments),
+        notes=(*_absent(columns, names), *_says_nothing(parsed)),
     )
 
 
@@ -301,10 +312,7 @@ def _with_row_weight(columns: _Columns, parsed: list[ParsedMessage]) -> list[Par
 def _check_something_to_learn(parsed: list[ParsedMessage]) -> None:
     if not parsed:
         raise BadRow("the conversation is empty")
-    turns = [one for one in parsed if one.message["role"] == "assistant"]
-    turns = [
-        one for one in turns if any(one.message.get(key) for key in ("content", "tool_calls", "reasoning_content"))
-    ]
+    turns = [one for one in parsed if one.message["role"] == "assistant" and _says(one)]
     if not turns:
         raise BadRow("no assistant message with content, so there is nothing to learn")
     if not any(learns(one.weight) for one in turns):
@@ -329,7 +337,25 @@ def _source(columns: _Columns) -> str | None:
     return None
 
 
-def _unused(columns: _Columns, parsed: list[ParsedMessage]) -> tuple[str, ...]:
+def _absent(columns: _Columns, names: FieldNames | None) -> Iterator[str]:
+    """Notes on columns that the user named and a row may lack; where all rows do, the name is probably wrong."""
+    for name in (names.system, names.tools) if names else ():
+        if name and name not in columns.names:
+            yield f"column `{name}`, which --fields names, is not there"
+
+
+def _says_nothing(parsed: list[ParsedMessage]) -> Iterator[str]:
+    if any(one.message["role"] == "assistant" and not _says(one) and learns(one.weight) for one in parsed):
+        yield "an assistant message is empty: the model learns to end its turn at once (weight 0 makes it context)"
+
+
+def _says(parsed: ParsedMessage) -> bool:
+    message = parsed.message
+    return bool(message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))
+
+
+def _unused(columns: _Columns, parsed: list[ParsedMessage], arguments: dict[str, Any]) -> tuple[str, ...]:
     names = [name for name, value in columns.left.items() if not is_empty(value)]
     names += [f"messages.{key}" for one in parsed for key in one.unused]
+    names += [f"chat_template_kwargs.{key}" for key in arguments]
     return tuple(dict.fromkeys(map(printable, names)))

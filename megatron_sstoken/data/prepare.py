@@ -19,8 +19,8 @@ from megatron_sstoken.data.mixing import Placer, Plan
 from megatron_sstoken.data.output import SKIPPED, check_output, sole_maker
 from megatron_sstoken.data.recipe import DEFAULT_RECIPE, Recipe
 from megatron_sstoken.data.store import NO_TEMPLATE, StoreManifest
-from megatron_sstoken.data.templates import find_template, require_tokens
-from megatron_sstoken.data.tokenizer import TextTokenizer, load_tokenizer
+from megatron_sstoken.data.templates import find_template, require_arguments, require_tokens
+from megatron_sstoken.data.tokenizer import RESERVED, TextTokenizer, load_tokenizer
 from megatron_sstoken.data.workers import BadPlace, TokenizedChunk, default_workers, tokenize_chunks
 from megatron_sstoken.files import naming, source_inside, whole_folder
 
@@ -66,6 +66,7 @@ def prepare(
     _check_names(plan, sources)
     tokenizer = load_tokenizer(tokenizer_path, find_template(chat_template) if chat_template else None)
     require_tokens(tokenizer)
+    require_arguments(tokenizer.template, recipe.template_arguments.keys() - RESERVED)
     with (
         sole_maker(output),
         naming(output),

@@ -1,7 +1,12 @@
 """What a chat template expects of messages, where templates differ: found by rendering probes."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+
+import jinja2
+from jinja2 import meta
 
 from megatron_sstoken.data.conversation import BadRow, Message
 from megatron_sstoken.data.tool_calls import with_text_arguments
@@ -54,6 +59,19 @@ def find_style(render: Callable[[list[Message]], str]) -> TemplateStyle:
     call: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
     conversation = [_QUESTION, call, _RESULT, _ANSWER]
     return next((style for style in styles if _writes_call(text(style.apply(conversation)))), TemplateStyle())
+
+
+@lru_cache(maxsize=16)
+def names_read(template: str) -> frozenset[str]:
+    """Names that a chat template takes from outside: of the conversation, special tokens, and arguments of its own."""
+    without = re.sub(
+        r"{%([-+]?)\s*(end)?generation\s*([-+]?)%}", "", template
+    )  # marks, which jinja2 alone does not know
+    try:
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(without)
+        return frozenset(meta.find_undeclared_variables(tree))
+    except jinja2.TemplateError as error:
+        raise ValueError(f"chat template: {error}: correct the template") from error
 
 
 def _writes_call(text: str) -> bool:

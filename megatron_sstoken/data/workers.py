@@ -103,7 +103,7 @@ def tokenize_chunk(tokenizer: TextTokenizer, recipe: Recipe, chunk: Chunk) -> To
         samples.append(result)
         rows.append(row)
         labels.append(conversation.source)
-        notes.update({*result.notes, *_unused_notes(conversation.unused, tokenizer.template)})
+        notes.update({*result.notes, *conversation.notes, *_unused_notes(conversation.unused, tokenizer.template)})
     return TokenizedChunk(
         tokens=np.concatenate([np.empty(0, np.int32), *(sample.tokens for sample in samples)]),
         roles=np.concatenate([np.empty(0, np.uint8), *(sample.roles for sample in samples)]),

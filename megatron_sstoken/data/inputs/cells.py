@@ -2,17 +2,22 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from megatron_sstoken.data.conversation import BadRow
 from megatron_sstoken.data.inputs import chunks
 from megatron_sstoken.data.inputs.chunks import Chunk, as_text
+from megatron_sstoken.data.row_values import decode_json
 
-JSON_COLUMNS = frozenset(("messages", "conversations", "conversation", "tools", "functions", "chat_template_kwargs"))
-"""Columns whose cells hold JSON; a cell of any other column is the text that it is."""
+JSON_COLUMNS = frozenset(
+    ("messages", "conversations", "conversation", "tools", "functions", "chat_template_kwargs", "history")
+)
+"""Columns whose cells hold JSON."""
+VALUE_COLUMNS = frozenset(("weight", "loss_weight", "train", "label"))
+"""Columns whose cells hold a number, or true or false in any case of letters. A cell of any other column is a text."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +46,19 @@ class CellChunk(Chunk):
 
 
 def _value(name: str, cell: str) -> Any:
-    if name not in JSON_COLUMNS:
+    if name not in JSON_COLUMNS | VALUE_COLUMNS:
         return cell
     if not cell.strip():
         return None
+    if name in VALUE_COLUMNS:
+        with suppress(BadRow):
+            return decode_json(cell.lower(), "")
+        return cell
     try:
-        return json.loads(cell)
-    except (ValueError, RecursionError) as error:
+        return decode_json(cell, f"the cell `{name}`")
+    except BadRow as error:
         python = " (it looks like Python's way to write it, as pandas' to_csv does)" if "'" in cell[:40] else ""
-        raise BadRow(
-            f"the cell `{name}` is not JSON{python}: write JSON into it, or give JSON lines or Parquet"
-        ) from error
+        raise BadRow(f"{error}{python}: write JSON into it, or give JSON lines or Parquet") from error
 
 
 def read_cells(stream: BinaryIO, file: str, delimiter: str) -> Iterator[CellChunk]:
@@ -85,8 +92,10 @@ def read_cells(stream: BinaryIO, file: str, delimiter: str) -> Iterator[CellChun
 def _header(names: list[str], file: str) -> list[str]:
     names = [name.strip() for name in names]
     wrong = "has no header" if not names else "has a column without a name" if not all(names) else None
+    if len(names) == 1 and ";" in names[0]:
+        wrong = "is separated by semicolons, not commas"
     if twice := [name for name in names if names.count(name) > 1]:
         wrong = f"has two columns `{twice[0]}`"
     if wrong:
-        raise ValueError(f"--input: {file} {wrong}: its first row must name each column once")
+        raise ValueError(f"--input: {file} {wrong}: give commas, and a first row that names each column once")
     return names

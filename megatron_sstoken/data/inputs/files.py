@@ -27,6 +27,7 @@ from megatron_sstoken.data.inputs.kinds import (
 from megatron_sstoken.data.inputs.streams import InputBytes, changed, state_of
 from megatron_sstoken.data.inputs.tables import read_arrow, read_parquet
 from megatron_sstoken.data.inputs.text import read_array, read_lines, read_objects
+from megatron_sstoken.data.output import store_folders
 
 NUM_TOLD = 5  # names of files in a note
 _LABELLED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
@@ -99,6 +100,8 @@ def find_files(inputs: Sequence[str | Path]) -> list[InputFile]:
             if not os.access(file, os.R_OK):
                 raise ValueError(f"--input: {file} cannot be read: let this user read it")
             found.append(InputFile(str(file), stem, label))
+            if not found[-1].size:
+                _note(f"{file} is empty")
     seen: set[str] = set()
     for one in found:
         real = os.path.realpath(one.path)
@@ -152,6 +155,8 @@ def _in_folder(folder: Path) -> list[Path]:
         raise ValueError(f"--input: {folder} holds several splits: name one of them ({named})")
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return _saved(folder)
+    if prepared := store_folders(folder):
+        raise ValueError(f"--input: {prepared[0]} was prepared by this tool: name the files that it was made of")
     every = sorted(path for path in folder.rglob("*") if path.is_file())
     inside = {path: path.relative_to(folder).parts for path in every}
     hidden = [path for path, parts in inside.items() if any(part.startswith(".") for part in parts)]

@@ -8,9 +8,11 @@ to write after the generation prompt, the end of the turn included.
 import difflib
 import functools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_sstoken.data.tokenizer import TextTokenizer
+from megatron_sstoken.data.template_style import names_read
+from megatron_sstoken.data.tokenizer import RESERVED, TextTokenizer
 
 FOLDER = Path(__file__).parent
 ALIASES = {
@@ -22,6 +24,7 @@ ALIASES = {
 }
 """Other names of the same template."""
 _TOKENS = re.compile(r"\A\s*\{#(?:(?!#\}).)*^\s*Tokens: ([^\n]+?)\.(?:\s|$)", re.MULTILINE | re.DOTALL)
+_FUNCTIONS = frozenset(("raise_exception", "strftime_now"))  # that transformers gives to templates
 _QUOTED = r"\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'"
 _PIECES = re.compile(
     r"\{%(?P<left>[-+]?)\s*(?:end)?generation\s*(?P<right>[-+]?)%\}"
@@ -70,6 +73,16 @@ def require_tokens(tokenizer: TextTokenizer) -> None:
             "model would learn to spell them: choose a template whose tokens it has "
             f"({', '.join(fitting) or 'none that is shipped'}), or, to spell them nevertheless, give a copy of the "
             "template without its line `Tokens:`"
+        )
+
+
+def require_arguments(template: str | None, arguments: Iterable[str]) -> None:
+    """Raise ValueError for a template argument that the template does not read: a misspelt one would do nothing."""
+    if unread := [name for name in arguments if template is None or name not in names_read(template)]:
+        known = sorted(names_read(template) - RESERVED - _FUNCTIONS) if template else []
+        raise ValueError(
+            f"--template_arguments: the chat template does not read {', '.join(unread)}: correct the name, or leave it out "
+            f"(names that it reads: {', '.join(known) or 'none'})"
         )
 
 

@@ -38,7 +38,10 @@ def shares(**others):
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: ",".join(row))
 def test_rows_of_the_documentation(row):
     conversation = parse(row)
-    assert set(conversation.unused) <= {"messages.tool_call_id", "messages.name"}
+    assert set(really_unused(conversation.unused, "{{ enable_thinking }}")) <= {
+        "messages.tool_call_id",
+        "messages.name",
+    }
     assert conversation.messages[-1]["role"] == "assistant"
 
 
@@ -207,9 +210,23 @@ def test_other_columns():
     conversation = parse(row)
     assert conversation.template_arguments == {"enable_thinking": False}
     assert conversation.source == "web"
-    assert conversation.unused == ("dataset", "id")
+    assert conversation.unused == ("dataset", "id", "chat_template_kwargs.enable_thinking")
     assert parse(shares(source=["web"])).unused == ("source",)
     assert parse(shares(dataset="d")).source == "d"
+
+
+def test_template_arguments_that_the_template_reads_are_used():
+    unused = ("chat_template_kwargs.mood", "chat_template_kwargs.tone", "chat_template_kwargs.x")
+    template = "{% generation %}{% if mood is defined %}{{ x }}{% set x = 'tone' %}{% endif %}{% endgeneration %}"
+    assert really_unused(unused, template) == ("chat_template_kwargs.tone",)
+    assert really_unused(unused, None) == unused
+
+
+def test_empty_answers_are_noted():
+    (note,) = parse({"messages": [*exchange("a", " "), *exchange("c", "d")]}).notes
+    assert note.startswith("an assistant message is empty")
+    turns = [{"role": "assistant", "content": "", "weight": 0}, *exchange("a", "b")]
+    assert parse({"messages": turns}).notes == ()
 
 
 def test_what_cannot_be_used_may_be_empty():

@@ -310,6 +310,24 @@ def test_bad_arguments(tokenizer, tmp_path):
         run([path], tokenizer, tmp_path / "out", workers=0)
     with pytest.raises(ValueError, match="--chat_template: .*absent is neither a file nor"):
         run([path], tokenizer, tmp_path / "out", chat_template=tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"does not read moood: correct .* that it reads: bos_token, mood\)"):
+        template = tmp_path / "template.jinja"
+        template.write_text("{{ bos_token }}{{ mood }}" + CHAT_TEMPLATES["generation"])
+        recipe = Recipe(template_arguments={"moood": "calm", "mood": "calm"})
+        run([path], tokenizer, tmp_path / "out", chat_template=template, recipe=recipe)
+    run([path], tokenizer, tmp_path / "out")
+    with pytest.raises(ValueError, match="out was prepared by this tool: name the files that it was made of"):
+        run([tmp_path / "out"], tokenizer, tmp_path / "again")
+
+
+def test_what_rows_lack_or_leave_empty_is_noted(tokenizer, tmp_path):
+    turns = [*exchange("the quick fox", ""), *exchange("how many", "7")]
+    rows = [{"m": turns, "chat_template_kwargs": {"mood": 1}}, {"m": turns, "rules": ""}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    notes = run([path], tokenizer, tmp_path / "out", recipe=Recipe(FieldNames.parse("messages=m,system=rules"))).notes
+    assert notes["column `rules`, which --fields names, is not there"] == 1
+    assert notes["key `mood` of `chat_template_kwargs` is not used"] == 1
+    assert [count for text, count in notes.items() if text.startswith("an assistant message is empty")] == [2]
 
 
 def test_plain_text_with_sentencepiece(tmp_path):

@@ -166,6 +166,7 @@ def test_what_is_no_data_is_told_before_any_work(tmp_path, name, content, told):
         ("a.csv", b"a,a\n1,2\n", "two columns `a`"),
         ("a.csv", b"a,\n1,2\n", "a column without a name"),
         ("a.csv", b"", "has no header"),
+        ("a.csv", b"prompt;completion\na;b\n", "separated by semicolons, not commas: give commas"),
     ],
 )
 def test_damaged_files_are_one_error(tmp_path, name, content, told):
@@ -220,6 +221,21 @@ def test_bad_cells(tmp_path):
     assert results[2][1] == {"messages": None, "input": "two\nlines"}
     assert "has 3 cells, and the header 2" in results[3][1]
     assert results[4][1] == {"messages": [], "input": "[1]"}, "text stays text"
+
+
+def test_cells_of_weights_are_values(tmp_path):
+    header = "prompt,completion,weight,train,label,history\n"
+    (tmp_path / "a.csv").write_text(header + 'a,1,0.5,True,FALSE,"[[""a"", ""b""]]"\na,2,,,,\na,3,nan,yes,good,[]\n')
+    (chunk,) = find_files([tmp_path / "a.csv"])[0].chunks()
+    values = [list(chunk.decode(raw).values())[1:] for _, raw in chunk.rows()]
+    assert values[0] == ["1", 0.5, True, False, [["a", "b"]]]
+    assert values[1:] == [["2", None, None, None, None], ["3", "nan", "yes", "good", []]]
+
+
+def test_an_empty_file_is_told(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    find_files([tmp_path / "a.jsonl"])
+    assert f"{tmp_path / 'a.jsonl'} is empty" in capsys.readouterr().err
 
 
 def test_nested_columns_become_what_json_would_have_held(tmp_path):
