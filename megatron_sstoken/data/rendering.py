@@ -192,7 +192,7 @@ def _content_spans(
 
 
 def _thinking(response: Response, text: str, places: Sequence[Place]) -> Span | None:
-    """The response's thinking, from its beginning to the closing tag and the spaces after it."""
+    """The response's thinking, from its beginning to the closing tag and the spaces after it, or to its end without one."""
     start, stop = response.spans[0]
     reasoning = max((place.stop for place in places if place.piece.part == "reasoning"), default=start)
     for opening, closing in THINK_TAGS:
@@ -200,7 +200,8 @@ def _thinking(response: Response, text: str, places: Sequence[Place]) -> Span | 
         if not opened and not text[max(0, start - 80) : start].rstrip().endswith(opening):
             continue
         close = text.find(closing, max(reasoning, opened.end() if opened else start), response.spans[-1][1])
-        if close >= 0:
-            after = close + len(closing)
-            return start, after + len(text[after:stop]) - len(text[after:stop].lstrip())
+        if close < 0:  # cut off while it thought
+            return start, response.spans[-1][1]
+        after = close + len(closing)
+        return start, after + len(text[after:stop]) - len(text[after:stop].lstrip())
     return None

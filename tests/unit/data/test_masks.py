@@ -286,6 +286,16 @@ def test_thinking_weight(tokenizer, opened):
     assert len(response_texts(tokenizer, plain)) == 2
 
 
+def test_thinking_that_was_cut_off_is_all_thinking(tokenizer):
+    turns = [*exchange("a", "<think>\na fox or a"), *exchange("c", "the dog")]
+    half = weigh(tokenizer, "plain", Conversation(turns), thinking_weight=0.5)
+    assert tokenizer._tokenizer.decode(half.tokens[half.weights == 0.5]) == "<think>\na fox or a<|im_end|>"
+    none = weigh(tokenizer, "plain", Conversation(turns), thinking_weight=0.0)
+    assert response_texts(tokenizer, none) == ["the dog<|im_end|>"]
+    nothing = weigh(tokenizer, "plain", Conversation(turns[:2]), thinking_weight=0.0)
+    assert isinstance(nothing, BadRow) and "nothing to learn" in str(nothing)
+
+
 def test_plain_text_has_weights(tokenizer):
     conversation = Conversation(exchange("a", "the lazy dog"), (MessageWeight(), MessageWeight(2.0, ((0, 3, 0.0),))))
     sample = weigh(tokenizer, None, conversation)
