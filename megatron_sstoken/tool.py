@@ -12,6 +12,14 @@ DEBUG: dict[str, Any] = {"action": "store_true", "help": "where something fails,
 """What `--debug` is, in every program."""
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False or action.default == ()
+        return action.help if says_nothing else super()._get_help_string(action)
+
+
 def add_debug(parser: argparse.ArgumentParser) -> None:
     """Add the option that every program has."""
     parser.add_argument("--debug", **DEBUG)

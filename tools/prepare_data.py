@@ -22,11 +22,12 @@ from megatron_sstoken.data.show import show
 from megatron_sstoken.data.summary import summary
 from megatron_sstoken.data.templates import template_names
 from megatron_sstoken.data.workers import default_workers
-from megatron_sstoken.tool import add_debug, run_tool
+from megatron_sstoken.tool import HelpFormatter, add_debug, run_tool
 
 ROWS = """input rows: messages or conversations (role and content, or from and value), prompt and completion (texts, or
-lists of messages), prompt, query or question and response, question and answer, input and output, instruction and output or
-response (Alpaca, Dolly), or the columns named by --fields. docs/data.md has a row of each."""
+lists of messages), prompt, query or question and response, question and answer, query and answers (calls), input and
+output, instruction and output or response (Alpaca, Dolly), or the columns named by --fields. docs/data.md has a row of
+each."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -34,7 +35,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=ROWS,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     _add_input(parser.add_argument_group("input"))
     _add_samples(parser.add_argument_group("samples"))

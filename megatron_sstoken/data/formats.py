@@ -89,7 +89,7 @@ def parse_row(row: dict[str, Any], recipe: Recipe = DEFAULT_RECIPE) -> Conversat
     reason, and nothing else.
     """
     try:
-        return _parse(_Columns(row), recipe.fields)
+        return _parse(_Columns(row), recipe)
     except RecursionError as error:
         raise BadRow("nested too deeply") from error
 
@@ -143,7 +143,8 @@ class _Columns:
         return self.take(name)
 
 
-def _parse(columns: _Columns, names: FieldNames | None) -> Conversation:
+def _parse(columns: _Columns, recipe: Recipe) -> Conversation:
+    names = recipe.fields
     _refuse_unsupported(columns, preference=names is None)
     form = _named_form(names) if names else _find_form(columns)
     if isinstance(form, Messages):
@@ -151,7 +152,7 @@ def _parse(columns: _Columns, names: FieldNames | None) -> Conversation:
     else:
         parsed = _parse_exchange(columns, form)
     parsed = _with_system(columns, (names.system,) if names and names.system else SYSTEM, parsed)
-    parsed = _with_row_weight(columns, parsed)
+    parsed = _with_row_weight(columns, parsed, recipe)
     _check_something_to_learn(parsed)
     name, tools = columns.take_one((names.tools,) if names and names.tools else TOOLS)
     arguments = _template_arguments(columns)
@@ -295,17 +296,17 @@ def _with_system(columns: _Columns, names: tuple[str, ...], parsed: list[ParsedM
     return parsed
 
 
-def _with_row_weight(columns: _Columns, parsed: list[ParsedMessage]) -> list[ParsedMessage]:
-    """The row's weight is that of each assistant message without its own."""
+def _with_row_weight(columns: _Columns, parsed: list[ParsedMessage], recipe: Recipe) -> list[ParsedMessage]:
+    """The row's weight is that of each assistant message without its own; of the last, if no other is trained."""
     given = {name: value for name in ("weight", "loss_weight", "train") if (value := columns.take(name)) is not None}
     weight = take_whole(given, "the row")
     if weight is None:
         return parsed
+    turns = [index for index, one in enumerate(parsed) if one.message["role"] == "assistant"]
+    weighed = turns if recipe.turns == "all" else turns[-1:]
     return [
-        replace(one, weight=replace(one.weight, whole=weight))
-        if one.message["role"] == "assistant" and one.weight.whole is None
-        else one
-        for one in parsed
+        replace(one, weight=replace(one.weight, whole=weight)) if index in weighed and one.weight.whole is None else one
+        for index, one in enumerate(parsed)
     ]
 
 

@@ -78,7 +78,7 @@ def parse_messages(value: Any, column: str, keys: MessageKeys = MessageKeys()) -
             raise BadRow(f"message {number} must be an object with role and content, not {kind(raw)}")
         for single in _single(raw):
             parsed.append(_parse_message(single, number, keys))
-            if len(parsed) > 1 and (merged := _with_call(*parsed[-2:])):
+            if len(parsed) > 1 and (merged := _with_call(*parsed[-2:], number)):
                 parsed[-2:] = [merged]
     return parsed
 
@@ -189,13 +189,18 @@ def _take_calls(fields: dict[str, Any], what: str) -> list[dict[str, Any]]:
     return calls[0] if calls else []
 
 
-def _with_call(before: ParsedMessage, call: ParsedMessage) -> ParsedMessage | None:
+def _with_call(before: ParsedMessage, call: ParsedMessage, number: int) -> ParsedMessage | None:
     """One message of the assistant's where a message that is a call follows it: what it said, and the calls."""
-    nothing_else = call.message.keys() == {"role", "content", "tool_calls"} and before.weight == call.weight
-    if not (call.is_call and nothing_else and before.message["role"] == "assistant"):
+    if not call.is_call or before.message["role"] != "assistant" or REASONING[0] in call.message:
         return None
+    if before.weight.whole != call.weight.whole:
+        raise BadRow(
+            f"message {number} is a call and part of the assistant's message before it, but has another weight: give both "
+            "the same, or weigh the content by `spans`"
+        )
     calls = [*before.message.get("tool_calls", []), *call.message["tool_calls"]]
-    return replace(before, message=before.message | {"tool_calls": calls})
+    message = call.message | before.message | {"tool_calls": calls}
+    return replace(before, message=message, unused=(*before.unused, *call.unused))
 
 
 @dataclass

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sstoken.data.conversation import BadRow, Conversation, MessageWeight
+from megatron_sstoken.data.formats import parse_row
 from megatron_sstoken.data.masks import tokenize_conversations
 from megatron_sstoken.data.recipe import Recipe
 from megatron_sstoken.data.rendering import NO_END, SPECIAL_IN_CONTENT
@@ -249,6 +250,13 @@ def test_the_last_turn_only(tokenizer):
     own = Conversation(conversation.messages, tuple(MessageWeight(1.0 if i == 1 else None) for i in range(6)))
     kept = weigh(tokenizer, "plain", own, turns="last")
     assert response_texts(tokenizer, kept) == ["one<|im_end|>", "three<|im_end|>"]
+
+
+def test_the_weight_of_a_row_keeps_to_the_last_turn(tokenizer):
+    row = {"messages": [*exchange("a", "the fox"), *exchange("c", "the dog")], "weight": 0.5}
+    for turns, texts in (("last", ["the dog<|im_end|>"]), ("all", ["the fox<|im_end|>", "the dog<|im_end|>"])):
+        sample = weigh(tokenizer, "plain", parse_row(row, Recipe(turns=turns)), turns=turns)
+        assert response_texts(tokenizer, sample) == texts and set(sample.weights) == {0.0, 0.5}
 
 
 def test_nothing_with_a_weight_is_refused(tokenizer):

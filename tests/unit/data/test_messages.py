@@ -107,8 +107,17 @@ def test_messages_that_are_calls(role):
     assert parse(ANSWER, {"role": role, "content": text}) == [{**ANSWER, "tool_calls": [CALL]}]
     thought = parse(ANSWER, {"role": role, "content": text, "thinking": "t"})
     assert thought == [ANSWER, both | {"tool_calls": [CALL], "reasoning_content": "t"}]
-    apart = parse(ANSWER | {"weight": 0}, {"role": role, "content": text})
-    assert apart == [ANSWER, both | {"tool_calls": [CALL]}]
+    (joined,) = parse_messages([{**ANSWER, "id": 1}, {"role": role, "content": text, "id": 2, "name": "n"}], "messages")
+    assert joined.message == {**ANSWER, "id": 1, "name": "n", "tool_calls": [CALL]} and joined.unused == (
+        "id",
+        "id",
+        "name",
+    )
+    spans = [{"start": 0, "stop": 1, "weight": 0}]
+    (joined,) = parse_messages([{**ANSWER, "spans": spans}, {"role": role, "content": text}], "messages")
+    assert joined.weight == MessageWeight(None, ((0, 1, 0.0),)), "the call is trained"
+    with pytest.raises(BadRow, match="message 1 is a call .* has another weight: give both the same"):
+        parse(ANSWER | {"weight": 0}, {"role": role, "content": text})
 
 
 def test_older_function_calls():

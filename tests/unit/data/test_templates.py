@@ -387,6 +387,7 @@ def test_help_lists_the_names(capsys):
         tool["parse_arguments"](["--help"])
     shown = "".join(capsys.readouterr().out.split())  # argparse breaks lines at hyphens too
     assert all(name in shown for name in NAMES)
+    assert "(default:error)" in shown and "default:None" not in shown and "default:()" not in shown
 
 
 def environment(*extensions, **options):
