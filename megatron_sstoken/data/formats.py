@@ -176,7 +176,12 @@ def _refuse_unsupported(columns: _Columns, preference: bool) -> None:
             raise BadRow(f"column `{name}`: images, audio and video are not supported: remove the column")
     for name in PREFERENCE if preference else ():
         value = columns.left.get(name)
-        if isinstance(value, bool) if name in ("label", "kto_tag") else not is_empty(value):
+        if name in ("label", "kto_tag") and isinstance(value, bool):
+            raise BadRow(
+                f"column `{name}` is of preference data, which is not supported: keep the rows that are to be learnt, and "
+                "remove the column"
+            )
+        if name not in ("label", "kto_tag") and not is_empty(value):
             raise BadRow(
                 f"column `{name}` is of preference data, which is not supported: name what is to be learnt, such as "
                 "--fields prompt=prompt,response=chosen or --fields messages=chosen, or remove the column"
@@ -216,7 +221,10 @@ def _find_form(columns: _Columns) -> Exchange | Messages:
             "all that the assistant says is to be learnt"
         )
     known = ", ".join("/".join(form.columns) for form in FORMS)
-    raise BadRow(f"no known form ({known}) in the fields: {present}: name the fields with --fields")
+    raise BadRow(
+        f"no known form ({known}) in the fields: {present}: name the fields with --fields prompt=NAME,response=NAME or "
+        "messages=NAME"
+    )
 
 
 def _message_keys(names: FieldNames | None) -> MessageKeys:

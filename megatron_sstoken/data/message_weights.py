@@ -58,7 +58,7 @@ def _number(value: Any, what: str) -> float:
     if type(value) not in (int, float):
         raise BadRow(f"{what} must be a number, not {kind(value)}")
     if not (value == 0 or SMALLEST <= value <= LARGEST):  # true for NaN, too
-        raise BadRow(f"{what} must be 0 or more, and finite")
+        raise BadRow(f"{what} must be 0, or from {SMALLEST:g} to {LARGEST:g}")
     return float(value)
 
 

@@ -53,7 +53,10 @@ class MessageKeys:
         known = name.strip().lower()
         if known not in _ROLES:
             names = ", ".join([*_ROLES, *self.roles])
-            raise BadRow(f"role {name!r} of message {number} is none of {names}")
+            raise BadRow(
+                f"role {name!r} of message {number} is none of {names}: correct it, or name the roles with --fields "
+                "messages=NAME,user=ROLE,assistant=ROLE"
+            )
         return _ROLES[known], known in CALL_ROLES
 
 
@@ -76,9 +79,9 @@ def parse_messages(value: Any, column: str, keys: MessageKeys = MessageKeys()) -
     for number, raw in enumerate(value):
         if not isinstance(raw, dict):
             raise BadRow(f"message {number} must be an object with role and content, not {kind(raw)}")
-        for single in _single(raw):
+        for single in _single(raw, number, keys):
             parsed.append(_parse_message(single, number, keys))
-            if len(parsed) > 1 and (merged := _with_call(*parsed[-2:], number)):
+            if len(parsed) > 1 and (merged := _with_call(parsed[-2], parsed[-1], number)):
                 parsed[-2:] = [merged]
     return parsed
 
@@ -92,13 +95,18 @@ def as_context(parsed: ParsedMessage, number: int) -> ParsedMessage:
     return replace(parsed, weight=MessageWeight(0.0))
 
 
-def _single(raw: dict[str, Any]) -> list[dict[str, Any]]:
+def _single(raw: dict[str, Any], number: int, keys: MessageKeys) -> list[dict[str, Any]]:
     """What holds several messages in one object → each: an exchange (ms-swift; xtuner and Capybara), results of tools in
     parts (Anthropic). Anything else stays."""
-    if "role" in raw:
+    if any(key in raw for key in keys.role):
         return _results(raw) if isinstance(raw.get("content"), list) else [raw]
     for user, assistant in (("human", "assistant"), ("input", "output")):
-        if {user, assistant} <= raw.keys() <= {"system", user, assistant}:
+        if {user, assistant} <= raw.keys():
+            if others := raw.keys() - {"system", user, assistant}:
+                raise BadRow(
+                    f"message {number} is an exchange ({user}, {assistant}) with more keys ({', '.join(sorted(others))}): "
+                    "write it as two messages with role and content"
+                )
             head = [] if is_empty(raw.get("system")) else [{"role": "system", "content": raw["system"]}]
             return [*head, {"role": "user", "content": raw[user]}, {"role": "assistant", "content": raw[assistant]}]
     return [raw]
@@ -108,7 +116,7 @@ def _results(raw: dict[str, Any]) -> list[dict[str, Any]]:
     """A message of the user whose first parts are results of tools → a message of a tool each, and one of what is left."""
     is_result = [isinstance(part, dict) and part.get("type") == RESULT_PART for part in raw["content"]]
     count = is_result.index(False) if False in is_result else len(is_result)
-    if not count or raw["role"] != "user":
+    if not count or raw.get("role") != "user":
         return [raw]
     tools = [
         {**raw, "content": "", **part, "role": "tool", "tool_call_id": part.get("tool_use_id")}

@@ -22,7 +22,10 @@ def decode_json(text: str, what: str) -> Any:
 
 def decoded(value: Any, what: str) -> Any:
     """The value, which may be given as JSON text (as in Parquet and CSV)."""
-    return decode_json(value, f"{what} is a text, but not JSON") if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    python = " (it looks like Python's way to write it, as pandas' to_csv does)" if "'" in value[:40] else ""
+    return decode_json(value, f"{what} is a text, but not JSON{python}")
 
 
 def is_empty(value: Any) -> bool:

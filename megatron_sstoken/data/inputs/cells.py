@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from megatron_sstoken.data.conversation import BadRow
 from megatron_sstoken.data.inputs import chunks
 from megatron_sstoken.data.inputs.chunks import Chunk, as_text
-from megatron_sstoken.data.row_values import decode_json
+from megatron_sstoken.data.row_values import decode_json, decoded
 
 JSON_COLUMNS = frozenset(
     ("messages", "conversations", "conversation", "tools", "functions", "chat_template_kwargs", "history")
@@ -54,11 +54,7 @@ def _value(name: str, cell: str) -> Any:
         with suppress(BadRow):
             return decode_json(cell.lower(), "")
         return cell
-    try:
-        return decode_json(cell, f"the cell `{name}`")
-    except BadRow as error:
-        python = " (it looks like Python's way to write it, as pandas' to_csv does)" if "'" in cell[:40] else ""
-        raise BadRow(f"{error}{python}: write JSON into it, or give JSON lines or Parquet") from error
+    return decoded(cell, f"the cell `{name}`")
 
 
 def read_cells(stream: BinaryIO, file: str, delimiter: str) -> Iterator[CellChunk]:

@@ -278,6 +278,8 @@ def test_what_the_template_reads_is_used(template, unused):
         (line({"prompt": "a", "answer": "b"}), "no known form .* in the fields: prompt, answer"),
         (line({"prompt": "a", "completion": None}), "no known form .* prompt .null: completion."),
         (line({"\ud800": "a"}), r"in the fields: \\ud800: name"),
+        (line({"prompt": "a", "completion": "b", "label": False}), "`label` is of preference data.*: keep the rows"),
+        (line({"messages": "[{'role': 'user'}]"}), "not JSON .it looks like Python's way"),
         (line({"conversations": ["a"]}), "no assistant message"),
         (line({"conversations": ["a", {"from": "gpt", "value": "b"}]}), "message 0 must be an object .*, not a string"),
         (line({"prompt": "a", "completion": ["b", "c"]}), "message 0 must be an object .*, not a string"),

@@ -96,12 +96,12 @@ SPAN = {"start": 0, "stop": 2, "weight": 1}
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [
-        ({"weight": -1}, "`weight` of message 0 must be 0 or more, and finite"),
-        ({"weight": math.nan}, "0 or more, and finite"),
-        ({"weight": math.inf}, "0 or more, and finite"),
-        ({"weight": 1e39}, "0 or more, and finite"),
-        ({"weight": 1e-46}, "0 or more, and finite"),
-        ({"weight": 10**4000}, "0 or more, and finite"),
+        ({"weight": -1}, "`weight` of message 0 must be 0, or from 1e-30 to 1e.30"),
+        ({"weight": math.nan}, "must be 0, or from"),
+        ({"weight": math.inf}, "must be 0, or from"),
+        ({"weight": 1e39}, "must be 0, or from"),
+        ({"weight": 1e-46}, "must be 0, or from"),
+        ({"weight": 10**4000}, "must be 0, or from"),
         ({"weight": True}, "`weight` of message 0 must be a number, not a boolean"),
         ({"loss_weight": "1"}, "`loss_weight` of message 0 must be a number, not a string"),
         ({"train": 1}, "`train` of message 0 must be true or false, not a number"),

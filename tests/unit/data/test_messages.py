@@ -164,6 +164,14 @@ def test_context_has_weight_zero():
         ({"role": "user", "content": [{"type": "image_url"}]}, "part 0 of message 0 is of type 'image_url': only text"),
         ({"role": "assistant", "content": [{"type": "code", "text": "f"}]}, "of type 'code': only text"),
         ({"role": "assistant", "content": [{"type": "tool_use"}]}, "part 0 of message 0 must name the function"),
+        (
+            {"human": "a", "assistant": "b", "weight": 1},
+            "message 0 is an exchange .human, assistant. with more keys .weight.:",
+        ),
+        (
+            {"role": "critic", "content": "a"},
+            "'critic' of message 0 is none of .*: correct it, or name .* --fields messages",
+        ),
         ({"role": "user", "content": [3]}, "part 0 of message 0 must be an object"),
         ({"role": "user", "content": [{"type": "text"}]}, "`text` of part 0 of message 0 must be a string, not null"),
         (
