@@ -7,6 +7,8 @@ Message = dict[str, Any]
 Span = tuple[int, int]
 
 ROLES = ("system", "user", "assistant", "tool")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message's thinking: DeepSeek and Qwen, vLLM, gpt-oss. Rows may have any; a `Conversation` has the first."""
 
 
 def printable(text: str) -> str:
@@ -29,6 +31,8 @@ class MessageWeight:
     """Of the whole message, its tool calls and end of turn included; None: the row says nothing."""
     spans: tuple[tuple[int, int, float], ...] = ()
     """(start, stop, weight) of characters of `content`, ascending, not overlapping; they win over `whole`."""
+    thinking: float | None = None
+    """Of the thinking beside `content`; wins over `whole`."""
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,12 @@ def take_weight(fields: dict[str, Any], content: str, parts: list[WeightedSpan],
 
 def learns(weight: MessageWeight) -> bool:
     """Whether anything of such a message is trained on."""
-    return weight.whole is None or weight.whole > 0 or any(value > 0 for *_, value in weight.spans)
+    return weight.whole is None or says_more_than_zero(weight)
 
 
 def says_more_than_zero(weight: MessageWeight) -> bool:
     """Whether the row itself asks for training on the message."""
-    return bool(weight.whole) or any(value > 0 for *_, value in weight.spans)
+    return bool(weight.whole or weight.thinking) or any(value > 0 for *_, value in weight.spans)
 
 
 def _number(value: Any, what: str) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_sstoken.data.conversation import ROLES, BadRow, Message, MessageWeight
+from megatron_sstoken.data.conversation import REASONING_KEYS, ROLES, BadRow, Message, MessageWeight
 from megatron_sstoken.data.message_weights import UNWEIGHTED, WeightedSpan, says_more_than_zero, take_weight, take_whole
 from megatron_sstoken.data.row_values import decoded, is_empty, kind
 from megatron_sstoken.data.tool_calls import parse_calls
@@ -18,8 +18,6 @@ ROLE_NAMES = {
 """What each of `ROLES` is called, in any case of letters: OpenAI, ShareGPT, LLaMA-Factory, axolotl, ms-swift, Llama."""
 CALL_ROLES = ("function_call", "tool_call")
 """Roles of messages whose content is a call, as JSON (LLaMA-Factory, ms-swift): the assistant's."""
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys of the assistant's thinking: DeepSeek and Qwen, vLLM, gpt-oss."""
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("thinking", "reasoning")
@@ -29,7 +27,7 @@ PART_KEYS = ("text", "value", "content", *REASONING_PARTS)
 """Keys of a part's text: OpenAI's, LLaMA-Factory's, axolotl's, Anthropic's and Mistral's."""
 
 _ROLES = {name: role for role, names in ROLE_NAMES.items() for name in names} | dict.fromkeys(CALL_ROLES, "assistant")
-_CANONICAL = ("role", "content", "tool_calls", REASONING[0])
+_CANONICAL = ("role", "content", "tool_calls", REASONING_KEYS[0])
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ def _parse_message(raw: dict[str, Any], number: int, keys: MessageKeys) -> Parse
         calls, content = parse_calls(content, what), ""
     if role == "assistant":
         calls += _take_calls(fields, what)
-        thinking = _take(fields, REASONING, what) or ""
+        thinking = _take(fields, REASONING_KEYS, what) or ""
         if not isinstance(thinking, str):
             raise BadRow(f"the reasoning of {what} must be a string, not {kind(thinking)}")
     elif any(not is_empty(fields.get(key)) for key in ("tool_calls", "function_call")):
@@ -164,13 +162,13 @@ def _parse_message(raw: dict[str, Any], number: int, keys: MessageKeys) -> Parse
         key = keys.content[0]
         problem = f"must be a string, not {kind(content)}" if any(k in raw for k in keys.content) else "is missing"
         raise BadRow(f"`{key}` of {what} {problem}")
-    weight = take_weight(fields, content, joined.spans, what)
+    weight = replace(take_weight(fields, content, joined.spans, what), thinking=joined.thinking_weight)
     if role != "assistant":
         if says_more_than_zero(weight):
             raise BadRow(f"{what} of role {role} has a weight above 0: only the assistant's messages are trained on")
         weight = UNWEIGHTED
     message: Message = {"role": role, "content": content}
-    message |= {REASONING[0]: thinking} if thinking else {}
+    message |= {REASONING_KEYS[0]: thinking} if thinking else {}
     message |= {"tool_calls": calls} if calls else {}
     rest = {key: value for key, value in fields.items() if not (key in _CANONICAL and is_empty(value))}
     unused = (key for key, value in rest.items() if not is_empty(value))
@@ -199,7 +197,7 @@ def _take_calls(fields: dict[str, Any], what: str) -> list[dict[str, Any]]:
 
 def _with_call(before: ParsedMessage, call: ParsedMessage, number: int) -> ParsedMessage | None:
     """One message of the assistant's where a message that is a call follows it: what it said, and the calls."""
-    if not call.is_call or before.message["role"] != "assistant" or REASONING[0] in call.message:
+    if not call.is_call or before.message["role"] != "assistant" or REASONING_KEYS[0] in call.message:
         return None
     if before.weight.whole != call.weight.whole:
         raise BadRow(
@@ -217,6 +215,7 @@ class _Parts:
 
     text: str = ""
     thinking: str = ""
+    thinking_weight: float | None = None
     calls: list[dict[str, Any]] = field(default_factory=list)
     spans: list[WeightedSpan] = field(default_factory=list)
     """Of `text`."""
@@ -245,8 +244,8 @@ def _join_parts(parts: list[Any], what: str) -> _Parts:
             inner = _join_parts(content, place)
             weight = next((weight for *_, weight in inner.spans), weight)
             content = inner.text
-        if name not in TEXT_PARTS and weight is not None:
-            raise BadRow(f"{place} is no text, but has a weight: weigh the whole message, or use --thinking_weight")
+        if name not in (*TEXT_PARTS, *REASONING_PARTS) and weight is not None:
+            raise BadRow(f"{place} is neither text nor thinking, but has a weight: weigh the whole message")
         if name in CALL_PARTS:
             joined.calls += parse_calls(content, place)
         elif name not in (*TEXT_PARTS, *REASONING_PARTS):
@@ -256,7 +255,9 @@ def _join_parts(parts: list[Any], what: str) -> _Parts:
         elif joined.calls or (joined.text and name in REASONING_PARTS):
             raise BadRow(f"{place} is out of order: templates write thinking, then text, then calls")
         elif name in REASONING_PARTS:
-            joined.thinking += content
+            if joined.thinking and joined.thinking_weight != weight:
+                raise BadRow(f"{place} has another weight than the thinking before it: give all thinking the same")
+            joined.thinking, joined.thinking_weight = joined.thinking + content, weight
         else:
             start, joined.text = len(joined.text), joined.text + content
             joined.spans += [(start, len(joined.text), weight)] if weight is not None and content else []

@@ -3,7 +3,7 @@
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_sstoken.data.borders import (
     REMEDY,
@@ -14,6 +14,7 @@ from megatron_sstoken.data.borders import (
 )
 from megatron_sstoken.data.conversation import BadRow, Conversation, MessageWeight, Span
 from megatron_sstoken.data.dropped import check_dropped
+from megatron_sstoken.data.message_weights import says_more_than_zero
 from megatron_sstoken.data.recipe import Recipe
 from megatron_sstoken.data.skeleton import THINK_TAGS, Layout, Place, lay_out
 from megatron_sstoken.data.tokenizer import TextTokenizer
@@ -67,7 +68,7 @@ def render_conversation(tokenizer: TextTokenizer, conversation: Conversation, re
         for response in responses
         for segment in _segments(response, layout, weights[response.message], recipe.thinking_weight)
     ]
-    if not all(response.ended for response in responses if _trained(weights[response.message])):
+    if not all(response.ended for response in responses if says_more_than_zero(weights[response.message])):
         notes.append(NO_END)
     return Rendering(chat.text, sorted(segments), (*notes, *special_note(tokenizer, conversation)))
 
@@ -80,8 +81,8 @@ def message_weights(conversation: Conversation, recipe: Recipe) -> list[MessageW
         said = conversation.weight_of(index)
         usual = 1.0 if recipe.turns == "all" or index == last else 0.0
         whole = usual if said.whole is None else said.whole
-        weights.append(MessageWeight(whole, said.spans) if message["role"] == "assistant" else MessageWeight(0.0))
-    if not any(map(_trained, weights)):
+        weights.append(replace(said, whole=whole) if message["role"] == "assistant" else MessageWeight(0.0))
+    if not any(map(says_more_than_zero, weights)):
         raise BadRow("every assistant message has weight 0, so there is nothing to learn")
     return weights
 
@@ -105,10 +106,6 @@ def weighted(span: Span, whole: float, spans: Iterable[Segment]) -> Iterator[Seg
     yield from ((start, stop, whole),) if whole and start < stop else ()
 
 
-def _trained(weight: MessageWeight) -> bool:
-    return bool(weight.whole) or any(value for *_, value in weight.spans)
-
-
 def _check_responses(responses: Sequence[Response], layout: Layout, weights: Sequence[MessageWeight]) -> None:
     """Look at the responses from the other side: all that the assistant says is in them, and nothing else."""
     spans = sorted((start, stop, response.message) for response in responses for start, stop in response.spans)
@@ -121,7 +118,7 @@ def _check_responses(responses: Sequence[Response], layout: Layout, weights: Seq
         apart = place.start >= stop
         said_by = place.piece.message
         wanted = roles[said_by] == "assistant"
-        if wanted and _trained(weights[said_by]) and not (inside and message == said_by):
+        if wanted and says_more_than_zero(weights[said_by]) and not (inside and message == said_by):
             part = "tool call" if place.piece.part in ("name", "argument") else place.piece.part
             raise BadRow(
                 f"the {part} of the assistant's message {said_by} would not be trained: {REMEDY}, or give it weight 0"
@@ -130,7 +127,7 @@ def _check_responses(responses: Sequence[Response], layout: Layout, weights: Seq
             raise BadRow(f"the {roles[said_by]}'s message {said_by} would be trained: {REMEDY}")
     found = {response.message for response in responses}
     for index, one in enumerate(layout.marker.messages):
-        if index in found or not _trained(weights[index]) or not (one["content"] or one.get("tool_calls")):
+        if index in found or not says_more_than_zero(weights[index]) or not (one["content"] or one.get("tool_calls")):
             continue
         raise BadRow(f"the assistant's message {index} would not be trained: {REMEDY}, or give it weight 0")
 
@@ -143,8 +140,12 @@ def _segments(response: Response, layout: Layout, weight: MessageWeight, thinkin
         if place.piece.message == response.message
     ]
     own = list(_content_spans(layout, places, weight, response)) if weight.spans else []
+    weighs_thinking = says_more_than_zero(weight) and (thinking_weight != 1.0 or weight.thinking is not None)
+    thought = _thinking(response, layout.text, places) if weighs_thinking else None
+    if thought and weight.thinking is not None:
+        own = [(*thought, weight.thinking), *(span for span in own if span[0] >= thought[1])]
     segments = [segment for span in response.spans for segment in weighted(span, weight.whole or 0.0, own)]
-    if thinking_weight == 1.0 or (thought := _thinking(response, layout.text, places)) is None:
+    if thought is None:
         yield from segments
         return
     for start, stop, value in segments:
@@ -194,14 +195,20 @@ def _content_spans(
 def _thinking(response: Response, text: str, places: Sequence[Place]) -> Span | None:
     """The response's thinking, from its beginning to the closing tag and the spaces after it, or to its end without one."""
     start, stop = response.spans[0]
-    reasoning = max((place.stop for place in places if place.piece.part == "reasoning"), default=start)
+    said = [place.stop for place in places if place.piece.part == "reasoning"]
     for opening, closing in THINK_TAGS:
         opened = re.compile(r"\s*" + re.escape(opening)).match(text, start, stop)
-        if not opened and not text[max(0, start - 80) : start].rstrip().endswith(opening):
+        close = text.find(closing, max([*said, opened.end() if opened else start]), response.spans[-1][1])
+        begun = opened or text[max(0, start - 80) : start].rstrip().endswith(opening)
+        if not begun and (not said or close < 0):  # what is said before a closing tag needs no opening one
             continue
-        close = text.find(closing, max(reasoning, opened.end() if opened else start), response.spans[-1][1])
         if close < 0:  # cut off while it thought
             return start, response.spans[-1][1]
         after = close + len(closing)
         return start, after + len(text[after:stop]) - len(text[after:stop].lstrip())
+    if said:
+        raise BadRow(
+            f"the thinking of message {response.message} has a weight of its own, and the chat template writes it in none "
+            f"of the tags that are known ({', '.join(opening for opening, _ in THINK_TAGS)}): use another --chat_template"
+        )
     return None

@@ -10,10 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_sstoken.data.conversation import BadRow, Message
-
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message whose text templates know as its reasoning, as transformers reads them."""
+from megatron_sstoken.data.conversation import REASONING_KEYS, BadRow, Message
 
 THINK_TAGS = (
     ("<think>", "</think>"),

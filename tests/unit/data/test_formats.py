@@ -359,7 +359,7 @@ NAMES = [
         "history",
     ),
     *("human", "assistant", "chat_template_kwargs", "source", "id"),
-    *(*formats.SYSTEM, *formats.TOOLS, *messages.REASONING, *messages.PART_KEYS),
+    *(*formats.SYSTEM, *formats.TOOLS, *messages.REASONING_KEYS, *messages.PART_KEYS),
 ]
 WORDS = st.sampled_from(
     ["user", "assistant", "system", "tool", "function_call", "text", "thinking", "a", "[]", "{}", ""]

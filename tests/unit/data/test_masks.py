@@ -265,6 +265,7 @@ def test_nothing_with_a_weight_is_refused(tokenizer):
         assert "has weight 0" in str(weigh(tokenizer, template, nothing))
 
 
+QUESTION = {"role": "user", "content": "c"}
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n"
     "</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -292,6 +293,42 @@ def test_thinking_weight(tokenizer, opened):
     assert set(product.weights[product.roles == 1]) == {1.0, 1.5, 3.0}
     plain = weigh(tokenizer, "plain", Conversation(MULTI_TURN), thinking_weight=0.0)
     assert len(response_texts(tokenizer, plain)) == 2
+
+
+def test_weights_of_thinking(tokenizer):
+    """The row's own wins over the message's weight, and --thinking_weight multiplies it."""
+    said = {"role": "assistant", "content": "the dog", "reasoning_content": "a fox"}
+    template = THINKING.replace("OPEN", "")
+
+    def weights(weight, **recipe):
+        """Text of each weight, and what is trained."""
+        conversation = Conversation([QUESTION, said], (MessageWeight(), weight))
+        sample = weigh(tokenizer, template, conversation, **recipe)
+        given = sample.roles.astype(float) if sample.weights is None else sample.weights
+        return {
+            value: tokenizer._tokenizer.decode(sample.tokens[given == value]) for value in {*given.tolist()} - {0.0}
+        }
+
+    thought, answer = "<think>\na fox\n</think>\n\n", "the dog<|im_end|>"
+    assert weights(MessageWeight(None, (), 0.0)) == {1.0: answer}
+    assert weights(MessageWeight(0.0, (), 1.0)) == {1.0: thought}
+    assert weights(MessageWeight(3.0, (), 0.5)) == {0.5: thought, 3.0: answer}
+    assert weights(MessageWeight(3.0, (), 0.5), thinking_weight=0.5) == {0.25: thought, 3.0: answer}
+    assert weights(MessageWeight(None, ((0, 3, 2.0),), 0.5)) == {0.5: thought, 2.0: "the", 1.0: " dog<|im_end|>"}
+
+
+def test_thinking_without_an_opening_tag(tokenizer):
+    sample = weigh(tokenizer, "plain", Conversation(exchange("a", "a fox\n</think>\n\nthe dog")), thinking_weight=0.0)
+    assert response_texts(tokenizer, sample) == ["the dog<|im_end|>"]
+
+
+def test_thinking_in_unknown_tags_has_no_weight_of_its_own(tokenizer):
+    said = {"role": "assistant", "content": "the dog", "reasoning_content": "a fox"}
+    template = THINKING.replace("OPEN", "").replace("think>", "ponder>")
+    conversation = Conversation([QUESTION, said])
+    bad = weigh(tokenizer, template, conversation, thinking_weight=0.0)
+    assert isinstance(bad, BadRow) and "in none of the tags that are known" in str(bad)
+    assert response_texts(tokenizer, weigh(tokenizer, template, conversation))[0].endswith("the dog<|im_end|>")
 
 
 def test_thinking_that_was_cut_off_is_all_thinking(tokenizer):

@@ -52,6 +52,16 @@ def test_the_space_before_a_word_has_the_weight_of_the_word():
     assert borders("a b", (1, 2)) == [], "a space alone"
 
 
+def test_parts_of_thinking():
+    parts = [{"type": "thinking", "thinking": "t", "train": False}, {"type": "text", "text": "b", "weight": 2}]
+    (one,) = parse_messages([{"role": "assistant", "content": parts}], "messages")
+    assert one.weight == MessageWeight(None, ((0, 1, 2.0),), 0.0)
+    nested = [{"type": "thinking", "thinking": [{"type": "text", "text": "t", "weight": 0.5}]}, "b"]
+    (one,) = parse_messages([{"role": "assistant", "content": nested}], "messages")
+    assert one.weight == MessageWeight(thinking=0.5)
+    assert learns(MessageWeight(0.0, (), 1.0)) and not learns(MessageWeight(0.0, (), 0.0))
+
+
 def test_train_detail():
     """axolotl counts the last character in, and trains on nothing that no entry covers."""
     detail = [

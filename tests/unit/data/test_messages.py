@@ -187,8 +187,15 @@ def test_context_has_weight_zero():
             "part 1 of message 0 is out of order",
         ),
         (
-            {"role": "assistant", "content": [{"type": "thinking", "thinking": "t", "train": False}]},
-            "part 0 of message 0 is no text, but has a weight: .*--thinking_weight",
+            {"role": "assistant", "content": [{"type": "tool_call", "value": '{"name": "f"}', "train": False}]},
+            "part 0 of message 0 is neither text nor thinking, but has a weight: weigh the whole message",
+        ),
+        (
+            {
+                "role": "assistant",
+                "content": [{"type": "thinking", "text": "t", "weight": 0}, {"type": "thinking", "text": "u"}],
+            },
+            "part 1 of message 0 has another weight than the thinking before it",
         ),
         (
             {"role": "assistant", "thinking": "t", "content": [{"type": "thinking", "thinking": "t"}]},
