@@ -222,8 +222,8 @@ def _find_form(columns: _Columns) -> Exchange | Messages:
         )
     known = ", ".join("/".join(form.columns) for form in FORMS)
     raise BadRow(
-        f"no known form ({known}) in the fields: {present}: name the fields with --fields prompt=NAME,response=NAME or "
-        "messages=NAME"
+        f"no known form in the fields: {present}: name the fields with --fields prompt=NAME,response=NAME or messages=NAME "
+        f"(known: {known})"
     )
 
 

@@ -80,7 +80,10 @@ def draw(labels: np.ndarray, names: list[str], plan: Plan) -> np.ndarray:
         raise ValueError(f"--mix: no share for {', '.join(unnamed)} (0 leaves it out); there is {found}")
     wanted = {name: share for name, share in plan.shares.items() if share > 0}
     if missing := [name for name in wanted if not counts.get(name)]:
-        raise ValueError(f"--mix: there is no sample of {', '.join(missing)}; there is {found}: correct the names")
+        twice = ", or, if all of its samples are duplicates, name its --input first" if plan.deduplicate else ""
+        raise ValueError(
+            f"--mix: there is no sample of {', '.join(missing)}; there is {found}: correct the names{twice}"
+        )
     totals = [counts[name] / share for name, share in wanted.items()]
     total = max(totals) if plan.repeat else min(totals)
     times = np.zeros(labels.size, dtype=np.int64)

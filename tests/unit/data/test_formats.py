@@ -275,7 +275,7 @@ def test_what_the_template_reads_is_used(template, unused):
         (line({"question": "a", "answer": "b", "response": "c"}), "fit question/answer and question/response"),
         (line({"instruction": "a", "output": "b", "response": "c"}), "fit instruction/output and instruction/response"),
         (line({"messages": MULTI_TURN, "conversations": MULTI_TURN}), "fit messages and conversations"),
-        (line({"prompt": "a", "answer": "b"}), "no known form .* in the fields: prompt, answer"),
+        (line({"prompt": "a", "answer": "b"}), "no known form in the fields: prompt, answer"),
         (line({"prompt": "a", "completion": None}), "no known form .* prompt .null: completion."),
         (line({"\ud800": "a"}), r"in the fields: \\ud800: name"),
         (line({"prompt": "a", "completion": "b", "label": False}), "`label` is of preference data.*: keep the rows"),

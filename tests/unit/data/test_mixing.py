@@ -71,6 +71,14 @@ def test_the_seed_decides_what_is_drawn_and_nothing_else():
     assert sorted(np.flatnonzero(first[:60])) != list(range(20)), "not the first ones"
 
 
+def test_a_source_of_duplicates_alone_is_told():
+    plan = Plan({"a": 1, "b": 1}, deduplicate=True)
+    with pytest.raises(
+        ValueError, match="no sample of b; .*, or, if all of its samples are duplicates, name its --input"
+    ):
+        draw(np.zeros(3, np.int32), ["a"], plan)
+
+
 @pytest.mark.parametrize(
     ("shares", "told"),
     [
