@@ -64,9 +64,7 @@ def find_style(render: Callable[[list[Message]], str]) -> TemplateStyle:
 @lru_cache(maxsize=16)
 def names_read(template: str) -> frozenset[str]:
     """Names that a chat template takes from outside: of the conversation, special tokens, and arguments of its own."""
-    without = re.sub(
-        r"{%([-+]?)\s*(end)?generation\s*([-+]?)%}", "", template
-    )  # marks, which jinja2 alone does not know
+    without = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", template)  # jinja2 alone does not know marks
     try:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(without)
         return frozenset(meta.find_undeclared_variables(tree))
