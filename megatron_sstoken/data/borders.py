@@ -68,7 +68,7 @@ def marked_responses(tokenizer: TextTokenizer, chat: RenderedChat, layout: Layou
         after = find_end(tokenizer, chat.text, inside[-1].stop if inside else start, stop)
         if after is None and (next_to := tokenizer.end_pattern.match(chat.text, stop)):
             after = next_to.end()
-        start = _without_header(chat.text, start, stop, header)
+        start = _without_header(chat.text, start, inside[0].start if inside else stop, stop, header)
         if start < (end := stop if after is None else after):
             found.setdefault(owner, []).append((start, end))
             ended[owner] = after is not None
@@ -81,11 +81,11 @@ def _owner(inside: Sequence[Place], before: int, roles: Sequence[str]) -> int:
     return next((index for index in following if roles[index] == "assistant"), before)
 
 
-def _without_header(text: str, start: int, stop: int, header: str) -> int:
-    """Some marks, such as SmolLM3's, hold the header; the model does not write it."""
+def _without_header(text: str, start: int, said: int, stop: int, header: str) -> int:
+    """Some marks, such as SmolLM3's, hold the header, before what is said; the model does not write it."""
     begins = start + len(text[start:stop]) - len(text[start:stop].lstrip())
     after = _Header.of(header).after(text, begins) if header.strip() else None
-    return start if after is None else min(after, stop)
+    return start if after is None or said < min(after, stop) else min(after, stop)
 
 
 # A template without

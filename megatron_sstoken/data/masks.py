@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_sstoken.data.anchors import Anchors
 from megatron_sstoken.data.conversation import BadRow, Conversation
 from megatron_sstoken.data.dropped import dropped_without_template
 from megatron_sstoken.data.recipe import DEFAULT_RECIPE, Recipe
@@ -77,6 +78,8 @@ class _Plan:
     end_weight: float | None = None
     """Weight of the eos to add; None: nothing is to be added, and no bos either."""
     notes: tuple[str, ...] = ()
+    anchors: Anchors | None = None
+    """Of the segments: the text, which is the only one, is encoded without positions."""
 
 
 def _plan(tokenizer: TextTokenizer, conversation: Conversation, recipe: Recipe) -> _Plan | BadRow:
@@ -88,7 +91,7 @@ def _plan(tokenizer: TextTokenizer, conversation: Conversation, recipe: Recipe) 
             return _plan_plain(tokenizer, conversation, recipe)
         rendering: Rendering = render_conversation(tokenizer, conversation, recipe)
         _check_characters(rendering.text)
-        return _Plan([rendering.text], rendering.segments, notes=rendering.notes)
+        return _Plan([rendering.text], rendering.segments, notes=rendering.notes, anchors=rendering.anchors)
     except BadRow as bad_row:
         return bad_row
 
@@ -123,14 +126,37 @@ def _plan_plain(tokenizer: TextTokenizer, conversation: Conversation, recipe: Re
 
 
 def _carry_out(tokenizer: TextTokenizer, batch: Sequence[_Plan | BadRow]) -> list[TokenizedSample | BadRow]:
-    encodings = iter(tokenizer.encode_batch([text for plan in batch if isinstance(plan, _Plan) for text in plan.texts]))
-    results: list[TokenizedSample | BadRow] = []
-    for plan in batch:
+    results: list[TokenizedSample | BadRow | None] = [plan if isinstance(plan, BadRow) else None for plan in batch]
+    anchored = [(index, plan) for index, plan in enumerate(batch) if isinstance(plan, _Plan) and plan.anchors]
+    encodings = tokenizer.encode_batch([plan.texts[0] for _, plan in anchored], positions=False) if anchored else []
+    for (index, plan), encoding in zip(anchored, encodings, strict=True):
+        results[index] = _anchored_sample(tokenizer, plan, encoding.ids)
+    others = [(index, plan) for index, plan in enumerate(batch) if isinstance(plan, _Plan) and results[index] is None]
+    located = iter(tokenizer.encode_batch([text for _, plan in others for text in plan.texts]) if others else [])
+    for index, plan in others:
         try:
-            results.append(plan if isinstance(plan, BadRow) else _sample(tokenizer, plan, encodings))
+            results[index] = _sample(tokenizer, plan, located)
         except BadRow as bad_row:
-            results.append(bad_row)
-    return results
+            results[index] = bad_row
+    return [result for result in results if result is not None]
+
+
+def _anchored_sample(tokenizer: TextTokenizer, plan: _Plan, ids: list[int]) -> TokenizedSample | None:
+    """The sample by the plan's anchors; None where they do not hold."""
+    assert plan.anchors is not None
+    tokens = np.array(ids, dtype=np.int32)
+    found = plan.anchors.find(plan.texts[0], plan.segments, ids, tokenizer.special_mask[tokens])
+    if found is None or not any(stop > max(start, 1) for start, stop in found):
+        return None
+    roles = np.zeros(tokens.size, dtype=np.uint8)
+    for start, stop in found:
+        roles[start:stop] = RESPONSE
+    if all(weight == 1.0 for *_, weight in plan.segments):
+        return TokenizedSample(tokens, roles, None, plan.notes)
+    weights = np.zeros(tokens.size, dtype=np.float32)
+    for (start, stop), (*_, weight) in zip(found, plan.segments, strict=True):
+        np.maximum(weights[start:stop], weight, out=weights[start:stop])
+    return TokenizedSample(tokens, roles, weights, plan.notes)
 
 
 def _sample(tokenizer: TextTokenizer, plan: _Plan, encodings: Iterator[Encoding]) -> TokenizedSample:

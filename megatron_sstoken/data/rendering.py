@@ -5,6 +5,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_sstoken.data.anchors import Anchors
 from megatron_sstoken.data.borders import (
     REMEDY,
     Response,
@@ -16,8 +17,9 @@ from megatron_sstoken.data.conversation import BadRow, Conversation, MessageWeig
 from megatron_sstoken.data.dropped import check_dropped
 from megatron_sstoken.data.message_weights import says_more_than_zero
 from megatron_sstoken.data.recipe import Recipe
+from megatron_sstoken.data.shapes import MOST_SHAPES, Shape, shape_of
 from megatron_sstoken.data.skeleton import THINK_TAGS, Layout, Place, lay_out
-from megatron_sstoken.data.tokenizer import TextTokenizer
+from megatron_sstoken.data.tokenizer import RenderedChat, TextTokenizer
 
 NO_END = "the chat template writes no token that ends a turn after the answer: the model will not learn to stop"
 SPECIAL_IN_CONTENT = "a message holds the text of a special token, which is encoded as that token"
@@ -34,6 +36,8 @@ class Rendering:
     segments: list[Segment]
     """What is trained, ascending and apart; all other characters are context."""
     notes: tuple[str, ...] = ()
+    anchors: Anchors | None = None
+    """Of the segments, where they are known; the text has no special tokens but the template's then."""
 
 
 def render_conversation(tokenizer: TextTokenizer, conversation: Conversation, recipe: Recipe) -> Rendering:
@@ -44,6 +48,24 @@ def render_conversation(tokenizer: TextTokenizer, conversation: Conversation, re
     """
     assert tokenizer.template is not None
     arguments = {**recipe.template_arguments, **conversation.template_arguments}
+    messages = tokenizer.as_template_wants(conversation.messages)
+    chat = tokenizer.render(messages, tools=conversation.tools, arguments=arguments)
+    key, pieces = shape_of(conversation, recipe, tokenizer.special_pattern) or (None, [])
+    shape, anchors = tokenizer.shapes.get(key, (None, None))
+    if shape and (segments := shape.trained(chat.text, pieces, chat.spans)):
+        return Rendering(chat.text, segments, shape.notes, anchors)
+    rendering, layout = read_rendering(tokenizer, conversation, recipe, chat)
+    shape = Shape.of(layout, pieces, chat.spans, rendering.segments, rendering.notes) if key else None
+    if shape and len(tokenizer.shapes) < MOST_SHAPES:
+        tokenizer.shapes[key] = shape, Anchors.of(shape, tokenizer)
+    return rendering
+
+
+def read_rendering(
+    tokenizer: TextTokenizer, conversation: Conversation, recipe: Recipe, chat: RenderedChat
+) -> tuple[Rendering, Layout]:
+    """Find what of a rendered conversation is trained, with nothing known of others."""
+    arguments = {**recipe.template_arguments, **conversation.template_arguments}
 
     def render(messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
         return tokenizer.render(
@@ -51,7 +73,6 @@ def render_conversation(tokenizer: TextTokenizer, conversation: Conversation, re
         ).text
 
     messages = tokenizer.as_template_wants(conversation.messages)
-    chat = tokenizer.render(messages, tools=conversation.tools, arguments=arguments)
     layout = lay_out(messages, chat.text, render)
     notes = check_dropped(conversation, layout, recipe)
     weights = message_weights(conversation, recipe)
@@ -70,7 +91,7 @@ def render_conversation(tokenizer: TextTokenizer, conversation: Conversation, re
     ]
     if not all(response.ended for response in responses if says_more_than_zero(weights[response.message])):
         notes.append(NO_END)
-    return Rendering(chat.text, sorted(segments), (*notes, *special_note(tokenizer, conversation)))
+    return Rendering(chat.text, sorted(segments), (*notes, *special_note(tokenizer, conversation))), layout
 
 
 def message_weights(conversation: Conversation, recipe: Recipe) -> list[MessageWeight]:

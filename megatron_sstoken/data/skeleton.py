@@ -23,7 +23,7 @@ THINK_TAGS = (
 """What families write around thinking."""
 
 _CLOSED = re.compile("|".join(re.escape(close) for _, close in THINK_TAGS[:-1]))
-_MARKUP = re.compile(
+MARKUP = re.compile(
     "|".join(re.escape(tag) for tags in THINK_TAGS[:-1] for tag in tags)
     + r"|</?tool_(?:call|response)>|/(?:no_)?think\b|/system_override\b"
 )
@@ -114,7 +114,7 @@ class Marker:
     def _mark(self, text: str, index: int, part: Part, content: bool = False, call: int = 0) -> str:
         closed = _CLOSED.search(text) if content and self.messages[index]["role"] == "assistant" else None
         marked, position = "", 0
-        for start, stop in _runs(text):
+        for start, stop in runs(text):
             kind: Part = "reasoning" if closed and stop <= closed.start() else part
             marked += f"{text[position:start]}{self._name}{len(self.pieces)}Z"
             self.pieces.append(Piece(index, kind, text[start:stop], start if content else None, call))
@@ -127,9 +127,10 @@ class Marker:
         return None if last < 0 else self.pattern.match(text, last)
 
 
-def _runs(text: str) -> Iterator[tuple[int, int]]:
+def runs(text: str) -> Iterator[tuple[int, int]]:
+    """Runs of characters of a text, [start, stop), without markup and without the whitespace at their ends."""
     position = 0
-    for start, stop in [*(found.span() for found in _MARKUP.finditer(text)), (len(text), len(text))]:
+    for start, stop in [*(found.span() for found in MARKUP.finditer(text)), (len(text), len(text))]:
         run = text[position:start]
         if stripped := run.strip():
             first = position + run.index(stripped)

@@ -5,16 +5,17 @@ import json
 import re
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import jinja2
+import numpy as np
 import sentencepiece
 import tokenizers
 from jinja2 import nodes
@@ -79,6 +80,16 @@ class TextTokenizer(ABC):
     end_pattern: re.Pattern[str]  # the text of any token that ends a turn
     special_tokens: dict[str, Any]  # what templates see: bos_token, eos_token, ...
     fingerprint: str  # hex sha256 over what determines tokenisation
+    shapes: dict[Any, Any]  # what `rendering` has learnt of the template
+    splits_at_specials = False  # special tokens are split off first, each as its text stands; the rest is encoded part by part
+    tokens_are_texts = False  # a token is the same characters everywhere, so that equal tokens end at the same character
+
+    @cached_property
+    def special_mask(self) -> np.ndarray:
+        """Which tokens are special, bool [vocabulary size]."""
+        mask = np.zeros(self.vocabulary_size, dtype=bool)
+        mask[[*self.special_ids]] = True
+        return mask
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], positions: bool = True) -> list[Encoding]:
@@ -92,6 +103,7 @@ class TextTokenizer(ABC):
         """Use this Jinja chat template (None: none). Raises as `has_generation_marks`."""
         self.template = template
         self.marked = template is not None and has_generation_marks(template)
+        self.shapes = {}
         self._prompts: dict[str, str] = {}
         self._style: TemplateStyle | None = None
 
@@ -194,6 +206,8 @@ class HuggingFaceTokenizer(TextTokenizer):
         self.special_ids = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
         self.special_pattern = _any_of(tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
         self.end_pattern = _any_of(tokenizer.convert_ids_to_tokens(sorted(self.end_of_turn_ids)))
+        if self._backend is not None:
+            self._describe_backend(json.loads(self._backend.to_str()), added.values())
         self.set_template(template or (tokenizer.get_chat_template() if tokenizer.chat_template else None))
 
     def encode_batch(self, texts: Sequence[str], positions: bool = True) -> list[Encoding]:
@@ -207,6 +221,24 @@ class HuggingFaceTokenizer(TextTokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _describe_backend(self, parts: dict[str, Any], added: Collection[tokenizers.AddedToken]) -> None:
+        special = [token.content for token in added if token.special]
+        begins = {text[:length] for text in special for length in range(1, len(text) + 1)}
+        self.splits_at_specials = (
+            not any(token.lstrip or token.rstrip or token.single_word for token in added)
+            and not any(token.normalized for token in added if token.special)
+            and not any(text[length:] in begins for text in special for length in range(1, len(text)))  # none overlap
+        )
+        normalizer = parts["normalizer"] or {"type": "Sequence", "normalizers": []}
+        steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+        model = parts["model"]
+        self.tokens_are_texts = (
+            model["type"] == "BPE"
+            and (model["unk_token"] is None or model["byte_fallback"])
+            and not model["dropout"]
+            and all(step["type"] == "NFC" for step in steps)
+        )
 
     def _encode_slowly(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)

@@ -1,0 +1,132 @@
+"""What a template writes around the texts of a conversation, found once for all conversations of one shape.
+
+Nothing is taken on trust: a conversation is rendered, and has to be the known literals with its texts between them, to the
+last character and with marks at the same places. What is remembered then is what `rendering` would find anew. All else
+goes that way.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from megatron_sstoken.data.conversation import Conversation, Span
+from megatron_sstoken.data.recipe import Recipe
+from megatron_sstoken.data.skeleton import MARKUP, Layout, runs
+
+MOST_SHAPES = 4096
+"""That are remembered of one template."""
+
+Border = tuple[int, int]
+"""Which literal, and how many characters after its beginning."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A text as literals with runs of characters of messages between them, and borders, all of which lie in literals."""
+
+    literals: tuple[str, ...]
+    order: tuple[int, ...]
+    """Which run follows each literal but the last."""
+    marks: tuple[tuple[Border, Border], ...]
+    """Spans of generation marks."""
+    segments: tuple[tuple[Border, Border, float], ...]
+    """What is trained, and its weights."""
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        layout: Layout,
+        pieces: Sequence[str],
+        marks: Sequence[Span],
+        segments: Sequence[tuple[int, int, float]],
+        notes: Sequence[str],
+    ) -> "Shape | None":
+        """The shape of a rendered conversation; None where it does not hold everything, as it is, between literals."""
+        numbers = {id(piece): number for number, piece in enumerate(layout.marker.pieces)}
+        order = tuple(numbers[id(place.piece)] for place in layout.places)
+        exact = all(place.exact for place in layout.places)
+        if layout.skeleton is None or not exact or {*order} != {*numbers.values()} or len(pieces) != len(numbers):
+            return None
+        spans = _with_spaces(layout, [pieces[number] for number in order])
+        starts, stops = [0, *(stop for _, stop in spans)], [*(start for start, _ in spans), len(layout.text)]
+
+        def border(position: int) -> Border:
+            return next(
+                (number, position - start)
+                for number, (start, stop) in enumerate(zip(starts, stops, strict=True))
+                if start <= position <= stop
+            )
+
+        try:
+            return cls(
+                tuple(layout.text[start:stop] for start, stop in zip(starts, stops, strict=True)),
+                order,
+                tuple((border(start), border(stop)) for start, stop in marks),
+                tuple((border(start), border(stop), weight) for start, stop, weight in segments),
+                tuple(notes),
+            )
+        except StopIteration:  # a border inside of a run
+            return None
+
+    def trained(self, text: str, pieces: Sequence[str], marks: Sequence[Span]) -> list[tuple[int, int, float]] | None:
+        """The segments of a text with these runs, as characters; None if it is not of this shape."""
+        runs_of_text = [pieces[number] for number in self.order]
+        if not self._holds(text, runs_of_text):
+            runs_of_text = [run.strip() for run in runs_of_text]  # as templates write them that trim
+            if not self._holds(text, runs_of_text):
+                return None
+        lengths = (len(literal) + len(run) for literal, run in zip(self.literals, runs_of_text, strict=False))
+        at = [0, *accumulate(lengths)]
+        if [(at[left] + start, at[right] + stop) for (left, start), (right, stop) in self.marks] != marks:
+            return None
+        return [(at[left] + start, at[right] + stop, weight) for (left, start), (right, stop), weight in self.segments]
+
+    def _holds(self, text: str, runs_of_text: Sequence[str]) -> bool:
+        parts = [""] * (2 * len(runs_of_text) + 1)
+        parts[::2] = self.literals
+        parts[1::2] = runs_of_text
+        return "".join(parts) == text
+
+
+def _with_spaces(layout: Layout, pieces: Sequence[str]) -> list[Span]:
+    """Where the pieces are in the text, with the spaces at their ends if the template wrote them."""
+    spans: list[Span] = []
+    for place, piece in zip(layout.places, pieces, strict=True):
+        start = place.start - piece.index(place.piece.text)
+        if start < (spans[-1][1] if spans else 0) or not layout.text.startswith(piece, start):
+            return [(place.start, place.stop) for place in layout.places]
+        spans.append((start, start + len(piece)))
+    return spans
+
+
+def shape_of(conversation: Conversation, recipe: Recipe, special: re.Pattern[str]) -> tuple[Any, list[str]] | None:
+    """What the shape of a conversation depends on, and its runs of characters; None if it is not of the simple kind.
+
+    That is: roles and contents only, no text of a special token, no weights of spans. A run that is a whole content has
+    the spaces at its ends.
+    """
+    if conversation.tools is not None or conversation.template_arguments or recipe.thinking_weight != 1.0:
+        return None
+    if any(weight.spans for weight in conversation.weights):
+        return None
+    shape: list[str] = []
+    pieces: list[str] = []
+    for message in conversation.messages:
+        content = message["content"]
+        if len(message) != 2 or special.search(content):
+            return None
+        shape.append(message["role"])
+        if not content.isspace() and not MARKUP.search(content) and content:
+            pieces.append(content)
+            continue
+        position = 0
+        for start, stop in runs(content):
+            shape.append(content[position:start])
+            pieces.append(content[start:stop])
+            position = stop
+        shape.append(content[position:])
+    arguments = str(recipe.template_arguments)
+    return (tuple(shape), conversation.weights, recipe.turns, arguments), pieces
