@@ -1,4 +1,6 @@
-"""The names of megatron-core, torch and Transformer Engine that we use and nobody promises to keep: private or undocumented.
+"""The names of megatron-core, torch, Transformer Engine and transformers that we use and nobody promises to keep.
+
+They are private or undocumented.
 
 Plain data, which imports none of them. `tests/unit/test_private_names.py` looks each up in the installed versions, so that an
 upgrade fails there and says what moved, and refuses a private name in our source that is not listed here.
@@ -436,6 +438,22 @@ _TRANSFORMER_ENGINE = (
     ),
 )
 
+_CHAT_TEMPLATES = "transformers.utils.chat_template_utils"
+_TRANSFORMERS = (
+    PrivateName(
+        _CHAT_TEMPLATES,
+        "_compile_jinja_template",
+        ("data/tokenizer.py",),
+        "The template in transformers' sandbox, compiled once, without the copying of messages that it does around it.",
+    ),
+    PrivateName(
+        _CHAT_TEMPLATES,
+        "_render_with_assistant_indices",
+        ("data/tokenizer.py",),
+        "The same with the spans of generation marks.",
+    ),
+)
+
 PRIVATE_NAMES: tuple[PrivateName, ...] = (
     *_MEGATRON_MODEL,
     *_MEGATRON_MARKS,
@@ -443,5 +461,6 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     *_MEGATRON_STATE,
     *_TORCH,
     *_TRANSFORMER_ENGINE,
+    *_TRANSFORMERS,
 )
 """All of them, by owner and purpose."""

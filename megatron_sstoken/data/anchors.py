@@ -76,7 +76,9 @@ class Anchors:
             found.append((left, right))
         return found
 
-    def _token(self, anchor: _Anchor, places: list[int], ids: list[int], text: str, border: int, side: int) -> int | None:
+    def _token(
+        self, anchor: _Anchor, places: list[int], ids: list[int], text: str, border: int, side: int
+    ) -> int | None:
         begin = places[anchor.number] + 1
         end = begin + len(anchor.ids)
         if not anchor.header or ids[begin:end] == anchor.ids:

@@ -4,7 +4,7 @@ import resource
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 
 SECONDS = 10.0
@@ -22,19 +22,37 @@ def size_limit(content: int) -> int:
     return 100 * content + (1 << 20)
 
 
+_listening = False
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Within, in the main thread, `time_limit` need not say each time who hears its alarm."""
+    global _listening
+    if _listening or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, _too_long)
+    _listening = True
+    try:
+        yield
+    finally:
+        _listening = False
+        signal.signal(signal.SIGALRM, before)
+
+
 @contextmanager
 def time_limit() -> Iterator[None]:
     """Within, BadTemplate is raised after `SECONDS`; in the main thread, where alone Python hears an alarm."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGALRM, _too_long)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    with nullcontext() if _listening else listening():
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _too_long(number: int, frame: FrameType | None) -> None:

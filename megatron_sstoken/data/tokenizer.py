@@ -21,7 +21,11 @@ import tokenizers
 from jinja2 import nodes
 from jinja2.ext import Extension
 from transformers import AutoTokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import (
+    _compile_jinja_template,
+    _render_with_assistant_indices,
+    render_jinja_template,
+)
 
 from megatron_sstoken.data.conversation import BadRow, Message, Span
 from megatron_sstoken.data.limits import MEMORY, BadTemplate, size_limit, time_limit
@@ -81,8 +85,12 @@ class TextTokenizer(ABC):
     special_tokens: dict[str, Any]  # what templates see: bos_token, eos_token, ...
     fingerprint: str  # hex sha256 over what determines tokenisation
     shapes: dict[Any, Any]  # what `rendering` has learnt of the template
-    splits_at_specials = False  # special tokens are split off first, each as its text stands; the rest is encoded part by part
-    tokens_are_texts = False  # a token is the same characters everywhere, so that equal tokens end at the same character
+    splits_at_specials = (
+        False  # special tokens are split off first, each as its text stands; the rest is encoded part by part
+    )
+    tokens_are_texts = (
+        False  # a token is the same characters everywhere, so that equal tokens end at the same character
+    )
 
     @cached_property
     def special_mask(self) -> np.ndarray:
@@ -124,25 +132,19 @@ class TextTokenizer(ABC):
         assert self.template is not None, "render needs a chat template"
         check_arguments(arguments)
         located = self.marked and locate_marks
-        rendered: Any  # upstream annotates a str and returns a pair of lists
         try:
             with time_limit():
-                rendered = render_jinja_template(
-                    conversations=[list(messages)],
-                    tools=None if tools is None else list(tools),
-                    chat_template=self.template,
-                    return_assistant_tokens_mask=located,
-                    add_generation_prompt=add_generation_prompt,
-                    **{**self.special_tokens, **arguments},
-                )
+                if tools is None and not arguments and all(map(_is_plain, messages)):
+                    text, spans = self._render_plain(messages, add_generation_prompt, located)
+                else:
+                    text, spans = self._render_any(messages, add_generation_prompt, located, tools, arguments)
         except BadTemplate:
             raise
         except MemoryError as error:
             raise BadTemplate(f"the chat template takes more than {MEMORY >> 30} GiB: use another template") from error
         except Exception as error:  # a template is a program: it can raise anything
             raise BadRow(f"the chat template refuses the conversation: {error}") from error
-        texts, spans = rendered
-        length = len(texts[0])
+        length = len(text)
         # Most texts are within what any conversation may give: then nobody measures theirs.
         if length > size_limit(0) and length > (
             limit := size_limit(sum(len(str(given)) for given in (*messages, tools, arguments)))
@@ -151,7 +153,43 @@ class TextTokenizer(ABC):
                 f"the chat template makes {length:,} characters of a conversation, of which it may make {limit:,}: use "
                 "another template"
             )
-        return RenderedChat(texts[0], spans[0] if located else [])
+        return RenderedChat(text, spans)
+
+    def _render_any(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        located: bool,
+        tools: Sequence[dict[str, Any]] | None,
+        arguments: Mapping[str, Any],
+    ) -> tuple[str, list[Span]]:
+        rendered: Any  # upstream annotates a str and returns a pair of lists
+        rendered = render_jinja_template(
+            conversations=[list(messages)],
+            tools=None if tools is None else list(tools),
+            chat_template=self.template,
+            return_assistant_tokens_mask=located,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.special_tokens, **arguments},
+        )
+        texts, spans = rendered
+        return texts[0], spans[0] if located else []
+
+    def _render_plain(
+        self, messages: Sequence[Message], add_generation_prompt: bool, located: bool
+    ) -> tuple[str, list[Span]]:
+        """As `_render_any` without what it does for messages of other kinds, which takes longer than rendering."""
+        template: Any = _compile_jinja_template(self.template)
+        names = {
+            "messages": list(messages),
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self.special_tokens,
+        }
+        if located:
+            return _render_with_assistant_indices(compiled_template=template, **names)
+        return template.render(names), []
 
     def as_template_wants(self, messages: Sequence[Message]) -> list[Message]:
         """The messages of a conversation in the style of the chat template, which is found once."""
@@ -230,14 +268,14 @@ class HuggingFaceTokenizer(TextTokenizer):
             and not any(token.normalized for token in added if token.special)
             and not any(text[length:] in begins for text in special for length in range(1, len(text)))  # none overlap
         )
-        normalizer = parts["normalizer"] or {"type": "Sequence", "normalizers": []}
-        steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
         model = parts["model"]
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         self.tokens_are_texts = (
             model["type"] == "BPE"
-            and (model["unk_token"] is None or model["byte_fallback"])
             and not model["dropout"]
-            and all(step["type"] == "NFC" for step in steps)
+            and "ByteLevel" in _types(parts["pre_tokenizer"])
+            and model["vocab"].keys() >= set(alphabet)  # no character is unknown
+            and {*_types(parts["normalizer"])} <= {"NFC"}
         )
 
     def _encode_slowly(self, text: str) -> list[int]:
@@ -367,6 +405,11 @@ class _GenerationTag(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
+def _is_plain(message: Message) -> bool:
+    """Whether a message has a role and a content, both texts, and nothing else."""
+    return len(message) == 2 and type(message.get("role")) is str and type(message.get("content")) is str
+
+
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Raise BadRow if a template argument has a name of ours."""
     if taken := sorted(RESERVED & arguments.keys()):
@@ -377,6 +420,14 @@ def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
     """Matches any of the texts, the longest first; never the empty one."""
     longest_first = sorted(filter(None, texts), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) if longest_first else r"(?!)")
+
+
+def _types(part: dict[str, Any] | None) -> list[str]:
+    """Types of a part of a tokenizer, or of the parts that it consists of."""
+    if part is None:
+        return []
+    steps = part.get("normalizers", part.get("pretokenizers"))
+    return [part["type"]] if steps is None else [name for step in steps for name in _types(step)]
 
 
 class _Offsets(Sequence[Span]):
