@@ -274,7 +274,8 @@ class HuggingFaceTokenizer(TextTokenizer):
             model["type"] == "BPE"
             and not model["dropout"]
             and "ByteLevel" in _types(parts["pre_tokenizer"])
-            and model["vocab"].keys() >= set(alphabet)  # no character is unknown
+            # Unknown characters are not left out: there are none, or a special token stands for them, and tells of them.
+            and (model["vocab"].keys() >= set(alphabet) or model["unk_token"] in special)
             and {*_types(parts["normalizer"])} <= {"NFC"}
         )
 

@@ -13,8 +13,8 @@ from megatron_sstoken.data.conversation import BadRow, Conversation, MessageWeig
 from megatron_sstoken.data.masks import tokenize_conversations
 from megatron_sstoken.data.recipe import Recipe
 from megatron_sstoken.data.tokenizer import load_tokenizer
+from tests.helpers.template_styles import STYLES
 from tests.helpers.toy import CHAT_TEMPLATES, exchange, make_sentencepiece, make_tokenizer
-from tests.unit.data.test_borders import STYLES
 
 MARKED_HEADER = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}Bot: {{ m.content }}<|im_end|>{% endgeneration %}"
