@@ -105,12 +105,12 @@ def _with_spaces(layout: Layout, pieces: Sequence[str]) -> list[Span]:
 def shape_of(conversation: Conversation, recipe: Recipe, special: re.Pattern[str]) -> tuple[Any, list[str]] | None:
     """What the shape of a conversation depends on, and its runs of characters; None if it is not of the simple kind.
 
-    That is: roles and contents only, no text of a special token, no weights of spans. A run that is a whole content has
-    the spaces at its ends.
+    That is: roles and contents only, no text of a special token, no weights of spans or thinking. A run that is a whole
+    content has the spaces at its ends.
     """
     if conversation.tools is not None or conversation.template_arguments or recipe.thinking_weight != 1.0:
         return None
-    if any(weight.spans for weight in conversation.weights):
+    if any(weight.spans or weight.thinking is not None for weight in conversation.weights):
         return None
     shape: list[str] = []
     pieces: list[str] = []

@@ -88,7 +88,10 @@ def batches(draw):
     for system, turns in draw(st.lists(st.sampled_from(shapes), min_size=2, max_size=5)):
         messages = [message for _ in range(turns) for message in exchange(draw(contents), draw(contents))]
         messages = [{"role": "system", "content": draw(contents)}] * system + messages
-        weight = tuple(MessageWeight(draw(weights)) if m["role"] == "assistant" else MessageWeight() for m in messages)
+        weight = tuple(
+            MessageWeight(draw(weights), thinking=draw(weights)) if m["role"] == "assistant" else MessageWeight()
+            for m in messages
+        )
         conversations.append(Conversation(messages, weights=weight if draw(st.integers(0, 3)) == 0 else ()))
     return conversations
 

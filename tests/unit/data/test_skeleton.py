@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sstoken.data.skeleton import _MARKUP, lay_out
+from megatron_sstoken.data.skeleton import MARKUP, lay_out
 
 
 def write(messages):
@@ -47,7 +47,7 @@ def test_every_piece_is_found(triples):
         left = message["content"]
         for piece in reversed(pieces):
             left = left[: piece.content_start] + left[piece.content_start + len(piece.text) :]
-        assert not _MARKUP.sub("", left).strip()
+        assert not MARKUP.sub("", left).strip()
 
 
 def test_pieces_left_out_have_no_place():
