@@ -54,11 +54,10 @@ class Shape:
         starts, stops = [0, *(stop for _, stop in spans)], [*(start for start, _ in spans), len(layout.text)]
 
         def border(position: int) -> Border:
-            return next(
-                (number, position - start)
-                for number, (start, stop) in enumerate(zip(starts, stops, strict=True))
-                if start <= position <= stop
-            )
+            for number, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+                if start <= position <= stop:
+                    return number, position - start
+            raise LookupError("inside of a run")
 
         try:
             return cls(
@@ -68,7 +67,7 @@ class Shape:
                 tuple((border(start), border(stop), weight) for start, stop, weight in segments),
                 tuple(notes),
             )
-        except StopIteration:  # a border inside of a run
+        except LookupError:
             return None
 
     def trained(self, text: str, pieces: Sequence[str], marks: Sequence[Span]) -> list[tuple[int, int, float]] | None:

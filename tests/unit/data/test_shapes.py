@@ -155,3 +155,12 @@ def test_shapes_are_bounded(tokenizers, monkeypatch):
     chats = [Conversation([turn for _ in range(number) for turn in exchange("a", "7")]) for number in range(1, 5)]
     assert all(sample.roles.any() for sample in tokenize_conversations(tokenizer, chats))
     assert len(tokenizer.shapes) == 2
+
+
+def test_a_border_inside_of_a_text_is_not_remembered(tokenizers):
+    """A mark that begins in the middle of what the assistant says."""
+    tokenizer = tokenizers["bytes"]
+    said = "{{ message['content'][:2] }}{% generation %}{{ message['content'][2:] }}"
+    tokenizer.set_template(CHAT_TEMPLATES["generation"].replace("{% generation %}{{ message['content'] }}", said))
+    chat = Conversation(exchange("the fox", "  the dog"))
+    assert len(tokenize_conversations(tokenizer, [chat, chat])) == 2
