@@ -452,6 +452,12 @@ _TRANSFORMERS = (
         ("data/tokenizer.py",),
         "The same with the spans of generation marks.",
     ),
+    PrivateName(
+        "argparse",
+        "ArgumentDefaultsHelpFormatter._get_help_string",
+        ("tool.py",),
+        "Defaults in `--help` without those that say nothing, such as None.",
+    ),
 )
 
 PRIVATE_NAMES: tuple[PrivateName, ...] = (

@@ -57,7 +57,7 @@ class InputBytes:
             if _state(file.fileno()) != before:
                 raise changed(self.path)
 
-    def _seen(self, data: memoryview) -> None:
+    def note_bytes(self, data: memoryview) -> None:
         self.size += len(data)
         self._hash.update(data)
 
@@ -76,7 +76,7 @@ class _Counted(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         count = self._file.readinto(buffer)
-        self._owner._seen(memoryview(buffer)[:count])
+        self._owner.note_bytes(memoryview(buffer)[:count])
         return count
 
 
