@@ -31,7 +31,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_sstoken", "megatron_sstoken.*"]),
-    package_data={"megatron_sstoken.data.templates": ["*.jinja"]},
+    package_data={"megatron_sstoken.data.text.templates": ["*.jinja"]},
     install_requires=[
         f"torch>={SUPPORTED['OLDEST_TORCH']}",
         *(line.megatron_core_requirement for line in LINES),

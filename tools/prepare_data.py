@@ -20,7 +20,7 @@ from megatron_sstoken.data.prepare import prepare
 from megatron_sstoken.data.recipe import DROPPABLE, FieldNames, Recipe
 from megatron_sstoken.data.show import show
 from megatron_sstoken.data.summary import summary
-from megatron_sstoken.data.templates import template_names
+from megatron_sstoken.data.text.templates import template_names
 from megatron_sstoken.data.workers import default_workers
 from megatron_sstoken.tool import HelpFormatter, add_debug, run_tool
 

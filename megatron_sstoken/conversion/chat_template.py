@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_sstoken.data.templates import without_marks
+from megatron_sstoken.data.text.templates import without_marks
 from megatron_sstoken.files import read_json
 
 FILE = "chat_template.jinja"

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sstoken.data.masks import TokenizedSample
 from megatron_sstoken.data.output import TRAIN, VALIDATION
 from megatron_sstoken.data.store import StoreManifest, StoreWriter
+from megatron_sstoken.data.text.masks import TokenizedSample
 
 DUPLICATES = "duplicates left out by --deduplicate"
 

@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from megatron_sstoken.data.inputs.chunks import Chunk
 from megatron_sstoken.data.inputs.files import InputFile, find_files
-from megatron_sstoken.data.limits import memory_limit
 from megatron_sstoken.data.mixing import Placer, Plan
 from megatron_sstoken.data.output import SKIPPED, check_output, sole_maker
 from megatron_sstoken.data.recipe import DEFAULT_RECIPE, Recipe
 from megatron_sstoken.data.store import NO_TEMPLATE, StoreManifest
-from megatron_sstoken.data.templates import find_template, require_arguments, require_tokens
-from megatron_sstoken.data.tokenizer import RESERVED, TextTokenizer, load_tokenizer
+from megatron_sstoken.data.text.limits import memory_limit
+from megatron_sstoken.data.text.templates import find_template, require_arguments, require_tokens
+from megatron_sstoken.data.text.tokenizer import RESERVED, TextTokenizer, load_tokenizer
 from megatron_sstoken.data.workers import BadPlace, TokenizedChunk, default_workers, tokenize_chunks
 from megatron_sstoken.files import naming, source_inside, whole_folder
 

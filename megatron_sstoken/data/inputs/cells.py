@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from megatron_sstoken.data.conversation import BadRow
 from megatron_sstoken.data.inputs import chunks
 from megatron_sstoken.data.inputs.chunks import Chunk, as_text
-from megatron_sstoken.data.row_values import decode_json, decoded
+from megatron_sstoken.data.rows.row_values import decode_json, decoded
 
 JSON_COLUMNS = frozenset(
     ("messages", "conversations", "conversation", "tools", "functions", "chat_template_kwargs", "history")

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from megatron_sstoken.data.formats import decode_line
 from megatron_sstoken.data.inputs import chunks
 from megatron_sstoken.data.inputs.chunks import Chunk
+from megatron_sstoken.data.rows.formats import decode_line
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _READ = 1 << 18

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_sstoken.conversion.chat_template import export_template, own_template
-from megatron_sstoken.data.templates import find_template, without_marks
+from megatron_sstoken.data.text.templates import find_template, without_marks
 from tests.helpers.toy import CHAT_TEMPLATES, exchange, make_tokenizer
 
 CHAT = exchange("the quick fox", "the lazy dog", system="you are helpful")

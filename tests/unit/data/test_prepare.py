@@ -12,16 +12,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_sstoken.data import limits
 from megatron_sstoken.data.conversation import Conversation
-from megatron_sstoken.data.formats import decode_line, parse_row
 from megatron_sstoken.data.inputs import chunks
-from megatron_sstoken.data.masks import tokenize_conversations
 from megatron_sstoken.data.prepare import prepare
 from megatron_sstoken.data.recipe import FieldNames, Recipe
+from megatron_sstoken.data.rows.formats import decode_line, parse_row
 from megatron_sstoken.data.store import SampleStore, StoreWriter
 from megatron_sstoken.data.summary import summary
-from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.data.text import limits
+from megatron_sstoken.data.text.masks import tokenize_conversations
+from megatron_sstoken.data.text.tokenizer import load_tokenizer
 from megatron_sstoken.lock import Lock
 from tests.helpers.toy import (
     CHAT_TEMPLATES,

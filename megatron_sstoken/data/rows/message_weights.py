@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_sstoken.data.conversation import BadRow, MessageWeight
-from megatron_sstoken.data.row_values import kind
+from megatron_sstoken.data.rows.row_values import kind
 
 NUMBERS = ("weight", "loss_weight", "loss_scale")
 """Keys that hold a weight: OpenAI's and Mistral's, LLaMA-Factory's, ms-swift's."""

@@ -4,7 +4,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_sstoken.data.conversation import BadRow
-from megatron_sstoken.data.template_style import TemplateStyle, find_style
+from megatron_sstoken.data.text.template_style import TemplateStyle, find_style
 from tests.helpers.toy import CHAT_TEMPLATES
 
 MESSAGE = "{% for message in messages %}{{ message.role }}: {{ message.content or '' }}"

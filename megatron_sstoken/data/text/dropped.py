@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_sstoken.data.conversation import BadRow, Conversation
 from megatron_sstoken.data.recipe import Recipe
-from megatron_sstoken.data.skeleton import Layout, Piece
+from megatron_sstoken.data.text.skeleton import Layout, Piece
 
 Dropped = tuple[str, str]
 """A kind of `recipe.DROPPABLE`, and what it is in words."""

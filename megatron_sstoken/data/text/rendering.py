@@ -5,21 +5,21 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_sstoken.data.anchors import Anchors
-from megatron_sstoken.data.borders import (
+from megatron_sstoken.data.conversation import BadRow, Conversation, MessageWeight, Span
+from megatron_sstoken.data.recipe import Recipe
+from megatron_sstoken.data.rows.message_weights import says_more_than_zero
+from megatron_sstoken.data.text.anchors import Anchors
+from megatron_sstoken.data.text.borders import (
     REMEDY,
     Response,
     UnmarkedResponses,
     marked_responses,
     prefix_responses,
 )
-from megatron_sstoken.data.conversation import BadRow, Conversation, MessageWeight, Span
-from megatron_sstoken.data.dropped import check_dropped
-from megatron_sstoken.data.message_weights import says_more_than_zero
-from megatron_sstoken.data.recipe import Recipe
-from megatron_sstoken.data.shapes import MOST_SHAPES, Shape, shape_of
-from megatron_sstoken.data.skeleton import THINK_TAGS, Layout, Place, lay_out
-from megatron_sstoken.data.tokenizer import RenderedChat, TextTokenizer
+from megatron_sstoken.data.text.dropped import check_dropped
+from megatron_sstoken.data.text.shapes import MOST_SHAPES, Shape, shape_of
+from megatron_sstoken.data.text.skeleton import THINK_TAGS, Layout, Place, lay_out
+from megatron_sstoken.data.text.tokenizer import RenderedChat, TextTokenizer
 
 NO_END = "the chat template writes no token that ends a turn after the answer: the model will not learn to stop"
 SPECIAL_IN_CONTENT = "a message holds the text of a special token, which is encoded as that token"

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from megatron_sstoken.data.conversation import BadRow, MessageWeight
-from megatron_sstoken.data.message_weights import learns
-from megatron_sstoken.data.messages import parse_messages
+from megatron_sstoken.data.rows.message_weights import learns
+from megatron_sstoken.data.rows.messages import parse_messages
 
 
 def parse(content="a bad answer", role="assistant", **keys):

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_sstoken.data.conversation import BadRow, MessageWeight
-from megatron_sstoken.data.messages import CALL_ROLES, ROLE_NAMES, MessageKeys, as_context, parse_messages
+from megatron_sstoken.data.rows.messages import CALL_ROLES, ROLE_NAMES, MessageKeys, as_context, parse_messages
 from tests.helpers.toy import exchange
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}

@@ -7,12 +7,12 @@ from itertools import cycle, islice
 from typing import Any
 
 from megatron_sstoken.data.conversation import BadRow, Conversation, printable
-from megatron_sstoken.data.message_weights import UNWEIGHTED, learns, take_whole
-from megatron_sstoken.data.messages import MEDIA, MessageKeys, ParsedMessage, as_context, parse_messages
 from megatron_sstoken.data.recipe import DEFAULT_RECIPE, FieldNames, Recipe
-from megatron_sstoken.data.row_values import check_json, decode_json, decoded, is_empty, kind, without_nulls
-from megatron_sstoken.data.template_style import names_read
-from megatron_sstoken.data.tool_calls import parse_calls, parse_tools
+from megatron_sstoken.data.rows.message_weights import UNWEIGHTED, learns, take_whole
+from megatron_sstoken.data.rows.messages import MEDIA, MessageKeys, ParsedMessage, as_context, parse_messages
+from megatron_sstoken.data.rows.row_values import check_json, decode_json, decoded, is_empty, kind, without_nulls
+from megatron_sstoken.data.rows.tool_calls import parse_calls, parse_tools
+from megatron_sstoken.data.text.template_style import names_read
 
 
 @dataclass(frozen=True)

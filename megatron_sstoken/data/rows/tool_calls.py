@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_sstoken.data.conversation import BadRow, Message
-from megatron_sstoken.data.row_values import check_json, decode_json, decoded, is_empty, kind, without_nulls
+from megatron_sstoken.data.rows.row_values import check_json, decode_json, decoded, is_empty, kind, without_nulls
 
 
 def parse_calls(value: Any, what: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import jinja2
 from jinja2 import meta
 
 from megatron_sstoken.data.conversation import BadRow, Message
-from megatron_sstoken.data.tool_calls import with_text_arguments
+from megatron_sstoken.data.rows.tool_calls import with_text_arguments
 
 _KEY, _VALUE = "probed_argument", "probed value"
 _CALL = {"type": "function", "function": {"name": "probed_function", "arguments": {_KEY: _VALUE}}, "id": "probe0001"}

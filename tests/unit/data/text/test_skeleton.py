@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sstoken.data.skeleton import MARKUP, lay_out
+from megatron_sstoken.data.text.skeleton import MARKUP, lay_out
 
 
 def write(messages):

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_sstoken.data.conversation import Conversation, Span
 from megatron_sstoken.data.recipe import Recipe
-from megatron_sstoken.data.skeleton import MARKUP, Layout, runs
+from megatron_sstoken.data.text.skeleton import MARKUP, Layout, runs
 
 MOST_SHAPES = 4096
 """That are remembered of one template."""

@@ -28,8 +28,8 @@ from transformers.utils.chat_template_utils import (
 )
 
 from megatron_sstoken.data.conversation import BadRow, Message, Span
-from megatron_sstoken.data.limits import MEMORY, BadTemplate, size_limit, time_limit
-from megatron_sstoken.data.template_style import TemplateStyle, find_style
+from megatron_sstoken.data.text.limits import MEMORY, BadTemplate, size_limit, time_limit
+from megatron_sstoken.data.text.template_style import TemplateStyle, find_style
 
 END_OF_TURN = (
     "<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>", "</s>", "<|endoftext|>",

@@ -18,17 +18,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_sstoken.data.conversation import Conversation
-from megatron_sstoken.data.masks import tokenize_conversations
 from megatron_sstoken.data.prepare import prepare
 from megatron_sstoken.data.store import StoreManifest
-from megatron_sstoken.data.templates import (
+from megatron_sstoken.data.text.masks import tokenize_conversations
+from megatron_sstoken.data.text.templates import (
     ALIASES,
     find_template,
     require_tokens,
     template_names,
     without_marks,
 )
-from megatron_sstoken.data.tokenizer import BadRow, HuggingFaceTokenizer, has_generation_marks, load_tokenizer
+from megatron_sstoken.data.text.tokenizer import BadRow, HuggingFaceTokenizer, has_generation_marks, load_tokenizer
 from tests.helpers.toy import exchange, make_tokenizer, write_rows
 
 NAMES = list(template_names())
@@ -382,7 +382,7 @@ def test_data_is_prepared_by_name(tmp_path):
 
 
 def test_help_lists_the_names(capsys):
-    tool = runpy.run_path(str(Path(__file__).parents[3] / "tools" / "prepare_data.py"))
+    tool = runpy.run_path(str(Path(__file__).parents[4] / "tools" / "prepare_data.py"))
     with pytest.raises(SystemExit):
         tool["parse_arguments"](["--help"])
     shown = "".join(capsys.readouterr().out.split())  # argparse breaks lines at hyphens too
@@ -446,10 +446,10 @@ def test_without_marks_shipped_templates_need_nothing_but_jinja(name):
 
 
 def test_packages_hold_the_templates(tmp_path):
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[4]
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)],
         cwd=root, check=True, capture_output=True,
     )  # fmt: skip
-    built = tmp_path / "megatron_sstoken" / "data" / "templates"
+    built = tmp_path / "megatron_sstoken" / "data" / "text" / "templates"
     assert sorted(path.stem for path in built.glob("*.jinja")) == NAMES

@@ -5,9 +5,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_sstoken.data.conversation import REASONING_KEYS, ROLES, BadRow, Message, MessageWeight
-from megatron_sstoken.data.message_weights import UNWEIGHTED, WeightedSpan, says_more_than_zero, take_weight, take_whole
-from megatron_sstoken.data.row_values import decoded, is_empty, kind
-from megatron_sstoken.data.tool_calls import parse_calls
+from megatron_sstoken.data.rows.message_weights import (
+    UNWEIGHTED,
+    WeightedSpan,
+    says_more_than_zero,
+    take_weight,
+    take_whole,
+)
+from megatron_sstoken.data.rows.row_values import decoded, is_empty, kind
+from megatron_sstoken.data.rows.tool_calls import parse_calls
 
 ROLE_NAMES = {
     "system": ("system", "developer"),

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sstoken.data.anchors import Anchors
 from megatron_sstoken.data.conversation import BadRow, Conversation
-from megatron_sstoken.data.dropped import dropped_without_template
-from megatron_sstoken.data.limits import listening
 from megatron_sstoken.data.recipe import DEFAULT_RECIPE, Recipe
-from megatron_sstoken.data.rendering import (
+from megatron_sstoken.data.text.anchors import Anchors
+from megatron_sstoken.data.text.dropped import dropped_without_template
+from megatron_sstoken.data.text.limits import listening
+from megatron_sstoken.data.text.rendering import (
     Rendering,
     Segment,
     message_weights,
@@ -20,8 +20,8 @@ from megatron_sstoken.data.rendering import (
     special_note,
     weighted,
 )
-from megatron_sstoken.data.templates import template_names
-from megatron_sstoken.data.tokenizer import Encoding, TextTokenizer, check_arguments
+from megatron_sstoken.data.text.templates import template_names
+from megatron_sstoken.data.text.tokenizer import Encoding, TextTokenizer, check_arguments
 
 CONTEXT, RESPONSE = 0, 1
 ENCODE_CHARACTERS = (

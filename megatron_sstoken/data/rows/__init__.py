@@ -1,0 +1,1 @@
+"""Rows of whatever form → conversations."""
