@@ -443,13 +443,13 @@ _TRANSFORMERS = (
     PrivateName(
         _CHAT_TEMPLATES,
         "_compile_jinja_template",
-        ("data/text/tokenizer.py",),
+        ("data/tokenizer.py",),
         "The template in transformers' sandbox, compiled once, without the copying of messages that it does around it.",
     ),
     PrivateName(
         _CHAT_TEMPLATES,
         "_render_with_assistant_indices",
-        ("data/text/tokenizer.py",),
+        ("data/tokenizer.py",),
         "The same with the spans of generation marks.",
     ),
     PrivateName(

@@ -21,7 +21,7 @@ from megatron_sstoken.data.recipe import Recipe
 from megatron_sstoken.data.rows.formats import parse_row, really_unused
 from megatron_sstoken.data.text.limits import BadTemplate, limit_memory
 from megatron_sstoken.data.text.masks import TokenizedSample, tokenize_conversations
-from megatron_sstoken.data.text.tokenizer import TextTokenizer, load_tokenizer
+from megatron_sstoken.data.tokenizer import TextTokenizer, load_tokenizer
 
 CHUNKS_IN_FLIGHT = 4  # per worker: enough to keep all busy, few enough to bound memory
 

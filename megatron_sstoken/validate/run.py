@@ -13,7 +13,7 @@ from megatron_sstoken.checkpoint.manifest import adapter_problems, checkpoint_st
 from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.data.batches import PackOrder, filter_samples
 from megatron_sstoken.data.store import SampleStore, StoreManifest
-from megatron_sstoken.data.text.tokenizer import load_tokenizer
+from megatron_sstoken.data.tokenizer import load_tokenizer
 from megatron_sstoken.files import existing_above
 from megatron_sstoken.model.backend import backend_of, machine_problems, passed_over, preferred_backend
 from megatron_sstoken.model.families import Architecture, read_architecture

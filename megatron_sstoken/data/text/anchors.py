@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_sstoken.data.conversation import Span
 from megatron_sstoken.data.text.shapes import Border, Shape
-from megatron_sstoken.data.text.tokenizer import TextTokenizer
+from megatron_sstoken.data.tokenizer import TextTokenizer
 
 Segment = tuple[int, int, float]
 _NEXT = re.compile(r"\s*\S?")

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from megatron_sstoken.data.conversation import BadRow, Message, Span
 from megatron_sstoken.data.text.skeleton import THINK_TAGS, Layout, Place
-from megatron_sstoken.data.text.tokenizer import RenderedChat, TextTokenizer
+from megatron_sstoken.data.tokenizer import RenderedChat, TextTokenizer
 
 REMEDY = "use a --chat_template with {% generation %} marks around what the assistant says"
 

@@ -21,7 +21,7 @@ from megatron_sstoken.data.text.rendering import (
     weighted,
 )
 from megatron_sstoken.data.text.templates import template_names
-from megatron_sstoken.data.text.tokenizer import Encoding, TextTokenizer, check_arguments
+from megatron_sstoken.data.tokenizer import Encoding, TextTokenizer, check_arguments
 
 CONTEXT, RESPONSE = 0, 1
 ENCODE_CHARACTERS = (

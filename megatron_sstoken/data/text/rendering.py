@@ -19,7 +19,7 @@ from megatron_sstoken.data.text.borders import (
 from megatron_sstoken.data.text.dropped import check_dropped
 from megatron_sstoken.data.text.shapes import MOST_SHAPES, Shape, shape_of
 from megatron_sstoken.data.text.skeleton import THINK_TAGS, Layout, Place, lay_out
-from megatron_sstoken.data.text.tokenizer import RenderedChat, TextTokenizer
+from megatron_sstoken.data.tokenizer import RenderedChat, TextTokenizer
 
 NO_END = "the chat template writes no token that ends a turn after the answer: the model will not learn to stop"
 SPECIAL_IN_CONTENT = "a message holds the text of a special token, which is encoded as that token"

@@ -120,7 +120,7 @@ def test_data_of_a_larger_vocabulary(settings, folder, tmp_path):
 
 
 def test_tokenizer_beside_the_model(settings, folder, tmp_path):
-    from megatron_sstoken.data.text.tokenizer import load_tokenizer
+    from megatron_sstoken.data.tokenizer import load_tokenizer
 
     shutil.copytree(folder / "model", tmp_path / "model")
     make_tokenizer(tmp_path / "model")

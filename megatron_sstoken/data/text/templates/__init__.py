@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_sstoken.data.text.template_style import names_read
-from megatron_sstoken.data.text.tokenizer import RESERVED, TextTokenizer
+from megatron_sstoken.data.tokenizer import RESERVED, TextTokenizer
 
 FOLDER = Path(__file__).parent
 ALIASES = {

@@ -28,7 +28,7 @@ from megatron_sstoken.data.text.templates import (
     template_names,
     without_marks,
 )
-from megatron_sstoken.data.text.tokenizer import BadRow, HuggingFaceTokenizer, has_generation_marks, load_tokenizer
+from megatron_sstoken.data.tokenizer import BadRow, HuggingFaceTokenizer, has_generation_marks, load_tokenizer
 from tests.helpers.toy import exchange, make_tokenizer, write_rows
 
 NAMES = list(template_names())
