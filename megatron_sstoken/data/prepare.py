@@ -26,6 +26,8 @@ from megatron_sstoken.files import naming, source_inside, whole_folder
 
 NUM_SHOWN = 10  # bad rows in an error message
 NUM_REASONS = 100  # that are counted apart
+MOST_LABELS = 1000
+"""That rows themselves may name: more are no sources, but addresses of single rows."""
 SKIPPED_NOTE = "skipped: "
 """Begins the notes that say why rows were left out."""
 NO_PLAN = Plan()
@@ -144,6 +146,18 @@ class _Rows:
     notes: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     """Of bad rows, with their numbers left out."""
+    labels: set[str] = field(default_factory=set)
+    """That rows have named."""
+
+    def label(self, source: InputFile, named: str | None) -> str:
+        """Label of a row's sample: the one given to the file, else what the row names as its source, else the file's stem."""
+        if source.label or not named:
+            return source.label or source.stem
+        if named not in self.labels and len(self.labels) == MOST_LABELS:
+            self.notes[f"rows name more than {MOST_LABELS:,} sources: the others have the name of their file"] += 1
+            return source.stem
+        self.labels.add(named)
+        return named
 
     def refuse(self, bad: BadPlace) -> None:
         self.num_bad += 1
@@ -173,7 +187,7 @@ def _place(results: Iterable[tuple[_Mark, TokenizedChunk]], placer: Placer, bar:
     seen = _Rows()
     for mark, chunk in results:
         for sample, row, label in chunk.samples():
-            placer.add(sample, seen.num_rows + row, mark.source.label or label or mark.source.stem)
+            placer.add(sample, seen.num_rows + row, seen.label(mark.source, label))
         for bad in chunk.bad:
             if skipped:
                 skipped.write(json.dumps(bad.describe()) + "\n")

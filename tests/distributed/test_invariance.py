@@ -35,7 +35,7 @@ ALL_LAYOUTS = LAYOUTS | {
     "tp2-pp2": (4, {"parallel.tensor": 2, "parallel.pipeline": 2}),
 }
 SHARDED = [name for name in ALL_LAYOUTS if name != "single"]
-SLOW = ("tp2-cp2", "pp2-cp2", "tp2-pp2", "dp2-cp2")  # four processes, and nothing that the other layouts do not show
+SLOW = ("tp2", "tp2-cp2", "pp2-cp2", "tp2-pp2", "dp2-cp2")  # nothing that the other layouts do not show
 SCOPES = ("sample", "microbatch", "batch")
 LAYER = [1, -1]  # with two stages the first lies on the earlier one
 GLOBAL_BATCH = 8

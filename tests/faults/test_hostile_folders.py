@@ -387,7 +387,7 @@ def test_templates(place: Place, template: str, at: str) -> None:
     (place.folder / "template.jinja").write_text(text)
     more = ["--chat_template", str(place.folder / "template.jinja")] if at == "--chat_template" else []
     result = prepare(place, tokenizer, *more)
-    place.assert_refused(result, "1 of 1 rows cannot be prepared")
+    place.assert_refused(result, "none of 1 rows can be prepared")
     assert "the chat template refuses the conversation" in result[1]
     assert not (place.folder / "out").exists()
 

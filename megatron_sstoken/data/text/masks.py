@@ -24,9 +24,8 @@ from megatron_sstoken.data.text.templates import template_names
 from megatron_sstoken.data.tokenizer import Encoding, TextTokenizer, check_arguments
 
 CONTEXT, RESPONSE = 0, 1
-ENCODE_CHARACTERS = (
-    1 << 15
-)  # at a time: enough that the processor's caches seldom change between Python and the tokenizer
+ENCODE_CHARACTERS = 1 << 15
+"""At a time: enough that the processor's caches seldom change between Python and the tokenizer."""
 
 
 @dataclass(frozen=True)

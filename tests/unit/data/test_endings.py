@@ -82,6 +82,7 @@ def test_a_killed_worker(tokenizer, tmp_path):
     assert names(tmp_path) == ["rows.jsonl"]
 
 
+@pytest.mark.slow
 def test_the_end_of_a_job(tokenizer, tmp_path):
     tool = start(tokenizer, tmp_path, 600)
     tool.terminate()

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from megatron_sstoken.data import prepare as prepare_module
 from megatron_sstoken.data.inputs import chunks
 from megatron_sstoken.data.mixing import Plan, draw
 from megatron_sstoken.data.prepare import prepare
@@ -204,3 +205,13 @@ def test_two_folders_are_overwritten_as_one_is(tokenizer, tmp_path):
     (out / "validation" / "manifest.json").unlink()
     with pytest.raises(ValueError, match="out was not made by this tool"):
         run([path], tokenizer, out, overwrite=True)
+
+
+def test_sources_that_are_addresses_of_single_rows(tokenizer, tmp_path, monkeypatch):
+    """Labels are few: rows that name more have the name of their file, which the summary tells."""
+    monkeypatch.setattr(prepare_module, "MOST_LABELS", 3)
+    named = [row | {"source": f"https://example.org/{number}"} for number, row in enumerate(rows(6, "a"))]
+    path = write_rows(tmp_path / "web.jsonl", named)
+    run([path], tokenizer, tmp_path / "out")
+    assert labels(tmp_path / "out") == [*(row["source"] for row in named[:3]), "web", "web", "web"]
+    assert "         3  rows name more than 3 sources" in summary(tmp_path / "out")
