@@ -53,7 +53,7 @@ class Conversation:
     """Label of the row (its column `source`), else None."""
     unused: tuple[str, ...] = ()
     """Columns (`id`), keys of messages (`messages.id`) and of their parts (`messages.content.id`) that are not read here.
-    The template may read those of messages, and names of `chat_template_kwargs`: `formats.really_unused`."""
+    The template may read those of messages, and names of `chat_template_kwargs`: `template_style.really_unused`."""
     notes: tuple[str, ...] = ()
     """What the summary should tell of the row, with the number of rows."""
 

@@ -14,12 +14,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import jinja2
 import numpy as np
 import sentencepiece
 import tokenizers
-from jinja2 import nodes
-from jinja2.ext import Extension
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import (
     _compile_jinja_template,
@@ -29,6 +26,7 @@ from transformers.utils.chat_template_utils import (
 
 from megatron_sstoken.data.conversation import BadRow, Message, Span
 from megatron_sstoken.data.text.limits import MEMORY, BadTemplate, size_limit, time_limit
+from megatron_sstoken.data.text.marks import has_generation_marks
 from megatron_sstoken.data.text.template_style import TemplateStyle, find_style
 
 END_OF_TURN = (
@@ -85,12 +83,10 @@ class TextTokenizer(ABC):
     special_tokens: dict[str, Any]  # what templates see: bos_token, eos_token, ...
     fingerprint: str  # hex sha256 over what determines tokenisation
     shapes: dict[Any, Any]  # what `rendering` has learnt of the template
-    splits_at_specials = (
-        False  # special tokens are split off first, each as its text stands; the rest is encoded part by part
-    )
-    tokens_are_texts = (
-        False  # a token is the same characters everywhere, so that equal tokens end at the same character
-    )
+    splits_at_specials = False
+    """Special tokens are split off first, each as its text stands; the rest is encoded part by part."""
+    tokens_are_texts = False
+    """A token is the same characters everywhere, so that equal tokens end at the same character."""
 
     @cached_property
     def special_mask(self) -> np.ndarray:
@@ -369,41 +365,6 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> TextTo
 def sha256(data: bytes) -> str:
     """Hex sha256 of `data`."""
     return hashlib.sha256(data).hexdigest()
-
-
-def has_generation_marks(template: str) -> bool:
-    """Whether a Jinja chat template marks what the assistant says with `{% generation %}`.
-
-    Raises `ValueError` if it does not parse, or if a mark is where transformers reports wrong positions: it
-    counts the characters yielded so far, and a macro, call, filter, set block or recursive loop yields
-    nothing until its end.
-    """
-    environment = jinja2.Environment(extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])
-    try:
-        tree = environment.parse(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"chat template: line {error.lineno}: {error}: correct the template") from error
-    except RecursionError as error:
-        raise BadTemplate("chat template: it is nested too deeply: use another template") from error
-    blocks = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock, nodes.Scope)
-    buffered = [*tree.find_all(blocks), *(loop for loop in tree.find_all(nodes.For) if loop.recursive)]
-    for block in buffered:
-        for mark in block.find_all(nodes.Scope):
-            raise ValueError(
-                f"chat template: line {mark.lineno}: a generation mark inside a macro, call, filter, set "
-                "block, recursive loop or another mark cannot be located: move the mark out of it"
-            )
-    return tree.find(nodes.Scope) is not None
-
-
-class _GenerationTag(Extension):
-    """Parses `{% generation %} … {% endgeneration %}` into a `Scope` node, which nothing else produces."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
 def _is_plain(message: Message) -> bool:

@@ -18,9 +18,10 @@ import numpy as np
 from megatron_sstoken.data.conversation import BadRow, Conversation
 from megatron_sstoken.data.inputs.chunks import Chunk
 from megatron_sstoken.data.recipe import Recipe
-from megatron_sstoken.data.rows.formats import parse_row, really_unused
+from megatron_sstoken.data.rows.formats import parse_row
 from megatron_sstoken.data.text.limits import BadTemplate, limit_memory
 from megatron_sstoken.data.text.masks import TokenizedSample, tokenize_conversations
+from megatron_sstoken.data.text.template_style import really_unused
 from megatron_sstoken.data.tokenizer import TextTokenizer, load_tokenizer
 
 CHUNKS_IN_FLIGHT = 4  # per worker: enough to keep all busy, few enough to bound memory

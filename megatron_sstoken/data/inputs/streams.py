@@ -52,9 +52,9 @@ class InputBytes:
     @contextmanager
     def _open(self) -> Iterator["_Counted"]:
         with open(self.path, "rb", buffering=0) as file:
-            before = _state(file.fileno())
+            before = state_of(file.fileno())
             yield _Counted(file, self)
-            if _state(file.fileno()) != before:
+            if state_of(file.fileno()) != before:
                 raise changed(self.path)
 
     def note_bytes(self, data: memoryview) -> None:
@@ -123,11 +123,7 @@ def changed(path: str) -> ValueError:
     return ValueError(f"--input: {path} changed while it was read: wait for whoever writes it, then start again")
 
 
-def state_of(path: str) -> tuple[int, ...]:
-    """What changes when a file is written to or replaced."""
-    return _state(path)
-
-
-def _state(file: str | int) -> tuple[int, ...]:
+def state_of(file: str | int) -> tuple[int, ...]:
+    """What changes when a file (its path, or the number of an open one) is written to or replaced."""
     found = os.stat(file)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

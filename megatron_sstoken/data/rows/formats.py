@@ -1,7 +1,6 @@
 """Rows of a data set, in whatever form they come → conversations."""
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any
@@ -12,7 +11,6 @@ from megatron_sstoken.data.rows.message_weights import UNWEIGHTED, learns, take_
 from megatron_sstoken.data.rows.messages import MEDIA, MessageKeys, ParsedMessage, as_context, parse_messages
 from megatron_sstoken.data.rows.row_values import check_json, decode_json, decoded, is_empty, kind, without_nulls
 from megatron_sstoken.data.rows.tool_calls import parse_calls, parse_tools
-from megatron_sstoken.data.text.template_style import names_read
 
 
 @dataclass(frozen=True)
@@ -92,29 +90,6 @@ def parse_row(row: dict[str, Any], recipe: Recipe = DEFAULT_RECIPE) -> Conversat
         return _parse(_Columns(row), recipe)
     except RecursionError as error:
         raise BadRow("nested too deeply") from error
-
-
-def really_unused(unused: Iterable[str], template: str | None) -> tuple[str, ...]:
-    """Of `Conversation.unused`, what the chat template does not read either.
-
-    A key of messages counts as read where the template's text takes it from something that is not a tool or a call:
-    `message.name`, `message["name"]`, `m.get("name")`; one of `chat_template_kwargs` where it is a name of the template.
-    """
-
-    def is_read(key: str) -> bool:
-        name = re.escape(key)
-        takes = rf"(\w+)(?:\[[^\]'\"]*\])?\s*(?:\.\s*{name}\b|\[\s*['\"]{name}['\"]\s*\]|\.get\(\s*['\"]{name}['\"])"
-        return any(not re.search("tool|func|call|param", base) for base in re.findall(takes, template or ""))
-
-    def is_used(name: str) -> bool:
-        owner, _, key = name.partition(".")
-        return (
-            is_read(key)
-            if owner == "messages"
-            else owner == "chat_template_kwargs" and key in names_read(template or "")
-        )
-
-    return tuple(name for name in unused if not is_used(name))
 
 
 class _Columns:

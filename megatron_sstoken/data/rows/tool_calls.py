@@ -1,10 +1,8 @@
 """Tool calls and tool schemas, in the forms that people write → the form that chat templates read."""
 
-import json
-from collections.abc import Sequence
 from typing import Any
 
-from megatron_sstoken.data.conversation import BadRow, Message
+from megatron_sstoken.data.conversation import BadRow
 from megatron_sstoken.data.rows.row_values import check_json, decode_json, decoded, is_empty, kind, without_nulls
 
 
@@ -30,21 +28,6 @@ def parse_tools(value: Any, what: str) -> list[dict[str, Any]] | None:
     if not isinstance(value, list):
         raise BadRow(f"{what} must be a list of tool schemas, not {kind(value)}")
     return [_parse_tool(decoded(tool, what), what) for tool in value]
-
-
-def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
-    """The messages with the arguments of calls as JSON text, for templates that write them as they are."""
-
-    def as_text(call: dict[str, Any]) -> dict[str, Any]:
-        text = json.dumps(call["function"]["arguments"], ensure_ascii=False)  # as `tojson` of transformers
-        return call | {"function": call["function"] | {"arguments": text}}
-
-    return [
-        message | {"tool_calls": [as_text(call) for call in message["tool_calls"]]}
-        if message.get("tool_calls")
-        else message
-        for message in messages
-    ]
 
 
 def _parse_call(call: Any, what: str) -> dict[str, Any]:

@@ -1,15 +1,16 @@
-"""What a chat template expects of messages, where templates differ: found by rendering probes."""
+"""What a chat template expects of messages, and what it reads: found by rendering probes, and in its text."""
 
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
-import jinja2
 from jinja2 import meta
 
 from megatron_sstoken.data.conversation import BadRow, Message
-from megatron_sstoken.data.rows.tool_calls import with_text_arguments
+from megatron_sstoken.data.text.marks import parse_template
 
 _KEY, _VALUE = "probed_argument", "probed value"
 _CALL = {"type": "function", "function": {"name": "probed_function", "arguments": {_KEY: _VALUE}}, "id": "probe0001"}
@@ -64,12 +65,45 @@ def find_style(render: Callable[[list[Message]], str]) -> TemplateStyle:
 @lru_cache(maxsize=16)
 def names_read(template: str) -> frozenset[str]:
     """Names that a chat template takes from outside: of the conversation, special tokens, and arguments of its own."""
-    without = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", template)  # jinja2 alone does not know marks
-    try:
-        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(without)
-        return frozenset(meta.find_undeclared_variables(tree))
-    except jinja2.TemplateError as error:
-        raise ValueError(f"chat template: {error}: correct the template") from error
+    return frozenset(meta.find_undeclared_variables(parse_template(template)))
+
+
+def really_unused(unused: Iterable[str], template: str | None) -> tuple[str, ...]:
+    """Of `Conversation.unused`, what the chat template does not read either.
+
+    A key of messages counts as read where the template's text takes it from something that is not a tool or a call:
+    `message.name`, `message["name"]`, `m.get("name")`; one of `chat_template_kwargs` where it is a name of the template.
+    """
+
+    def is_read(key: str) -> bool:
+        name = re.escape(key)
+        takes = rf"(\w+)(?:\[[^\]'\"]*\])?\s*(?:\.\s*{name}\b|\[\s*['\"]{name}['\"]\s*\]|\.get\(\s*['\"]{name}['\"])"
+        return any(not re.search("tool|func|call|param", base) for base in re.findall(takes, template or ""))
+
+    def is_used(name: str) -> bool:
+        owner, _, key = name.partition(".")
+        return (
+            is_read(key)
+            if owner == "messages"
+            else owner == "chat_template_kwargs" and key in names_read(template or "")
+        )
+
+    return tuple(name for name in unused if not is_used(name))
+
+
+def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the arguments of calls as JSON text, for templates that write them as they are."""
+
+    def as_text(call: dict[str, Any]) -> dict[str, Any]:
+        text = json.dumps(call["function"]["arguments"], ensure_ascii=False)  # as `tojson` of transformers
+        return call | {"function": call["function"] | {"arguments": text}}
+
+    return [
+        message | {"tool_calls": [as_text(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
 
 
 def _writes_call(text: str) -> bool:

@@ -21,28 +21,17 @@ from megatron_sstoken.data import store
 from megatron_sstoken.data import workers as workers_module
 from megatron_sstoken.data.inputs import chunks
 from megatron_sstoken.data.mixing import Plan
-from megatron_sstoken.data.prepare import prepare
 from megatron_sstoken.data.recipe import Recipe
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.data.summary import summary
 from megatron_sstoken.files import describe_os_error
+from tests.helpers.preparation import run
 from tests.helpers.toy import make_tokenizer, random_conversations, write_rows
 from tools import prepare_data
 
 ROWS = [{"messages": messages} for messages in random_conversations(40, seed=1)]
 TOOL = Path(__file__).parents[3] / "tools" / "prepare_data.py"
 NOISE = re.compile("prepare:|No CUDA runtime")  # the progress bar; what torch's builds for GPUs say without one
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder)
-    return folder
-
-
-def run(*arguments, workers=1, **options):
-    return prepare(*arguments, workers=workers, progress=False, **options)
 
 
 def names(folder):

@@ -8,25 +8,14 @@ import pytest
 from megatron_sstoken.data import prepare as prepare_module
 from megatron_sstoken.data.inputs import chunks
 from megatron_sstoken.data.mixing import Plan, draw
-from megatron_sstoken.data.prepare import prepare
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.data.summary import summary
-from tests.helpers.toy import exchange, make_tokenizer, write_rows
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder)
-    return folder
+from tests.helpers.preparation import run
+from tests.helpers.toy import exchange, write_rows
 
 
 def rows(count, name):
     return [{"messages": exchange(f"{name} {number}", f"answer {number}")} for number in range(count)]
-
-
-def run(*arguments, workers=1, **options):
-    return prepare(*arguments, workers=workers, progress=False, **options)
 
 
 def samples(folder):

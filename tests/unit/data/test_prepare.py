@@ -14,7 +14,6 @@ import pytest
 
 from megatron_sstoken.data.conversation import Conversation
 from megatron_sstoken.data.inputs import chunks
-from megatron_sstoken.data.prepare import prepare
 from megatron_sstoken.data.recipe import FieldNames, Recipe
 from megatron_sstoken.data.rows.formats import decode_line, parse_row
 from megatron_sstoken.data.store import SampleStore, StoreWriter
@@ -23,11 +22,11 @@ from megatron_sstoken.data.text import limits
 from megatron_sstoken.data.text.masks import tokenize_conversations
 from megatron_sstoken.data.tokenizer import load_tokenizer
 from megatron_sstoken.lock import Lock
+from tests.helpers.preparation import run
 from tests.helpers.toy import (
     CHAT_TEMPLATES,
     exchange,
     make_sentencepiece,
-    make_tokenizer,
     random_conversations,
     write_rows,
 )
@@ -36,17 +35,6 @@ from tools.prepare_data import main
 ROWS = [{"messages": messages} for messages in random_conversations(40, seed=1)]
 TOOL = Path(__file__).parents[3] / "tools" / "prepare_data.py"
 GOOD = json.dumps(ROWS[0]).encode()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder)
-    return folder
-
-
-def run(*arguments, workers=1, **options):
-    return prepare(*arguments, workers=workers, progress=False, **options)
 
 
 def contents(folder):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from megatron_sstoken.data.conversation import BadRow, Conversation, MessageWeight
 from megatron_sstoken.data.recipe import FieldNames, Recipe
 from megatron_sstoken.data.rows import formats, messages
-from megatron_sstoken.data.rows.formats import FORMS, decode_line, parse_row, really_unused
+from megatron_sstoken.data.rows.formats import FORMS, decode_line, parse_row
+from megatron_sstoken.data.text.template_style import really_unused
 from tests.helpers.documented import rows_of
 from tests.helpers.toy import exchange
 

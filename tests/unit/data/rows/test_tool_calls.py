@@ -5,7 +5,8 @@ import math
 import pytest
 
 from megatron_sstoken.data.conversation import BadRow
-from megatron_sstoken.data.rows.tool_calls import parse_calls, parse_tools, with_text_arguments
+from megatron_sstoken.data.rows.tool_calls import parse_calls, parse_tools
+from megatron_sstoken.data.text.template_style import with_text_arguments
 
 FLAT = {"name": "f", "arguments": {"city": "Köln"}}
 CALL = {"type": "function", "function": FLAT}
