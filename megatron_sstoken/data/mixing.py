@@ -8,7 +8,7 @@ import math
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +110,25 @@ class Placer:
         self._shelf = self._stack.enter_context(_Shelf(path)) if plan.shares is not None else None
         self._samples = [0 for _ in self._folders]
         self._notes: Counter[str] = Counter()
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether every sample goes into one folder, so that `extend` may take many at once."""
+        return not (self._plan.deduplicate or self._plan.split or self._shelf)
+
+    def extend(
+        self,
+        tokens: np.ndarray,
+        roles: np.ndarray,
+        lengths: np.ndarray,
+        rows: Sequence[int],
+        labels: Sequence[str],
+        weights: np.ndarray | None,
+    ) -> None:
+        """As `add`, for samples end to end, where `takes_all`."""
+        assert self.takes_all
+        self._samples[0] += len(rows)
+        self._writers[0].extend(tokens, roles, lengths, rows, labels, weights=weights)
 
     def add(self, sample: TokenizedSample, row: int, label: str) -> None:
         """The next sample of the input, in order."""

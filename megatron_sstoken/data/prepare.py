@@ -186,8 +186,13 @@ def _place(results: Iterable[tuple[_Mark, TokenizedChunk]], placer: Placer, bar:
     """Hand on the samples in order. All of the input is looked at before an error, so that it can say how many are bad."""
     seen = _Rows()
     for mark, chunk in results:
-        for sample, row, label in chunk.samples():
-            placer.add(sample, seen.num_rows + row, seen.label(mark.source, label))
+        labels = [seen.label(mark.source, named) for named in chunk.labels]
+        rows = (seen.num_rows + chunk.rows).tolist()
+        if placer.takes_all:
+            placer.extend(chunk.tokens, chunk.roles, chunk.lengths, rows, labels, chunk.weights)
+        else:
+            for sample, row, label in zip(chunk.samples(), rows, labels, strict=True):
+                placer.add(sample, row, label)
         for bad in chunk.bad:
             if skipped:
                 skipped.write(json.dumps(bad.describe()) + "\n")

@@ -206,22 +206,47 @@ class StoreWriter:
 
         `weights` fp32 [n], above 0 where the role is response and 0 elsewhere; None: the roles. `label`: its source.
         """
+        self.extend(tokens, roles, np.array([tokens.size]), [row], [label], weights=weights)
+
+    def extend(
+        self,
+        tokens: np.ndarray,
+        roles: np.ndarray,
+        lengths: np.ndarray,
+        rows: Sequence[int],
+        labels: Sequence[str],
+        *,
+        weights: np.ndarray | None = None,
+    ) -> None:
+        """As `add`, for samples end to end; `lengths` int64, `rows` and `labels` have one entry a sample."""
         assert tokens.dtype == np.int32 and roles.dtype == np.uint8, (tokens.dtype, roles.dtype)
-        assert tokens.shape == roles.shape == (tokens.size,) and tokens.size, (tokens.shape, roles.shape)
-        self._tokens.add_document(tokens, [tokens.size])
-        self._roles.add_document(roles, [roles.size])
-        self._token_hash.update(tokens.tobytes())
-        self._role_hash.update(roles.tobytes())
+        assert tokens.shape == roles.shape == (lengths.sum(),) and (lengths > 0).all(), (tokens.shape, lengths)
+        if not lengths.size:
+            return
+        num_before = sum(self._tokens.sequence_lengths) if weights is not None and self._weights is None else 0
+        for builder, values, digest in (
+            (self._tokens, tokens, self._token_hash),
+            (self._roles, roles, self._role_hash),
+        ):
+            content = values.tobytes()
+            digest.update(content)
+            # `add_document` for each sample, at once.
+            builder.data_file.write(content)
+            first = len(builder.sequence_lengths) + 1
+            builder.sequence_lengths.extend(lengths.tolist())
+            builder.document_indices.extend(range(first, first + lengths.size))
         if weights is not None and self._weights is None and not np.array_equal(weights, roles):
-            self._weights = self._start_weights(sum(self._tokens.sequence_lengths) - tokens.size)
+            self._weights = self._start_weights(num_before)
         if self._weights is not None:
             values = roles.astype(np.float32) if weights is None else weights
             assert values.dtype == np.float32 and np.array_equal(values > 0, roles == 1), (values.dtype, values, roles)
             self._weights.write(values.tobytes())
             self._weight_hash.update(values.tobytes())
-        self._labels.append(self._label_numbers.setdefault(label, len(self._label_numbers)))
-        self._rows.append(row)
-        self._response_counts.append(int(np.count_nonzero(roles[1:])))
+        self._labels.extend(self._label_numbers.setdefault(label, len(self._label_numbers)) for label in labels)
+        self._rows.extend(rows)
+        starts = np.concatenate([[0], np.cumsum(lengths[:-1])])
+        responses = np.add.reduceat(roles, starts, dtype=np.int32) - roles[starts]
+        self._response_counts.extend(responses.tolist())
         self._largest_token = max(self._largest_token, int(tokens.max()))
 
     def _start_weights(self, num_tokens: int) -> BinaryIO:

@@ -28,6 +28,7 @@ from megatron_sstoken.data.conversation import BadRow, Message, Span
 from megatron_sstoken.data.text.limits import MEMORY, BadTemplate, size_limit, time_limit
 from megatron_sstoken.data.text.marks import has_generation_marks
 from megatron_sstoken.data.text.template_style import TemplateStyle, find_style
+from megatron_sstoken.data.text.verbatim import is_verbatim
 
 END_OF_TURN = (
     "<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>", "</s>", "<|endoftext|>",
@@ -73,6 +74,7 @@ class TextTokenizer(ABC):
     path: str
     template: str | None
     marked: bool  # the template has generation marks
+    is_verbatim: bool  # the template does not look at what contents say
     bos_id: int | None
     eos_id: int | None
     vocabulary_size: int  # largest token id + 1
@@ -107,6 +109,7 @@ class TextTokenizer(ABC):
         """Use this Jinja chat template (None: none). Raises as `has_generation_marks`."""
         self.template = template
         self.marked = template is not None and has_generation_marks(template)
+        self.is_verbatim = template is not None and is_verbatim(template)
         self.shapes = {}
         self._prompts: dict[str, str] = {}
         self._style: TemplateStyle | None = None

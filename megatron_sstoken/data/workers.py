@@ -61,13 +61,12 @@ class TokenizedChunk:
     bad: list[BadPlace]
     notes: Counter[str] = field(default_factory=Counter)
 
-    def samples(self) -> Iterator[tuple[TokenizedSample, int, str | None]]:
-        """Sample, row and label of each."""
+    def samples(self) -> Iterator[TokenizedSample]:
+        """Each sample."""
         stops = np.cumsum(self.lengths).tolist()
-        places = zip([0, *stops], stops, self.rows.tolist(), self.labels, strict=False)
-        for start, stop, row, label in places:
+        for start, stop in zip([0, *stops], stops, strict=False):
             weights = None if self.weights is None else self.weights[start:stop]
-            yield TokenizedSample(self.tokens[start:stop], self.roles[start:stop], weights), row, label
+            yield TokenizedSample(self.tokens[start:stop], self.roles[start:stop], weights)
 
 
 def default_workers() -> int:

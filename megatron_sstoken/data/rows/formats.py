@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any
 
-from megatron_sstoken.data.conversation import BadRow, Conversation, printable
+from megatron_sstoken.data.conversation import ROLES, BadRow, Conversation, Message, printable
 from megatron_sstoken.data.recipe import DEFAULT_RECIPE, FieldNames, Recipe
 from megatron_sstoken.data.rows.message_weights import UNWEIGHTED, learns, take_whole
 from megatron_sstoken.data.rows.messages import MEDIA, MessageKeys, ParsedMessage, as_context, parse_messages
@@ -86,10 +86,33 @@ def parse_row(row: dict[str, Any], recipe: Recipe = DEFAULT_RECIPE) -> Conversat
     of a message that are not known here (such as `name`) reach the chat template unchanged. Raises `BadRow` with the
     reason, and nothing else.
     """
+    if recipe.fields is None and (plain := _plain_conversation(row)):
+        return plain
     try:
         return _parse(_Columns(row), recipe)
     except RecursionError as error:
         raise BadRow("nested too deeply") from error
+
+
+def _plain_conversation(row: dict[str, Any]) -> Conversation | None:
+    """What `_parse` makes of a row of messages that say a role and a text, and nothing else: most rows of most data."""
+    messages = row.get("messages")
+    if len(row) != 1 or type(messages) is not list:
+        return None
+    parsed: list[Message] = []
+    answered = False
+    for message in messages:
+        if type(message) is not dict or len(message) != 2:
+            return None
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES or type(content) is not str:
+            return None
+        if role == "assistant":
+            if not content.strip():
+                return None
+            answered = True
+        parsed.append({"role": role, "content": content})
+    return Conversation(parsed) if answered else None
 
 
 class _Columns:

@@ -8,8 +8,6 @@ Where any of this does not hold, positions say where borders are.
 import re
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from megatron_sstoken.data.conversation import Span
 from megatron_sstoken.data.text.shapes import Border, Shape
 from megatron_sstoken.data.tokenizer import TextTokenizer
@@ -58,15 +56,12 @@ class Anchors:
         return cls(tokenizer, [one for (one,) in ids], borders) if all(len(one) == 1 for one in ids) else None
 
     def find(
-        self, text: str, segments: list[Segment], ids: list[int], special: np.ndarray
+        self, text: str, segments: list[Segment], ids: list[int], places: list[int]
     ) -> list[tuple[int, int]] | None:
         """The segments as tokens [start, stop); None where this text is not like the others.
 
-        `special` bool [len(ids)]: which tokens are special.
+        `places`: those of the special tokens among `ids`, which are `specials`.
         """
-        places = np.flatnonzero(special).tolist()
-        if [ids[place] for place in places] != self.specials:
-            return None
         found = []
         for (first, last), (start, stop, _) in zip(self.borders, segments, strict=True):
             left = self._token(first, places, ids, text, start, 0)

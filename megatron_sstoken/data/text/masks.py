@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,8 @@ from megatron_sstoken.data.text.templates import template_names
 from megatron_sstoken.data.tokenizer import Encoding, TextTokenizer, check_arguments
 
 CONTEXT, RESPONSE = 0, 1
-ENCODE_CHARACTERS = 1 << 15
-"""At a time: enough that the processor's caches seldom change between Python and the tokenizer."""
+ENCODE_CHARACTERS = 1 << 18
+"""At a time, the most of a chunk: turning between Python and the tokenizer costs the processor its caches."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ def _plan(tokenizer: TextTokenizer, conversation: Conversation, recipe: Recipe) 
 
 
 def _check_characters(text: str) -> None:
+    if text.isascii():
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -131,9 +133,11 @@ def _plan_plain(tokenizer: TextTokenizer, conversation: Conversation, recipe: Re
 def _carry_out(tokenizer: TextTokenizer, batch: Sequence[_Plan | BadRow]) -> list[TokenizedSample | BadRow]:
     results: list[TokenizedSample | BadRow | None] = [plan if isinstance(plan, BadRow) else None for plan in batch]
     anchored = [(index, plan) for index, plan in enumerate(batch) if isinstance(plan, _Plan) and plan.anchors]
-    encodings = tokenizer.encode_batch([plan.texts[0] for _, plan in anchored], positions=False) if anchored else []
-    for (index, plan), encoding in zip(anchored, encodings, strict=True):
-        results[index] = _anchored_sample(tokenizer, plan, encoding.ids)
+    if anchored:
+        plans = [plan for _, plan in anchored]
+        encodings = tokenizer.encode_batch([plan.texts[0] for plan in plans], positions=False)
+        for (index, _), sample in zip(anchored, _anchored_samples(tokenizer, plans, encodings), strict=True):
+            results[index] = sample
     others = [(index, plan) for index, plan in enumerate(batch) if isinstance(plan, _Plan) and results[index] is None]
     located = iter(tokenizer.encode_batch([text for _, plan in others for text in plan.texts]) if others else [])
     for index, plan in others:
@@ -144,16 +148,38 @@ def _carry_out(tokenizer: TextTokenizer, batch: Sequence[_Plan | BadRow]) -> lis
     return [result for result in results if result is not None]
 
 
-def _anchored_sample(tokenizer: TextTokenizer, plan: _Plan, ids: list[int]) -> TokenizedSample | None:
-    """The sample by the plan's anchors; None where they do not hold."""
-    assert plan.anchors is not None
-    tokens = np.array(ids, dtype=np.int32)
-    found = plan.anchors.find(plan.texts[0], plan.segments, ids, tokenizer.special_mask[tokens])
-    if found is None or not any(stop > max(start, 1) for start, stop in found):
-        return None
+def _anchored_samples(
+    tokenizer: TextTokenizer, plans: Sequence[_Plan], encodings: Sequence[Encoding]
+) -> Iterator[TokenizedSample | None]:
+    """The samples by the plans' anchors; None where they do not hold. Arrays are made once for all of them."""
+    ids = [encoding.ids for encoding in encodings]
+    stops = np.cumsum([len(one) for one in ids])
+    tokens = np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=int(stops[-1]))
     roles = np.zeros(tokens.size, dtype=np.uint8)
+    special = np.flatnonzero(tokenizer.special_mask[tokens])
+    places, found_ids = special.tolist(), tokens[special].tolist()
+    borders = [0, *np.searchsorted(special, stops).tolist()]
+    start = 0
+    for plan, one, stop, first, after in zip(plans, ids, stops.tolist(), borders, borders[1:], strict=False):
+        assert plan.anchors is not None
+        own = slice(start, stop)
+        if plan.anchors.specials == found_ids[first:after]:
+            here = [place - start for place in places[first:after]]
+            found = plan.anchors.find(plan.texts[0], plan.segments, one, here)
+        else:
+            found = None
+        yield None if found is None else _anchored_sample(plan, found, tokens[own], roles[own])
+        start = stop
+
+
+def _anchored_sample(
+    plan: _Plan, found: Sequence[tuple[int, int]], tokens: np.ndarray, roles: np.ndarray
+) -> TokenizedSample | None:
+    """The sample whose segments are the tokens `found`; `roles` are filled in. None if there is nothing to learn."""
     for start, stop in found:
         roles[start:stop] = RESPONSE
+    if not any(stop > max(start, 1) for start, stop in found):
+        return None
     if all(weight == 1.0 for *_, weight in plan.segments):
         return TokenizedSample(tokens, roles, None, plan.notes)
     weights = np.zeros(tokens.size, dtype=np.float32)

@@ -47,16 +47,21 @@ def render_conversation(tokenizer: TextTokenizer, conversation: Conversation, re
     response cannot be told exactly.
     """
     assert tokenizer.template is not None
+    key, pieces = shape_of(conversation, recipe, tokenizer.special_pattern) or (None, [])
+    shape, anchors = tokenizer.shapes.get(key, (None, None))
+    if shape and (written := shape.write(pieces)):
+        text, segments = written
+        return Rendering(text, segments, shape.notes, anchors)
     arguments = {**recipe.template_arguments, **conversation.template_arguments}
     messages = tokenizer.as_template_wants(conversation.messages)
     chat = tokenizer.render(messages, tools=conversation.tools, arguments=arguments)
-    key, pieces = shape_of(conversation, recipe, tokenizer.special_pattern) or (None, [])
-    shape, anchors = tokenizer.shapes.get(key, (None, None))
     if shape and (segments := shape.trained(chat.text, pieces, chat.spans)):
         return Rendering(chat.text, segments, shape.notes, anchors)
     rendering, layout = read_rendering(tokenizer, conversation, recipe, chat)
     shape = Shape.of(layout, pieces, chat.spans, rendering.segments, rendering.notes) if key else None
     if shape and len(tokenizer.shapes) < MOST_SHAPES:
+        if tokenizer.is_verbatim:
+            shape = shape.seeing_trims(messages, lambda some: tokenizer.render(some, arguments=arguments).text)
         tokenizer.shapes[key] = shape, Anchors.of(shape, tokenizer)
     return rendering
 

@@ -2,18 +2,18 @@
 
 Nothing is taken on trust: a conversation is rendered, and has to be the known literals with its texts between them, to the
 last character and with marks at the same places. What is remembered then is what `rendering` would find anew. All else
-goes that way.
+goes that way. Only where the template's syntax says that it cannot be otherwise (`verbatim`) the text is written without it.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-from megatron_sstoken.data.conversation import Conversation, Span
+from megatron_sstoken.data.conversation import Conversation, Message, Span
 from megatron_sstoken.data.recipe import Recipe
-from megatron_sstoken.data.text.skeleton import MARKUP, Layout, runs
+from megatron_sstoken.data.text.skeleton import MARKUP, Layout, may_hold_markup, runs
 
 MOST_SHAPES = 4096
 """That are remembered of one template."""
@@ -34,6 +34,8 @@ class Shape:
     segments: tuple[tuple[Border, Border, float], ...]
     """What is trained, and its weights."""
     notes: tuple[str, ...]
+    trims: tuple[bool, ...] | None = None
+    """Whether the template trims each run, where it is known that this is all it does to contents."""
 
     @classmethod
     def of(
@@ -70,24 +72,55 @@ class Shape:
         except LookupError:
             return None
 
+    def write(self, pieces: Sequence[str]) -> tuple[str, list[tuple[int, int, float]]] | None:
+        """The text with these runs and its segments; None where the template has to be asked."""
+        if self.trims is None:
+            return None
+        ordered = zip([pieces[number] for number in self.order], self.trims, strict=True)
+        runs_of_text = [run.strip() if trims else run for run, trims in ordered]
+        return self._with(runs_of_text), self._segments(self._starts(runs_of_text))
+
+    def seeing_trims(self, messages: Sequence[Message], render: Callable[[list[Message]], str]) -> "Shape":
+        """The shape with `trims`, seen with whitespace around every content of `messages`, which are of it.
+
+        `render` is a template that is `verbatim.is_verbatim`. What goes otherwise than expected leaves the shape as it is.
+        """
+        padded = [message | {"content": f" {message['content']} "} for message in messages]
+        text, pieces = render(padded), [piece for message in padded for piece in pieces_of(message["content"])[1]]
+        position, trims = 0, []
+        for literal, number in zip(self.literals, self.order, strict=False):
+            position += len(literal)
+            trims.append(not text.startswith(pieces[number], position))
+            position += len(pieces[number].strip() if trims[-1] else pieces[number])
+        seen = replace(self, trims=tuple(trims))
+        written = seen.write(pieces)
+        return seen if written is not None and written[0] == text else self
+
     def trained(self, text: str, pieces: Sequence[str], marks: Sequence[Span]) -> list[tuple[int, int, float]] | None:
         """The segments of a text with these runs, as characters; None if it is not of this shape."""
         runs_of_text = [pieces[number] for number in self.order]
-        if not self._holds(text, runs_of_text):
+        if self._with(runs_of_text) != text:
             runs_of_text = [run.strip() for run in runs_of_text]  # as templates write them that trim
-            if not self._holds(text, runs_of_text):
+            if self._with(runs_of_text) != text:
                 return None
-        lengths = (len(literal) + len(run) for literal, run in zip(self.literals, runs_of_text, strict=False))
-        at = [0, *accumulate(lengths)]
+        at = self._starts(runs_of_text)
         if [(at[left] + start, at[right] + stop) for (left, start), (right, stop) in self.marks] != marks:
             return None
-        return [(at[left] + start, at[right] + stop, weight) for (left, start), (right, stop), weight in self.segments]
+        return self._segments(at)
 
-    def _holds(self, text: str, runs_of_text: Sequence[str]) -> bool:
+    def _with(self, runs_of_text: Sequence[str]) -> str:
         parts = [""] * (2 * len(runs_of_text) + 1)
         parts[::2] = self.literals
         parts[1::2] = runs_of_text
-        return "".join(parts) == text
+        return "".join(parts)
+
+    def _starts(self, runs_of_text: Sequence[str]) -> list[int]:
+        """Where each literal starts in the text."""
+        lengths = map(len, self.literals)
+        return [0, *accumulate(length + len(run) for length, run in zip(lengths, runs_of_text, strict=False))]
+
+    def _segments(self, at: Sequence[int]) -> list[tuple[int, int, float]]:
+        return [(at[left] + start, at[right] + stop, weight) for (left, start), (right, stop), weight in self.segments]
 
 
 def _with_spaces(layout: Layout, pieces: Sequence[str]) -> list[Span]:
@@ -117,15 +150,20 @@ def shape_of(conversation: Conversation, recipe: Recipe, special: re.Pattern[str
         content = message["content"]
         if len(message) != 2 or special.search(content):
             return None
-        shape.append(message["role"])
-        if not content.isspace() and not MARKUP.search(content) and content:
-            pieces.append(content)
-            continue
-        position = 0
-        for start, stop in runs(content):
-            shape.append(content[position:start])
-            pieces.append(content[start:stop])
-            position = stop
-        shape.append(content[position:])
+        around, within = pieces_of(content)
+        shape += (message["role"], *around)
+        pieces += within
     arguments = str(recipe.template_arguments)
     return (tuple(shape), conversation.weights, recipe.turns, arguments), pieces
+
+
+def pieces_of(content: str) -> tuple[list[str], list[str]]:
+    """A content as what belongs to the shape, markup and the whitespace around it, and its runs of characters."""
+    if content and not content.isspace() and not (may_hold_markup(content) and MARKUP.search(content)):
+        return [], [content]
+    around, within, position = [], [], 0
+    for start, stop in runs(content):
+        around.append(content[position:start])
+        within.append(content[start:stop])
+        position = stop
+    return [*around, content[position:]], within

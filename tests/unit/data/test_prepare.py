@@ -143,14 +143,14 @@ def test_nothing_usable(tokenizer, tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_interruption_leaves_nothing(tokenizer, tmp_path, monkeypatch, error, workers):
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
-    add = StoreWriter.add
+    extend = StoreWriter.extend
 
-    def fail_in_the_middle(self, tokens, roles, row, **more):
-        if row == 20:
+    def fail_in_the_middle(self, tokens, roles, lengths, rows, labels, **more):
+        extend(self, tokens, roles, lengths, rows, labels, **more)
+        if 20 in rows:
             raise error("stop")
-        add(self, tokens, roles, row, **more)
 
-    monkeypatch.setattr(StoreWriter, "add", fail_in_the_middle)
+    monkeypatch.setattr(StoreWriter, "extend", fail_in_the_middle)
     with pytest.raises(error, match="stop"):
         run([path], tokenizer, tmp_path / "out", workers=workers)
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
