@@ -6,8 +6,9 @@ from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import BatchShape, PackOrder, SampleFilter
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.model.families import Architecture
-from megatron_sstoken.model.head import UNCERTAINTY
 from megatron_sstoken.selection.methods import Method, find_method
+from megatron_sstoken.selection.signals import PREDICTION_SIGNALS
+from megatron_sstoken.selection.weights import TokenWeight, find_weight
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,28 @@ class RunPlan:
         return find_method(self.settings.selection.method)
 
     @property
+    def weight_method(self) -> str:
+        """`weights.method`, or what it is by default."""
+        return self.settings.weights.method or ("external" if self.train.store.manifest.weighted else "none")
+
+    @property
+    def weight(self) -> TokenWeight:
+        """How much tokens count."""
+        return find_weight(self.weight_method)
+
+    @property
     def weighted(self) -> bool:
         """Whether the losses of tokens count as much as the training data says."""
-        method = self.settings.weights.method
-        return self.train.store.manifest.weighted if method is None else method == "external"
+        return self.train.store.manifest.weighted and self.weight.data != "ignored"
 
     @property
     def needs_history(self) -> bool:
         return "history_loss" in self.method.needs
 
     @property
-    def needs_entropy(self) -> bool:
-        """Whether the head tells more of every prediction than its loss."""
-        return self.settings.logging.entropy or bool(UNCERTAINTY & self.method.needs)
+    def head_signals(self) -> tuple[str, ...]:
+        """What the head tells of every prediction beside its loss."""
+        wanted = self.method.needs | self.weight.needs
+        if self.settings.logging.entropy:
+            wanted |= {"entropy", "top1"}
+        return tuple(name for name in PREDICTION_SIGNALS if name in wanted)

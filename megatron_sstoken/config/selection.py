@@ -1,5 +1,6 @@
 """Settings of which tokens are trained on, and of the history that they are compared with."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,15 +82,30 @@ class SelectionSettings:
 class WeightSettings:
     """How much each selected token counts in the loss."""
 
-    method: Literal["none", "external"] | None = None
-    """none: all alike. external: by the weights that the prepared data holds, of messages, spans or parts of an answer.
+    method: str | None = None
+    """none: all alike. power: p^alpha, p the probability that the model gives the token (alpha 1: DFT). deft: p^(Σ p²), the
+    sum over the vocabulary. entropy: (H/3)^alpha, H the entropy in nats of the 20 likeliest words (EAFT). external: by the
+    weights that the prepared data holds, of messages, spans or parts of an answer. Or the import path of a weight of your own,
+    as `my_package.my_module.my_weight`. Where the data holds weights, all but `none` are multiplied onto them.
 
     Default: external where `data.train` holds weights.
     """
 
+    alpha: float | None = None
+    """Exponent of `power` and `entropy`. Default: 1."""
+
     divisor: Literal["selected", "response", "weight"] = "selected"
     """What the sum of weighted losses is divided by: the number of selected tokens, of all response tokens, or the sum of
     the selected tokens' weights; in the global batch, or within what `selection.loss_average` takes the mean of."""
+
+    def problems(self) -> list[str]:
+        """Rules that need this section alone."""
+        rules = Rules("weights", self)
+        rules.require(
+            self.alpha is None or 0 <= self.alpha < math.inf,
+            f"weights.alpha={self.alpha} is no exponent of a weight: use a number of 0 or more",
+        )
+        return rules.broken
 
 
 @dataclass

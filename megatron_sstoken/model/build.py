@@ -35,7 +35,7 @@ from megatron_sstoken.parallel import Layout
 class TokenLossModel(GPTModel):
     """GPTModel whose loss is per token, ignores the padded vocabulary and takes its group explicitly.
 
-    With labels it returns fp32 [1, tokens], NaN where the label is `IGNORE_INDEX`; [3, tokens] with entropy.
+    With labels it returns fp32 [1, tokens], NaN where the label is `IGNORE_INDEX`, and a row for each of `head.signals`.
     """
 
     def __init__(self, *args, head: HeadOptions, **kwargs):
@@ -79,7 +79,7 @@ class TokenLossModel(GPTModel):
             self.head.vocabulary_size,
             group,
             rows=packed_seq_params.head_rows,
-            with_entropy=self.head.with_entropy,
+            signals=self.head.signals,
             compiled=self.head.compiled,
         )
 
@@ -256,15 +256,15 @@ def build_model(
     layout: Layout,
     *,
     captured_layers: tuple[int, ...] = (),
-    with_entropy: bool = False,
+    signals: tuple[str, ...] = (),
     trainable: bool,
     shapes_only: bool = False,
 ) -> Model:
     """Build this rank's chunks, with uninitialised weights. With `trainable`, wrap them in megatron's DDP.
 
-    `captured_layers`: numbers from 1 of the layers whose attention to the context is captured. `with_entropy`: whether the
-    head tells of every prediction's entropy and likeliest token. `shapes_only`: parameters on the meta device, which take no
-    memory (conversion asks only what they are called and how large they are).
+    `captured_layers`: numbers from 1 of the layers whose attention to the context is captured. `signals`: what the
+    head tells of every prediction beside its loss (`HeadOptions.signals`). `shapes_only`: parameters on the meta device, which
+    take no memory (conversion asks only what they are called and how large they are).
     """
     silence_announcements()
     config = transformer_config(architecture, settings, layout)
@@ -278,7 +278,7 @@ def build_model(
         needs_calibration=bool(config.fp8) and config.fp8_recipe == "delayed",
     )
     selective, compiled = settings.model.head == "selective", settings.model.compiled_head
-    head = HeadOptions(architecture.vocabulary_size, selective, with_entropy, compiled)
+    head = HeadOptions(architecture.vocabulary_size, selective, signals, compiled)
     for index in range(layout.virtual_pipeline):
         model.captures.append(AttentionCapture())
         with torch.device("meta") if shapes_only else nullcontext():

@@ -11,15 +11,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_sstoken.model.rows import HeadRows
+from megatron_sstoken.selection.signals import TOP_WORDS
 from megatron_sstoken.selection.topk import indices_where
 
 IGNORE_INDEX = -100
 """Label of positions whose loss nobody wants: torch's `ignore_index`."""
-
-HEAD_SIGNALS = ("loss", "entropy", "top1")
-"""What the rows are that a head returns; those after the loss on demand."""
-UNCERTAINTY = frozenset(HEAD_SIGNALS[1:])
-"""The signals that only the selective head tells, where they are asked for."""
 
 CHUNK_ROWS = {"cpu": 416, "cuda": 1024}
 """Tokens whose logits are held at once, at most. c of them cost 4·c·hidden·vocabulary operations for gradients and
@@ -35,9 +31,15 @@ class HeadOptions:
     """Without padding."""
     selective: bool = True
     """Whether losses come from `selective_head`, else from megatron's output layer."""
-    with_entropy: bool = False
+    signals: tuple[str, ...] = ()
+    """What the selective head tells beside the loss, of `PREDICTION_SIGNALS`."""
     compiled: bool = False
     """Whether the selective head's elementwise steps are compiled."""
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What the rows are that the head returns."""
+        return ("loss", *self.signals) if self.selective else ("loss",)
 
 
 def vocabulary_parallel_loss(
@@ -96,16 +98,16 @@ def selective_head(
     group: dist.ProcessGroup,
     *,
     rows: HeadRows | None = None,
-    with_entropy: bool = False,
+    signals: tuple[str, ...] = (),
     compiled: bool = False,
 ) -> torch.Tensor:
     """Loss of the labelled tokens straight from hidden states, computing only what is asked for.
 
     `hidden`: [tokens, hidden size], whole and the same on all ranks of `group`; `weight`: [padded vocabulary / group
     size, hidden size], this rank's consecutive rows; `labels`: int64 [tokens], the same on all ranks, `IGNORE_INDEX` where
-    no loss is wanted. Returns fp32 [1, tokens], the losses in nats, NaN where not scored. With `with_entropy` two more
-    rows, without gradient: the entropy in nats and the probability of the likeliest word. Every rank of `group` must call
-    it, forward and backward; how many collectives run depends on nothing.
+    no loss is wanted. Returns fp32 [1 + signals, tokens], NaN where not scored: the losses in nats and, without gradient,
+    the `signals`, of `PREDICTION_SIGNALS`. Every rank of `group` must call it, forward and backward; how many collectives
+    run depends on the signals alone.
 
     The forward pass computes the logits of scored tokens, the backward pass those of tokens whose loss has a gradient that
     is not exactly zero, both chunk by chunk: no logits are kept. So a loss function that multiplies the losses by a mask
@@ -127,7 +129,7 @@ def selective_head(
         vocabulary_size,
         group,
         rows,
-        with_entropy,
+        signals,
         compiled,
     )
     everywhere = scored.new_full((scored.shape[0], labels.shape[0]), torch.nan)
@@ -135,29 +137,29 @@ def selective_head(
 
 
 class _SelectiveHead(torch.autograd.Function):
-    """hidden [n, h], weight [w, h], labels [n] → fp32 [1 or 3, n]. p = exp(logit − largest) / total, over all ranks."""
+    """hidden [n, h], weight [w, h], labels [n] → fp32 [1 + signals, n]. p = exp(logit − largest) / total, over all ranks."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, vocabulary_size, group, known_rows, with_entropy, compiled):
+    def forward(ctx, hidden, weight, labels, vocabulary_size, group, known_rows, signals, compiled):
         real = _real_rows(weight, vocabulary_size, group)
         local, elsewhere = _local_labels(labels, weight, group)
         # A rank that holds padding only has no logits: a largest one below all others, and nothing to add.
         largest = torch.full_like(labels, -1e30, dtype=torch.float32)
-        total, target, weighted = torch.zeros(3, len(labels), device=labels.device)
+        sums = torch.zeros(2 + len(_further_sums(signals)), len(labels), device=labels.device)
+        words = min(TOP_WORDS, vocabulary_size) if "entropy_top20" in signals else 0
+        top = torch.full((len(labels), words), -torch.inf, device=labels.device)
         measure = _compiled(_statistics) if compiled else _statistics
         for rows in _chunks(len(labels), len(real), labels.device):
             # One expression: the logits of a chunk are gone before the next one's are made.
-            found = measure(hidden[rows] @ real.t(), local[rows], with_entropy)
-            largest[rows], total[rows], target[rows], weighted[rows] = found
-        largest, total, target, weighted = _combine(largest, total, target, weighted, elsewhere, group)
+            found = measure(hidden[rows] @ real.t(), local[rows], signals, min(words, len(real)))
+            largest[rows], sums[:, rows], top[rows, : found[2].shape[1]] = found
+        largest, sums = _combine(largest, sums, signals, elsewhere, group)
+        total, target = sums[0], sums[1]
         ctx.save_for_backward(hidden, weight, local, elsewhere, largest, total)
         ctx.vocabulary_size, ctx.group, ctx.known_rows, ctx.compiled = vocabulary_size, group, known_rows, compiled
         # Taken now: megatron's own linear layer does so, because a saved weight may come back without its attributes.
         ctx.main_grad = getattr(weight, "main_grad", None)
-        loss = total.log() - target
-        if not with_entropy:
-            return loss.unsqueeze(0)
-        return torch.stack([loss, total.log() - weighted / total, 1 / total])  # the likeliest word has exp(0) / total
+        return torch.stack([total.log() - target, *_predictions(signals, sums, _top_of_all(top, group))])
 
     @staticmethod
     def backward(ctx, gradients):
@@ -165,7 +167,11 @@ class _SelectiveHead(torch.autograd.Function):
         real = _real_rows(weight, ctx.vocabulary_size, ctx.group)
         gradient = gradients[0]
         number = ctx.known_rows.num_trained if ctx.known_rows is not None else None
-        trained = indices_where(gradient != 0, number)
+        trained = gradient != 0
+        if number is not None:
+            # A selected token whose weight is 0 has no gradient: others without one take its place, and change nothing.
+            trained |= ~trained & ((~trained).cumsum(0) <= number - trained.sum())
+        trained = indices_where(trained, number)
         parts = hidden.new_zeros(len(trained), hidden.shape[1])
         summed = _weight_sum(weight, ctx.main_grad) if ctx.needs_input_grad[1] else None
         differentiate = _compiled(_logit_gradients) if ctx.compiled else _logit_gradients
@@ -187,17 +193,24 @@ class _SelectiveHead(torch.autograd.Function):
         return hidden_gradient, weight_gradient, None, None, None, None, None, None
 
 
-def _statistics(logits: torch.Tensor, columns: torch.Tensor, with_entropy: bool):
-    """Logits [c, w] of any type, which may be overwritten, and the labels' columns int64 [c] → four of fp32 [c]: the largest
-    logit, Σ exp(logit − largest), the label's logit, and, if asked for, Σ exp(logit − largest) · (logit − largest)."""
+def _further_sums(signals: tuple[str, ...]) -> list[str]:
+    """The signals that need a sum of their own over the vocabulary, in the order of the sums."""
+    return [name for name in signals if name in ("entropy", "sum_p2")]
+
+
+def _statistics(logits: torch.Tensor, columns: torch.Tensor, signals: tuple[str, ...], words: int):
+    """Logits [c, w] of any type, which may be overwritten, and the labels' columns int64 [c] → fp32 [c], the largest logit;
+    fp32 [2 to 4, c]: Σ exp(logit − largest), the label's logit, and, with e = exp(logit − largest), Σ e · (logit − largest)
+    for `entropy` and Σ e² for `sum_p2`; and fp32 [c, words], the largest logits."""
+    top = logits.topk(words).values.float() if words else logits.new_empty(len(logits), 0)
     logits = logits.float()
     target = logits.gather(1, columns.unsqueeze(1)).squeeze(1)
     largest = logits.amax(1)
     logits = logits.sub_(largest.unsqueeze(1))
-    if not with_entropy:
-        return largest, logits.exp_().sum(1), target, torch.zeros_like(target)
-    exponentials = logits.exp()
-    return largest, exponentials.sum(1), target, torch.linalg.vecdot(exponentials, logits)
+    exponentials = logits.exp() if "entropy" in signals else logits.exp_()
+    factors = {"entropy": logits, "sum_p2": exponentials}
+    further = [torch.linalg.vecdot(exponentials, factors[name]) for name in _further_sums(signals)]
+    return largest, torch.stack([exponentials.sum(1), target, *further]), top
 
 
 def _logit_gradients(logits, columns, largest, scale, own_upstream):
@@ -232,20 +245,41 @@ def _chunks(num_rows: int, width: int, device: torch.device) -> list[slice]:
     return [slice(first, min(first + size, num_rows)) for first in range(0, num_rows if width else 0, size)]
 
 
-def _combine(largest, total, target, weighted, elsewhere, group):
-    """Statistics of this rank's words → of the whole vocabulary, relative to its largest logit; fp32 [n] each.
-
-    `total`: Σ exp(logit − largest); `target`: the label's logit − largest; `weighted`: Σ exp(logit − largest) ·
-    (logit − largest).
-    """
+def _combine(largest, sums, signals, elsewhere, group):
+    """What `_statistics` tells of this rank's words → of the whole vocabulary, with all sums, the label's logit too, relative
+    to its largest logit: fp32 [n] and [2 to 4, n]."""
     overall = largest.clone()
     dist.all_reduce(overall, op=dist.ReduceOp.MAX, group=group)
     below = largest - overall
     share = below.exp()
-    target = torch.where(elsewhere, 0.0, target - overall)
-    sums = torch.stack([share * total, target, share * (weighted + below * total)])
+    total, target, *further = sums
+    moved = {"entropy": lambda one: share * (one + below * total), "sum_p2": lambda one: share.square() * one}
+    parts = [moved[name](one) for name, one in zip(_further_sums(signals), further, strict=True)]
+    sums = torch.stack([share * total, torch.where(elsewhere, 0.0, target - overall), *parts])
     dist.all_reduce(sums, group=group)
-    return overall, *sums
+    return overall, sums
+
+
+def _top_of_all(top: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Each rank's largest logits fp32 [n, k], −inf where it has fewer → those of the whole vocabulary."""
+    if not top.shape[1]:
+        return top
+    gathered = [torch.empty_like(top) for _ in range(group.size())]
+    dist.all_gather(gathered, top, group=group)
+    return torch.cat(gathered, dim=1).topk(top.shape[1]).values
+
+
+def _predictions(signals: tuple[str, ...], sums: torch.Tensor, top: torch.Tensor) -> list[torch.Tensor]:
+    """The signals, fp32 [n] each, of sums and largest logits of the whole vocabulary."""
+    total = sums[0]
+    further = dict(zip(_further_sums(signals), sums[2:], strict=True))
+    ways = {
+        "entropy": lambda: total.log() - further["entropy"] / total,
+        "top1": lambda: 1 / total,  # the likeliest word has exp(0) / total
+        "sum_p2": lambda: further["sum_p2"] / total.square(),
+        "entropy_top20": lambda: torch.special.entr(top.softmax(1)).sum(1),
+    }
+    return [ways[name]() for name in signals]
 
 
 def _weight_sum(weight: torch.Tensor, main_grad: torch.Tensor | None) -> torch.Tensor:

@@ -30,6 +30,9 @@ def columns_of(report: TokenReport) -> dict[str, np.ndarray]:
         "attention": of_response(report.values.get("attention")),
         "score": of_response(selection.score if selection else None),
         "selected": selection.mask if selection else torch.zeros_like(batch.response),
+        "weight": undefined
+        if selection is None or report.weight is None
+        else torch.where(selection.mask, report.weight, torch.nan),
         "entropy": report.values.get("entropy", undefined),
         "top1": report.values.get("top1", undefined),
     }

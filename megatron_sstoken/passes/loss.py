@@ -5,6 +5,7 @@ megatron divides the sum over all micro-batches and ranks by one whole number, t
 samples or micro-batches, each once; and gradients that are to be divided by a sum of weights are scaled afterwards.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import TokenBatch
 from megatron_sstoken.model.build import Model
+from megatron_sstoken.selection.weights import Weigh, find_weight
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,14 @@ class LossRule:
     """`selection.loss_average`."""
     divisor: str = "selected"
     """`weights.divisor`."""
+    weigh: Weigh | None = None
+    """`weights.method` and `weights.alpha`; None: by the batch's own weights alone."""
 
     @classmethod
     def of(cls, settings: Settings) -> "LossRule":
-        return cls(settings.selection.loss_average, settings.weights.divisor)
+        weights = settings.weights
+        weigh = None if weights.method is None else find_weight(weights.method).at(weights.alpha)
+        return cls(settings.selection.loss_average, weights.divisor, weigh)
 
     @property
     def scales_afterwards(self) -> bool:
@@ -37,15 +43,26 @@ class LossRule:
 BY_TOKEN = LossRule()
 
 
-def loss_weights(selected: torch.Tensor, batch: TokenBatch, rule: LossRule) -> tuple[torch.Tensor, torch.Tensor]:
+def token_weights(values: Mapping[str, torch.Tensor], batch: TokenBatch, rule: LossRule) -> torch.Tensor | None:
+    """How much each token counts, fp32 [T]: its own weight in the batch times what `rule` makes of the signals `values`;
+    anything for tokens without a loss. None: all count alike."""
+    if rule.weigh is None:
+        return batch.weight
+    weight = rule.weigh(values)
+    return weight if batch.weight is None else weight * batch.weight
+
+
+def loss_weights(
+    selected: torch.Tensor, weight: torch.Tensor | None, batch: TokenBatch, rule: LossRule
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights fp32 [T] of the tokens of one micro-batch, zero outside `selected` (bool [T]), and what counts, bool [T].
 
-    loss of the global batch = Σ weight · loss ÷ Σ count. `token`: the batch's own weights (1 where it has none), counting
-    the tokens of the divisor. `sample`: a mean per sample, counting one token of each sample of the batch. `microbatch`: a
-    mean over the micro-batch, counting one token if it has a sample. A sample or micro-batch of which nothing is selected
-    contributes 0 and counts.
+    loss of the global batch = Σ weight · loss ÷ Σ count. `token`: `weight`, as of `token_weights`, counting the tokens of the
+    divisor. `sample`: a mean per sample, counting one token of each sample of the batch. `microbatch`: a mean over the
+    micro-batch, counting one token if it has a sample. A sample or micro-batch of which nothing is selected contributes 0 and
+    counts.
     """
-    weights = selected.float() if batch.weight is None else selected * batch.weight
+    weights = selected.float() if weight is None else torch.where(selected, weight, 0.0)
     if rule.average == "token":
         return weights, batch.response if rule.divisor == "response" else selected
     divided_by = {"selected": selected.float(), "response": batch.response.float(), "weight": weights}[rule.divisor]

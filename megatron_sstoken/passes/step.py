@@ -15,9 +15,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_sstoken.data.batches import TokenBatch
 from megatron_sstoken.model.attention import SampleBounds
 from megatron_sstoken.model.build import Model
-from megatron_sstoken.model.head import HEAD_SIGNALS
 from megatron_sstoken.parallel import Layout
-from megatron_sstoken.passes.loss import BY_TOKEN, LossRule, divide_by_weights, loss_weights
+from megatron_sstoken.passes.loss import BY_TOKEN, LossRule, divide_by_weights, loss_weights, token_weights
 from megatron_sstoken.passes.masses import MassTransport, mean_mass, total_mass
 from megatron_sstoken.passes.micro_batch import MicroBatch, micro_batch, of_this_rank, to_predicting
 from megatron_sstoken.selection.methods import Selection
@@ -31,8 +30,10 @@ class TokenReport:
     values: Mapping[str, torch.Tensor]
     """Signal → fp32 [T], of what was computed in this pass: `loss` (NaN for first tokens and padding, and for context tokens
     unless the model scores them), `attention` (mean over heads and captured layers of the attention to the context),
-    `entropy` and `top1` (of the prediction whose loss is `loss`, defined where that is)."""
+    and the `PREDICTION_SIGNALS` that the head was asked for (of the prediction whose loss is `loss`, defined where that is)."""
     selection: Selection | None = None
+    weight: torch.Tensor | None = None
+    """fp32 [T]: how much the loss of each selected token counts; it may be anything elsewhere. None: all count alike."""
     rho: float = math.nan
     """The share that was asked for, where it was chosen for this batch."""
 
@@ -108,15 +109,17 @@ def _training_loss(model: Model, select: SelectMicroBatch, rule: LossRule, sums:
     def loss_function(losses: torch.Tensor, report: TokenReport, one: MicroBatch):
         with torch.no_grad():
             selection = select(report)
-            weights, counted = loss_weights(selection.mask, report.batch, rule)
+            weight = token_weights(report.values, report.batch, rule)
+            weights, counted = loss_weights(selection.mask, weight, report.batch, rule)
             weights = of_this_rank(to_predicting(weights), one.bounds.index)
             one.note_selected(selection.num_selected)
             count = of_this_rank(counted, one.bounds.index).sum(dtype=torch.int)  # each where it lies
             if rule.scales_afterwards:
                 sums.append(torch.stack([count.double(), weights.double().sum()]))
         # where, not a product alone: a loss that is not finite on an unselected token must not reach the sum.
-        total = torch.where(weights > 0, losses * weights, 0.0).sum()
-        return total, count, replace(report, selection=selection)
+        # A weight that is no number, that of a selected token, must.
+        total = torch.where(weights != 0, losses * weights, 0.0).sum()
+        return total, count, replace(report, selection=selection, weight=weight)
 
     return loss_function
 
@@ -199,16 +202,15 @@ def _finish_micro_batch(
     model: Model, one: MicroBatch, mass: torch.Tensor | None, loss_function: Callable, outputs: torch.Tensor
 ):
     """On the last stage: gather what the head and the attention captures tell over the context parallel ranks, align it with
-    tokens, and call the loss function. `outputs`: fp32 [1 or 3, T / cp] of the model; `mass`: of all captured layers."""
+    tokens, and call the loss function. `outputs`: fp32 [1 + signals, T / cp] of the model; `mass`: of all captured layers."""
     with torch.no_grad():
         known = [*outputs.detach()]
         if model.captured_layers:
             assert mass is not None, "captured layers have a mass"
             known.append(mean_mass(model, mass))
         whole = gather_tokens(torch.stack(known), one.bounds, model.layout)
-        values = {
-            name: to_predicted(row, one.batch) for name, row in zip(HEAD_SIGNALS, whole[: len(outputs)], strict=False)
-        }
+        told = zip(model.unwrapped[-1].head.told, whole[: len(outputs)], strict=True)
+        values = {name: to_predicted(row, one.batch) for name, row in told}
         if model.captured_layers:
             values["attention"] = whole[-1]
         report = TokenReport(one.batch, values)

@@ -101,10 +101,10 @@ def tensor_traffic(w: Workload, stage: int) -> dict[str, tuple[int, int]]:
         counts["all_reduce"] += layers * 2 * (2 + again + scoring)
         counts["all_reduce"] += (1 + scoring) * first + last
     result = {name: (count * micro, count * micro * hidden) for name, count in counts.items()}
-    if last:  # the largest logit; sum of exponentials and target logit (and the selective head's entropy): fp32 a token
+    if last:  # the largest logit; sum of exponentials and target logit: fp32 a token
         count, size = result["all_reduce"]
         calls = micro * (1 + scoring)
-        result["all_reduce"] = (count + 2 * calls, size + calls * (4 if selective else 3) * 4 * w.tokens)
+        result["all_reduce"] = (count + 2 * calls, size + calls * 3 * 4 * w.tokens)
     return result
 
 

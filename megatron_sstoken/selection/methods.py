@@ -4,7 +4,6 @@ To add a method, write its score and enter it in `METHODS`; outside the package,
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,8 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sstoken.selection.registry import named
 from megatron_sstoken.selection.rho import Rho
 from megatron_sstoken.selection.signals import (
+    PREDICTION_SIGNALS,
     TokenSignals,
     combine,
     normalize_per_sample,
@@ -32,7 +33,7 @@ from megatron_sstoken.selection.topk import (
 )
 
 SCOPES = ("sample", "microbatch", "batch")
-OPTIONAL_SIGNALS = frozenset({"history_loss", "attention", "entropy", "top1"})
+OPTIONAL_SIGNALS = frozenset({"history_loss", "attention", *PREDICTION_SIGNALS})
 """Signals that cost something and are computed where a method needs them."""
 
 
@@ -102,27 +103,7 @@ def find_method(name: str) -> Method:
 
     Raises ValueError where there is none.
     """
-    if name in METHODS:
-        return METHODS[name]
-    module, _, attribute = name.rpartition(".")
-    if not module:
-        raise ValueError(
-            f"method={name} is unknown: use one of {', '.join(METHODS)}, or the import path of a Method of your own"
-        )
-    try:
-        found = getattr(importlib.import_module(module), attribute, None)
-    except ImportError as error:
-        raise ValueError(f"method={name} cannot be imported ({error}): put its package on PYTHONPATH") from error
-    except Exception as error:  # whatever a user's module raises when it runs
-        raise ValueError(f"method={name} cannot be imported: mend {module}: {error!r}") from error
-    if found is None:
-        raise ValueError(f"method={name} does not exist: name a Method that {module} defines, after a dot")
-    if not isinstance(found, Method):
-        raise ValueError(
-            f"method={name} is a {type(found).__name__}: name a Method, as made by "
-            "megatron_sstoken.selection.methods.Method(score, needs=…)"
-        )
-    return found
+    return named("method", name, METHODS, Method)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+PREDICTION_SIGNALS = ("entropy", "top1", "sum_p2", "entropy_top20")
+"""What may be known of a token's prediction beside its loss, where it is asked for: the entropy in nats, the probability of the
+likeliest word, the sum of the squared probabilities, and the entropy in nats of the `TOP_WORDS` likeliest words, whose
+probabilities then sum to 1."""
+TOP_WORDS = 20
+
 
 @dataclass(frozen=True)
 class TokenSignals:
@@ -26,7 +32,7 @@ class TokenSignals:
     of this step) is always there; the others where the method needs them:
 
     `history_loss` (nats, under the history weights), `attention` (in [0, 1]: mean over heads of the attention that goes to
-    earlier context tokens), `entropy` (nats) and `top1` (probability of the likeliest token) of the prediction.
+    earlier context tokens), and the `PREDICTION_SIGNALS`.
     """
 
     response_counts: Sequence[int] | None = None

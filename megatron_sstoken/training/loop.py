@@ -106,7 +106,7 @@ def model_to_train(plan: RunPlan, layout: Layout, *, trainable: bool = True) -> 
         plan.settings,
         layout,
         captured_layers=plan.captured_layers,
-        with_entropy=plan.needs_entropy,
+        signals=plan.head_signals,
         trainable=trainable,
     )
     starting_weights(plan.settings).load(model)

@@ -46,6 +46,10 @@ class StepMetrics:
     attention_quantiles: tuple[float, ...]
     rho: float = math.nan
     """The share chosen for this batch; NaN where the settings fix it and nothing had to be scored beforehand."""
+    weight_mean: float = math.nan
+    """Of the weights w of the selected tokens; NaN where all count alike."""
+    weight_share: float = math.nan
+    """(Σ w)² ÷ Σ w² ÷ the number of selected tokens: the share of them that, each counting alike, would say as much."""
 
     @property
     def share_selected(self) -> float:
@@ -67,9 +71,10 @@ class PendingMetrics:
         first_nan = int(self._numbers[0])
         if first_nan != NO_TOKEN:
             raise nan_error(first_nan)
-        selected_loss, response_loss, selected, response, tokens, positions, flops, rho, *percentiles = (
+        selected_loss, response_loss, selected, weight, squares, *further = (
             self._numbers[1:].view(torch.float64).tolist()
         )
+        response, tokens, positions, flops, rho, *percentiles = further
         at = [round(quantile * (_PERCENTILES - 1)) for quantile in QUANTILES]
         rel, attention = percentiles[:_PERCENTILES], percentiles[_PERCENTILES:]
         return StepMetrics(
@@ -84,6 +89,8 @@ class PendingMetrics:
             rel_quantiles=tuple(rel[index] for index in at),
             attention_quantiles=tuple(attention[index] for index in at),
             rho=rho,
+            weight_mean=weight / selected if selected else math.nan,
+            weight_share=weight**2 / squares / selected if squares else math.nan,
         )
 
 
@@ -99,7 +106,7 @@ def begin_summary(reports: list[TokenReport], architecture: Architecture, layout
     """
     device = compute_device()
     first_nan = torch.full((1,), NO_TOKEN, device=device)
-    sums = torch.zeros(7, dtype=torch.float64, device=device)
+    sums = torch.zeros(9, dtype=torch.float64, device=device)
     percentiles = torch.full((2, 1 + _PERCENTILES), torch.nan, dtype=torch.float64, device=device)
     if layout.is_last_stage:
         if reports:
@@ -124,14 +131,18 @@ def begin_summary(reports: list[TokenReport], architecture: Architecture, layout
 
 
 def _sums_of(reports: list[TokenReport], architecture: Architecture) -> torch.Tensor:
-    """float64 [7] of this rank: losses of selected and of response tokens, then counts, in the order of `PendingMetrics`."""
+    """float64 [9] of this rank: losses of selected and of response tokens, then counts, in the order of `PendingMetrics`."""
     losses = torch.cat([report.loss.double() for report in reports])
     response = torch.cat([report.batch.response for report in reports])
     selected = torch.cat([r.batch.response if r.selection is None else r.selection.mask for r in reports])
+    weights = torch.cat([torch.full_like(r.loss, torch.nan) if r.weight is None else r.weight for r in reports])
+    weights = torch.where(selected, weights, 0.0).double()
     found = [
         torch.where(selected, losses, 0.0).sum(),
         torch.where(response, losses, 0.0).sum(),
         selected.sum().double(),
+        weights.sum(),
+        weights.square().sum(),
     ]
     facts = [report.batch.facts for report in reports]
     known = [
@@ -222,6 +233,8 @@ class StepLogger:
             "loss/dropped": metrics.loss_dropped,
             "selection/share": metrics.share_selected,
             "selection/rho": metrics.rho,
+            "weights/mean": metrics.weight_mean,
+            "weights/effective_share": metrics.weight_share,
             "optimizer/gradient_norm": gradient_norm,
             "optimizer/learning_rate": learning_rate,
             "speed/tokens_per_second": speed,

@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
         pa.field("attention", pa.float32()),
         pa.field("score", pa.float32()),
         pa.field("selected", pa.bool_(), nullable=False),
+        pa.field("weight", pa.float32()),
         pa.field("entropy", pa.float32()),
         pa.field("top1", pa.float32()),
     ]
@@ -90,7 +91,7 @@ def write_records(
 
     All ranks call `before_publishing` at the end; where it raises, no file appears.
     """
-    loader = sequential_loader(plan.train, plan, layout, selector.history.token_values())
+    loader = sequential_loader(plan.train, plan, layout, selector.history.token_values(), weighted=plan.weighted)
 
     def score(number: int, batches: list[TokenBatch]) -> list[TokenReport]:
         return score_and_select(model, batches, replace(selector, step=number))

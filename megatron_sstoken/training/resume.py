@@ -44,7 +44,11 @@ def objective_of(plan: RunPlan) -> dict:
     settings = plan.settings
     return {
         "selection": asdict(settings.selection),
-        "weights": {"method": "external" if plan.weighted else "none", "divisor": settings.weights.divisor},
+        "weights": {
+            **asdict(settings.weights),
+            "method": plan.weight_method,
+            "alpha": plan.weight.exponent(settings.weights.alpha),
+        },
         "history": asdict(settings.history),
         "model": asdict(settings.model),
         "optimizer": asdict(settings.optimizer),

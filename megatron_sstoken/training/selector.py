@@ -16,7 +16,7 @@ from megatron_sstoken.data.batches import TokenBatch
 from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.parallel import Layout
-from megatron_sstoken.passes.loss import LossRule
+from megatron_sstoken.passes.loss import LossRule, token_weights
 from megatron_sstoken.passes.step import TokenReport, score_batch, select_and_train, train_on
 from megatron_sstoken.selection.adaptive import choose_rho
 from megatron_sstoken.selection.methods import Method, Selection, find_method, score_tokens, select_tokens
@@ -143,14 +143,17 @@ def _completed(trained: TokenReport, scored: TokenReport, rho: float) -> TokenRe
     """The report of a training pass, which tells of selected tokens only, with the others as they were scored."""
     assert trained.selection is not None
     loss = torch.where(trained.selection.mask, trained.loss, scored.loss)
-    return replace(scored, values={**scored.values, "loss": loss}, selection=trained.selection, rho=rho)
+    values = {**scored.values, "loss": loss}
+    return replace(scored, values=values, selection=trained.selection, weight=trained.weight, rho=rho)
 
 
 def score_and_select(model: Model, batches: list[TokenBatch], selector: Selector) -> list[TokenReport]:
-    """Forward only: reports that say what would be selected."""
+    """Forward only: reports that say what would be selected, and how much it would count."""
     batches = selector.history.prepare(model, batches)
     if not selector.needs_all_scores:
-        return score_batch(model, batches, selector)
-    scored = score_batch(model, batches)
-    selections, rho = selector.over_batch(scored) if scored else ([], math.nan)
-    return [replace(report, selection=one, rho=rho) for report, one in zip(scored, selections, strict=True)]
+        reports = score_batch(model, batches, selector)
+    else:
+        scored = score_batch(model, batches)
+        selections, rho = selector.over_batch(scored) if scored else ([], math.nan)
+        reports = [replace(report, selection=one, rho=rho) for report, one in zip(scored, selections, strict=True)]
+    return [replace(one, weight=token_weights(one.values, one.batch, selector.rule)) for one in reports]

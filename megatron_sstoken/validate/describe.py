@@ -93,14 +93,17 @@ def _describe_layers(settings: Settings) -> str:
 
 def _describe_weights(plan: RunPlan) -> str:
     """How much selected tokens count."""
-    divisor = {"selected": "number of selected tokens", "response": "number of response tokens", "weight": "their sum"}
-    manifest, name = plan.train.store.manifest, plan.settings.weights.divisor
-    if not plan.weighted:
-        ignored = " (the data's weights are ignored: weights.method=none)" if manifest.weighted else ""
-        return (
-            "none: all selected tokens alike" + ignored + (f", divided by the {divisor[name]}" * (name == "response"))
-        )
-    return f"external: those of the data, divided by the {divisor[name]}"
+    divisors = {"selected": "number of selected tokens", "response": "number of response tokens", "weight": "their sum"}
+    held, weight, weights = plan.train.store.manifest.weighted, plan.weight, plan.settings.weights
+    divided = f", divided by the {divisors[weights.divisor]}"
+    if weight.weigh is None and not plan.weighted:
+        ignored = f" (the data's weights are ignored: weights.method={plan.weight_method})" if held else ""
+        return "none: all selected tokens alike" + ignored + divided * (weights.divisor == "response")
+    if weight.weigh is None:
+        return f"external: those of the data{divided}"
+    exponent = weight.exponent(weights.alpha)
+    alpha = "" if exponent is None else f", alpha {exponent:g}"
+    return f"{plan.weight_method}{alpha}" + ", times those of the data" * plan.weighted + divided
 
 
 def _describe_selection(settings: Settings) -> str:

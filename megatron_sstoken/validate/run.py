@@ -20,6 +20,7 @@ from megatron_sstoken.model.families import Architecture, read_architecture
 from megatron_sstoken.model.weights import HuggingFaceWeights, NoWeights, check_weights
 from megatron_sstoken.run_plan import DataPlan, RunPlan
 from megatron_sstoken.selection.methods import find_method
+from megatron_sstoken.selection.weights import find_weight
 from megatron_sstoken.validate.layout import (
     Findings,
     batch_shape_of,
@@ -49,10 +50,11 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
     if architecture:
         _check_model(settings, architecture, found)
     train = _open_data("data.train", settings.data.train, settings, architecture, found, shuffle=settings.data.shuffle)
-    if train and settings.weights.method == "external":
+    name = settings.weights.method
+    if train and name is not None and find_weight(name).data == "required":
         found.require(
             train.store.manifest.weighted,
-            f"weights.method=external needs weights in data.train={settings.data.train}, which has none: use none, or "
+            f"weights.method={name} needs weights in data.train={settings.data.train}, which has none: use none, or "
             "prepare data that says how much a message or span counts (docs/data.md)",
         )
     validation = None

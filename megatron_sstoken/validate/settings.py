@@ -3,8 +3,9 @@
 from megatron_sstoken.config import Settings
 from megatron_sstoken.history.source import history_sources
 from megatron_sstoken.model.backend import preferred_backend
-from megatron_sstoken.model.head import UNCERTAINTY
 from megatron_sstoken.selection.methods import METHODS, find_method
+from megatron_sstoken.selection.signals import PREDICTION_SIGNALS
+from megatron_sstoken.selection.weights import WEIGHTS, find_weight
 
 
 def problems_of(settings: Settings) -> list[str]:
@@ -12,6 +13,7 @@ def problems_of(settings: Settings) -> list[str]:
     return [
         *settings.problems(),
         *_method_problems(settings),
+        *_weight_problems(settings),
         *_history_problems(settings),
         *_backend_problems(settings),
         *_memory_problems(settings),
@@ -32,9 +34,30 @@ def _method_problems(settings: Settings) -> list[str]:
             f"selection.rho=auto needs scores between 0 and 1, which selection.method={name} does not give: use {bounded}, "
             "or a number"
         )
-    if head != "selective" and (wanted := UNCERTAINTY & method.needs):
+    if head != "selective" and (wanted := method.needs & set(PREDICTION_SIGNALS)):
         found.append(
             f"selection.method={name} scores by {' and '.join(sorted(wanted))}, which model.head={head} does not tell: "
+            "use model.head=selective"
+        )
+    return found
+
+
+def _weight_problems(settings: Settings) -> list[str]:
+    """What the weights of tokens ask of their exponent and of the head."""
+    name, alpha, head, found = settings.weights.method, settings.weights.alpha, settings.model.head, []
+    try:
+        weight = find_weight(name or "external")
+    except ValueError as error:
+        return [f"weights.{error}"]
+    if alpha is not None and weight.alpha is None:
+        with_alpha = " or ".join(other for other, one in WEIGHTS.items() if one.alpha is not None)
+        found.append(
+            f"weights.alpha={alpha} is the exponent of weights.method={with_alpha}, and the method is {name or 'not set'}: "
+            "leave it out, or use one of these"
+        )
+    if head != "selective" and weight.needs:
+        found.append(
+            f"weights.method={name} weighs by {' and '.join(sorted(weight.needs))}, which model.head={head} does not tell: "
             "use model.head=selective"
         )
     return found

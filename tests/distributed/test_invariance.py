@@ -42,7 +42,7 @@ GLOBAL_BATCH = 8
 NEAR = 2e-5
 """Scores this close to the threshold may fall on either side of it."""
 
-# (family, packed, scope, loss average [÷ divisor, with the data's own weights], rows of a micro-batch)
+# (family, packed, scope, loss average [÷ divisor, with the data's own weights [× soft weight]], rows of a micro-batch)
 CASES = [
     ("llama", packed, scope, "token", rows) for packed, scope, rows in itertools.product((False, True), SCOPES, (1, 2))
 ]
@@ -51,19 +51,29 @@ CASES += [
     ("qwen2", False, "sample", "microbatch", 2),
     ("llama", True, "sample", "sample", 2),
     ("llama", True, "sample", "token ÷ selected", 1),
-    ("llama", True, "batch", "token ÷ weight", 1),
-    ("qwen2", False, "sample", "token ÷ response", 2),
-    ("llama", True, "sample", "sample ÷ weight", 2),
+    ("llama", True, "batch", "token ÷ weight × power 0.3", 1),
+    ("qwen2", False, "sample", "token ÷ response × deft", 2),
+    ("llama", True, "sample", "sample ÷ weight × entropy 1.7", 2),
 ]
 WEIGHTS = (0.3, 1.0, 1.7)
 
 
+def parts_of(loss):
+    """(average, divisor, soft weight, its exponent); empty or None where the case has none."""
+    average, _, rest = loss.partition(" ÷ ")
+    divisor, _, weight = rest.partition(" × ")
+    weight, _, alpha = weight.partition(" ")
+    return average, divisor, weight, float(alpha) if alpha else None
+
+
 def settings_of(folder, case, parallel, micro_batch_size):
     family, packed, scope, loss, _ = case
-    average, _, divisor = loss.partition(" ÷ ")
+    average, divisor, weight, alpha = parts_of(loss)
     return make_settings(
         f"{folder}/{family}",
         f"{folder}/weighted" if divisor else f"{folder}/data",
+        weights__method=weight or None,
+        weights__alpha=alpha,
         weights__divisor=divisor or "selected",
         history__hf_path=f"{folder}/{family}-history",
         history__store=f"{folder}/{family}-history-losses{'-weighted' * bool(divisor)}",
@@ -105,7 +115,7 @@ def test_unsharded_run_equals_the_reference(bench):
     models = {name: load_model(folder / name) for name in ("llama", "qwen2", "llama-history", "qwen2-history")}
     for (case, rows_at_once), result in unsharded.items():
         family, packed, scope, loss, _ = case
-        average, _, divisor = loss.partition(" ÷ ")
+        average, divisor, weight, alpha = parts_of(loss)
         samples = data["weighted" if divisor else "data"]
         rows = global_batch(folder, packed)
         batch = [
@@ -114,11 +124,11 @@ def test_unsharded_run_equals_the_reference(bench):
         ]
         objective = Objective(
             "sstoken", models[f"{family}-history"], layer=LAYER, scope=scope, loss_average=average,
-            divisor=divisor or "selected",
+            divisor=divisor or "selected", weight=weight or "none", alpha=alpha or 1.0,
         )  # fmt: skip
-        loss, gradients = loss_and_gradients(models[family], batch, objective)
+        value, gradients = loss_and_gradients(models[family], batch, objective)
         if loss == "token":
-            assert result[0] == pytest.approx(loss, abs=1e-5), case
+            assert result[0] == pytest.approx(value, abs=1e-5), case
         assert largest_difference(result[2], gradients) < 2e-4, (case, rows_at_once)
 
 
@@ -157,6 +167,8 @@ def test_sharded_runs_equal_the_unsharded(bench, layout):
         assert not differing.any(), case
         assert loss == pytest.approx(wanted_loss, abs=1e-5), case
         assert error < 1e-4, case
+        both = columns["selected"] & wanted_columns["selected"]
+        np.testing.assert_allclose(columns["weight"][both], wanted_columns["weight"][both], rtol=1e-4)
 
 
 def tokens_near_threshold(columns, case, folder, rows_at_once):

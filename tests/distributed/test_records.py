@@ -1,5 +1,7 @@
 """Token records of every layout against Hugging Face in eager attention, computed sample by sample."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,8 @@ def test_records_equal_the_reference(case, layout, tmp_path):
                 history__store=str(tmp_path / f"{family}-history"),
                 logging__context_loss=True,
                 logging__entropy=True,
+                weights__method="power",
+                weights__alpha=0.7,
                 training__micro_batch_size=2,
                 **parallel,
             )
@@ -82,6 +86,8 @@ def compare(found: dict[str, np.ndarray], expected: list[dict]) -> None:
         if name == "attention":  # the records hold it where selection uses it
             wanted[~in_response] = np.nan
         np.testing.assert_allclose(found[name], wanted, atol=tolerance, rtol=0, err_msg=name)
+    wanted = [math.exp(-0.7 * record["loss"]) if record["selected"] else math.nan for record in expected]
+    np.testing.assert_allclose(found["weight"], wanted, atol=1e-4, rtol=0)
     wanted = [bool(record["selected"]) for record in expected]
     differing = [key for key, a, b in zip(keys, found["selected"].tolist(), wanted, strict=True) if a != b]
     assert not differing, f"selected differently: {differing}"

@@ -73,6 +73,7 @@ def test_one_process_waits_once_a_step(paths):
         "sstoken": {},
         "random by sample average": {"selection__method": "random", "selection__loss_average": "sample"},
         "entropy and context": {"logging__context_loss": True},
+        "soft weights": {"weights__method": "entropy", "weights__divisor": "weight"},
     }
     (results,) = run_pretended(second_steps, 1, [settings_of(paths, **changes) for changes in cases.values()])
     for name, (waits, mixed, num_micro_batches, _) in zip(cases, results, strict=True):
@@ -96,7 +97,7 @@ def test_scopes_that_compare_samples_wait_for_what_they_must_know(paths):
     [
         ({"parallel__pipeline": 2}, 0),
         ({"parallel__pipeline": 2, "selection__layer": [0, -1]}, 0),
-        ({"parallel__tensor": 2, "parallel__sequence": True}, 0),
+        ({"parallel__tensor": 2, "parallel__sequence": True, "weights__method": "entropy"}, 0),
         ({"parallel__context": 2}, 1),  # which of the selected tokens lie here
     ],
     ids=lambda value: str(value) if isinstance(value, int) else " ".join(value),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -66,6 +66,9 @@ class Objective:
     divisor: str = "selected"
     """What a sum of weighted losses is divided by: the number of "selected" or "response" tokens, or the "weight" of the
     selected."""
+    weight: str = "none"
+    """"power", "deft" or "entropy": `prediction_weights`, times the samples' own."""
+    alpha: float = 1.0
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, ("full", "sstoken"))
@@ -280,6 +283,8 @@ def loss_and_gradients(
     objective = objective or Objective()
     micro_batches = _micro_batches(batch, objective)
     trained = _trained_tokens(model, micro_batches, objective)
+    if objective.weight != "none":
+        micro_batches = [[_weighted(model, sample, objective) for sample in samples] for samples in micro_batches]
     if objective.divisor == "selected" and all(s.weights is None for samples in micro_batches for s in samples):
         weights = loss_weights(trained, objective.loss_average)
     else:
@@ -311,6 +316,33 @@ def loss_weights(trained: Sequence[Sequence[Sequence[bool]]], loss_average: str)
         [[1 / divisor(samples, tokens) if is_trained else 0.0 for is_trained in tokens] for tokens in samples]
         for samples in trained
     ]
+
+
+def prediction_weights(log_probabilities: Tensor, tokens: Sequence[int], weight: str, alpha: float) -> list[float]:
+    """How much each token counts, given (n, vocabulary) log-probabilities, double precision, of the predictions of n tokens.
+
+    "power": p^α. "deft": p^(Σ_v p_v²). "entropy": (H / 3)^α, H the entropy (nats) of the 20 likeliest words, renormalised.
+    """
+    result = []
+    for row, token in zip(log_probabilities, tokens, strict=True):
+        p = row.exp().tolist()
+        if weight == "power":
+            result.append(p[token] ** alpha)
+        elif weight == "deft":
+            result.append(p[token] ** sum(one * one for one in p))
+        else:
+            likeliest = sorted(p, reverse=True)[:20]
+            shares = [one / sum(likeliest) for one in likeliest]
+            result.append((-sum(one * math.log(one) for one in shares if one > 0) / 3) ** alpha)
+    return result
+
+
+def _weighted(model: PreTrainedModel, sample: Sample, objective: Objective) -> Sample:
+    with torch.no_grad():
+        log_probabilities = _forward(model, sample.tokens).logits[0, :-1].double().log_softmax(-1)
+    soft = [1.0, *prediction_weights(log_probabilities, sample.tokens[1:], objective.weight, objective.alpha)]
+    own = sample.weights or [1.0] * len(soft)
+    return replace(sample, weights=[a * b for a, b in zip(own, soft, strict=True)])
 
 
 def soft_weights(

@@ -18,6 +18,7 @@ from .hf_reference import (
     gradients,
     loss_and_gradients,
     loss_weights,
+    prediction_weights,
     score_records,
     score_sample,
     select_global,
@@ -336,6 +337,28 @@ def test_loss_weights_by_hand_with_a_sample_that_has_nothing_selected():
     assert loss_weights(trained, "token") == [[[0, 1 / 3, 1 / 3], [0, 0]], [[0, 1 / 3]]]
     assert loss_weights(trained, "sample") == [[[0, 1 / 6, 1 / 6], [0, 0]], [[0, 1 / 3]]]
     assert loss_weights(trained, "microbatch") == [[[0, 1 / 4, 1 / 4], [0, 0]], [[0, 1 / 2]]]
+
+
+def test_prediction_weights_by_hand():
+    p = torch.tensor([[0.5, 0.25, 0.25, 0.0], [1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    few = p.log(), [1, 0]
+    assert prediction_weights(*few, "power", 0.5) == pytest.approx([0.5, 1.0])
+    assert prediction_weights(*few, "deft", 1.0) == pytest.approx([0.25**0.375, 1.0])
+    assert prediction_weights(*few, "entropy", 2.0) == pytest.approx([(1.5 * math.log(2) / 3) ** 2, 0.0])
+    # 20 words share half of the probability, and 80 the other half.
+    many = torch.tensor([[0.5 / 20] * 20 + [0.5 / 80] * 80], dtype=torch.float64).log()
+    assert prediction_weights(many, [99], "entropy", 1.0) == pytest.approx([math.log(20) / 3])
+
+
+def test_soft_weights_are_constants_of_the_gradient():
+    """With p for a weight the gradient of a single token's loss is p · ∇(−log p) = −∇p."""
+    model = tiny()
+    sample = Sample(SAMPLES[0].tokens[:3], [0, 0, 1])
+    found = loss_and_gradients(model, [sample], Objective(weight="power"))[1]
+    p = torch.softmax(model(torch.tensor([sample.tokens])).logits[0, 1], -1)[sample.tokens[2]]
+    wanted = torch.autograd.grad(-p, [parameter for parameter in model.parameters() if parameter.requires_grad])
+    for gradient, other in zip(found.values(), wanted, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("scope", ["sample", "microbatch", "batch"])

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from megatron_sstoken.model import head
 from megatron_sstoken.model.backend import compiler_problem
 from megatron_sstoken.model.head import IGNORE_INDEX, selective_head, vocabulary_parallel_loss
+from megatron_sstoken.model.rows import HeadRows
+from megatron_sstoken.selection.signals import PREDICTION_SIGNALS
 from tests.helpers.distributed_runner import run_distributed
 
 WORDS, PADDED = 99, 128
@@ -186,21 +188,33 @@ def head_case(dtype=torch.float32, seed: int = 0, scored: int = 15, trained: int
     return hidden, weight, labels, upstream
 
 
-def dense_head(hidden, weight, labels, upstream):
-    """Loss, entropy and top-1 probability of scored tokens, then the gradients: double precision, all logits at once."""
+def dense_head(hidden, weight, labels, upstream, words=WORDS):
+    """Loss and signals of scored tokens, then the gradients: double precision, all logits at once."""
     hidden, weight = (tensor.double().requires_grad_() for tensor in (hidden, weight))
-    logits = hidden @ weight[:WORDS].T
-    losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX)
-    losses.backward(upstream.double())
-    probabilities = logits.detach().softmax(-1)
+    logits = hidden @ weight[:words].T
+    F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX).backward(upstream.double())
+    return dense_signals(logits.detach(), labels), hidden.grad, weight.grad
+
+
+def dense_signals(logits, labels):
+    """Loss and `PREDICTION_SIGNALS` of scored tokens, of logits [tokens, words] in double precision."""
     scored = labels != IGNORE_INDEX
-    entropy = -(probabilities * logits.detach().log_softmax(-1)).sum(-1)
-    return torch.stack([losses.detach(), entropy, probabilities.amax(-1)])[:, scored], hidden.grad, weight.grad
+    probabilities = logits[scored].softmax(-1)
+    likeliest = probabilities.sort(-1, descending=True).values[:, :20]
+    likeliest = likeliest / likeliest.sum(-1, keepdim=True)
+    rows = {
+        "loss": F.cross_entropy(logits[scored], labels[scored], reduction="none"),
+        "entropy": -(probabilities * probabilities.log()).sum(-1),
+        "top1": probabilities.amax(-1),
+        "sum_p2": probabilities.square().sum(-1),
+        "entropy_top20": -(likeliest * likeliest.log()).sum(-1),
+    }
+    return torch.stack([rows[name] for name in ("loss", *PREDICTION_SIGNALS)])
 
 
-def run_head(hidden, weight, labels, upstream, group, **options):
+def run_head(hidden, weight, labels, upstream, group, words=WORDS, **options):
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    rows = selective_head(hidden, weight, labels, WORDS, group, **options)
+    rows = selective_head(hidden, weight, labels, words, group, **options)
     rows[0].backward(upstream)
     return rows.detach(), hidden.grad, weight.grad
 
@@ -213,7 +227,7 @@ COUNTS = {"some": (15, 9), "all": (23, 23), "all scored": (23, 5), "none trained
 def test_selective_head(alone, monkeypatch, counts, chunk_rows):
     monkeypatch.setitem(head.CHUNK_ROWS, "cpu", chunk_rows)
     case = head_case(scored=COUNTS[counts][0], trained=COUNTS[counts][1])
-    found, hidden_gradient, weight_gradient = run_head(*case, alone, with_entropy=True)
+    found, hidden_gradient, weight_gradient = run_head(*case, alone, signals=PREDICTION_SIGNALS)
     wanted, *wanted_gradients = dense_head(*case)
     scored = case[2] != IGNORE_INDEX
     assert found.dtype == torch.float32 and found[:, ~scored].isnan().all()
@@ -221,8 +235,43 @@ def test_selective_head(alone, monkeypatch, counts, chunk_rows):
     torch.testing.assert_close(hidden_gradient.double(), wanted_gradients[0], rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(weight_gradient.double(), wanted_gradients[1], rtol=1e-5, atol=2e-6)
     assert (weight_gradient[WORDS:] == 0).all() and (hidden_gradient[case[3] == 0] == 0).all()
-    without = run_head(*case, alone)
-    assert torch.equal(without[0][0].nan_to_num(-1), found[0].nan_to_num(-1)) and len(without[0]) == 1
+    for signals in ((), ("sum_p2",), ("entropy", "top1"), ("entropy_top20",)):
+        fewer = run_head(*case, alone, signals=signals)[0]
+        rows = [0, *(1 + PREDICTION_SIGNALS.index(name) for name in signals)]
+        assert torch.equal(fewer.nan_to_num(-1), found[rows].nan_to_num(-1)), signals
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_signals_of_short_logits_are_reduced_in_fp32(alone, dtype):
+    """They are those of the rounded logits, to fp32's precision."""
+    hidden, weight, labels, upstream = head_case(dtype)
+    found = run_head(hidden, weight, labels, upstream, alone, signals=PREDICTION_SIGNALS)[0][:, labels != IGNORE_INDEX]
+    wanted = dense_signals((hidden @ weight[:WORDS].T).double(), labels)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=2e-6)
+
+
+def test_signals_of_predictions_that_are_sure(alone):
+    """One word has all the probability; 1,000 nats lie between it and any other."""
+    weight = torch.zeros(PADDED, HIDDEN)
+    weight[5] = 1000 / HIDDEN
+    found = run_head(
+        torch.ones(1, HIDDEN), weight, torch.tensor([5]), torch.ones(1), alone, signals=PREDICTION_SIGNALS
+    )[0]
+    assert found[:, 0].tolist() == [0.0, 0.0, 1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("missing", [1, 4, 9])
+def test_losses_whose_weight_is_zero_are_no_ones_else(alone, missing):
+    """Where the host has said how many losses are trained on and some of their gradients are 0, the rest is as it was."""
+    hidden, weight, labels, upstream = head_case()
+    trained = upstream.nonzero().flatten()
+    upstream[trained[len(trained) - missing :]] = 0.0
+    (scored,) = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
+    rows = HeadRows(scored, scored, len(scored), num_trained=len(trained))
+    _, *found = run_head(hidden, weight, labels, upstream, alone, rows=rows)
+    _, *wanted = dense_head(hidden, weight, labels, upstream)
+    for gradient, wanted_gradient in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.slow
@@ -232,9 +281,9 @@ def test_a_compiled_head_is_the_same(alone, monkeypatch):
     monkeypatch.setitem(head.CHUNK_ROWS, "cpu", 4)
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 8e-3)):
         case = head_case(dtype)
-        for with_entropy in (False, True):
-            plain = run_head(*case, alone, with_entropy=with_entropy)
-            compiled = run_head(*case, alone, with_entropy=with_entropy, compiled=True)
+        for signals in ((), ("entropy", "top1"), PREDICTION_SIGNALS):
+            plain = run_head(*case, alone, signals=signals)
+            compiled = run_head(*case, alone, signals=signals, compiled=True)
             for one, other in zip(compiled, plain, strict=True):
                 torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
 
@@ -245,9 +294,9 @@ def test_the_selective_head_keeps_precision(alone):
     shift = torch.full((TOKENS, 1), 256.0)
     far = run_head(
         torch.cat([hidden.round(), shift], 1), F.pad(weight.round(), (0, 1), value=256.0), labels, upstream, alone,
-        with_entropy=True,
+        signals=PREDICTION_SIGNALS,
     )[0]  # fmt: skip
-    near = run_head(hidden.round(), weight.round(), labels, upstream, alone, with_entropy=True)[0]
+    near = run_head(hidden.round(), weight.round(), labels, upstream, alone, signals=PREDICTION_SIGNALS)[0]
     torch.testing.assert_close(far, near, rtol=0, atol=2e-6, equal_nan=True)
 
 
@@ -309,20 +358,29 @@ def test_a_frozen_weight_gets_no_gradient(alone):
 def halves_of_head(rank: int, cases):
     """On each of two ranks: the selective head on its half of the words."""
     return [
-        run_head(hidden, weight.chunk(2)[rank], labels, upstream, dist.group.WORLD, with_entropy=True)
-        for hidden, weight, labels, upstream in cases
+        run_head(hidden, weight.chunk(2)[rank], labels, upstream, dist.group.WORLD, words, signals=PREDICTION_SIGNALS)
+        for hidden, weight, labels, upstream, words in cases
     ]
 
 
 def test_selective_head_on_two_ranks(alone):
-    """Every count, one rank that holds padding only, and bf16: the same as on one rank."""
-    cases = [head_case(seed=number, scored=n, trained=k) for number, (n, k) in enumerate(COUNTS.values())]
+    """Every count, one rank that holds padding only, vocabularies below 20 words or with a few on one rank, and bf16: the
+    same as on one rank."""
+    cases = [(*head_case(seed=number, scored=n, trained=k), WORDS) for number, (n, k) in enumerate(COUNTS.values())]
     hidden, weight, labels, upstream = head_case(seed=7)
-    cases += [(hidden, F.pad(weight, (0, 0, 0, 80), value=50.0), labels, upstream), head_case(torch.bfloat16, seed=8)]
+    cases += [(hidden, F.pad(weight, (0, 0, 0, 80), value=50.0), labels, upstream, WORDS)]
+    for words in (7, 70):
+        few = torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, labels % words)
+        cases += [(hidden, weight, few, upstream, words)]
+    cases += [(*head_case(torch.bfloat16, seed=8), WORDS)]
     for case, left, right in zip(cases, *run_distributed(halves_of_head, 2, cases), strict=True):
-        alike = {"rtol": 1e-5, "atol": 2e-6} if case[0].dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-6}
-        wanted = run_head(*case, alone, with_entropy=True)
+        in_fp32 = case[0].dtype == torch.float32
+        alike = {"rtol": 1e-5, "atol": 2e-6} if in_fp32 else {"rtol": 2**-6, "atol": 2**-6}
+        wanted = run_head(*case[:4], alone, case[4], signals=PREDICTION_SIGNALS)
         assert torch.equal(left[0].nan_to_num(-1), right[0].nan_to_num(-1)) and torch.equal(left[1], right[1])
         torch.testing.assert_close(left[0], wanted[0], rtol=1e-6, atol=2e-6, equal_nan=True)
         torch.testing.assert_close(left[1], wanted[1], **alike)
         torch.testing.assert_close(torch.cat([left[2], right[2]]), wanted[2], **alike)
+        if in_fp32:
+            dense = dense_head(*case)[0]
+            torch.testing.assert_close(left[0][:, case[2] != IGNORE_INDEX].double(), dense, rtol=1e-6, atol=2e-6)

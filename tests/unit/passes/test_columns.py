@@ -25,7 +25,8 @@ def test_columns_token_by_token():
     batch = make_batch(TURNS, 7, first_sample=5)
     report = make_report(batch)
     entropy, top1 = torch.rand(2, len(report.loss)).unbind()
-    report = replace(report, values={**report.values, "entropy": entropy, "top1": top1})
+    weight = torch.rand(len(report.loss))
+    report = replace(report, values={**report.values, "entropy": entropy, "top1": top1}, weight=weight)
     columns = columns_of(report)
     row = 0
     for number, roles in enumerate(TURNS):
@@ -42,6 +43,7 @@ def test_columns_token_by_token():
                 ("rel_norm", report.selection.rel_norm, in_response),
                 ("attention", report.values["attention"], in_response),
                 ("score", report.selection.score, in_response),
+                ("weight", weight, found["selected"]),
                 ("entropy", entropy, True),  # as the report has it: NaN where nothing was predicted
                 ("top1", top1, True),
             ):
@@ -54,7 +56,7 @@ def test_columns_token_by_token():
 def test_columns_without_selection_history_and_attention():
     report = make_report(make_batch(TURNS, 7, history=False), selected=False, attention=False)
     columns = columns_of(report)
-    for name in ("history_loss", "rel_norm", "attention", "score", "entropy", "top1"):
+    for name in ("history_loss", "rel_norm", "attention", "score", "weight", "entropy", "top1"):
         assert np.isnan(columns[name]).all()
     assert not columns["selected"].any() and columns["selected"].dtype == bool
     assert (~np.isnan(columns["loss"])).sum() == 5 + 3 + 1

@@ -1,5 +1,7 @@
 """The one-token shift between losses and tokens, and what a step hands to megatron's schedule."""
 
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sstoken.model.attention import AttentionCapture, SampleBounds, sample_bounds
+from megatron_sstoken.model.head import HeadOptions
 from megatron_sstoken.passes import step
 from megatron_sstoken.passes.loss import LossRule
 from megatron_sstoken.passes.step import (
@@ -21,6 +24,7 @@ from megatron_sstoken.passes.step import (
     train_on,
 )
 from megatron_sstoken.selection.methods import Selection
+from megatron_sstoken.selection.weights import find_weight
 from tests.helpers.token_batches import TURNS, indices, make_batch, make_selector
 
 ROLES = st.lists(st.integers(0, 1), min_size=1, max_size=9)
@@ -90,12 +94,17 @@ class Chunk(torch.nn.Module):
 
     def __init__(self, losses: list[torch.Tensor]):
         super().__init__()
-        self.losses = [torch.nn.Parameter(row.unsqueeze(0)) for row in losses]
+        self.losses = torch.nn.ParameterList(row.unsqueeze(0).clone() for row in losses)
         self.calls: list[tuple] = []
+        self.head = HeadOptions(99)
 
     def forward(self, tokens, position, attention_mask, *, labels, packed_seq_params):
         self.calls.append((tokens, position, attention_mask, labels, packed_seq_params))
         return self.losses[len(self.calls) - 1]
+
+    def scale_gradients(self, factor):
+        for row in self.losses:
+            row.grad *= factor
 
 
 def run_as_megatron(monkeypatch, chunk: Chunk, **model):
@@ -115,7 +124,13 @@ def run_as_megatron(monkeypatch, chunk: Chunk, **model):
 
     monkeypatch.setattr(step, "get_forward_backward_func", lambda: schedule)
     layout = SimpleNamespace(context_size=1, context_rank=0, pipeline_size=1)
-    whole = {"chunks": [chunk], "captures": [AttentionCapture()], "captured_layers": (), "layout": layout}
+    whole = {
+        "chunks": [chunk],
+        "unwrapped": [chunk],
+        "captures": [AttentionCapture()],
+        "captured_layers": (),
+        "layout": layout,
+    }
     defaults = {"scores_context": False, "needs_calibration": False, "head_rows": lambda scored: None}
     return SimpleNamespace(**(whole | defaults | model)), handed
 
@@ -173,6 +188,51 @@ def test_averages(monkeypatch, average, weights, counts):
         torch.testing.assert_close(parameter.grad[0], expected)
         assert float(total) == pytest.approx(float((parameter[0].detach() * expected).sum()), rel=1e-6)
         assert int(count) == number and count.dtype == torch.int and report.selection.mask.any()
+
+
+@pytest.mark.parametrize("of_the_data", [False, True])
+@pytest.mark.parametrize("divisor", ["selected", "response", "weight"])
+def test_soft_weights_over_micro_batches_of_very_different_lengths(monkeypatch, alone, divisor, of_the_data):
+    """2, 300 and no response tokens: the gradient of each loss is that of the whole batch, its weight being a constant."""
+    lengths, generator = (3, 301, 0), torch.Generator().manual_seed(1)
+    batches = [make_batch([[0] + [1] * (n - 1)] if n else [], 304, num_rows=1, first_sample=n) for n in lengths]
+    if of_the_data:
+        batches = [replace(one, weight=one.response * (0.3 + 1.4 * (one.position % 2))) for one in batches]
+    chunk = Chunk([6 * torch.rand(304, generator=generator) for _ in lengths])
+    layout = SimpleNamespace(
+        context_size=1, context_rank=0, pipeline_size=1, groups=SimpleNamespace(dp_cp=alone, pp=alone)
+    )
+    model, handed = run_as_megatron(monkeypatch, chunk, layout=layout)
+    rule = LossRule("token", divisor, find_weight("power").at(1.7))
+    reports = select_and_train(model, batches, make_selector(method="random", rho=0.4), rule=rule)
+    found = torch.cat([row.grad[0] for row in chunk.losses]) / sum(int(count) for _, count in handed)
+
+    trained, weights, num_response = [], [], 0
+    for number, (batch, report) in enumerate(zip(batches, reports, strict=True)):
+        num_response += int(batch.response.sum())
+        for t in indices(report.selection.mask):
+            loss = float(report.loss[t])
+            weights.append(math.exp(-1.7 * loss) * (0.3 + 1.4 * (batch.position[t] % 2) if of_the_data else 1))
+            trained.append(304 * number + t - 1)
+            assert float(report.weight[t]) == pytest.approx(float(weights[-1]), rel=1e-5)
+    assert len(trained) == 1 + 120 and num_response == 302
+    divided_by = {"selected": len(trained), "response": num_response, "weight": sum(weights)}[divisor]
+    expected = torch.zeros(3 * 304)
+    expected[trained] = torch.tensor(weights) / divided_by
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss", [torch.nan, torch.inf])
+def test_a_selected_loss_that_is_not_finite(monkeypatch, loss):
+    """p is no number where the loss is none, and that shows; it is 0 where the loss is infinite, and so is p · loss."""
+    losses = torch.full((4,), 1.0)
+    losses[1] = loss
+    chunk = Chunk([losses])
+    model, handed = run_as_megatron(monkeypatch, chunk)
+    rule = LossRule(weigh=find_weight("power").at(1.0))
+    (report,) = select_and_train(model, [make_batch([[0, 0, 1, 1]], 4)], make_selector(method="full"), rule=rule)
+    assert float(handed[0][0]) == pytest.approx(math.nan if math.isnan(loss) else math.exp(-1), nan_ok=True)
+    assert report.loss[2].isnan() if math.isnan(loss) else report.loss[2].isinf()
 
 
 def labels_by_hand(batch, scored) -> list[int]:

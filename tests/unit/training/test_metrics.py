@@ -99,6 +99,21 @@ def test_without_selection_every_response_token_counts(layout):
     assert metrics.share_selected == 1.0
 
 
+def test_weights_of_selected_tokens(layout):
+    reports, chosen = [], []
+    for number, report in enumerate(make_reports()):
+        weight = 2 * torch.rand(len(report.loss), generator=torch.Generator().manual_seed(number))
+        mask = report.selection.mask
+        chosen += weight[mask].tolist()
+        reports.append(dataclasses.replace(report, weight=torch.where(mask, weight, torch.nan)))
+    metrics = summarize(reports, TINY, layout)
+    check_sums(metrics, response_values(reports))  # losses carry no weight
+    assert metrics.weight_mean == pytest.approx(np.mean(chosen), rel=1e-6)
+    assert metrics.weight_share == pytest.approx(sum(chosen) ** 2 / np.sum(np.square(chosen)) / len(chosen), rel=1e-6)
+    alike = summarize(make_reports(), TINY, layout)
+    assert math.isnan(alike.weight_mean) and math.isnan(alike.weight_share)
+
+
 def test_without_history_and_attention(layout):
     report = make_report(make_batch([[0, 1, 1]], 4, history=False), attention=False)
     metrics = summarize([report], TINY, layout)

@@ -23,6 +23,7 @@ def test_schema():
         "attention": ("float", True),
         "score": ("float", True),
         "selected": ("bool", False),
+        "weight": ("float", True),
         "entropy": ("float", True),
         "top1": ("float", True),
     }
