@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""What selection costs: step time of each scope and method ÷ plain fine-tuning, alternating in one process.
+"""What selection and soft weights cost: step time of each scope, method and weight ÷ plain fine-tuning, alternating in one
+process.
 
     python benchmarks/scope_cost.py --work FOLDER [--rounds 12]
 
@@ -13,7 +14,9 @@ import csv
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -25,16 +28,18 @@ from transformers import LlamaConfig  # noqa: E402
 from benchmarks.stand_ins import SHAPE, make_conversations, make_settings, make_store, save_random_model  # noqa: E402
 from megatron_sstoken.history.source import open_history  # noqa: E402
 from megatron_sstoken.parallel import create_layout, start_processes, stop_processes  # noqa: E402
+from megatron_sstoken.selection.weights import find_weight  # noqa: E402
 from megatron_sstoken.training.loop import create_trainer, model_to_train  # noqa: E402
 from megatron_sstoken.training.selector import selector_of, train_on_selected  # noqa: E402
 from megatron_sstoken.validate.agree import agreed_plan  # noqa: E402
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "sample": {"scope": "sample"},
     "microbatch": {"scope": "microbatch"},
     "batch": {"scope": "batch"},
 }
+VARIANTS |= {f"full, {weight}": {"method": "full", "weight": weight} for weight in ("power", "deft", "entropy")}
 
 
 def main() -> None:
@@ -58,10 +63,13 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for round_number in range(options.rounds + 1):  # the first one warms up
         for name, changes in VARIANTS.items():
-            for key, value in ({"method": "sstoken", "scope": "sample"} | changes).items():
-                setattr(settings.selection, key, value)
-            # Plain fine-tuning measures no attention.
-            trainer.model.captured_layers = () if name == "full" else plan.captured_layers
+            settings.weights.method = changes.get("weight", "none")
+            settings.selection.method = changes.get("method", "sstoken")
+            settings.selection.scope = changes.get("scope", "sample")
+            # Plain fine-tuning measures no attention, and the head tells what is weighed by.
+            trainer.model.captured_layers = () if settings.selection.method == "full" else plan.captured_layers
+            for chunk in trainer.model.unwrapped:
+                chunk.head = replace(chunk.head, signals=tuple(find_weight(settings.weights.method).needs))
             selector = selector_of(settings, layout, gamma=0.5, step=0)
             trainer.model.zero_gradients()
             begun = time.perf_counter()
@@ -81,7 +89,7 @@ def main() -> None:
             low, middle, high = np.quantile(np.array(values) / np.array(seconds["full"]), [0.2, 0.5, 0.8])
             row = [commit.strip(), torch.__version__, name, options.rounds, f"{np.median(values):.4f}"]
             writer.writerow([*row, f"{middle:.3f}", f"{low:.3f}", f"{high:.3f}"])
-            print(f"{name:<11} {np.median(values):.3f} s, ÷ full {middle:.3f} (p20 {low:.3f}, p80 {high:.3f})")
+            print(f"{name:<13} {np.median(values):.3f} s, ÷ full {middle:.3f} (p20 {low:.3f}, p80 {high:.3f})")
     stop_processes()
 
 

@@ -93,9 +93,10 @@ def _describe_layers(settings: Settings) -> str:
 
 def _describe_weights(plan: RunPlan) -> str:
     """How much selected tokens count."""
-    divisors = {"selected": "number of selected tokens", "response": "number of response tokens", "weight": "their sum"}
+    number = "the number of {} tokens".format
+    divisors = {"selected": number("selected"), "response": number("response"), "weight": "their sum"}
     held, weight, weights = plan.train.store.manifest.weighted, plan.weight, plan.settings.weights
-    divided = f", divided by the {divisors[weights.divisor]}"
+    divided = f", divided by {divisors[weights.divisor]}"
     if weight.weigh is None and not plan.weighted:
         ignored = f" (the data's weights are ignored: weights.method={plan.weight_method})" if held else ""
         return "none: all selected tokens alike" + ignored + divided * (weights.divisor == "response")

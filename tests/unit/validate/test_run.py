@@ -264,5 +264,22 @@ def test_weights_of_the_data_are_used_unless_told_otherwise(settings, tmp_path):
         assert plan.weighted == wanted, method
         assert ("ignored" in describe(plan)) == (method == "none")
     assert not plan_run(settings(data__train=plain), 1).weighted
+    for data, told in (
+        (plain, "power, alpha 0.3, divided"),
+        (weighted, "power, alpha 0.3, times those of the data, divided"),
+    ):
+        plan = plan_run(settings(data__train=data, weights__method="power", weights__alpha=0.3), 1)
+        assert plan.weighted == (data == weighted) and f"{told} by the number of selected tokens" in describe(plan)
+    by_sum = plan_run(settings(data__train=plain, weights__method="deft", weights__divisor="weight"), 1)
+    assert "deft, divided by their sum" in describe(by_sum)
     problem = only_problem(settings(data__train=plain, weights__method="external"))
     assert problem.startswith("weights.method=external needs weights in data.train=") and "use none" in problem
+
+
+def test_the_head_tells_what_is_asked_for(settings):
+    def signals(**changes):
+        return plan_run(settings(**changes), 1).head_signals
+
+    assert signals() == signals(weights__method="power") == ()
+    assert signals(weights__method="deft") == ("sum_p2",)
+    assert signals(weights__method="entropy", logging__entropy=True) == ("entropy", "top1", "entropy_top20")

@@ -26,6 +26,10 @@ def test_defaults_are_the_papers_and_work_once_model_and_data_are_named():
     assert settings.history.source == "frozen" and settings.checkpoint.resume is True
 
 
+def test_weights_of_the_loss_alone_work_with_any_head():
+    assert problems_of(settings_with(weights__method="power", weights__alpha=0.3, model__head="standard")) == []
+
+
 # Changes that break one rule → the whole message.
 BROKEN = {
     "no model": (
@@ -35,6 +39,29 @@ BROKEN = {
     "no data": (
         {"data__train": None},
         "data.train is not set: name a folder made by tools/prepare_data.py",
+    ),
+    "weights that do not exist": (
+        {"weights__method": "dft"},
+        "weights.method=dft is unknown: use one of none, power, deft, entropy, external, or the import path of a TokenWeight "
+        "of your own",
+    ),
+    "exponent below 0": (
+        {"weights__method": "power", "weights__alpha": -0.5},
+        "weights.alpha=-0.5 is no exponent of a weight: use a number of 0 or more",
+    ),
+    "exponent of what has none": (
+        {"weights__method": "deft", "weights__alpha": 0.5},
+        "weights.alpha=0.5 is the exponent of weights.method=power or entropy, and the method is deft: leave it out, or use "
+        "one of these",
+    ),
+    "exponent of nothing": (
+        {"weights__alpha": 0.5},
+        "weights.alpha=0.5 is the exponent of weights.method=power or entropy, and the method is not set: leave it out, or use "
+        "one of these",
+    ),
+    "weights that the head does not tell": (
+        {"weights__method": "entropy", "model__head": "standard"},
+        "weights.method=entropy weighs by entropy_top20, which model.head=standard does not tell: use model.head=selective",
     ),
     "tensor": ({"parallel__tensor": 0}, "parallel.tensor=0 is too small: use 1 or more"),
     "pipeline": ({"parallel__pipeline": -1}, "parallel.pipeline=-1 is too small: use 1 or more"),
