@@ -1,6 +1,6 @@
 """The run plan: a run whose settings passed every check that needs no process group (`validate/run.py` makes it)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import BatchShape, PackOrder, SampleFilter
@@ -35,6 +35,8 @@ class RunPlan:
     """Layers (from 1) whose attention is captured; empty if the method does not use it."""
     lag: int = 0
     """Empty packs in the last batch of a shorter run that this one goes on from."""
+    external_values: frozenset[str] = field(default=frozenset())
+    """What is read from `selection.external`: of `data.external.VALUES`."""
     notes: tuple[str, ...] = ()
     """What a dry run lets pass: weights or devices that are not here yet."""
 
@@ -46,6 +48,11 @@ class RunPlan:
     def method(self) -> Method:
         """How tokens are scored."""
         return find_method(self.settings.selection.method)
+
+    @property
+    def ranks_all_data(self) -> bool:
+        """Whether tokens of all data compete, before training: their history is needed, visited or not."""
+        return self.settings.selection.rule_in_force == "chosen" and "selected" not in self.external_values
 
     @property
     def weighted(self) -> bool:

@@ -165,13 +165,17 @@ class _SelectiveHead(torch.autograd.Function):
         real = _real_rows(weight, ctx.vocabulary_size, ctx.group)
         gradient = gradients[0]
         number = ctx.known_rows.num_trained if ctx.known_rows is not None else None
-        trained = indices_where(gradient != 0, number)
+        wanted = gradient != 0
+        trained = indices_where(wanted, number)
+        # Where `number` is more than there are, the rest repeat row 0, with no gradient, and go nowhere.
+        is_there = torch.arange(len(trained), device=wanted.device) < wanted.sum()
+        gradient = torch.where(is_there, gradient[trained], 0.0)
         parts = hidden.new_zeros(len(trained), hidden.shape[1])
         summed = _weight_sum(weight, ctx.main_grad) if ctx.needs_input_grad[1] else None
         differentiate = _compiled(_logit_gradients) if ctx.compiled else _logit_gradients
         for rows in _chunks(len(trained), len(real), hidden.device):
             index = trained[rows]
-            inputs, upstream, columns = hidden[index], gradient[index], local[index].unsqueeze(1)
+            inputs, upstream, columns = hidden[index], gradient[rows], local[index].unsqueeze(1)
             own_upstream = torch.where(elsewhere[index], 0.0, upstream)
             products, at_target = differentiate(
                 inputs @ real.t(), columns, largest[index], upstream / total[index], own_upstream
@@ -182,7 +186,8 @@ class _SelectiveHead(torch.autograd.Function):
                 _add_product(summed[: len(real)], products, inputs)
             del products
         dist.all_reduce(parts, group=ctx.group)
-        hidden_gradient = torch.zeros_like(hidden).index_copy_(0, trained, parts)
+        hidden_gradient = hidden.new_zeros(len(hidden) + 1, hidden.shape[1])
+        hidden_gradient = hidden_gradient.index_copy_(0, torch.where(is_there, trained, len(hidden)), parts)[:-1]
         weight_gradient = None if summed is None else _weight_gradient(weight, ctx.main_grad, summed)
         return hidden_gradient, weight_gradient, None, None, None, None, None, None
 

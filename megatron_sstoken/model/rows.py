@@ -23,7 +23,7 @@ class HeadRows:
     number: int
     """How many of `padded` are not repetitions."""
     num_trained: int | None = None
-    """How many of the losses get a gradient, set before the backward pass; None: to be found out there."""
+    """How many of the losses get a gradient, or at most, set before the backward pass; None: to be found out there."""
 
 
 def head_rows(scored: np.ndarray, sequence_ranks: int, sequence_rank: int) -> HeadRows:

@@ -30,7 +30,7 @@ class MicroBatch:
     """How many of the T tokens have a loss."""
 
     def note_selected(self, number: int | None) -> None:
-        """Before the backward pass: how many of the T tokens are trained on, where the host knows it.
+        """Before the backward pass: how many of the T tokens are trained on, or at most, where the host knows it.
 
         Which of them this context parallel rank holds only the device knows, unless they are all that have a loss.
         """

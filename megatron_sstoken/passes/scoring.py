@@ -1,6 +1,6 @@
 """Forward-only passes over all of prepared data, in its order."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from tqdm import tqdm
 
@@ -15,13 +15,25 @@ ScoreBatch = Callable[[int, list[TokenBatch]], list[TokenReport]]
 """Number of a global batch and this rank's micro-batches of it → reports, on the last stage."""
 
 
-def sequential_loader(data: DataPlan, plan: RunPlan, layout: Layout, history: TokenValues | None = None) -> BatchLoader:
+def sequential_loader(
+    data: DataPlan,
+    plan: RunPlan,
+    layout: Layout,
+    history: TokenValues | None = None,
+    known: Mapping[str, TokenValues] | None = None,
+) -> BatchLoader:
     """Every sample of a folder once, in its order; packed where training packs."""
     capacity = plan.settings.data.sequence_length
     packing: Packing = "next_fit" if plan.settings.data.packing else "none"
     order = PackOrder(data.samples, seed=0, shuffle=False, packing=packing, capacity=capacity)
     return BatchLoader(
-        data.store, order, plan.shape, data_rank=layout.data_rank, num_packs=order.num_packs(1), history=history
+        data.store,
+        order,
+        plan.shape,
+        data_rank=layout.data_rank,
+        num_packs=order.num_packs(1),
+        history=history,
+        known=known,
     )
 
 

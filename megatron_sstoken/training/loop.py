@@ -29,6 +29,7 @@ from megatron_sstoken.passes.step import TokenReport
 from megatron_sstoken.run_plan import RunPlan
 from megatron_sstoken.training.evaluate import validation_loss
 from megatron_sstoken.training.interrupt import StopRequest
+from megatron_sstoken.training.known import NOTHING, Known
 from megatron_sstoken.training.metrics import StepLogger, StepMetrics, begin_summary
 from megatron_sstoken.training.records import RecordWriter
 from megatron_sstoken.training.resume import ResumePoint, identity_of, objective_of
@@ -119,6 +120,7 @@ def create_trainer(
     model: Model,
     history: HistorySource,
     *,
+    known: Known = NOTHING,
     resume: ResumePoint | None = None,
     files: RunFiles | None = None,
 ) -> Trainer:
@@ -134,6 +136,8 @@ def create_trainer(
         lag=plan.lag,
         history=history.token_values(),
         weighted=plan.weighted,
+        weights=known.weights,
+        known=known.values,
     )
     said = plan.settings.logging
     resumed = newest.state.step if newest is not None else None
@@ -320,5 +324,6 @@ def _write_step_records(trainer: Trainer, reports: list[TokenReport], done: int)
     columns = gather_columns(reports, trainer.layout)
     if columns is not None:
         path = Path(trainer.settings.logging_directory or "") / "records" / f"step_{done:07d}.parquet"
-        with trainer.logger.outlive(path), RecordWriter(path) as writer:
+        of_data = trainer.plan.train.store.manifest.data_fingerprint
+        with trainer.logger.outlive(path), RecordWriter(path, of_data) as writer:
             writer.write(columns)
