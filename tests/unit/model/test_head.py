@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from megatron_sstoken.model import head
 from megatron_sstoken.model.backend import compiler_problem
 from megatron_sstoken.model.head import IGNORE_INDEX, selective_head, vocabulary_parallel_loss
+from megatron_sstoken.model.rows import HeadRows
 from tests.helpers.distributed_runner import run_distributed
 
 WORDS, PADDED = 99, 128
@@ -223,6 +224,21 @@ def test_selective_head(alone, monkeypatch, counts, chunk_rows):
     assert (weight_gradient[WORDS:] == 0).all() and (hidden_gradient[case[3] == 0] == 0).all()
     without = run_head(*case, alone)
     assert torch.equal(without[0][0].nan_to_num(-1), found[0].nan_to_num(-1)) and len(without[0]) == 1
+
+
+@pytest.mark.parametrize("trained", [0, 9, 15])
+@pytest.mark.parametrize("first", [False, True])
+def test_the_number_of_trained_rows_may_be_an_upper_bound(alone, monkeypatch, trained, first):
+    """Then nobody waits for the device to count them, and all else stays as it was, also for row 0."""
+    monkeypatch.setitem(head.CHUNK_ROWS, "cpu", 4)
+    hidden, weight, labels, upstream = head_case(trained=trained)
+    scored = (labels != IGNORE_INDEX).nonzero().flatten()
+    upstream[scored[0]] = 0.7 * first
+    rows = HeadRows(scored, scored, len(scored), num_trained=len(scored))
+    wanted = run_head(hidden, weight, labels, upstream, alone)
+    found = run_head(hidden, weight, labels, upstream, alone, rows=rows)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.slow
