@@ -39,6 +39,12 @@ class Known:
     weights: TokenColumn | None = None
     """Weights of tokens that take the place of the store's."""
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """What tells them from others: their folders are named by their content."""
+        columns = dict(self.values) | ({"weight": self.weights} if self.weights else {})
+        return {name: column.path.name for name, column in columns.items()}
+
     def folders(self) -> list[Path]:
         """Folders that are read from."""
         return [column.path for column in (*self.values.values(), *([self.weights] if self.weights else []))]

@@ -57,6 +57,7 @@ class Trainer:
     saver: Saver
     adapters: AdapterIdentity | None = None
     """What is trained and saved, where that is adapters."""
+    known: Known = NOTHING
     files: RunFiles | None = None
     """The comparison of the run's files with their checksums."""
     branch: int | None = None
@@ -145,7 +146,7 @@ def create_trainer(
     adapters = adapter_identity(plan.settings, layout)
     prefetcher, saver = Prefetcher(loader), Saver(plan.settings.checkpoint, layout, logger)
     trainer = Trainer(
-        plan, layout, model, history, optimizer, scheduler, loader, logger, prefetcher, saver, adapters, files
+        plan, layout, model, history, optimizer, scheduler, loader, logger, prefetcher, saver, adapters, known, files
     )
     if resume is not None and newest is not None:
         state = newest.state
@@ -155,7 +156,7 @@ def create_trainer(
         follow_settings(optimizer, scheduler, plan.settings.optimizer)
         trainer.step, saver.newest, trainer.branch = state.step, state.step, resume.branch
         logger.say(f"resumed from {newest.folder}: {trainer.step} of {plan.num_steps} steps are done")
-        for change in differences(renamed(state.objective), objective_of(plan)):
+        for change in differences(renamed(state.objective), objective_of(plan, known.digests)):
             logger.say(f"note: the run goes on with other settings: {change}")
     return trainer
 
@@ -310,7 +311,7 @@ def save(trainer: Trainer, *, stopping: bool = False, wait: bool = True) -> None
         lag=plan.lag,
         branch=trainer.branch,
         diverged=trainer.diverged,
-        objective=objective_of(plan),
+        objective=objective_of(plan, trainer.known.digests),
         adapters=trainer.adapters,
         chat_template=plan.train.store.manifest.chat_template,
     )

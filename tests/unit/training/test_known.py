@@ -11,12 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_sstoken.checkpoint.manifest import differences
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.data import chunks
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.selection.methods import Method, find_method, random_scores
 from megatron_sstoken.training.known import NOTHING, open_known
+from megatron_sstoken.training.resume import objective_of
 from megatron_sstoken.validate.run import plan_run
 from tests.helpers.workbench import make_model, make_samples, make_settings, make_store
 
@@ -113,11 +115,18 @@ def test_a_choice_over_all_data(folder, layout, method, monkeypatch, capsys):
 
 def test_other_content_has_another_folder(folder, layout):
     given = {"selection__method": "external", "selection__rule": "top"}
-    paths = set()
+    paths, digests = set(), []
     for seed in (1, 2):
         plan = plan_of(folder, selection__external=scores_file(folder, seed=seed), selection__scope="dataset", **given)
-        paths |= {path for path in open_quietly(plan, layout).folders()}
+        known = open_quietly(plan, layout)
+        paths |= set(known.folders())
+        digests.append(known.digests)
     assert len(paths) == 4 and {path.parent.name for path in paths} == {"external", "chosen"}
+    changes = differences(objective_of(plan, digests[0]), objective_of(plan, digests[1]))
+    assert [change.split(":")[0] for change in changes] == [
+        "known.external",
+        "known.chosen",
+    ]  # what a resumed run is told
 
 
 def test_tokens_without_a_score(folder, layout, capsys):
