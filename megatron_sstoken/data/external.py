@@ -16,10 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_sstoken.data.store import SampleStore
+from megatron_sstoken.files import naming
 from megatron_sstoken.integrity import checksum_of
 
 DATA_KEY = b"megatron_sstoken.data"
 """Key of the Parquet metadata under which token records say of which data they are: its fingerprint."""
+VALUES = ("score", "selected", "weight")
+"""What a row may tell of its token."""
 BATCH_ROWS = 1 << 18
 _Rows: TypeAlias = dict[str, np.ndarray]
 """Columns of one length."""
@@ -31,7 +34,6 @@ _KINDS: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
     "selected": (pa.types.is_boolean, "true or false"),
     "weight": (lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind), "numbers"),
 }
-VALUES = ("score", "selected", "weight")
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def fill_values(
     faults, roles = _Faults(), store.role_stream
     filled = ignored = 0
     for path in files.paths:
-        with pq.ParquetFile(path, buffer_size=1 << 20) as file:
+        with naming(path), pq.ParquetFile(path, buffer_size=1 << 20) as file:
             names = ["sample", "position", value, *(["token"] if "token" in file.schema_arrow.names else [])]
             for batch in file.iter_batches(BATCH_ROWS, columns=names, use_threads=False):
                 count(len(batch))

@@ -8,6 +8,7 @@ Numbers leave as Python floats; differences, scores and norms are taken in doubl
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -381,13 +382,16 @@ SCORES: dict[str, Callable[[Any], float]] = {
 
 def method_records(model: PreTrainedModel, sample: Sample, objective: Objective) -> list[Record]:
     """Records of position and score, None outside R, by one of `SCORES`; `selected` is each sample's own top k."""
-    kinds = {"loss": model, "history_loss": objective.history, "reference_loss": objective.reference}
-    known: dict[str, Sequence[float | None]] = {"entropy": entropies(model, sample.tokens)}
-    known |= {name: token_losses(one, sample.tokens) for name, one in kinds.items() if one is not None}
+    models = {"loss": model, "history_loss": objective.history, "reference_loss": objective.reference}
+
+    @functools.cache
+    def known(name: str) -> Sequence[float | None]:
+        return entropies(model, sample.tokens) if name == "entropy" else token_losses(models[name], sample.tokens)
+
     eligible = set(response_positions(sample))
 
     def score(position: int) -> float | None:
-        return SCORES[objective.method](lambda name: known[name][position]) if position in eligible else None
+        return SCORES[objective.method](lambda name: known(name)[position]) if position in eligible else None
 
     records: list[Record] = [
         {"position": position, "score": score(position), "selected": None} for position in range(len(sample.tokens))

@@ -1,5 +1,6 @@
 """What is known before training: made once, told on mistakes, and a choice over all data against a sort."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from megatron_sstoken.config import SettingsError
 from megatron_sstoken.data import chunks
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.history.source import HistorySource
+from megatron_sstoken.lock import Lock
 from megatron_sstoken.selection.methods import Method, find_method, random_scores
 from megatron_sstoken.training.known import NOTHING, open_known
 from megatron_sstoken.training.resume import objective_of
@@ -111,6 +113,20 @@ def test_a_choice_over_all_data(folder, layout, method, monkeypatch, capsys):
     monkeypatch.setattr("megatron_sstoken.training.known.write_column", None)  # it is there by now
     assert open_quietly(plan, layout).folders() == known.folders()
     capsys.readouterr()
+
+
+def test_a_run_that_makes_the_same_column_is_waited_for(folder, layout, monkeypatch, capsys):
+    """While it does, the lock is its own; then its column is taken."""
+    plan = plan_of(folder, selection__method="external", selection__external=scores_file(folder, seed=5))
+    (made,) = open_quietly(plan, layout).folders()
+    aside = made.rename(made.with_name("aside"))
+    other = Lock(f"{made}.lock")
+    assert other.take() is None
+    monkeypatch.setattr("megatron_sstoken.training.known.time.sleep", lambda seconds: aside.rename(made))
+    monkeypatch.setattr("megatron_sstoken.training.known.write_column", None)
+    assert open_quietly(plan, layout).folders() == [made]
+    other.release()
+    assert f"token columns: waiting for process {os.getpid()} on " in capsys.readouterr().out
 
 
 def test_other_content_has_another_folder(folder, layout):
