@@ -1,6 +1,6 @@
 """The run plan: a run whose settings passed every check that needs no process group (`validate/run.py` makes it)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import BatchShape, PackOrder, SampleFilter
@@ -36,6 +36,8 @@ class RunPlan:
     """Layers (from 1) whose attention is captured; empty if the method does not use it."""
     lag: int = 0
     """Empty packs in the last batch of a shorter run that this one goes on from."""
+    external_values: frozenset[str] = field(default=frozenset())
+    """What is read from `selection.external`: of `data.external.VALUES`."""
     notes: tuple[str, ...] = ()
     """What a dry run lets pass: weights or devices that are not here yet."""
 
@@ -59,9 +61,15 @@ class RunPlan:
         return find_weight(self.weight_method)
 
     @property
+    def ranks_all_data(self) -> bool:
+        """Whether tokens of all data compete, before training: their history is needed, visited or not."""
+        return self.settings.selection.rule_in_force == "chosen" and "selected" not in self.external_values
+
+    @property
     def weighted(self) -> bool:
-        """Whether the losses of tokens count as much as the training data says."""
-        return self.train.store.manifest.weighted and self.weight.data != "ignored"
+        """Whether the losses of tokens count as much as the training data, or an external file, says."""
+        held = self.train.store.manifest.weighted or "weight" in self.external_values
+        return held and self.weight.data != "ignored"
 
     @property
     def needs_history(self) -> bool:

@@ -9,6 +9,7 @@ from megatron_sstoken.config import CheckpointSettings, LoggingSettings, Setting
 from megatron_sstoken.ending import run_to_exit_code
 from megatron_sstoken.history.source import open_history
 from megatron_sstoken.parallel import agree_on_problems, create_layout, start_processes
+from megatron_sstoken.training.known import open_known
 from megatron_sstoken.training.loop import model_to_train
 from megatron_sstoken.training.records import write_records
 from megatron_sstoken.training.selector import selector_of
@@ -42,10 +43,11 @@ def run(settings: Settings, output: str) -> None:
     plan = agreed_plan(settings)
     layout = create_layout(settings.parallel, settings.training.seed, settings.training.timeout_minutes)
     history = open_history(plan, layout)
+    known = open_known(plan, layout, history)
     model = model_to_train(plan, layout, trainable=False)
     selector = selector_of(settings, layout, gamma=settings.selection.gamma, step=0, history=history)
-    files = RunFiles(plan, layout, history=history.folders())
-    write_records(model, plan, layout, selector, output, before_publishing=files.require_whole)
+    files = RunFiles(plan, layout, history=history.folders() + known.folders())
+    write_records(model, plan, layout, selector, output, known=known, before_publishing=files.require_whole)
     if layout.rank == 0:
         print(f"token records: {output}", flush=True)
 

@@ -9,6 +9,7 @@ from megatron_sstoken.config import Settings
 from megatron_sstoken.ending import run_to_exit_code
 from megatron_sstoken.history.source import open_history
 from megatron_sstoken.parallel import create_layout, start_processes
+from megatron_sstoken.training.known import open_known
 from megatron_sstoken.training.loop import create_trainer, model_to_train, sole_writer, train
 from megatron_sstoken.training.resume import resumable_checkpoint, resume_point
 from megatron_sstoken.validate.agree import agreed_plan
@@ -64,9 +65,10 @@ def run(settings: Settings) -> None:
         if layout.rank == 0:
             print(describe(plan), flush=True)
         history = open_history(plan, layout)
-        files = RunFiles(plan, layout, resumed=resume.checkpoint, history=history.folders())
+        known = open_known(plan, layout, history)
+        files = RunFiles(plan, layout, resumed=resume.checkpoint, history=history.folders() + known.folders())
         model = model_to_train(plan, layout)
-        trainer = create_trainer(plan, layout, model, history, resume=resume, files=files)
+        trainer = create_trainer(plan, layout, model, history, known=known, resume=resume, files=files)
         train(trainer)
 
 

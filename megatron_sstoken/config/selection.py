@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_sstoken.config.rules import Rules
+from megatron_sstoken.selection.methods import find_method
 from megatron_sstoken.selection.rho import parse_rho
 
 
@@ -13,8 +14,8 @@ class SelectionSettings:
     """Selection of the response tokens to train on."""
 
     method: str = "sstoken"
-    """sstoken, full (every response token), random, another name of `selection/methods.py`, or the import path of a method of
-    your own, as `my_package.my_module.my_method`."""
+    """sstoken, full (every response token), random, rel, attention, rho1, probability, history_probability, entropy, cleaning,
+    external (docs/selection.md, Methods), or the import path of a method of your own, as `my_package.my_module.my_method`."""
 
     rho: float | Literal["auto"] = 0.6
     """Share of the response tokens to train on, in (0, 1]; of n tokens the ceil(rho·n) best are taken, exactly.
@@ -35,11 +36,27 @@ class SelectionSettings:
     layer: int | list[int] = -1
     """Layer whose attention is scored, from 0; negative numbers count from the last. The mean over the layers of a list."""
 
-    scope: Literal["sample", "microbatch", "batch"] = "sample"
-    """Which tokens compete: those of one sample (the paper), of one micro-step over all ranks, or of the global batch.
+    rule: Literal["top", "threshold"] | None = None
+    """top: the best share `rho` of the tokens that compete. threshold: every token whose score is `threshold` or more,
+    whatever the others'; `rho` and `scope` are not used.
+
+    Default: top; with method external: the tokens that `external` marks as `selected`.
+    """
+
+    threshold: float | None = None
+    """Lowest score that `rule: threshold` keeps."""
+
+    external: str | None = None
+    """Parquet file with a score of each token, the tokens to select, or their weights (a folder of such files, or a pattern):
+    columns sample, position, and score, selected or weight, as token records have them. For method external and
+    `weights.method: external`."""
+
+    scope: Literal["sample", "microbatch", "batch", "dataset"] = "sample"
+    """Which tokens compete: those of one sample (the paper), of one micro-step over all ranks, of the global batch, or of all
+    data.
 
     batch is exact over the whole global batch, and costs one more forward pass: every score is needed before the first
-    gradient.
+    gradient. dataset is decided once, before training, for methods whose scores are known then.
     """
 
     loss_average: Literal["token", "sample", "microbatch"] = "token"
@@ -55,6 +72,21 @@ class SelectionSettings:
     def problems(self) -> list[str]:
         """Rules that need this section alone."""
         rules = Rules("selection", self)
+        by_score = self.rule == "threshold"
+        rules.require(
+            by_score == (self.threshold is not None),
+            "selection.rule=threshold needs selection.threshold: set the lowest score to keep"
+            if by_score
+            else f"selection.threshold={self.threshold} needs selection.rule=threshold: set it, or leave the threshold out",
+        )
+        rules.require(
+            self.threshold is None or not math.isnan(self.threshold),
+            "selection.threshold=nan is no number: use a score",
+        )
+        rules.require(
+            not by_score or self.rho == SelectionSettings.rho,
+            f"selection.rho={self.rho} is not used by selection.rule=threshold: leave it out, or use rule=top",
+        )
         for name in ("rho", "rho_min", "rho_max"):
             value = getattr(self, name)
             try:
@@ -73,6 +105,13 @@ class SelectionSettings:
         return rules.broken
 
     @property
+    def rule_in_force(self) -> str:
+        """What becomes of scores, of `selection.methods.RULES`. Raises ValueError for an unknown method."""
+        method = find_method(self.method)
+        rule = self.rule or method.rule
+        return "chosen" if rule == "top" and self.scope == "dataset" and method.selects else rule
+
+    @property
     def layers(self) -> list[int]:
         """`layer` as a list."""
         return self.layer if isinstance(self.layer, list) else [self.layer]
@@ -85,8 +124,9 @@ class WeightSettings:
     method: str | None = None
     """none: all alike. power: p^alpha, p the probability that the model gives the token (alpha 1: DFT). deft: p^(Σ p²), the
     sum over the vocabulary. entropy: (H/3)^alpha, H the entropy in nats of the 20 likeliest words (EAFT). external: by the
-    weights that the prepared data holds, of messages, spans or parts of an answer. Or the import path of a weight of your own,
-    as `my_package.my_module.my_weight`. Where the data holds weights, all but `none` are multiplied onto them.
+    weights that the prepared data holds, of messages, spans or parts of an answer; or, if `selection.external` has a column
+    weight, by that one (tokens that it does not name count 1). Or the import path of a weight of your own, as
+    `my_package.my_module.my_weight`. Where the data holds weights, all but `none` are multiplied onto them.
 
     Default: external where `data.train` holds weights.
     """
@@ -121,6 +161,10 @@ class HistorySettings:
 
     hf_path: str | None = None
     """Hugging Face folder of the history model; default: the starting weights."""
+
+    reference_hf_path: str | None = None
+    """Hugging Face folder of the reference model, for methods that compare two models (`cleaning`). It scores the data once,
+    before training, into a store beside the data."""
 
     store: str | None = None
     """Folder of the history losses; default: a folder under `data.train`/history named by the fingerprint."""

@@ -1,8 +1,8 @@
 """Samples → packs → the token batches of this rank, in an order that depends on the seed alone and resumes exactly."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -30,6 +30,8 @@ class BatchFacts:
     """bool [T]: as `TokenBatch.response`."""
     follows: np.ndarray
     """bool [T]: real tokens that something precedes in their sample."""
+    num_chosen: int | None = None
+    """Response tokens that were selected before training, where that is so."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class TokenBatch:
     """Samples in this batch."""
     weight: torch.Tensor | None = None
     """fp32 [T]: how much the loss of each token counts, 0 outside the response; None: all alike."""
+    known: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What else was known of tokens before training, by the names of `TokenSignals`: fp32 [T], NaN where undefined."""
     facts: BatchFacts = None  # type: ignore[assignment]  # made here, from tensors that lie on the host
     """The same on the host, wherever the tensors are."""
 
@@ -75,20 +79,23 @@ class TokenBatch:
     def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TokenBatch":
         """The same with `function` applied to every tensor: a copy to another place."""
         values: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            values[field.name] = function(value) if isinstance(value, torch.Tensor) else value
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            values[entry.name] = function(value) if isinstance(value, torch.Tensor) else value
+        values["known"] = {name: function(value) for name, value in self.known.items()}
         return TokenBatch(**values)
 
 
 def _facts_of(batch: TokenBatch) -> BatchFacts:
     segment, response = batch.segment.numpy(), batch.response.numpy()
     real = segment >= 0
+    chosen = batch.known.get("chosen")
     return BatchFacts(
         sample_lengths=np.bincount(segment[real], minlength=batch.num_segments).tolist(),
         response_counts=np.bincount(segment[response], minlength=batch.num_segments).tolist(),
         response=response,
         follows=real & (batch.position.numpy() > 0),
+        num_chosen=None if chosen is None else int(((chosen.numpy() == 1) & response).sum()),
     )
 
 
@@ -264,9 +271,14 @@ class BatchLoader:
         lag: int = 0,
         history: TokenValues | None = None,
         weighted: bool = False,
+        weights: TokenValues | None = None,
+        known: Mapping[str, TokenValues] | None = None,
     ):
-        """`weighted`: batches carry the weights of the store."""
-        self.weighted = weighted
+        """`weighted`: batches carry the weights of the store, or those of `weights`, which are 1 where it has none.
+
+        `known`: goes into the batches' `known`.
+        """
+        self.weighted, self.weights, self.known = weighted, weights, dict(known or {})
         self.store, self.order, self.shape = store, order, shape
         self.data_rank, self.num_packs, self.lag, self.history = data_rank, num_packs, lag, history
 
@@ -306,6 +318,11 @@ class BatchLoader:
         longest = max((int(self._aligned(self.order.samples.lengths[pack]).sum()) for pack in packs), default=1)
         return self.shape.pack_length(longest)
 
+    def _read(self, column: TokenValues, index: int, length: int) -> np.ndarray:
+        """Values of the first `length` tokens of a sample."""
+        offset = int(self.store.offsets[index])
+        return column.values(offset, offset + length)
+
     def _assemble(self, packs: list[np.ndarray], pack_length: int) -> TokenBatch:
         total = len(packs) * pack_length
         tokens = np.zeros(total, dtype=np.int64)
@@ -316,6 +333,7 @@ class BatchLoader:
         role = np.zeros(total, dtype=np.uint8)
         history = np.full(total, np.nan, dtype=np.float32) if self.history is not None else None
         weight = np.zeros(total, dtype=np.float32) if self.weighted else None
+        known = {name: np.full(total, np.nan, dtype=np.float32) for name in self.known}
         lengths: list[int] = []
         num_segments = 0
         for number, pack in enumerate(packs):
@@ -330,9 +348,12 @@ class BatchLoader:
                 segment[here] = num_segments
                 sample[here] = self.store.rows[index]
                 if history is not None and self.history is not None:
-                    offset = int(self.store.offsets[index])
-                    history[here] = self.history.values(offset, offset + length)
-                if weight is not None:
+                    history[here] = self._read(self.history, index, length)
+                for name, values in known.items():
+                    values[here] = self._read(self.known[name], index, length)
+                if weight is not None and self.weights is not None:
+                    weight[here] = role[here] * np.nan_to_num(self._read(self.weights, index, length), nan=1.0)
+                elif weight is not None:
                     weight[here] = self.store.weights(index, length)
                 aligned = int(self._aligned(np.array(length)))
                 lengths.append(aligned)
@@ -355,4 +376,5 @@ class BatchLoader:
             lengths=lengths,
             num_segments=num_segments,
             weight=torch.from_numpy(weight) if weight is not None else None,
+            known={name: torch.from_numpy(values) for name, values in known.items()},
         )

@@ -161,6 +161,16 @@ class SampleStore:
         start = int(self.offsets[index])
         return np.array(self._weights[start : start + roles.size])
 
+    @property
+    def token_stream(self) -> np.ndarray:
+        """int32 [num_tokens]: the tokens of all samples one after another, memory-mapped."""
+        return np.memmap(self.path / "tokens.bin", np.int32, "r")
+
+    @property
+    def role_stream(self) -> np.ndarray:
+        """uint8 [num_tokens]: their roles, memory-mapped."""
+        return np.memmap(self.path / "roles.bin", np.uint8, "r")
+
     def _read(self, data: Any, index: int, length: int | None) -> np.ndarray:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a store of {len(self)} samples: {self.path}")

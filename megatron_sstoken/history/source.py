@@ -24,6 +24,8 @@ class HistorySource:
 
     name: ClassVar[str] = ""
     """Value of `history.source`."""
+    before_training: ClassVar[bool] = False
+    """Whether the losses of all data are known before the first step (`token_values`)."""
 
     def __init_subclass__(cls) -> None:
         if name := cls.__dict__.get("name"):  # a name of its own, not its parent's

@@ -169,7 +169,7 @@ class _SelectiveHead(torch.autograd.Function):
         number = ctx.known_rows.num_trained if ctx.known_rows is not None else None
         trained = gradient != 0
         if number is not None:
-            # A selected token whose weight is 0 has no gradient: others without one take its place, and change nothing.
+            # There may be fewer, where a weight is 0 or a threshold selects: others take their places, and change nothing.
             trained |= ~trained & ((~trained).cumsum(0) <= number - trained.sum())
         trained = indices_where(trained, number)
         parts = hidden.new_zeros(len(trained), hidden.shape[1])

@@ -1,6 +1,6 @@
 """Forward-only passes over all of prepared data, in its order."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from tqdm import tqdm
 
@@ -16,9 +16,17 @@ ScoreBatch = Callable[[int, list[TokenBatch]], list[TokenReport]]
 
 
 def sequential_loader(
-    data: DataPlan, plan: RunPlan, layout: Layout, history: TokenValues | None = None, *, weighted: bool = False
+    data: DataPlan,
+    plan: RunPlan,
+    layout: Layout,
+    history: TokenValues | None = None,
+    *,
+    weighted: bool = False,
+    weights: TokenValues | None = None,
+    known: Mapping[str, TokenValues] | None = None,
 ) -> BatchLoader:
-    """Every sample of a folder once, in its order, `weighted` with the folder's weights; packed where training packs."""
+    """Every sample of a folder once, in its order; packed where training packs. `weighted`, `weights`, `known`: as for
+    `BatchLoader`."""
     capacity = plan.settings.data.sequence_length
     packing: Packing = "next_fit" if plan.settings.data.packing else "none"
     order = PackOrder(data.samples, seed=0, shuffle=False, packing=packing, capacity=capacity)
@@ -30,6 +38,8 @@ def sequential_loader(
         num_packs=order.num_packs(1),
         history=history,
         weighted=weighted,
+        weights=weights,
+        known=known,
     )
 
 

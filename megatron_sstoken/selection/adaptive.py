@@ -20,24 +20,48 @@ def choose_rho(
     rho_max: Rho,
     group: dist.ProcessGroup | None,
     traffic: Traffic | None = None,
+    *,
+    bounded: bool = True,
 ) -> Decimal:
     """The share of the scores of all ranks that lies above Otsu's threshold, within [rho_min, rho_max].
 
-    scores: fp32 [n] of this rank, in [0, 1] (others count as 0 or 1), n may be 0; token_ids: int64 [n] as
-    `topk.token_id` makes them; group: None is this process alone. All ranks call it; one collective of 8 KiB.
-    Returns the same decimal on every rank (see `otsu_rho`). Raises ValueError for bounds that `parse_rho`
-    refuses or that are in the wrong order, and the same ValueError on every rank if a score of any rank is
-    NaN.
+    scores: fp32 [n] of this rank, n may be 0; in [0, 1] if `bounded`, else the histogram reaches from the lowest to the
+    highest finite score of all ranks, which one more collective of 16 bytes finds. What lies outside counts as the nearest
+    end, infinite scores too. token_ids: int64 [n] as `topk.token_id` makes them; group: None is this process alone. All
+    ranks call it; one collective of 8 KiB. Returns the same decimal on every rank (see `otsu_rho`). Raises ValueError for
+    bounds that `parse_rho` refuses or that are in the wrong order, and the same ValueError on every rank if a score of any
+    rank is NaN.
     """
     low, high = _bounds(rho_min, rho_max)
-    (rho,) = run_rounds([rho_rounds(scores, token_ids, low, high)], sum_over(group), traffic)
+    reach = None if bounded else score_range(scores)
+    if reach is not None:
+        if group is not None:
+            dist.all_reduce(reach, op=dist.ReduceOp.MAX, group=group)
+        if traffic is not None:
+            traffic.add(reach)
+    (rho,) = run_rounds([rho_rounds(scores, token_ids, low, high, reach)], sum_over(group), traffic)
     return rho
 
 
-def rho_rounds(scores: Tensor, token_ids: Tensor, rho_min: Decimal, rho_max: Decimal) -> Rounds[Decimal]:
-    """One rank of `choose_rho`."""
-    known = scores.nan_to_num(nan=0.0).clamp(0, 1)
-    bins = (known * NUM_BINS).long().clamp(max=NUM_BINS - 1)  # the product is exact: a power of two
+def score_range(scores: Tensor) -> Tensor:
+    """float64 [2]: the highest of the finite scores, and of their negatives; −inf both where there is none.
+
+    Of several ranks the larger of each counts.
+    """
+    wide = torch.cat([scores.double(), scores.new_full((1,), torch.nan, dtype=torch.float64)])
+    return torch.stack([torch.where(wide.isfinite(), sign * wide, -torch.inf).amax() for sign in (1, -1)])
+
+
+def rho_rounds(
+    scores: Tensor, token_ids: Tensor, rho_min: Decimal, rho_max: Decimal, reach: Tensor | None = None
+) -> Rounds[Decimal]:
+    """One rank of `choose_rho`. reach: `score_range` of all ranks; None: scores lie in [0, 1]."""
+    known = scores.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    if reach is not None:
+        lowest, highest = -reach[1], reach[0]
+        # One correctly rounded operation after another on equal numbers: a score has the same bin on every rank.
+        known = torch.where(highest > lowest, (known.double() - lowest) / (highest - lowest), 0.0)
+    bins = (known.clamp(0, 1) * NUM_BINS).long().clamp(max=NUM_BINS - 1)  # the product is exact: a power of two
     sums = yield histogram(torch.where(scores.isnan(), NUM_BINS, bins), NUM_BINS + 1)
     *counts, num_nan = sums.tolist()
     yield from refuse_nan(num_nan, scores, token_ids)

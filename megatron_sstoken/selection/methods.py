@@ -6,7 +6,9 @@ To add a method, write its score and enter it in `METHODS`; outside the package,
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,8 +34,13 @@ from megatron_sstoken.selection.topk import (
     token_id,
 )
 
-SCOPES = ("sample", "microbatch", "batch")
-OPTIONAL_SIGNALS = frozenset({"history_loss", "attention", *PREDICTION_SIGNALS})
+SCOPES = ("sample", "microbatch", "batch", "dataset")
+RULES = ("top", "threshold", "chosen")
+"""What becomes of scores: the best share ρ of those that compete, those of a threshold τ and above, or nothing, as it was
+chosen before training."""
+KNOWN_BEFORE = frozenset({"history_loss", "reference_loss", "external"})
+"""Signals that may be known of all data before training."""
+OPTIONAL_SIGNALS = KNOWN_BEFORE | {"attention", *PREDICTION_SIGNALS}
 """Signals that cost something and are computed where a method needs them."""
 
 
@@ -61,10 +68,24 @@ class Method:
     needs: frozenset[str] = frozenset()
     """Signals that must be computed beside `loss`; the names are those of `TokenSignals.values`."""
     bounded: bool = False
-    """Whether scores lie in [0, 1], so that `rho: auto` can look for a cut among them."""
+    """Whether scores lie in [0, 1]: there `rho: auto` looks for a cut, else between the lowest and the highest score."""
+    before_training: bool = False
+    """Whether scores depend on nothing that training changes (no `loss`, no `rel_norm`), so that the scope `dataset` can rank
+    them before it."""
+    rule: str = "top"
+    """What becomes of the scores unless the settings say it; of `RULES`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "needs", frozenset(self.needs))
+        if self.rule not in RULES:
+            raise ValueError(
+                f"a selection method has rule={self.rule}, which is unknown: use one of {', '.join(RULES)}"
+            )
+        if self.before_training and (late := self.needs - KNOWN_BEFORE):
+            raise ValueError(
+                f"a selection method needs {', '.join(sorted(late))}, which nobody knows before training: leave out "
+                "before_training"
+            )
         if unknown := self.needs - OPTIONAL_SIGNALS:
             raise ValueError(
                 f"a selection method needs {', '.join(sorted(unknown))}, which nobody computes: use "
@@ -89,10 +110,32 @@ METHODS: dict[str, Method] = {
         bounded=True,
     ),
     "full": Method(None),
-    "random": Method(lambda x: random_scores(x.signals.sample, x.signals.position, x.seed, x.step)),
+    "random": Method(
+        lambda x: random_scores(x.signals.sample, x.signals.position, x.seed, x.step),
+        bounded=True,
+        before_training=True,
+    ),
     "rho1": Method(_rho1, needs=frozenset({"history_loss"})),
     "rel": Method(lambda x: x.rel_norm, needs=frozenset({"history_loss"}), bounded=True),
     "attention": Method(lambda x: x["attention"], needs=frozenset({"attention"}), bounded=True),
+    # ProFit (arXiv 2601.09195): the probability of the token under the weights of this step.
+    "probability": Method(lambda x: torch.exp(-x["loss"]), bounded=True),
+    # STM (arXiv 2501.14315): the same under the history weights; a perplexity of at most 2.5 is a score of at least 0.4.
+    "history_probability": Method(
+        lambda x: torch.exp(-x["history_loss"]),
+        needs=frozenset({"history_loss"}),
+        bounded=True,
+        before_training=True,
+    ),
+    # Forking tokens (arXiv 2506.01939): the entropy of the prediction.
+    "entropy": Method(lambda x: x["entropy"], needs=frozenset({"entropy"})),
+    # TokenCleaning with fixed models (arXiv 2502.01968): by how much the reference knows the token better than the base.
+    "cleaning": Method(
+        lambda x: x["history_loss"] - x["reference_loss"],
+        needs=frozenset({"history_loss", "reference_loss"}),
+        before_training=True,
+    ),
+    "external": Method(lambda x: x["external"], needs=frozenset({"external"}), before_training=True, rule="chosen"),
 }
 """Name → method. `rel` and `attention` are ssToken at γ = 1 and γ = 0, sparing the work for the other."""
 
@@ -118,9 +161,9 @@ class Selection:
     """fp32 [T]: normalised REL; NaN outside the response, and throughout if the method needs no history."""
     threshold: Tensor
     """fp32 [num_segments]: the lowest selected score among the tokens that a sample's tokens competed with:
-    its own in scope sample, those of all ranks otherwise; NaN if there is none."""
+    its own in scope sample, those of all ranks otherwise; NaN if there is none. τ where that is the rule."""
     num_selected: int | None = None
-    """How many are selected, where the host knows it without asking the device."""
+    """How many are selected, or at most, where the host knows it without asking the device."""
     first_nan: Tensor | None = None
     """int64 []: the lowest token id with a score that is NaN, `NO_TOKEN` if there is none; None where that was refused."""
 
@@ -140,27 +183,38 @@ def select_tokens(
     seed: int,
     step: int,
     group: dist.ProcessGroup | None,
+    rule: str = "top",
+    tau: float | None = None,
 ) -> Selection:
-    """Select the ceil(ρ·n) highest-scoring of the n response tokens that compete, exactly.
+    """Select the ceil(ρ·n) highest-scoring of the n response tokens that compete, exactly, or what another rule says.
 
     method: what `find_method` takes. scope: `sample`, a sample's own tokens compete, ties go to the lower position
     and nothing is communicated; `microbatch`, those of all ranks of `group` compete, ties go to the lower
     sample, then position, and all its ranks must call; `batch`, the same, for signals joined by
-    `concatenate_signals`. REL is normalised per sample in every scope. gamma, rel_floor: see
+    `concatenate_signals`; `dataset` selects before training, and here the rule is `chosen`. REL is normalised per sample in
+    every scope. rule: `top`; `threshold`, a token is selected if its score is `tau` (rounded to fp32) or more; or `chosen`,
+    where that signal is 1. Neither of these two communicates or waits, whatever the scope. gamma, rel_floor: see
     `selection.signals`. seed, step: random scores depend on them and on a token's sample and position alone.
     group: None is this process alone.
 
     Raises ValueError for an unknown method or scope, a ρ or γ outside its range, and, in scopes other than sample, for a
-    score that is NaN, naming its sample and position, the same on every rank. In scope sample nothing waits for the device:
-    a NaN counts as the lowest score, and `Selection.first_nan` tells of it.
+    score that is NaN, naming its sample and position, the same on every rank. In scope sample, and with a threshold, nothing
+    waits for the device: a NaN counts as the lowest score, and `Selection.first_nan` tells of it.
     """
-    if scope not in SCOPES:
-        raise ValueError(f"scope={scope} is unknown: use one of {', '.join(SCOPES)}")
+    for name, value, known in (("scope", scope, SCOPES), ("rule", rule, RULES)):
+        if value not in known:
+            raise ValueError(f"{name}={value} is unknown: use one of {', '.join(known)}")
+    if rule == "chosen":
+        return _select_chosen(signals, method, gamma=gamma, rel_floor=rel_floor, seed=seed, step=step)
     score, rel_norm = score_tokens(signals, method, gamma=gamma, rel_floor=rel_floor, seed=seed, step=step)
     if not find_method(method).selects:
         threshold = score.new_full((signals.num_segments,), torch.nan)
         number = None if signals.response_counts is None else sum(signals.response_counts)
         return Selection(signals.response.clone(), score, rel_norm, threshold, number)
+    if rule == "threshold":
+        assert tau is not None, "the rule `threshold` has a τ"
+        return _select_above(signals, score, rel_norm, tau)
+    assert scope != "dataset", "what is ranked over all data is chosen before training"
     if scope == "sample":
         return _select_per_sample(signals, score, rel_norm, rho)
     mask, threshold = _select_across(signals, score, rho, group)
@@ -185,6 +239,25 @@ def score_tokens(
         return undefined, rel_norm
     score = chosen.score(Scorable(signals, rel_norm, gamma, seed, step))
     return torch.where(signals.response, score, torch.nan), rel_norm
+
+
+def _select_chosen(signals: TokenSignals, method: str, **options: Any) -> Selection:
+    """What was selected before training; scores where there is what they are made of, to be told alone."""
+    score = rel_norm = torch.full_like(signals["loss"], torch.nan, dtype=torch.float32)
+    if find_method(method).needs <= signals.values.keys():
+        score, rel_norm = score_tokens(signals, method, **options)
+    mask = signals.response & (signals["chosen"] == 1)
+    return Selection(mask, score, rel_norm, score.new_full((signals.num_segments,), torch.nan), signals.num_chosen)
+
+
+def _select_above(signals: TokenSignals, score: Tensor, rel_norm: Tensor, tau: float) -> Selection:
+    """Every token for itself."""
+    bad = signals.response & score.isnan()
+    threshold = score.new_full((signals.num_segments,), tau)
+    mask = signals.response & (score >= float(np.float32(tau)))
+    at_most = None if signals.response_counts is None else sum(signals.response_counts)
+    first_nan = first_where(bad, signals.sample, signals.position)
+    return Selection(mask, score, rel_norm, threshold, at_most, first_nan)
 
 
 def _select_per_sample(signals: TokenSignals, score: Tensor, rel_norm: Tensor, rho: Rho) -> Selection:

@@ -32,11 +32,15 @@ class TokenSignals:
     of this step) is always there; the others where the method needs them:
 
     `history_loss` (nats, under the history weights), `attention` (in [0, 1]: mean over heads of the attention that goes to
-    earlier context tokens), and the `PREDICTION_SIGNALS`.
+    earlier context tokens), the `PREDICTION_SIGNALS`, `reference_loss` (nats, under the reference weights), `external` (a score
+    from a file). `chosen` (1 where a token was selected before training, 0 or NaN elsewhere) is no signal to score by, but
+    what the rule `chosen` reads.
     """
 
     response_counts: Sequence[int] | None = None
     """Response tokens of each sample, where the host knows them: then nothing waits for the device to count."""
+    num_chosen: int | None = None
+    """How many response tokens are `chosen`, where the host knows it."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.values[name]
@@ -56,7 +60,11 @@ def concatenate_signals(parts: Sequence[TokenSignals]) -> TokenSignals:
     values = {name: torch.cat([part[name] for part in parts]) for name in parts[0].values}
     known = [part.response_counts for part in parts if part.response_counts is not None]
     counts = [count for of_part in known for count in of_part] if len(known) == len(parts) else None
-    return TokenSignals(torch.cat(segments), first, values=values, response_counts=counts, **places)
+    chosen = [part.num_chosen for part in parts if part.num_chosen is not None]
+    num_chosen = sum(chosen) if len(chosen) == len(parts) else None
+    return TokenSignals(
+        torch.cat(segments), first, values=values, response_counts=counts, num_chosen=num_chosen, **places
+    )
 
 
 def retrospective_excess_loss(loss: Tensor, history_loss: Tensor) -> Tensor:

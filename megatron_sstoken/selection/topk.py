@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias, TypeVar, overload
 
 import torch
@@ -90,6 +91,16 @@ def score_of_key(key: int) -> float:
     magnitude = key - (1 << 31)
     (value,) = struct.unpack("<f", struct.pack("<I", abs(magnitude)))
     return math.copysign(value, magnitude)
+
+
+def descending_keys(scores: Tensor) -> Tensor:
+    """As `sortable_keys`, the highest score first; −1 for NaN."""
+    return torch.where(scores.isnan(), -1, (1 << 32) - 1 - sortable_keys(scores))
+
+
+def score_of_descending_key(key: int) -> float:
+    """The inverse of `descending_keys` for one key that is not −1."""
+    return score_of_key((1 << 32) - 1 - key)
 
 
 def token_id(sample: Tensor, position: Tensor) -> Tensor:
@@ -214,7 +225,7 @@ def run_rounds(
 
 def topk_rounds(scores: Tensor, token_ids: Tensor, quota: Callable[[Tensor], Tensor]) -> Rounds[TopK]:
     """One rank of `distributed_topk`. `quota`: number of candidates of all ranks → k, both int64 []."""
-    keys = torch.where(scores.isnan(), -1, (1 << 32) - 1 - sortable_keys(scores))
+    keys = descending_keys(scores)
     found = yield from kth_smallest(keys, quota, SCORE_DIGITS)
     yield from refuse_nan(found.num_excluded, scores, token_ids)
     mask, tied = keys < found.key, keys == found.key
@@ -224,7 +235,7 @@ def topk_rounds(scores: Tensor, token_ids: Tensor, quota: Callable[[Tensor], Ten
         )
         assert cut.num_equal == 1, f"token {split_token_id(cut.key)} is there {cut.num_equal} times"
         tied &= token_ids <= cut.key
-    threshold = score_of_key((1 << 32) - 1 - found.key) if found.num_wanted else math.nan
+    threshold = score_of_descending_key(found.key) if found.num_wanted else math.nan
     return TopK(mask | tied, threshold, found.num_candidates, found.num_wanted)
 
 
@@ -258,12 +269,26 @@ def kth_smallest(keys: Tensor, quota: Callable[[Tensor], Tensor], digits: tuple[
     keys: int64 [n] in [0, 2^sum(digits)), or −1: excluded. quota: number of candidates of all ranks → k
     (int64 [] both), from 0 to that number. Nothing is read back from the device before the end.
     """
-    prefix = keys.new_zeros(())
+    return (yield from narrow_down(partial(count_digits, keys), quota, digits, start=keys.new_zeros(())))
+
+
+def narrow_down(
+    count: Callable[[Tensor, int, int], Tensor],
+    quota: Callable[[Tensor], Tensor],
+    digits: tuple[int, ...],
+    *,
+    start: Tensor,
+) -> Rounds[KthSmallest]:
+    """`kth_smallest` of keys that need not lie in one tensor: `count` is `count_digits` of them all.
+
+    start: a 0 where the counts lie.
+    """
+    prefix = start
     undecided = sum(digits)
     wanted = remaining = num_candidates = num_excluded = num_equal = prefix
     for number, width in enumerate(digits):
         undecided -= width
-        sums = yield _count_digits(keys, prefix, undecided, width)
+        sums = yield count(prefix, undecided, width)
         counts = sums[:-1]
         if number == 0:  # all keys but the excluded are in question
             num_excluded, num_candidates = sums[-1], counts.sum()
@@ -277,7 +302,7 @@ def kth_smallest(keys: Tensor, quota: Callable[[Tensor], Tensor], digits: tuple[
     return KthSmallest(*results.tolist())
 
 
-def _count_digits(keys: Tensor, prefix: Tensor, undecided: int, width: int) -> Tensor:
+def count_digits(keys: Tensor, prefix: Tensor, undecided: int, width: int) -> Tensor:
     """How often each digit of `width` bits follows `prefix` in the keys, then how many keys do not begin so.
 
     `undecided` bits of a key follow the digit. Returns int64 [2^width + 1].

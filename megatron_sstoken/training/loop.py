@@ -29,6 +29,7 @@ from megatron_sstoken.passes.step import TokenReport
 from megatron_sstoken.run_plan import RunPlan
 from megatron_sstoken.training.evaluate import validation_loss
 from megatron_sstoken.training.interrupt import StopRequest
+from megatron_sstoken.training.known import NOTHING, Known
 from megatron_sstoken.training.metrics import StepLogger, StepMetrics, begin_summary
 from megatron_sstoken.training.records import RecordWriter
 from megatron_sstoken.training.resume import ResumePoint, identity_of, objective_of
@@ -56,6 +57,7 @@ class Trainer:
     saver: Saver
     adapters: AdapterIdentity | None = None
     """What is trained and saved, where that is adapters."""
+    known: Known = NOTHING
     files: RunFiles | None = None
     """The comparison of the run's files with their checksums."""
     branch: int | None = None
@@ -119,6 +121,7 @@ def create_trainer(
     model: Model,
     history: HistorySource,
     *,
+    known: Known = NOTHING,
     resume: ResumePoint | None = None,
     files: RunFiles | None = None,
 ) -> Trainer:
@@ -134,6 +137,8 @@ def create_trainer(
         lag=plan.lag,
         history=history.token_values(),
         weighted=plan.weighted,
+        weights=known.weights,
+        known=known.values,
     )
     said = plan.settings.logging
     resumed = newest.state.step if newest is not None else None
@@ -141,7 +146,7 @@ def create_trainer(
     adapters = adapter_identity(plan.settings, layout)
     prefetcher, saver = Prefetcher(loader), Saver(plan.settings.checkpoint, layout, logger)
     trainer = Trainer(
-        plan, layout, model, history, optimizer, scheduler, loader, logger, prefetcher, saver, adapters, files
+        plan, layout, model, history, optimizer, scheduler, loader, logger, prefetcher, saver, adapters, known, files
     )
     if resume is not None and newest is not None:
         state = newest.state
@@ -151,7 +156,7 @@ def create_trainer(
         follow_settings(optimizer, scheduler, plan.settings.optimizer)
         trainer.step, saver.newest, trainer.branch = state.step, state.step, resume.branch
         logger.say(f"resumed from {newest.folder}: {trainer.step} of {plan.num_steps} steps are done")
-        for change in differences(renamed(state.objective), objective_of(plan)):
+        for change in differences(renamed(state.objective), objective_of(plan, known.digests)):
             logger.say(f"note: the run goes on with other settings: {change}")
     return trainer
 
@@ -306,7 +311,7 @@ def save(trainer: Trainer, *, stopping: bool = False, wait: bool = True) -> None
         lag=plan.lag,
         branch=trainer.branch,
         diverged=trainer.diverged,
-        objective=objective_of(plan),
+        objective=objective_of(plan, trainer.known.digests),
         adapters=trainer.adapters,
         chat_template=plan.train.store.manifest.chat_template,
     )
@@ -320,5 +325,6 @@ def _write_step_records(trainer: Trainer, reports: list[TokenReport], done: int)
     columns = gather_columns(reports, trainer.layout)
     if columns is not None:
         path = Path(trainer.settings.logging_directory or "") / "records" / f"step_{done:07d}.parquet"
-        with trainer.logger.outlive(path), RecordWriter(path) as writer:
+        of_data = trainer.plan.train.store.manifest.data_fingerprint
+        with trainer.logger.outlive(path), RecordWriter(path, of_data) as writer:
             writer.write(columns)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_sstoken.data.batches import TokenBatch
+from megatron_sstoken.data.external import DATA_KEY
 from megatron_sstoken.files import naming, partial_path, publish_file
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.parallel import Layout
@@ -17,6 +18,7 @@ from megatron_sstoken.passes.columns import gather_columns
 from megatron_sstoken.passes.scoring import scored_batches, sequential_loader
 from megatron_sstoken.passes.step import TokenReport
 from megatron_sstoken.run_plan import RunPlan
+from megatron_sstoken.training.known import NOTHING, Known
 from megatron_sstoken.training.selector import Selector, score_and_select
 
 SCHEMA = pa.schema(
@@ -45,13 +47,15 @@ class RecordWriter:
     Used as a context manager by one process.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, data_fingerprint: str | None = None):
+        """`data_fingerprint`: of the data that the tokens are of, so that the file is not taken for one of other data."""
         self.path = Path(path)
+        self._schema = SCHEMA.with_metadata({DATA_KEY: data_fingerprint} if data_fingerprint else None)
         self._partial = partial_path(self.path)
 
     def __enter__(self) -> "RecordWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = pq.ParquetWriter(self._partial, SCHEMA, compression="zstd")
+        self._writer = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
         return self
 
     def write(self, columns: dict[str, np.ndarray]) -> None:
@@ -61,7 +65,7 @@ class RecordWriter:
             for field in SCHEMA
         ]
         with naming(self._partial):
-            self._writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
+            self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
 
     def __exit__(self, error_type, error, traceback) -> None:
         try:
@@ -85,18 +89,29 @@ def write_records(
     layout: Layout,
     selector: Selector,
     path: str,
+    known: Known = NOTHING,
     before_publishing: Callable[[], None] = lambda: None,
 ) -> None:
     """Score all samples of `plan.train` in their order and write their token records to `path`.
 
     All ranks call `before_publishing` at the end; where it raises, no file appears.
     """
-    loader = sequential_loader(plan.train, plan, layout, selector.history.token_values(), weighted=plan.weighted)
+    loader = sequential_loader(
+        plan.train,
+        plan,
+        layout,
+        selector.history.token_values(),
+        weighted=plan.weighted,
+        weights=known.weights,
+        known=known.values,
+    )
 
     def score(number: int, batches: list[TokenBatch]) -> list[TokenReport]:
         return score_and_select(model, batches, replace(selector, step=number))
 
-    with RecordWriter(path) if layout.is_writer else nullcontext() as writer:
+    with (
+        RecordWriter(path, plan.train.store.manifest.data_fingerprint) if layout.is_writer else nullcontext() as writer
+    ):
         for _, reports in scored_batches(model, loader, layout, title="token records", score=score):
             columns = gather_columns(reports, layout)
             if writer is not None and columns is not None:

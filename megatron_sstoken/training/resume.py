@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from, and what of it must be as it was."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -39,8 +40,11 @@ def identity_of(plan: RunPlan) -> RunIdentity:
     )
 
 
-def objective_of(plan: RunPlan) -> dict:
-    """The settings that decide what a run computes, besides its identity; told where a resumed run changes them."""
+def objective_of(plan: RunPlan, known: Mapping[str, str]) -> dict:
+    """What decides what a run computes, besides its identity; told where a resumed run changes it.
+
+    These are settings, and `known`: digests of what is known of tokens before training, such as the content of files.
+    """
     settings = plan.settings
     return {
         "selection": asdict(settings.selection),
@@ -50,6 +54,7 @@ def objective_of(plan: RunPlan) -> dict:
             "alpha": plan.weight.exponent(settings.weights.alpha),
         },
         "history": asdict(settings.history),
+        "known": dict(known),
         "model": asdict(settings.model),
         "optimizer": asdict(settings.optimizer),
         "training": {name: value for name, value in asdict(settings.training).items() if name not in _NOT_OF_RESULTS},

@@ -2,7 +2,7 @@
 
 Scopes `sample` and `microbatch` select while training: each micro-batch's tokens are known before its backward pass. The
 scope `batch` and `rho: auto` need every score before the first gradient: a pass that only scores, one selection, and a
-training pass with fixed masks. That costs a forward pass.
+training pass with fixed masks. That costs a forward pass. A threshold, or a choice made before training, needs no others.
 """
 
 import math
@@ -47,7 +47,8 @@ class Selector:
     @property
     def needs_all_scores(self) -> bool:
         """Whether the whole global batch must be scored before anything is selected."""
-        return self.method.selects and (self.settings.scope == "batch" or self.settings.rho == "auto")
+        ranks = self.method.selects and self.settings.rule_in_force == "top"
+        return ranks and (self.settings.scope == "batch" or self.settings.rho == "auto")
 
     def __call__(self, report: TokenReport) -> Selection:
         """Select among the response tokens of one micro-batch."""
@@ -64,6 +65,8 @@ class Selector:
             seed=self.seed,
             step=self.step,
             group=self.group,
+            rule=self.settings.rule_in_force,
+            tau=self.settings.threshold,
         )
 
     def over_batch(self, reports: list[TokenReport]) -> tuple[list[Selection], float]:
@@ -93,7 +96,9 @@ class Selector:
             signals, settings.method, gamma=self.gamma, rel_floor=settings.rel_floor, seed=self.seed, step=self.step
         )
         ids = token_id(signals.sample, signals.position)[signals.response]
-        return choose_rho(score[signals.response], ids, settings.rho_min, settings.rho_max, self.group)
+        competing = score[signals.response]
+        bounds = settings.rho_min, settings.rho_max
+        return choose_rho(competing, ids, *bounds, self.group, bounded=self.method.bounded)
 
 
 def selector_of(
@@ -114,8 +119,9 @@ def signals_of(report: TokenReport) -> TokenSignals:
         response=batch.response,
         sample=batch.sample,
         position=batch.position,
-        values={**report.values, **history},
+        values={**report.values, **history, **batch.known},
         response_counts=batch.facts.response_counts,
+        num_chosen=batch.facts.num_chosen,
     )
 
 

@@ -55,7 +55,7 @@ def describe(plan: RunPlan) -> str:
             ),
         ),
         ("steps", f"{plan.num_steps:,} ({plan.num_packs / packs_per_epoch:.3g} epochs)"),
-        ("selection", _describe_selection(s)),
+        ("selection", _describe_selection(plan)),
         ("weights", _describe_weights(plan)),
         ("trained", describe_trained(a, s.lora)),
         ("layers", _describe_layers(s)),
@@ -101,22 +101,37 @@ def _describe_weights(plan: RunPlan) -> str:
         ignored = f" (the data's weights are ignored: weights.method={plan.weight_method})" if held else ""
         return "none: all selected tokens alike" + ignored + divided * (weights.divisor == "response")
     if weight.weigh is None:
-        return f"external: those of the data{divided}"
+        given = plan.settings.selection.external if "weight" in plan.external_values else "the data"
+        return f"external: those of {given}{divided}"
     exponent = weight.exponent(weights.alpha)
     alpha = "" if exponent is None else f", alpha {exponent:g}"
     return f"{plan.weight_method}{alpha}" + ", times those of the data" * plan.weighted + divided
 
 
-def _describe_selection(settings: Settings) -> str:
-    selection = settings.selection
+def _describe_rule(plan: RunPlan) -> str:
+    """What becomes of the scores."""
+    selection = plan.settings.selection
+    if plan.ranks_all_data:
+        return f"rho {selection.rho} of all data, chosen before training"
+    if selection.rule_in_force == "chosen":
+        return f"the tokens that {selection.external} marks as selected"
+    if selection.rule_in_force == "threshold":
+        return f"scores of {selection.threshold} and above"
+    return f"rho {selection.rho}, scope {selection.scope}"
+
+
+def _describe_selection(plan: RunPlan) -> str:
+    settings, selection = plan.settings, plan.settings.selection
     method = find_method(selection.method)
     if not method.selects:
         return f"{selection.method}: every response token"
-    text = (
-        f"{selection.method}, rho {selection.rho}, scope {selection.scope}, loss averaged by {selection.loss_average}"
-    )
+    text = f"{selection.method}, {_describe_rule(plan)}, loss averaged by {selection.loss_average}"
     if "attention" in method.needs:
         text += f", gamma {selection.gamma}, layer {selection.layer}"
     if "history_loss" in method.needs:
         text += f", history {history_sources()[settings.history.source].describe(settings)}"
+    if "reference_loss" in method.needs:
+        text += f", reference {settings.history.reference_hf_path}"
+    if "score" in plan.external_values:
+        text += f", scores of {selection.external}"
     return text

@@ -6,12 +6,14 @@ Everything that cannot work is found here and told at once; nothing here needs p
 import json
 import os
 from contextlib import suppress
+from functools import partial
 
 import tokenizers
 
 from megatron_sstoken.checkpoint.manifest import adapter_problems, checkpoint_steps, open_checkpoint
 from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.data.batches import PackOrder, filter_samples
+from megatron_sstoken.data.external import open_external
 from megatron_sstoken.data.store import SampleStore, StoreManifest
 from megatron_sstoken.data.tokenizer import load_tokenizer
 from megatron_sstoken.files import existing_above
@@ -50,12 +52,13 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
     if architecture:
         _check_model(settings, architecture, found)
     train = _open_data("data.train", settings.data.train, settings, architecture, found, shuffle=settings.data.shuffle)
+    external = _external_values(settings, train.store.manifest, found) if train else frozenset()
     name = settings.weights.method
-    if train and name is not None and find_weight(name).data == "required":
+    if train and name is not None and find_weight(name).data == "required" and "weight" not in external:
         found.require(
             train.store.manifest.weighted,
-            f"weights.method={name} needs weights in data.train={settings.data.train}, which has none: use none, or "
-            "prepare data that says how much a message or span counts (docs/data.md)",
+            f"weights.method={name} needs weights in data.train={settings.data.train}, which has none, or in "
+            "selection.external: use none, or prepare data that says how much a message or span counts (docs/data.md)",
         )
     validation = None
     if settings.data.validation:
@@ -87,8 +90,31 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
         shape=shape,
         num_packs=num_packs,
         captured_layers=_captured_layers(settings, architecture),
+        external_values=external,
         notes=tuple(found.notes),
     )
+
+
+def _external_values(settings: Settings, train: StoreManifest, found: Findings) -> frozenset[str]:
+    """What the run takes of the files of `selection.external`, which must have it."""
+    selection = settings.selection
+    if selection.external is None:
+        return frozenset()
+    name = selection.external
+    files = found.attempt("selection.external", lambda: open_external(name, train.data_fingerprint))
+    if files is None:
+        return frozenset()
+    wanted = set()
+    if "external" in find_method(selection.method).needs:
+        value = "score" if selection.rule or find_method(selection.method).rule != "chosen" else "selected"
+        other = (
+            "rank its score with selection.rule=top or threshold" if value == "selected" else "name a file that has it"
+        )
+        found.require(value in files.values, f"selection.external={name} has no column {value}: {other}")
+        wanted.add(value)
+    if settings.weights.method == "external" and "weight" in files.values:
+        wanted.add("weight")
+    return frozenset(wanted)
 
 
 def _differing_templates(settings: Settings, train: StoreManifest, validation: StoreManifest) -> list[str]:
@@ -132,13 +158,12 @@ def _check_model(settings: Settings, a: Architecture, found: Findings) -> None:
     check_windows("model", a, settings, backend_of(settings), found)
     if settings.model.checkpoint is None:
         _check_weights("model.hf_path", settings.model.hf_path or "", a, found)
-    if settings.history.hf_path and needs_history(settings):
-        path = settings.history.hf_path
-        history = found.attempt("history.hf_path", lambda: read_architecture(path))
-        if history is not None:
-            check_split("history", history, settings, found)
-            check_windows("history", history, settings, backend_of(settings), found)
-            _check_weights("history.hf_path", path, history, found)
+    for setting, path in frozen_models(settings):
+        frozen = found.attempt(setting, partial(read_architecture, path))
+        if frozen is not None:
+            check_split(setting.removesuffix(".hf_path"), frozen, settings, found)
+            check_windows(setting.removesuffix(".hf_path"), frozen, settings, backend_of(settings), found)
+            _check_weights(setting, path, frozen, found)
 
 
 def _check_weights(setting: str, path: str, a: Architecture, found: Findings) -> None:
@@ -186,9 +211,9 @@ def _check_vocabulary(
 ) -> None:
     """The models must know every token of the data. Padded vocabularies of one tokenizer differ between sizes."""
     models = [("model.hf_path", settings.model.hf_path, a)]
-    if settings.history.hf_path and needs_history(settings):
-        with suppress(ValueError, OSError):  # told where the history model is checked
-            models.append(("history.hf_path", settings.history.hf_path, read_architecture(settings.history.hf_path)))
+    for setting, path_ in frozen_models(settings):
+        with suppress(ValueError, OSError):  # told where the model is checked
+            models.append((setting, path_, read_architecture(path_)))
     for owner, folder, architecture in models:
         if architecture is not None and store.manifest.vocabulary_size > architecture.vocabulary_size:
             found.problems.append(
@@ -270,6 +295,14 @@ def writing_problem(setting: str, path: str) -> str | None:
 def needs_history(settings: Settings) -> bool:
     """Whether the method scores by history losses."""
     return "history_loss" in find_method(settings.selection.method).needs
+
+
+def frozen_models(settings: Settings) -> list[tuple[str, str]]:
+    """Setting and folder of the models besides the one to train that the method scores by."""
+    needs = find_method(settings.selection.method).needs
+    named = {"hf_path": "history_loss", "reference_hf_path": "reference_loss"}
+    folders = {name: getattr(settings.history, name) for name, loss in named.items() if loss in needs}
+    return [(f"history.{name}", folder) for name, folder in folders.items() if folder]
 
 
 def _captured_layers(settings: Settings, a: Architecture) -> tuple[int, ...]:

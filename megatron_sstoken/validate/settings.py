@@ -13,6 +13,7 @@ def problems_of(settings: Settings) -> list[str]:
     return [
         *settings.problems(),
         *_method_problems(settings),
+        *_rule_problems(settings),
         *_weight_problems(settings),
         *_history_problems(settings),
         *_backend_problems(settings),
@@ -22,18 +23,12 @@ def problems_of(settings: Settings) -> list[str]:
 
 
 def _method_problems(settings: Settings) -> list[str]:
-    """What the selection method asks of the share and of the head."""
+    """What the selection method asks of the head."""
     name, head, found = settings.selection.method, settings.model.head, []
     try:
         method = find_method(name)
     except ValueError as error:
         return [f"selection.{error}"]
-    if settings.selection.rho == "auto" and not method.bounded:
-        bounded = " or ".join(other for other, one in METHODS.items() if one.bounded)
-        found.append(
-            f"selection.rho=auto needs scores between 0 and 1, which selection.method={name} does not give: use {bounded}, "
-            "or a number"
-        )
     if head != "selective" and (wanted := method.needs & set(PREDICTION_SIGNALS)):
         found.append(
             f"selection.method={name} scores by {' and '.join(sorted(wanted))}, which model.head={head} does not tell: "
@@ -59,6 +54,50 @@ def _weight_problems(settings: Settings) -> list[str]:
         found.append(
             f"weights.method={name} weighs by {' and '.join(sorted(weight.needs))}, which model.head={head} does not tell: "
             "use model.head=selective"
+        )
+    return found
+
+
+def _rule_problems(settings: Settings) -> list[str]:
+    """What becomes of the scores of the method: rule, scope, and what is known before training."""
+    selection, history, found = settings.selection, settings.history, []
+    name, scope, sources = selection.method, selection.scope, history_sources()
+    try:
+        method, rule = find_method(name), selection.rule_in_force
+    except ValueError:  # told by _method_problems
+        return []
+    if rule == "threshold" and not method.selects:
+        found.append(f"selection.rule=threshold needs scores, and selection.method={name} has none: use another method")
+    as_given = method.rule == "chosen" and selection.rule is None
+    if as_given and selection.rho != type(selection).rho:
+        found.append(
+            f"selection.rho={selection.rho} is not used by selection.method={name}, which takes the tokens that are marked as "
+            "selected: leave it out, or rank their score with selection.rule=top"
+        )
+    if rule == "chosen" and not as_given:  # scope dataset
+        known = [other for other, one in METHODS.items() if one.before_training]
+        if not method.before_training:
+            found.append(
+                f"selection.scope={scope} needs scores that are known before training, which those of selection.method={name} "
+                f"are not: use {' or '.join(known)}, or scope=batch"
+            )
+        elif "history_loss" in method.needs and (one := sources.get(history.source)) and not one.before_training:
+            found.append(
+                f"selection.scope={scope} needs history losses before training, which history.source={history.source} does not "
+                f"have: use {' or '.join(other for other, source in sources.items() if source.before_training)}"
+            )
+        if selection.rho == "auto":
+            found.append(
+                f"selection.rho=auto chooses for a global batch, not for selection.scope={scope}: use a number"
+            )
+    if "reference_loss" in method.needs and history.reference_hf_path is None:
+        found.append(f"selection.method={name} needs history.reference_hf_path: name the folder of the reference model")
+    if "external" in method.needs and selection.external is None:
+        found.append(f"selection.method={name} needs selection.external: name a Parquet file")
+    if selection.external and "external" not in method.needs and settings.weights.method != "external":
+        found.append(
+            f"selection.external={selection.external} is not used: set selection.method=external or weights.method=external, "
+            "or leave it out"
         )
     return found
 

@@ -55,7 +55,19 @@ CASES += [
     ("qwen2", False, "sample", "token ÷ response × deft", 2),
     ("llama", True, "sample", "sample ÷ weight × entropy 1.7", 2),
 ]
+# A scope may go with a method, and a method with a threshold.
+CASES += [
+    ("llama", True, "batch of entropy", "token", 1),
+    ("qwen2", False, "sample of probability ≥ 0.01", "token", 2),
+]
 WEIGHTS = (0.3, 1.0, 1.7)
+
+
+def selection_of(case):
+    """(scope, method, threshold)."""
+    scope, _, method = case[2].partition(" of ")
+    method, _, threshold = method.partition(" ≥ ")
+    return scope, method or "sstoken", float(threshold) if threshold else None
 
 
 def parts_of(loss):
@@ -67,7 +79,8 @@ def parts_of(loss):
 
 
 def settings_of(folder, case, parallel, micro_batch_size):
-    family, packed, scope, loss, _ = case
+    family, packed, _, loss, _ = case
+    scope, method, threshold = selection_of(case)
     average, divisor, weight, alpha = parts_of(loss)
     return make_settings(
         f"{folder}/{family}",
@@ -79,7 +92,10 @@ def settings_of(folder, case, parallel, micro_batch_size):
         history__store=f"{folder}/{family}-history-losses{'-weighted' * bool(divisor)}",
         data__packing=packed,
         data__shuffle=packed,
+        selection__method=method,
         selection__scope=scope,
+        selection__rule=threshold and "threshold",
+        selection__threshold=threshold,
         selection__loss_average=average,
         selection__layer=LAYER,
         training__global_batch_size=GLOBAL_BATCH,
@@ -114,7 +130,7 @@ def test_unsharded_run_equals_the_reference(bench):
     folder, data, unsharded = bench
     models = {name: load_model(folder / name) for name in ("llama", "qwen2", "llama-history", "qwen2-history")}
     for (case, rows_at_once), result in unsharded.items():
-        family, packed, scope, loss, _ = case
+        family, packed, _, loss, _ = case
         average, divisor, weight, alpha = parts_of(loss)
         samples = data["weighted" if divisor else "data"]
         rows = global_batch(folder, packed)
@@ -122,8 +138,9 @@ def test_unsharded_run_equals_the_reference(bench):
             [samples[i] for row in rows[k : k + rows_at_once] for i in row]
             for k in range(0, GLOBAL_BATCH, rows_at_once)
         ]
+        scope, method, threshold = selection_of(case)
         objective = Objective(
-            "sstoken", models[f"{family}-history"], layer=LAYER, scope=scope, loss_average=average,
+            method, models[f"{family}-history"], layer=LAYER, scope=scope, threshold=threshold, loss_average=average,
             divisor=divisor or "selected", weight=weight or "none", alpha=alpha or 1.0,
         )  # fmt: skip
         value, gradients = loss_and_gradients(models[family], batch, objective)
@@ -173,10 +190,13 @@ def test_sharded_runs_equal_the_unsharded(bench, layout):
 
 def tokens_near_threshold(columns, case, folder, rows_at_once):
     """Tokens whose score is within `NEAR` of a threshold that is not their own score."""
+    scope, _, fixed = selection_of(case)
+    if fixed is not None:
+        return np.abs(columns["score"] - fixed) < NEAR
     group = np.zeros(len(columns["sample"]), dtype=int)
-    if case[2] == "sample":
+    if scope == "sample":
         group = columns["sample"]
-    elif case[2] == "microbatch":
+    elif scope == "microbatch":
         rows = global_batch(folder, case[1])
         step_of = {sample: number // rows_at_once for number, row in enumerate(rows) for sample in row}
         group = np.array([step_of[sample] for sample in columns["sample"].tolist()])

@@ -74,6 +74,13 @@ def test_one_process_waits_once_a_step(paths):
         "random by sample average": {"selection__method": "random", "selection__loss_average": "sample"},
         "entropy and context": {"logging__context_loss": True},
         "soft weights": {"weights__method": "entropy", "weights__divisor": "weight"},
+        "threshold": {
+            "selection__method": "probability",
+            "selection__rule": "threshold",
+            "selection__threshold": 0.01,
+            "selection__scope": "batch",
+        },
+        "all data": {"selection__method": "history_probability", "selection__scope": "dataset"},
     }
     (results,) = run_pretended(second_steps, 1, [settings_of(paths, **changes) for changes in cases.values()])
     for name, (waits, mixed, num_micro_batches, _) in zip(cases, results, strict=True):

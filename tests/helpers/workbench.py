@@ -85,6 +85,7 @@ def make_trainer(settings: Settings) -> Any:
     """On each rank: plan, layout, history and model of a run, as `megatron_sstoken.train` puts them together."""
     from megatron_sstoken.history.source import open_history
     from megatron_sstoken.parallel import create_layout
+    from megatron_sstoken.training.known import open_known
     from megatron_sstoken.training.loop import create_trainer, model_to_train
     from megatron_sstoken.training.resume import resume_point
     from megatron_sstoken.validate.agree import agreed_plan
@@ -93,7 +94,9 @@ def make_trainer(settings: Settings) -> Any:
     layout = create_layout(settings.parallel, settings.training.seed)
     resume = resume_point(plan, layout)
     history = open_history(resume.plan, layout)
-    trainer = create_trainer(resume.plan, layout, model_to_train(resume.plan, layout), history, resume=resume)
+    known = open_known(resume.plan, layout, history)
+    model = model_to_train(resume.plan, layout)
+    trainer = create_trainer(resume.plan, layout, model, history, known=known, resume=resume)
     trainer.model.train(True)
     return trainer
 

@@ -8,6 +8,7 @@ Numbers leave as Python floats; differences, scores and norms are taken in doubl
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,7 +49,8 @@ Batch = Sequence[Sample] | Sequence[Sequence[Sample]]
 class Objective:
     """What a training step minimises.
 
-    `method`: "full" (every response token) or "sstoken" (the selected ones; needs `history`).
+    `method`: "full" (every response token), "sstoken" (the selected ones; needs `history`), another of `SCORES`, or "chosen"
+    (those of `chosen`). `threshold`: in place of the top k, every token with at least this score.
     `scope`: "sample", "microbatch" or "batch": the set of response tokens that the top k are taken from.
     `loss_average`: "token" (sum / number over the global batch), "sample" (mean per sample, then over all
     samples; paper Eq. 11) or "microbatch" (mean of micro-batch means; official code). A sample or micro-batch
@@ -69,9 +71,13 @@ class Objective:
     weight: str = "none"
     """"power", "deft" or "entropy": `prediction_weights`, times the samples' own."""
     alpha: float = 1.0
+    reference: PreTrainedModel | None = None
+    threshold: float | None = None
+    chosen: Sequence[Sequence[bool]] | None = None
+    """Of every sample of the batch, in order: which tokens are trained on."""
 
     def __post_init__(self) -> None:
-        _check_choice("method", self.method, ("full", "sstoken"))
+        _check_choice("method", self.method, ("full", "sstoken", "chosen", *SCORES))
         _check_choice("scope", self.scope, ("sample", "microbatch", "batch"))
         _check_choice("loss_average", self.loss_average, ("token", "sample", "microbatch"))
         if self.method == "sstoken" and self.history is None:
@@ -382,8 +388,14 @@ def _trained_tokens(
     """Whether each token enters the loss: [micro-batch][sample][token]."""
     if objective.method == "full":
         return [[_response_mask(s) for s in samples] for samples in micro_batches]
+    if objective.method == "chosen":
+        masks = iter(objective.chosen or ())
+        return [[list(next(masks)) for _ in samples] for samples in micro_batches]
     records = [[_score(model, sample, objective) for sample in samples] for samples in micro_batches]
-    if objective.scope == "microbatch":
+    if objective.threshold is not None:
+        for record in (record for samples in records for sample in samples for record in sample):
+            record["selected"] = record["score"] is not None and record["score"] >= objective.threshold
+    elif objective.scope == "microbatch":
         records = [select_global(samples, objective.rho) for samples in records]
     elif objective.scope == "batch":
         selected = iter(select_global([sample for samples in records for sample in samples], objective.rho))
@@ -391,7 +403,44 @@ def _trained_tokens(
     return [[[record["selected"] is True for record in sample] for sample in samples] for samples in records]
 
 
+SCORES: dict[str, Callable[[Any], float]] = {
+    "probability": lambda x: math.exp(-x("loss")),
+    "history_probability": lambda x: math.exp(-x("history_loss")),
+    "entropy": lambda x: x("entropy"),
+    "cleaning": lambda x: x("history_loss") - x("reference_loss"),
+}
+"""Methods besides ssToken: the score of a token, of what is asked for by name."""
+
+
+def method_records(model: PreTrainedModel, sample: Sample, objective: Objective) -> list[Record]:
+    """Records of position and score, None outside R, by one of `SCORES`; `selected` is each sample's own top k."""
+    models = {"loss": model, "history_loss": objective.history, "reference_loss": objective.reference}
+
+    @functools.cache
+    def known(name: str) -> Sequence[float | None]:
+        return entropies(model, sample.tokens) if name == "entropy" else token_losses(models[name], sample.tokens)
+
+    eligible = set(response_positions(sample))
+
+    def score(position: int) -> float | None:
+        return SCORES[objective.method](lambda name: known(name)[position]) if position in eligible else None
+
+    records: list[Record] = [
+        {"position": position, "score": score(position), "selected": None} for position in range(len(sample.tokens))
+    ]
+    return select_global([records], objective.rho)[0]
+
+
+def entropies(model: PreTrainedModel, tokens: Sequence[int]) -> list[float | None]:
+    """Entropy (nats) of the prediction of each token; None at position 0."""
+    with torch.no_grad():
+        rows = _forward(model, tokens).logits[0, :-1].double().log_softmax(-1)
+    return [None, *(-(rows.exp() * rows).sum(-1)).tolist()]
+
+
 def _score(model: PreTrainedModel, sample: Sample, objective: Objective) -> list[Record]:
+    if objective.method in SCORES:
+        return method_records(model, sample, objective)
     assert objective.history is not None  # Objective checked it
     return score_sample(
         model,
@@ -419,7 +468,7 @@ def _micro_batches(batch: Batch, objective: Objective) -> list[list[Sample]]:
         raise ValueError("the batch mixes samples and lists of samples: give one or the other")
     if micro_batches:
         return micro_batches
-    selects_by_microbatch = objective.method == "sstoken" and objective.scope == "microbatch"
+    selects_by_microbatch = objective.method not in ("full", "chosen") and objective.scope == "microbatch"
     if objective.loss_average == "microbatch" or selects_by_microbatch:
         raise ValueError(
             f"loss_average is {objective.loss_average!r} and scope {objective.scope!r} but the batch is a "

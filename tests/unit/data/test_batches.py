@@ -140,6 +140,33 @@ def test_without_history(store):
     assert all(batch.history_loss is None for batch in make_loader(store).load(0))
 
 
+class Marks:
+    """A column that has something to say of flat tokens 2, 3, 5 and 8 alone: 1, 0, 1, 0."""
+
+    told = np.array([np.nan, np.nan, 1, 0, np.nan, 1, np.nan, np.nan, 0, *[np.nan] * 8], dtype=np.float32)
+
+    def values(self, start: int, stop: int) -> np.ndarray:
+        return self.told[start:stop]
+
+
+def test_what_is_known_before_training(store):
+    loader = make_loader(store)
+    loader.known = {"chosen": Marks(), "external": History()}
+    loader.weighted, loader.weights = True, Marks()
+    (batch, _) = loader.load(0)
+    plain = make_loader(store, history=History()).load(0)[0]
+    torch.testing.assert_close(batch.known["external"], plain.history_loss, equal_nan=True)
+    real = batch.segment >= 0
+    np.testing.assert_array_equal(batch.known["chosen"][real].numpy(), Marks.told[:8])
+    assert batch.known["chosen"][~real].isnan().all()
+    assert batch.facts.num_chosen == 1, "of tokens 2, 3, 5 and 7; token 5 has no loss"
+    assert batch.weight[real].tolist() == [0, 0, 1, 0, 0, 1, 0, 1] and not batch.weight[~real].any()
+    moved = batch.mapped(lambda tensor: tensor.clone())
+    assert moved.known.keys() == batch.known.keys() and moved.facts.num_chosen == 1
+    torch.testing.assert_close(moved.known["chosen"], batch.known["chosen"], equal_nan=True)
+    assert plain.known == {} and plain.facts.num_chosen is None
+
+
 def test_moved_to_a_device(store):
     (batch, _) = make_loader(store, history=History()).load(0)
     moved = batch.mapped(lambda tensor: tensor.to("meta"))

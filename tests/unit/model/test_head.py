@@ -274,6 +274,21 @@ def test_losses_whose_weight_is_zero_are_no_ones_else(alone, missing):
         torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("trained", [0, 9, 15])
+@pytest.mark.parametrize("first", [False, True])
+def test_the_number_of_trained_rows_may_be_an_upper_bound(alone, monkeypatch, trained, first):
+    """Then nobody waits for the device to count them, and all else stays as it was, also for row 0."""
+    monkeypatch.setitem(head.CHUNK_ROWS, "cpu", 4)
+    hidden, weight, labels, upstream = head_case(trained=trained)
+    scored = (labels != IGNORE_INDEX).nonzero().flatten()
+    upstream[scored[0]] = 0.7 * first
+    rows = HeadRows(scored, scored, len(scored), num_trained=len(scored))
+    wanted = run_head(hidden, weight, labels, upstream, alone)
+    found = run_head(hidden, weight, labels, upstream, alone, rows=rows)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
 def test_a_compiled_head_is_the_same(alone, monkeypatch):

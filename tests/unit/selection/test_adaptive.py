@@ -1,5 +1,6 @@
 """Otsu's share against a brute-force search in exact fractions."""
 
+import math
 from decimal import Decimal
 from fractions import Fraction
 
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sstoken.selection.adaptive import NUM_BINS, choose_rho, otsu_rho, rho_rounds
+from megatron_sstoken.selection.adaptive import NUM_BINS, choose_rho, otsu_rho, rho_rounds, score_range
 from megatron_sstoken.selection.topk import Traffic, count_selected, run_rounds, sum_over, token_id
 
 LEAST = Decimal("0.000001")
@@ -92,6 +93,63 @@ def test_the_layout_does_not_matter(values, num_ranks, random):
     traffic = Traffic()
     assert run_rounds(ranks, sum_over(None), traffic) == [alone] * num_ranks
     assert (traffic.collectives, traffic.num_bytes) == (1, 8 * 1025)
+
+
+bounds_free = st.one_of(
+    st.sampled_from([math.inf, -math.inf, 0.0, -3.0, 5.0, 5.0000005]),
+    st.floats(-1e4, 1e4, width=32),
+    st.floats(width=32),
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(bounds_free.filter(lambda value: not math.isnan(value)), min_size=1, max_size=40),
+    st.integers(1, 5),
+    st.randoms(),
+)
+def test_scores_of_any_size(values, num_ranks, random):
+    """The histogram reaches from the lowest to the highest finite score, by exact fractions and on every layout."""
+    finite = [Fraction(value) for value in values if math.isfinite(value)]
+    low, high = min(finite, default=Fraction(0)), max(finite, default=Fraction(0))
+
+    def bin_of(value: float) -> int:
+        if high == low:
+            return 0
+        if math.isinf(value):
+            return NUM_BINS - 1 if value > 0 else 0
+        return min(int((Fraction(value) - low) / (high - low) * NUM_BINS), NUM_BINS - 1)
+
+    bins = [bin_of(value) for value in values]
+    exact = number_above(bins)
+    scores, ids = torch.tensor(values, dtype=torch.float32), torch.arange(len(values))
+    alone = choose_rho(scores, ids, LEAST, 1, None, bounded=False)
+    shares = [[number for number in range(len(values)) if random.randrange(num_ranks) == 0]]
+    shares += [[number for number in range(len(values)) if number not in shares[0]]]
+    reach = torch.stack([score_range(scores[share]) for share in shares]).amax(0)
+    ranks = [rho_rounds(scores[share], ids[share], LEAST, Decimal(1), reach) for share in shares]
+    assert run_rounds(ranks, sum_over(None)) == [alone] * 2
+    borders = [(Fraction(value) - low) / (high - low) * NUM_BINS for value in finite] if high > low else []
+    if not any(0 < abs(border - round(border)) < Fraction(1, 10**6) for border in borders):  # float64 rounds there
+        assert count_selected(alone, len(values)) == exact
+
+
+def test_infinite_scores_alone_have_no_cut():
+    infinite = torch.tensor([math.inf, -math.inf, 3.0])
+    assert choose_rho(infinite, torch.arange(3), "0.1", "0.9", None, bounded=False) == Decimal("0.9")
+    nothing = torch.empty(0)
+    assert choose_rho(nothing, nothing.long(), "0.1", "0.9", None, bounded=False) == Decimal("0.9")
+
+
+def test_the_scale_of_scores_does_not_matter():
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.rand(1000, generator=generator) ** 3
+    ids = torch.arange(1000)
+    wanted = choose_rho((scores - scores.min()) / (scores.max() - scores.min()), ids, LEAST, 1, None)
+    traffic = Traffic()
+    found = choose_rho(-7.0 + 4.0 * scores, ids, LEAST, 1, None, traffic, bounded=False)
+    assert abs(found - wanted) <= Decimal("0.005")
+    assert (traffic.collectives, traffic.num_bytes) == (2, 16 + 8 * 1025)
 
 
 def test_nan_names_the_token():

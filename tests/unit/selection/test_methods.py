@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from megatron_sstoken.selection.methods import (
     METHODS,
     OPTIONAL_SIGNALS,
+    SCOPES,
     Method,
     Selection,
     find_method,
@@ -45,8 +47,13 @@ def example() -> TokenSignals:
 
 
 def expected_scores(tokens: list[Token], method: str, gamma: float) -> dict[brute_force.Key, float]:
-    if method == "rho1":
-        return {t.key: t.loss - t.history_loss for t in tokens if t.response}
+    formula = {
+        "rho1": lambda t: t.loss - t.history_loss,
+        "probability": lambda t: math.exp(-t.loss),
+        "history_probability": lambda t: math.exp(-t.history_loss),
+    }.get(method)
+    if formula is not None:
+        return {t.key: formula(t) for t in tokens if t.response}
     weight = {"rel": 1.0, "attention": 0.0}.get(method, gamma)
     return brute_force.scores(tokens, weight, REL_FLOOR)
 
@@ -54,7 +61,7 @@ def expected_scores(tokens: list[Token], method: str, gamma: float) -> dict[brut
 @settings(deadline=None, max_examples=150)
 @given(
     micro_batches(),
-    st.sampled_from(["sstoken", "rel", "attention", "rho1"]),
+    st.sampled_from(["sstoken", "rel", "attention", "rho1", "probability", "history_probability"]),
     st.sampled_from(RHOS),
     st.sampled_from(["sample", "microbatch", "batch"]),
     st.sampled_from([0.0, 0.25, 0.5, 1.0]),
@@ -71,6 +78,72 @@ def test_selection_is_the_brute_force_one(tokens, method, rho, scope, gamma):
     for key in selected ^ choose(wanted, rho):
         segment = list(dict.fromkeys(t.sample for t in tokens)).index(key[0])
         assert wanted[key] == pytest.approx(found.threshold[segment].item(), abs=1e-5)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    micro_batches(),
+    st.sampled_from(["sstoken", "rho1", "probability"]),
+    st.one_of(st.sampled_from([0.0, 0.1, 0.4, 0.5, 1.0, math.inf, -math.inf]), st.floats(-20, 20)),
+    st.sampled_from(SCOPES),
+)
+def test_a_threshold_keeps_what_reaches_it(tokens, method, tau, scope):
+    found = select(signals_of(tokens), method, rho=None, scope=scope, rule="threshold", tau=tau, group=object())
+    score = by_key(tokens, found.score)
+    assert keys_of(tokens, found.mask) == {key for key, value in score.items() if value >= np.float32(tau)}
+    assert score == pytest.approx(expected_scores(tokens, method, 0.5), abs=5e-6)
+    assert found.threshold.tolist() == pytest.approx([np.float32(tau)] * len(found.threshold))
+    # A score itself is a threshold that it reaches, whatever its last bit.
+    for value in list(score.values())[:3]:
+        again = select(signals_of(tokens), method, scope=scope, rule="threshold", tau=value)
+        assert keys_of(tokens, again.mask) == {key for key, other in score.items() if other >= value}
+
+
+def test_a_threshold_is_not_rounded_away():
+    """0.1 in fp32 is above the decimal: a probability of exactly that number is kept, the one below is not."""
+    loss = -torch.log(torch.tensor([0.1, 0.1, 0.1], dtype=torch.float64)).float()
+    tokens = signals_of([Token(0, position, True, 0.0, 0.0, 0.0) for position in range(1, 4)], num_padding=0)
+    tenth = np.float32(0.1)
+    values = torch.tensor([np.nextafter(tenth, np.float32(0)), tenth, np.nextafter(tenth, np.float32(1))])
+    found = select(tokens.changed(attention=values, loss=loss), "attention", rule="threshold", tau=0.1)
+    assert found.mask.tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].selects])
+def test_nan_is_told_with_a_threshold(method):
+    signals = example()
+    needed = min(METHODS[method].needs, default="loss")
+    values = signals[needed].clone()
+    values[[10, 9]] = NAN  # positions 3 and 2 of sample 8
+    found = select(signals.changed(**{needed: values}), method, rule="threshold", tau=0.0)
+    if method == "random":
+        found.require_numbers()
+        return
+    with pytest.raises(ValueError, match=r"sample 8 \(row number in the input\), position 2, is NaN"):
+        found.require_numbers()
+    assert not found.mask[[9, 10]].any()
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_choice_is_taken_as_it_is(scope):
+    signals = example()
+    chosen = torch.tensor([1.0, 0.0, NAN] * 5)[: len(signals.response)]
+    found = select(signals.changed(chosen=chosen), "external", rho="0.1", scope=scope, rule="chosen", group=object())
+    assert torch.equal(found.mask, signals.response & (chosen == 1)) and found.mask.any()
+    torch.testing.assert_close(found.score[signals.response], signals["external"][signals.response])
+    values = {name: value for name, value in signals.values.items() if name != "external"} | {"chosen": chosen}
+    without = select(replace(signals, values=values, num_chosen=4), "external", rule="chosen")
+    assert torch.equal(without.mask, found.mask) and without.num_selected == 4
+    assert without.score.isnan().all() and found.num_selected is None
+
+
+def test_uncertain_tokens_and_differences_of_models():
+    signals = example()
+    where = signals.response
+    difference = signals["history_loss"].double() - signals["reference_loss"].double()
+    for name, wanted in (("entropy", signals["entropy"].double()), ("cleaning", difference)):
+        found = select(signals, name).score.double()
+        torch.testing.assert_close(found[where], wanted[where], atol=1e-6, rtol=0)
 
 
 @settings(deadline=None, max_examples=60)
@@ -192,6 +265,7 @@ def test_equal_scores_go_to_the_lower_position_then_sample():
     [
         ({"method": "best"}, "method=best is unknown: use one of sstoken, full, random"),
         ({"scope": "epoch"}, "scope=epoch is unknown: use one of sample, microbatch, batch"),
+        ({"rule": "best"}, "rule=best is unknown: use one of top, threshold, chosen"),
         ({"gamma": 1.5}, "gamma=1.5 is outside"),
         ({"rho": 0}, "rho=0 is outside"),
     ],
@@ -288,6 +362,12 @@ class TestImportPath:
     def test_mistakes(self, name, reason):
         with pytest.raises(ValueError, match=reason):
             find_method(name)
+
+    def test_what_is_known_before_training(self):
+        with pytest.raises(ValueError, match="needs attention, which nobody knows before training: leave out"):
+            Method(lambda x: x["attention"], needs=frozenset({"attention"}), before_training=True)
+        with pytest.raises(ValueError, match="has rule=best, which is unknown: use one of top"):
+            Method(lambda x: x["loss"], rule="best")
 
     def test_needs_are_signals_that_somebody_computes(self):
         with pytest.raises(ValueError, match="needs surprise, which nobody computes"):

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_sstoken.data.external import DATA_KEY
 from megatron_sstoken.passes.columns import columns_of
 from megatron_sstoken.training.records import SCHEMA, RecordWriter, read_records
 from tests.helpers.token_batches import TURNS, make_batch, make_report
@@ -53,6 +54,13 @@ def test_undefined_is_null_and_nothing_is_nan(tmp_path):
         assert table[name].to_pylist() == [None, 0.25]
     assert table["sample"].to_pylist() == [2**40, 7] and table["token"].to_pylist() == [5, 151935]
     assert table["selected"].to_pylist() == [False, True] and table["role"].to_pylist() == [0, 1]
+
+
+def test_a_file_says_of_which_data_it_is(tmp_path):
+    for fingerprint, wanted in (("a" * 64, {DATA_KEY: b"a" * 64}), (None, {})):
+        with RecordWriter(tmp_path / "records.parquet", fingerprint) as writer:
+            writer.write(columns_with())
+        assert (pq.read_schema(tmp_path / "records.parquet").metadata or {}) == wanted
 
 
 def test_round_trip_of_several_parts(tmp_path):

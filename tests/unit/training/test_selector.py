@@ -1,5 +1,7 @@
 """The selector: what it selects from reports by its settings, in a micro-batch and over the whole batch."""
 
+from dataclasses import replace
+
 import torch
 
 from megatron_sstoken.passes.step import TokenReport
@@ -71,3 +73,30 @@ def test_a_selection_over_the_whole_batch():
     assert indices(first.mask) == [3, 4], "the highest two of the rest"
     assert not make_selector(method="full", scope="batch").needs_all_scores
     assert not make_selector(scope="microbatch").needs_all_scores and make_selector(rho="auto").needs_all_scores
+
+
+def test_a_threshold_or_a_choice_needs_no_second_pass():
+    for changes in (
+        {"rule": "threshold", "threshold": 0.1, "scope": "batch"},
+        {"scope": "dataset"},
+        {"method": "external"},
+    ):
+        assert not make_selector(**{"method": "random"} | changes).needs_all_scores
+    batch = make_batch(TURNS, 8)
+    report = make_report(batch, selected=False)
+    found = make_selector(method="probability", rule="threshold", threshold=0.1, scope="batch")(report)
+    assert torch.equal(found.mask, batch.response & (torch.exp(-report.loss) >= 0.1)) and found.mask.any()
+    assert found.num_selected == batch.response.sum() > found.mask.sum()
+    chosen = torch.where(torch.arange(len(batch.sample)) % 2 == 0, 1.0, 0.0)
+    known = replace(report, batch=replace(batch, known={"chosen": chosen}, facts=None))
+    found = make_selector(method="external")(known)
+    assert torch.equal(found.mask, batch.response & (chosen == 1)) and found.num_selected == found.mask.sum() > 0
+
+
+def test_an_adaptive_share_of_scores_of_any_size():
+    """Otsu's cut of RHO-1's scores: those far above the others are taken."""
+    batch = make_batch([[0] + [1] * 20], 32)
+    excess = torch.where(torch.arange(32) % 4 == 0, 7.0, -3.0)
+    report = TokenReport(batch, {"loss": batch.history_loss + excess})
+    ((selection,), rho) = make_selector(method="rho1", rho="auto", rho_min=0.1).over_batch([report])
+    assert rho == 0.25 and torch.equal(selection.mask, batch.response & (excess > 0))

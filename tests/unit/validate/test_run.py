@@ -5,9 +5,12 @@ import os
 import shutil
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_sstoken.config import SettingsError
+from megatron_sstoken.data.external import DATA_KEY
 from megatron_sstoken.validate.describe import describe
 from megatron_sstoken.validate.run import plan_run
 from tests.helpers.plans import NUM_SAMPLES, only_problem, problems_of, write_samples
@@ -48,6 +51,68 @@ def test_layers_are_counted_from_either_end(settings):
 def test_needs_of_methods(settings, method, history, attention):
     plan = plan_run(settings(selection__method=method), 1)
     assert plan.needs_history is history and plan.captured_layers == attention
+
+
+def test_external_files(settings, folder, tmp_path):
+    """What of them a run reads follows from the settings; what they must have is asked for before it starts."""
+    path = str(tmp_path / "records.parquet")
+    table = {"sample": [0], "position": [1], "selected": [True]}
+    given = {"selection__method": "external", "selection__external": path}
+    assert only_problem(settings(**given)).startswith(f"selection.external: {path} does not exist: name a Parquet file")
+    pq.write_table(pa.table(table), path)
+    plan = plan_run(settings(**given), 1)
+    assert plan.external_values == {"selected"} and not plan.ranks_all_data and not plan.needs_history
+    assert f"external, the tokens that {path} marks as selected, loss averaged" in describe(plan)
+    assert only_problem(settings(**given, selection__rule="top")) == (
+        f"selection.external={path} has no column score: name a file that has it"
+    )
+    weights = {"selection__method": "full", "selection__external": path, "weights__method": "external"}
+    assert only_problem(settings(**weights)).startswith("weights.method=external needs weights in data.train=")
+    pq.write_table(pa.table({"sample": [0], "position": [1], "score": [0.5], "weight": [1.5]}), path)
+    assert only_problem(settings(**given)) == (
+        f"selection.external={path} has no column selected: rank its score with selection.rule=top or threshold"
+    )
+    plan = plan_run(settings(**weights), 1)
+    assert plan.external_values == {"weight"} and plan.weighted
+    assert f"external: those of {path}, divided by the number of selected tokens" in describe(plan)
+    plan = plan_run(settings(**given, selection__rule="top", weights__method="external"), 1)
+    assert plan.external_values == {"score", "weight"} and not plan.ranks_all_data
+    assert f"external, rho 0.6, scope sample, loss averaged by token, scores of {path}" in describe(plan)
+    other = pa.schema([("sample", pa.int64()), ("position", pa.int32()), ("selected", pa.bool_())])
+    pq.write_table(pa.table(table, schema=other.with_metadata({DATA_KEY: "of others"})), path)
+    assert only_problem(settings(**given)) == (
+        f"selection.external: {path} is of other data than data.train (by its fingerprint): score this data, or name another"
+    )
+
+
+def test_rules_and_scopes_of_a_plan(settings, folder):
+    """What becomes of scores, in the words of a dry run."""
+    reference = {"selection__method": "cleaning", "history__reference_hf_path": str(folder / "model")}
+    for changes, told, ranks_all in (
+        ({**reference, "selection__scope": "dataset"}, "rho 0.6 of all data, chosen before training, loss", True),
+        (
+            {**reference},
+            f"rho 0.6, scope sample, loss averaged by token, history frozen (starting weights), reference {folder}",
+            False,
+        ),
+        (
+            {"selection__method": "probability", "selection__rule": "threshold", "selection__threshold": 0.1},
+            "probability, scores of 0.1 and above, loss",
+            False,
+        ),
+    ):
+        plan = plan_run(settings(**changes), 1)
+        assert told in describe(plan) and plan.ranks_all_data is ranks_all
+
+
+def test_a_reference_model_is_checked_as_the_history_is(settings, folder, tmp_path):
+    changes = {"selection__method": "cleaning", "history__reference_hf_path": make_model(tmp_path / "m", vocab_size=90)}
+    assert only_problem(settings(**changes)).endswith(
+        f"history.reference_hf_path={tmp_path / 'm'} has 90: prepare the data with the model's tokenizer"
+    )
+    assert only_problem(settings(**changes | {"history__reference_hf_path": "/nowhere"})).startswith(
+        "history.reference_hf_path: "
+    )
 
 
 def test_settings_rules_come_first_and_alone(settings):

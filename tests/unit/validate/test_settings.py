@@ -7,6 +7,7 @@ import pytest
 from benchmarks.changes import apply
 from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.history.source import history_sources
+from megatron_sstoken.selection.methods import find_method
 from megatron_sstoken.validate.settings import problems_of
 
 
@@ -133,10 +134,62 @@ BROKEN = {
         {"selection__rho": math.nan},
         "selection.rho=nan is outside (0, 1]: use the share to keep, as 0.6",
     ),
-    "rho auto of unbounded scores": (
-        {"selection__rho": "auto", "selection__method": "random"},
-        "selection.rho=auto needs scores between 0 and 1, which selection.method=random does not give: "
-        "use sstoken or rel or attention, or a number",
+    "rule without threshold": (
+        {"selection__rule": "threshold"},
+        "selection.rule=threshold needs selection.threshold: set the lowest score to keep",
+    ),
+    "threshold without rule": (
+        {"selection__threshold": 0.1},
+        "selection.threshold=0.1 needs selection.rule=threshold: set it, or leave the threshold out",
+    ),
+    "threshold nan": (
+        {"selection__rule": "threshold", "selection__threshold": math.nan},
+        "selection.threshold=nan is no number: use a score",
+    ),
+    "threshold and rho": (
+        {"selection__rule": "threshold", "selection__threshold": 0.1, "selection__rho": 0.5},
+        "selection.rho=0.5 is not used by selection.rule=threshold: leave it out, or use rule=top",
+    ),
+    "threshold of no scores": (
+        {"selection__rule": "threshold", "selection__threshold": 0.1, "selection__method": "full"},
+        "selection.rule=threshold needs scores, and selection.method=full has none: use another method",
+    ),
+    "data set by scores of a step": (
+        {"selection__scope": "dataset"},
+        "selection.scope=dataset needs scores that are known before training, which those of selection.method=sstoken are "
+        "not: use random or history_probability or cleaning or external, or scope=batch",
+    ),
+    "data set by moving history": (
+        {
+            "selection__scope": "dataset",
+            "selection__method": "history_probability",
+            "history__source": "adapters_off",
+            "lora__rank": 4,
+        },
+        "selection.scope=dataset needs history losses before training, which history.source=adapters_off does not have: use "
+        "frozen",
+    ),
+    "data set by an adaptive share": (
+        {"selection__scope": "dataset", "selection__method": "random", "selection__rho": "auto"},
+        "selection.rho=auto chooses for a global batch, not for selection.scope=dataset: use a number",
+    ),
+    "cleaning without reference": (
+        {"selection__method": "cleaning"},
+        "selection.method=cleaning needs history.reference_hf_path: name the folder of the reference model",
+    ),
+    "external without file": (
+        {"selection__method": "external"},
+        "selection.method=external needs selection.external: name a Parquet file",
+    ),
+    "file that nobody reads": (
+        {"selection__external": "scores.parquet"},
+        "selection.external=scores.parquet is not used: set selection.method=external or weights.method=external, or leave it "
+        "out",
+    ),
+    "share of a given selection": (
+        {"selection__method": "external", "selection__external": "records.parquet", "selection__rho": 0.5},
+        "selection.rho=0.5 is not used by selection.method=external, which takes the tokens that are marked as selected: "
+        "leave it out, or rank their score with selection.rule=top",
     ),
     "least rho": (
         {"selection__rho_min": 0.0},
@@ -223,7 +276,11 @@ def test_unknown_method_is_told_the_known_ones():
     assert problem.startswith("selection.method=best is unknown: use one of ")
     known = problem.split("use one of ")[1].split(", or ")[0].split(", ")
     assert {"sstoken", "full", "random"} <= set(known)
-    assert all(problems_of(settings_with(selection__method=method)) == [] for method in known)
+    for method in known:
+        needs = find_method(method).needs
+        more = {"history__reference_hf_path": "reference"} if "reference_loss" in needs else {}
+        more |= {"selection__external": "records.parquet"} if "external" in needs else {}
+        assert problems_of(settings_with(selection__method=method, **more)) == []
 
 
 def test_rho_with_too_many_decimals():
@@ -256,6 +313,19 @@ ALLOWED = (
         "selection__rho_min": 1.0,
         "selection__rho_max": 1.0,
     },
+    {"selection__rho": "auto", "selection__method": "rho1"},
+    {"selection__rule": "threshold", "selection__threshold": 0.1, "selection__method": "probability"},
+    {"selection__rule": "threshold", "selection__threshold": -math.inf, "selection__scope": "dataset"},
+    {"selection__rule": "top", "selection__rho": 0.3, "selection__scope": "batch"},
+    {"selection__scope": "dataset", "selection__method": "full"},
+    {"selection__scope": "dataset", "selection__method": "history_probability"},
+    {
+        "selection__method": "external",
+        "selection__external": "a.parquet",
+        "selection__rule": "top",
+        "selection__rho": 0.3,
+    },
+    {"weights__method": "external", "selection__external": "weights.parquet"},
     {"selection__layer": [0, -1]},
     {"selection__gamma": 0.0},
     {"selection__gamma": 1.0},
