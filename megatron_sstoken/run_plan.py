@@ -1,6 +1,9 @@
 """The run plan: a run whose settings passed every check that needs no process group (`validate/run.py` makes it)."""
 
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import BatchShape, PackOrder, SampleFilter
@@ -41,6 +44,11 @@ class RunPlan:
     @property
     def num_steps(self) -> int:
         return -(-(self.num_packs + self.lag) // self.shape.global_batch_size)
+
+    @cached_property
+    def visited(self) -> np.ndarray:
+        """int64, ascending: numbers of the samples of the training data that the run sees: their history is needed."""
+        return self.train.order.samples_before(self.num_packs)
 
     @property
     def method(self) -> Method:

@@ -6,7 +6,7 @@ To add a method, write its score and enter it in `METHODS`; outside the package,
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -148,6 +148,15 @@ class Selection:
         if self.first_nan is not None and (token := int(self.first_nan)) != NO_TOKEN:
             raise nan_error(token)
 
+    def with_exempt(self, signals: TokenSignals) -> "Selection":
+        """The same with the exempt tokens of `signals` selected, too; they have no score."""
+        if signals.exempt is None:
+            return self
+        number = None
+        if self.num_selected is not None and signals.exempt_counts is not None:
+            number = self.num_selected + sum(signals.exempt_counts)
+        return replace(self, mask=self.mask | (signals.exempt & signals.response), num_selected=number)
+
 
 def select_tokens(
     signals: TokenSignals,
@@ -160,7 +169,7 @@ def select_tokens(
     step: int,
     group: dist.ProcessGroup | None,
 ) -> Selection:
-    """Select the ceil(ρ·n) highest-scoring of the n response tokens that compete, exactly.
+    """Select the ceil(ρ·n) highest-scoring of the n response tokens that compete, exactly, and all that are exempt.
 
     method: what `find_method` takes. scope: `sample`, a sample's own tokens compete, ties go to the lower position
     and nothing is communicated; `microbatch`, those of all ranks of `group` compete, ties go to the lower
@@ -175,15 +184,16 @@ def select_tokens(
     """
     if scope not in SCOPES:
         raise ValueError(f"scope={scope} is unknown: use one of {', '.join(SCOPES)}")
+    everything, signals = signals, signals.competing()
     score, rel_norm = score_tokens(signals, method, gamma=gamma, rel_floor=rel_floor, seed=seed, step=step)
     if not find_method(method).selects:
         threshold = score.new_full((signals.num_segments,), torch.nan)
         number = None if signals.response_counts is None else sum(signals.response_counts)
-        return Selection(signals.response.clone(), score, rel_norm, threshold, number)
+        return Selection(signals.response.clone(), score, rel_norm, threshold, number).with_exempt(everything)
     if scope == "sample":
-        return _select_per_sample(signals, score, rel_norm, rho)
+        return _select_per_sample(signals, score, rel_norm, rho).with_exempt(everything)
     mask, threshold = _select_across(signals, score, rho, group)
-    return Selection(mask, score, rel_norm, threshold)
+    return Selection(mask, score, rel_norm, threshold).with_exempt(everything)
 
 
 def score_tokens(

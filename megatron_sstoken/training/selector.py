@@ -88,7 +88,7 @@ class Selector:
         return [Selection(*part) for part in parts], float(rho)
 
     def _choose_rho(self, signals: TokenSignals) -> Decimal:
-        settings = self.settings
+        settings, signals = self.settings, signals.competing()
         score, _ = score_tokens(
             signals, settings.method, gamma=self.gamma, rel_floor=settings.rel_floor, seed=self.seed, step=self.step
         )
@@ -116,6 +116,8 @@ def signals_of(report: TokenReport) -> TokenSignals:
         position=batch.position,
         values={**report.values, **history},
         response_counts=batch.facts.response_counts,
+        exempt=batch.exempt,
+        exempt_counts=batch.facts.exempt_counts,
     )
 
 

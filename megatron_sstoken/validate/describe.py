@@ -56,6 +56,7 @@ def describe(plan: RunPlan) -> str:
         ),
         ("steps", f"{plan.num_steps:,} ({plan.num_packs / packs_per_epoch:.3g} epochs)"),
         ("selection", _describe_selection(s)),
+        *([("history", work)] if (work := _describe_history(plan)) else []),
         ("weights", _describe_weights(plan)),
         ("trained", describe_trained(a, s.lora)),
         ("layers", _describe_layers(s)),
@@ -101,6 +102,11 @@ def _describe_weights(plan: RunPlan) -> str:
             "none: all selected tokens alike" + ignored + (f", divided by the {divisor[name]}" * (name == "response"))
         )
     return f"external: those of the data, divided by the {divisor[name]}"
+
+
+def _describe_history(plan: RunPlan) -> str | None:
+    """What is done for history losses besides the steps."""
+    return history_sources()[plan.settings.history.source].describe_work(plan) if plan.needs_history else None
 
 
 def _describe_selection(settings: Settings) -> str:
