@@ -31,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(settings: Settings, output: str) -> None:
     """History → model → records. Nothing else is written: what the settings say of checkpoints and logs is not used."""
+    if moving := history_that_moves(settings):
+        raise SettingsError([moving])
     said = settings.logging
     logging = LoggingSettings(entropy=said.entropy, context_loss=said.context_loss)
     settings = replace(settings, checkpoint=CheckpointSettings(), logging=logging)
@@ -39,8 +41,6 @@ def run(settings: Settings, output: str) -> None:
     if os.path.isdir(output):
         problem = f"output={output} is a folder: name a file, as {output.rstrip('/')}/records.parquet"
     agree_on_problems([problem] if problem else [])
-    if moving := history_that_moves(settings):
-        raise SettingsError([moving])
     plan = agreed_plan(settings)
     plan = replace(plan, num_packs=plan.train.order.num_packs(1))  # every sample once
     layout = create_layout(settings.parallel, settings.training.seed, settings.training.timeout_minutes)

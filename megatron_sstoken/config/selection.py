@@ -97,7 +97,8 @@ class HistorySettings:
     """History losses and where they come from."""
 
     source: str = "frozen"
-    """frozen: fixed weights score the data once, before training, into a store beside the data.
+    """frozen: fixed weights score what the run visits once, before training, into a store beside the data, which later runs
+    use and add to.
 
     adapters_off: the model that is trained scores each batch with its adapters switched off, one forward pass a step; no
     store, no second model. Needs lora.rank > 0.

@@ -53,43 +53,51 @@ class Frozen(HistorySource):
 
     @classmethod
     def open(cls, plan: RunPlan, layout: Layout) -> "Frozen":
-        """Raises SettingsError where a store lies in the way that belongs to other data, tokenizer, template or weights."""
-        weights = history_weights(plan.settings)
-        identity = broadcast_object(
-            history_identity(
-                plan.train.store.manifest,
-                weights_fingerprint=weights.fingerprint() if layout.rank == 0 else "",
-                precision=numerics_of(plan.settings),
-                scored_length=int(plan.train.samples.lengths.max()),
-            ),
-            source=0,
-        )
-        earlier = identity | {"num_scored": len(plan.train.samples.indices)}  # as version 1 told stores apart
-        before, now = (history_path(plan.train.store.path, one) for one in (earlier, identity))
-        path = plan.settings.history.store or broadcast_object(before if _is_column(before) else now, source=0)
-        lock = Lock(f"{path}.lock")
-        with lock:
-            if not _whole_or_ours(path, lock, plan, layout):
-                build_history(lambda: history_model(plan, layout), plan, layout, path, identity)
-        column, problems = None, []
-        try:
-            column = TokenColumn(path)
-            column.require(earlier if column.version == FIRST_VERSION else identity)
-            if missing := len(missing_samples(column, plan)):
-                problems = [
-                    f"history.store={path}: {missing} samples are not seen here: name a folder that all nodes share"
-                ]
-        except ValueError as error:
-            problems = [f"history.store={path}: {error}"]
-        agree_on_problems(problems)
-        assert column is not None
-        return cls(column)
+        """Raises SettingsError as `scored_column`."""
+        return cls(scored_column(plan, layout, history_weights(plan.settings), plan.settings.history.store))
 
     def token_values(self) -> TokenValues:
         return self.column
 
     def folders(self) -> list[Path]:
         return [self.column.path]
+
+
+def scored_column(plan: RunPlan, layout: Layout, weights: WeightsSource, path: str | None = None) -> TokenColumn:
+    """Losses of `plan.visited` under frozen weights, from the store at `path` (default: beside the data), scored if need be.
+
+    All ranks call it. Raises SettingsError where a store lies in the way that belongs to other data, tokenizer, template or
+    weights.
+    """
+    identity = broadcast_object(
+        history_identity(
+            plan.train.store.manifest,
+            weights_fingerprint=weights.fingerprint() if layout.rank == 0 else "",
+            precision=numerics_of(plan.settings),
+            scored_length=int(plan.train.samples.lengths.max()),
+        ),
+        source=0,
+    )
+    earlier = identity | {"num_scored": len(plan.train.samples.indices)}  # as version 1 told stores apart
+    before, now = (history_path(plan.train.store.path, one) for one in (earlier, identity))
+    path = path or broadcast_object(before if _is_column(before) else now, source=0)
+    lock = Lock(f"{path}.lock")
+    with lock:
+        if not _whole_or_ours(path, lock, plan, layout):
+            build_history(lambda: frozen_model(weights, plan, layout), plan, layout, path, identity)
+    column, problems = None, []
+    try:
+        column = TokenColumn(path)
+        column.require(earlier if column.version == FIRST_VERSION else identity)
+        if missing := len(missing_samples(column, plan)):
+            problems = [
+                f"history.store={path}: {missing} samples are not seen here: name a folder that all nodes share"
+            ]
+    except ValueError as error:
+        problems = [f"history.store={path}: {error}"]
+    agree_on_problems(problems)
+    assert column is not None
+    return column
 
 
 def _is_column(path: str) -> bool:
@@ -137,9 +145,8 @@ def history_weights(settings: Settings) -> WeightsSource:
     return WeightsSource(settings.history.hf_path) if settings.history.hf_path else starting_weights(settings)
 
 
-def history_model(plan: RunPlan, layout: Layout) -> Model:
-    """The history model, without gradients, ready to score."""
-    source = history_weights(plan.settings)
+def frozen_model(source: WeightsSource, plan: RunPlan, layout: Layout) -> Model:
+    """The model of these weights, without gradients, ready to score."""
     settings = plan.settings if source.adapters else replace(plan.settings, lora=LoraSettings())
     model = build_model(read_architecture(source.hf_path), settings, layout, trainable=False)
     source.load(model)
