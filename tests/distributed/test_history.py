@@ -61,7 +61,7 @@ def score_history(rank, settings, stop_after):
 def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("history")
     model = make_model(folder / "model")
-    data = make_store(folder / "data", SAMPLES)
+    data = make_store(folder / "data", SAMPLES, [0, *range(len(SAMPLES) - 1)])  # one row is there twice
     reference = load_model(model)
     return folder, model, data, [token_losses(reference, sample.tokens) for sample in SAMPLES]
 
