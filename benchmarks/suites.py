@@ -224,7 +224,7 @@ def history(options: Options) -> None:
     def score():
         for chunk in model.unwrapped:
             chunk.head = replace(chunk.head, selective=True)
-        build_history(model, plan, layout, str(folder / str(next(counter))), {})
+        build_history(lambda: model, plan, layout, str(folder / str(next(counter))), {})
 
     variants = {
         "forward, selective head": lambda: forward("selective"),

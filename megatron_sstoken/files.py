@@ -129,10 +129,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def require_size(path: Path, size: int, remedy: str) -> None:
-    """Raise ValueError unless the file is there with `size` bytes."""
+def require_size(path: Path, size: int | None, remedy: str) -> None:
+    """Raise ValueError unless the file is there with `size` bytes (None: with any number)."""
     found = path.stat().st_size if path.exists() else None
-    if found != size:
+    if found is None or size not in (None, found):
         problem = "is missing" if found is None else f"has {found} bytes instead of {size}, so it is damaged"
         raise ValueError(f"{path} {problem}: {remedy}")
 

@@ -2,15 +2,19 @@
 
 It is written once, with the folder. `FileCheck` compares in the background while work goes on; `damage` compares at once.
 xxh3 is as fast as memory, so that reading the files is what takes time.
+
+A file that grows has a list of its stretches beside it, each with a checksum of its own: what is written once never changes.
 """
 
 import json
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from megatron_sstoken.files import json_text, write_json
@@ -20,7 +24,53 @@ _ALGORITHM = "xxh3_128"
 _BLOCK = 1 << 20
 
 Checksums = dict[str, dict[str, Any]]
-"""Name of a file relative to its folder → `size` in bytes and `xxh3_128` in hex."""
+"""Name of a file relative to its folder → `size` in bytes and `xxh3_128` in hex; or, of a file that grows within that size,
+`stretches`: the name of the list of its stretches."""
+
+STRETCH = np.dtype([("start", "<i8"), ("stop", "<i8"), ("xxh3_64", "<u8")])
+"""Bytes [start, stop) of a file, and their checksum."""
+
+
+def read_stretches(path: Path) -> np.ndarray:
+    """The list of stretches in a file, in the order in which they were written, as `STRETCH`.
+
+    Half an entry at the end, which a kill has left, does not count.
+    """
+    data = path.read_bytes()
+    return np.frombuffer(data[: len(data) - len(data) % STRETCH.itemsize], STRETCH)
+
+
+def keep_stretches(path: Path, number: int) -> None:
+    """Cut a list of stretches to its first `number`, durably."""
+    with open(path, "r+b") as file:
+        file.truncate(number * STRETCH.itemsize)
+        os.fsync(file.fileno())
+
+
+def stretch_of(start: int, data: bytes) -> np.ndarray:
+    """The `STRETCH` of the bytes that begin at `start`."""
+    return np.array((start, start + len(data), xxhash.xxh3_64_intdigest(data)), STRETCH)
+
+
+def differing_stretches(
+    path: Path, stretches: np.ndarray, count: Callable[[int], None] = lambda size: None
+) -> list[str]:
+    """A line, if there is a stretch of a file whose bytes are not those that were written; `count` as in `checksum_of`."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
+        for one in np.sort(stretches, order="start"):
+            start, stop = int(one["start"]), int(one["stop"])
+            digest, intact = xxhash.xxh3_64(), 0 <= start <= stop <= size
+            while intact and start < stop and (block := os.pread(descriptor, min(_BLOCK, stop - start), start)):
+                digest.update(block)
+                start += len(block)
+                count(len(block))
+            if not intact or digest.intdigest() != int(one["xxh3_64"]):
+                return [f"{path} is damaged: its bytes {int(one['start'])} to {stop} are not those that were written"]
+    finally:
+        os.close(descriptor)
+    return []
 
 
 def checksum_of(path: Path, count: Callable[[int], None] = lambda size: None) -> dict[str, Any]:
@@ -57,13 +107,19 @@ def read_checksums(folder: Path) -> Checksums | None:
         content = json.loads(text)
         files: Checksums = content["files"]
         intact = content["of_this_list"] == _of_list(files) and text == json_text(content)
-        intact &= all(isinstance(one["size"], int) and isinstance(one[_ALGORITHM], str) for one in files.values())
-        outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
+        intact &= all(isinstance(one["size"], int) and isinstance(_means(one), str) for one in files.values())
+        names = [*files, *(one["stretches"] for one in files.values() if "stretches" in one)]
+        outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__})") from error
     if not intact or outside:
         raise ValueError(f"{path} is damaged")
     return files
+
+
+def _means(checksum: dict[str, Any]) -> Any:
+    """What a file is compared with: its checksum, or the list of its stretches."""
+    return checksum["stretches"] if "stretches" in checksum else checksum[_ALGORITHM]
 
 
 def _of_list(files: Checksums) -> str:
@@ -87,6 +143,8 @@ def differing(folder: Path, checksums: Checksums, count: Callable[[int], None] =
             size = path.stat().st_size
             if size != expected["size"]:
                 found.append(f"{path} has {size} bytes, and had {expected['size']} when it was written")
+            elif "stretches" in expected:
+                found += differing_stretches(path, read_stretches(folder / expected["stretches"]), count)
             elif checksum_of(path, count) != expected:
                 found.append(f"{path} is damaged: its bytes are not those that were written")
         except FileNotFoundError:

@@ -1,6 +1,9 @@
 """The run plan: a run whose settings passed every check that needs no process group (`validate/run.py` makes it)."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
 
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import BatchShape, PackOrder, SampleFilter
@@ -45,6 +48,14 @@ class RunPlan:
     def num_steps(self) -> int:
         return -(-(self.num_packs + self.lag) // self.shape.global_batch_size)
 
+    @cached_property
+    def visited(self) -> np.ndarray:
+        """int64, ascending: numbers of the samples of the training data whose history is needed: those that the run sees, or
+        all that compete."""
+        if self.ranks_all_data:
+            return self.train.samples.indices
+        return self.train.order.samples_before(self.num_packs)
+
     @property
     def method(self) -> Method:
         """How tokens are scored."""
@@ -62,7 +73,7 @@ class RunPlan:
 
     @property
     def ranks_all_data(self) -> bool:
-        """Whether tokens of all data compete, before training: their history is needed, visited or not."""
+        """Whether tokens of all data compete, before training."""
         return self.settings.selection.rule_in_force == "chosen" and "selected" not in self.external_values
 
     @property

@@ -5,9 +5,9 @@ import sys
 from dataclasses import replace
 
 from megatron_sstoken.command_line import parse_settings
-from megatron_sstoken.config import CheckpointSettings, LoggingSettings, Settings
+from megatron_sstoken.config import CheckpointSettings, LoggingSettings, Settings, SettingsError
 from megatron_sstoken.ending import run_to_exit_code
-from megatron_sstoken.history.source import open_history
+from megatron_sstoken.history.source import history_sources, open_history
 from megatron_sstoken.parallel import agree_on_problems, create_layout, start_processes
 from megatron_sstoken.training.known import open_known
 from megatron_sstoken.training.loop import model_to_train
@@ -32,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(settings: Settings, output: str) -> None:
     """History → model → records. Nothing else is written: what the settings say of checkpoints and logs is not used."""
+    if moving := history_that_moves(settings):
+        raise SettingsError([moving])
     said = settings.logging
     logging = LoggingSettings(entropy=said.entropy, context_loss=said.context_loss)
     settings = replace(settings, checkpoint=CheckpointSettings(), logging=logging)
@@ -41,6 +43,7 @@ def run(settings: Settings, output: str) -> None:
         problem = f"output={output} is a folder: name a file, as {output.rstrip('/')}/records.parquet"
     agree_on_problems([problem] if problem else [])
     plan = agreed_plan(settings)
+    plan = replace(plan, num_packs=plan.train.order.num_packs(1))  # every sample once
     layout = create_layout(settings.parallel, settings.training.seed, settings.training.timeout_minutes)
     history = open_history(plan, layout)
     known = open_known(plan, layout, history)
@@ -50,6 +53,18 @@ def run(settings: Settings, output: str) -> None:
     write_records(model, plan, layout, selector, output, known=known, before_publishing=files.require_whole)
     if layout.rank == 0:
         print(f"token records: {output}", flush=True)
+
+
+def history_that_moves(settings: Settings) -> str | None:
+    """Why there are no history losses without training."""
+    name = settings.history.source
+    source = history_sources().get(name)
+    if source is None or not source.needs_training:
+        return None
+    return (
+        f"history.source={name} compares with what training has gone through, and scoring trains nothing: use "
+        "history.source=frozen, and name the weights with history.hf_path"
+    )
 
 
 if __name__ == "__main__":

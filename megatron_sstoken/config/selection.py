@@ -153,11 +153,19 @@ class HistorySettings:
     """History losses and where they come from."""
 
     source: str = "frozen"
-    """frozen: fixed weights score the data once, before training, into a store beside the data.
+    """frozen: fixed weights score what the run visits once, before training, into a store beside the data, which later runs
+    use and add to.
 
     adapters_off: the model that is trained scores each batch with its adapters switched off, one forward pass a step; no
     store, no second model. Needs lora.rank > 0.
+
+    previous_visit: the loss that a token had when its sample was last trained on, one epoch ago; no pass at all, and
+    `first_visit` for the first epoch. Needs checkpoint.directory.
     """
+
+    first_visit: Literal["frozen", "full"] = "frozen"
+    """What previous_visit does with samples that it has not seen yet. frozen: history of frozen weights, scored once; full: it
+    trains on all of their response tokens."""
 
     hf_path: str | None = None
     """Hugging Face folder of the history model; default: the starting weights."""

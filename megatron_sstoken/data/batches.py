@@ -1,6 +1,7 @@
 """Samples → packs → the token batches of this rank, in an order that depends on the seed alone and resumes exactly."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
@@ -32,6 +33,20 @@ class BatchFacts:
     """bool [T]: real tokens that something precedes in their sample."""
     num_chosen: int | None = None
     """Response tokens that were selected before training, where that is so."""
+    exempt_counts: list[int] | None = None
+    """Response tokens of each sample that `TokenBatch.exempt` names; None: as that."""
+
+
+@dataclass(frozen=True)
+class Visits:
+    """Which samples of the store a micro-batch holds, and in which epochs; on the host."""
+
+    index: list[int]
+    """Their numbers in the store."""
+    epoch: list[int]
+    """Of each: in which pass over the data it is there, from 0."""
+    epochs: tuple[int, int]
+    """The first and the last epoch of the whole global batch."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,10 @@ class TokenBatch:
     """fp32 [T]: how much the loss of each token counts, 0 outside the response; None: all alike."""
     known: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """What else was known of tokens before training, by the names of `TokenSignals`: fp32 [T], NaN where undefined."""
+    exempt: torch.Tensor | None = None
+    """bool [T]: response tokens that are trained on without competing, for want of history; None: there are none."""
+    visits: Visits | None = None
+    """None in batches that no loader made."""
     facts: BatchFacts = None  # type: ignore[assignment]  # made here, from tensors that lie on the host
     """The same on the host, wherever the tensors are."""
 
@@ -170,6 +189,18 @@ class PackOrder:
         self._seek(number)
         return self._packs[number - self._first_pack[self._epoch]]
 
+    def epoch(self, number: int) -> int:
+        """The epoch, from 0, of pack `number`."""
+        while self._first_pack[-1] <= number:
+            self._load(len(self._first_pack) - 1)
+        return bisect_right(self._first_pack, number) - 1
+
+    def samples_before(self, number: int) -> np.ndarray:
+        """int64, ascending: the samples that the packs before pack `number` hold, each once."""
+        if number >= self.num_packs(1):
+            return self.samples.indices
+        return np.sort(np.concatenate([self.samples.indices[:0], *map(self.pack, range(number))]))
+
     def num_samples_before(self, number: int) -> int:
         """Samples in the packs before pack `number`."""
         self._seek(number)
@@ -178,11 +209,7 @@ class PackOrder:
 
     def _seek(self, number: int) -> None:
         """Load the epoch that holds pack `number`."""
-        if self._epoch >= 0 and self._first_pack[self._epoch] <= number < self._first_pack[self._epoch + 1]:
-            return
-        while self._first_pack[-1] <= number:
-            self._load(len(self._first_pack) - 1)
-        epoch = int(np.searchsorted(self._first_pack, number, side="right")) - 1
+        epoch = self.epoch(number)
         if epoch != self._epoch:
             self._load(epoch)
 
@@ -288,9 +315,11 @@ class BatchLoader:
 
     def packs(self, batch: int) -> list[np.ndarray]:
         """All packs of a global batch, the same on every rank."""
+        return [self.order.pack(number) for number in self._pack_numbers(batch)]
+
+    def _pack_numbers(self, batch: int) -> range:
         first = batch * self.shape.global_batch_size - self.lag
-        last = min(first + self.shape.global_batch_size, self.num_packs)
-        return [self.order.pack(number) for number in range(first, last)]
+        return range(first, min(first + self.shape.global_batch_size, self.num_packs))
 
     def num_samples_before(self, batch: int) -> int:
         """Samples in all batches before this one."""
@@ -298,15 +327,22 @@ class BatchLoader:
 
     def load(self, batch: int) -> list[TokenBatch]:
         """This rank's micro-batches of a global batch, on the CPU, all of one length T."""
-        packs = self.packs(batch)
+        packs, numbers = self.packs(batch), self._pack_numbers(batch)
+        epochs = [self.order.epoch(number) for number in numbers]
         length = self._pack_length(packs)
         step = self.shape.micro_batch_size * self.shape.data_size
         result = []
         for micro_step in range(self.shape.num_micro_batches):
             first = micro_step * step + self.data_rank * self.shape.micro_batch_size
-            mine = packs[first : first + self.shape.micro_batch_size]
+            here = slice(first, first + self.shape.micro_batch_size)
+            mine = packs[here]
             empty = [np.empty(0, dtype=np.int64)] * (self.shape.micro_batch_size - len(mine))
-            result.append(self._assemble(mine + empty, length))
+            visits = Visits(
+                index=[int(index) for pack in mine for index in pack],
+                epoch=[epoch for pack, epoch in zip(mine, epochs[here], strict=True) for _ in pack],
+                epochs=(epochs[0], epochs[-1]) if epochs else (0, 0),
+            )
+            result.append(self._assemble(mine + empty, length, visits))
         return result
 
     def _aligned(self, lengths: np.ndarray) -> np.ndarray:
@@ -323,7 +359,7 @@ class BatchLoader:
         offset = int(self.store.offsets[index])
         return column.values(offset, offset + length)
 
-    def _assemble(self, packs: list[np.ndarray], pack_length: int) -> TokenBatch:
+    def _assemble(self, packs: list[np.ndarray], pack_length: int, visits: Visits) -> TokenBatch:
         total = len(packs) * pack_length
         tokens = np.zeros(total, dtype=np.int64)
         labels = np.zeros(total, dtype=np.int64)
@@ -377,4 +413,5 @@ class BatchLoader:
             num_segments=num_segments,
             weight=torch.from_numpy(weight) if weight is not None else None,
             known={name: torch.from_numpy(values) for name, values in known.items()},
+            visits=visits,
         )

@@ -1,9 +1,10 @@
-"""History from frozen weights: the data is scored once, before training, into a store that later runs reuse."""
+"""History from frozen weights: what a run visits is scored once, before training, into a store that later runs reuse."""
 
 import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ import torch
 from megatron_sstoken import watchdog
 from megatron_sstoken.checkpoint.weights_source import WeightsSource, starting_weights
 from megatron_sstoken.config import LoraSettings, Settings, SettingsError
-from megatron_sstoken.data.batches import BatchLoader, TokenValues
-from megatron_sstoken.data.column import TokenColumn, TokenColumnWriter
-from megatron_sstoken.data.store import StoreManifest
+from megatron_sstoken.data.batches import TokenValues
+from megatron_sstoken.data.column import FIRST_VERSION, TokenColumn, TokenColumnWriter
+from megatron_sstoken.data.store import SampleStore, StoreManifest
 from megatron_sstoken.files import naming
 from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.lock import Lock
@@ -24,16 +25,17 @@ from megatron_sstoken.model.backend import numerics_of
 from megatron_sstoken.model.build import Model, build_model
 from megatron_sstoken.model.families import read_architecture
 from megatron_sstoken.parallel import Layout, agree_on_problems, broadcast_object, writer_rank
-from megatron_sstoken.passes.columns import gather_columns
+from megatron_sstoken.passes.columns import SampleLosses, gather_losses
 from megatron_sstoken.passes.scoring import scored_batches, sequential_loader
 from megatron_sstoken.run_plan import RunPlan
 
 
 class Frozen(HistorySource):
-    """Reads the losses of a store, which it fills first if need be."""
+    """Reads the losses of a store; what the run visits and the store does not hold is scored first."""
 
     name = "frozen"
     before_training = True
+    uses = frozenset({"hf_path", "store"})
 
     def __init__(self, column: TokenColumn):
         self.column = column
@@ -41,6 +43,14 @@ class Frozen(HistorySource):
     @classmethod
     def describe(cls, settings: Settings) -> str:
         return f"{cls.name} ({settings.history.hf_path or 'starting weights'})"
+
+    @classmethod
+    def describe_work(cls, plan: RunPlan) -> str:
+        count, all_ = len(plan.visited), len(plan.train.samples.indices)
+        whole = (
+            f"all {all_:,} samples" if count == all_ else f"{count:,} of {all_:,} samples, those that the run visits,"
+        )
+        return f"{whole} are scored before the first step, unless the store holds them"
 
     @classmethod
     def open(cls, plan: RunPlan, layout: Layout) -> "Frozen":
@@ -55,7 +65,7 @@ class Frozen(HistorySource):
 
 
 def scored_column(plan: RunPlan, layout: Layout, weights: WeightsSource, path: str | None = None) -> TokenColumn:
-    """The losses of `plan.train` under frozen weights, from the store at `path` (default: beside the data), filled if need be.
+    """Losses of `plan.visited` under frozen weights, from the store at `path` (default: beside the data), scored if need be.
 
     All ranks call it. Raises SettingsError where a store lies in the way that belongs to other data, tokenizer, template or
     weights.
@@ -66,19 +76,24 @@ def scored_column(plan: RunPlan, layout: Layout, weights: WeightsSource, path: s
             weights_fingerprint=weights.fingerprint() if layout.rank == 0 else "",
             precision=numerics_of(plan.settings),
             scored_length=int(plan.train.samples.lengths.max()),
-            num_scored=len(plan.train.samples.indices),
         ),
         source=0,
     )
-    path = path or history_path(plan.train.store.path, identity)
+    earlier = identity | {"num_scored": len(plan.train.samples.indices)}  # as version 1 told stores apart
+    before, now = (history_path(plan.train.store.path, one) for one in (earlier, identity))
+    path = path or broadcast_object(before if _is_column(before) else now, source=0)
     lock = Lock(f"{path}.lock")
     with lock:
-        if not _complete_or_ours(path, lock, layout):
-            build_history(frozen_model(weights, plan, layout), plan, layout, path, identity)
+        if not _whole_or_ours(path, lock, plan, layout):
+            build_history(lambda: frozen_model(weights, plan, layout), plan, layout, path, identity)
     column, problems = None, []
     try:
         column = TokenColumn(path)
-        column.require(identity)
+        column.require(earlier if column.version == FIRST_VERSION else identity)
+        if missing := len(missing_samples(column, plan)):
+            problems = [
+                f"history.store={path}: {missing} samples are not seen here: name a folder that all nodes share"
+            ]
     except ValueError as error:
         problems = [f"history.store={path}: {error}"]
     agree_on_problems(problems)
@@ -86,25 +101,42 @@ def scored_column(plan: RunPlan, layout: Layout, weights: WeightsSource, path: s
     return column
 
 
-def _complete_or_ours(path: str, lock: Lock, layout: Layout) -> bool:
-    """Whether the store is complete. If not, rank 0 holds the lock on return; while another run scores it, all wait.
+def _is_column(path: str) -> bool:
+    return os.path.isfile(os.path.join(path, "manifest.json"))
+
+
+def missing_samples(column: TokenColumn, plan: RunPlan) -> np.ndarray:
+    """int64, ascending: numbers of the samples that the run visits and the column does not hold."""
+    offsets = plan.train.store.offsets
+    return plan.visited[~column.holds(offsets[plan.visited], offsets[plan.visited + 1])]
+
+
+def _whole_or_ours(path: str, lock: Lock, plan: RunPlan, layout: Layout) -> bool:
+    """Whether the store holds all that the run visits. If not, rank 0 holds the lock on return; others are waited for.
 
     A sweep's runs start together on one data folder: one of them scores, the others use what it has scored.
     """
     told = False
+
+    def is_whole() -> bool:
+        try:
+            return _is_column(path) and not len(missing_samples(TokenColumn(path), plan))
+        except ValueError:  # told where it is opened
+            return True
+
     while True:
-        complete, holder = False, None
+        whole, holder = False, None
         if layout.rank == 0:
-            complete = os.path.isfile(os.path.join(path, "manifest.json"))
-            holder = None if complete else lock.take()
+            whole = is_whole()
+            holder = None if whole else lock.take()
             # Another run may have finished between the two questions.
-            complete = complete or (holder is None and os.path.isfile(os.path.join(path, "manifest.json")))
+            whole = whole or (holder is None and is_whole())
             if holder and not told:
                 print(f"history losses: waiting for {holder}, which is scoring {path}", flush=True)
                 told = True
-        complete, holder = broadcast_object((complete, holder), source=0, group=layout.control)
-        if complete or holder is None:
-            return complete
+        whole, holder = broadcast_object((whole, holder), source=0, group=layout.control)
+        if whole or holder is None:
+            return whole
         watchdog.arrived("waiting for another run's history")
         time.sleep(2)
 
@@ -123,11 +155,11 @@ def frozen_model(source: WeightsSource, plan: RunPlan, layout: Layout) -> Model:
 
 
 def history_identity(
-    manifest: StoreManifest, *, weights_fingerprint: str, precision: str, scored_length: int, num_scored: int
+    manifest: StoreManifest, *, weights_fingerprint: str, precision: str, scored_length: int
 ) -> dict[str, Any]:
     """Everything that history losses depend on; a store is used only where all of it is equal.
 
-    `scored_length`: tokens after which samples were cut; `num_scored`: samples not left out for their length.
+    `scored_length`: tokens after which samples were cut.
     """
     return {
         "data": manifest.data_fingerprint,
@@ -136,7 +168,6 @@ def history_identity(
         "weights": weights_fingerprint,
         "precision": precision,
         "scored_length": scored_length,
-        "num_scored": num_scored,
     }
 
 
@@ -146,64 +177,75 @@ def history_path(data: Path, identity: dict[str, Any]) -> str:
     return str(data / "history" / digest[:16])
 
 
-def build_history(model: Model, plan: RunPlan, layout: Layout, path: str, identity: dict) -> None:
-    """Score every sample of `plan.train` with `model` into a token column at `path`; resumes a stopped one.
+def build_history(model: Callable[[], Model], plan: RunPlan, layout: Layout, path: str, identity: dict) -> None:
+    """Score the samples that the run visits and the token column at `path` does not hold yet; it may be stopped any time.
 
-    Global batches go in the order of the store; one process gathers and writes them, so that nothing depends on how
-    the file system treats several writers. Tokens that are not scored (first tokens, cut-off tails, dropped samples)
-    are NaN.
+    `model` makes the history model. Samples go in the order of the store; one process gathers and writes them, so that nothing
+    depends on how the file system treats several writers. Tokens of a sample that are not scored (first tokens, cut-off tails,
+    context) are NaN. Raises SettingsError where another column is in the way.
     """
     store = plan.train.store
-    problem, num_written, writer = None, 0, None
+    problem, missing, writer = None, plan.visited[:0], None
     if layout.is_writer:
         try:
             writer = TokenColumnWriter(path, identity, int(store.offsets[-1]))
-            num_written = writer.num_written
+            missing = missing_samples(TokenColumn(path), plan)
         except (ValueError, OSError) as error:
             problem = str(error)
     source = writer_rank(layout)
-    problem, num_written = broadcast_object((problem, num_written), source=source)
+    problem, missing = broadcast_object((problem, missing), source=source)
     if problem:
         raise SettingsError([f"history.store={path}: {problem}"])
-    loader = sequential_loader(plan.train, plan, layout)
-    # Batches may have had another size before: go on with the first that holds something not yet written.
-    first = next((b for b in range(loader.num_batches) if _batch_span(loader, b)[1] > num_written), loader.num_batches)
-    for number, reports in scored_batches(model, loader, layout, title="history losses", first=first):
-        columns = gather_columns(reports, layout)
-        problem = _not_finite(columns) if writer is not None and columns is not None else None
-        if problem := broadcast_object(problem, source=source, group=layout.control):
-            raise SettingsError([f"history.store={path}: {problem}"])
-        if writer is not None and columns is not None:
-            start, stop = _batch_span(loader, number)
-            values = np.full(stop - start, np.nan, dtype=np.float32)
-            index = np.searchsorted(store.rows, columns["sample"])
-            values[store.offsets[index] + columns["position"] - start] = columns["loss"]
-            with naming(writer.path):
-                writer.append(values[max(writer.num_written - start, 0) :])
-                writer.commit()
+    if len(missing):
+        loader = sequential_loader(plan.train, plan, layout, indices=missing)
+        for _, reports in scored_batches(model(), loader, layout, title="history losses"):
+            losses = gather_losses(reports, layout)
+            problem = _not_finite(losses, store) if losses is not None else None
+            if problem := broadcast_object(problem, source=source, group=layout.control):
+                raise SettingsError([f"history.store={path}: {problem}"])
+            if writer is not None and losses is not None:
+                with naming(writer.path):
+                    write_losses(writer, store, losses)
+                    writer.commit()
     if writer is not None:
-        with naming(writer.path):
-            writer.finish()
+        writer.close()
     torch.distributed.barrier(group=layout.control)
 
 
-def _not_finite(columns: dict[str, np.ndarray]) -> str | None:
+def write_losses(writer: TokenColumnWriter, store: SampleStore, losses: list[SampleLosses]) -> None:
+    """Write the losses of samples, ascending; those that follow each other in the store at once."""
+    waiting: list[np.ndarray] = []
+    start = stop = 0
+    for one in losses:
+        if store.offsets[one.index] != stop and waiting:
+            writer.write(start, np.concatenate(waiting))
+            waiting = []
+        if not waiting:
+            start = stop = int(store.offsets[one.index])
+        values = np.full(store.lengths[one.index], np.nan, dtype=np.float32)
+        values[: len(one.values)] = one.values
+        waiting.append(values)
+        stop += len(values)
+    if waiting:
+        writer.write(start, np.concatenate(waiting))
+
+
+def _not_finite(losses: list[SampleLosses], store: SampleStore) -> str | None:
     """The first response token of a batch whose loss says nothing."""
-    wrong = (columns["role"] == 1) & (columns["position"] > 0) & ~np.isfinite(columns["loss"])
-    if not wrong.any():
-        return None
-    first = int(wrong.argmax())
-    return (
-        f"the history model's loss of the token at position {columns['position'][first]} of input row "
-        f"{columns['sample'][first]} is {columns['loss'][first]}: check the weights of history.hf_path (default: "
-        "model.hf_path), or use training.precision=fp32"
-    )
+    for one in losses:
+        wrong = response_losses_missing(one, store)
+        if wrong.any():
+            first = int(wrong.argmax())
+            return (
+                f"the history model's loss of the token at position {first} of input row {store.rows[one.index]} is "
+                f"{one.values[first]}: check the weights of history.hf_path (default: model.hf_path), or use "
+                "training.precision=fp32"
+            )
+    return None
 
 
-def _batch_span(loader: BatchLoader, number: int) -> tuple[int, int]:
-    """Flat tokens [start, stop) that belong to a batch of an unshuffled order, unused samples before the next included."""
-    store, packs = loader.store, loader.packs(number)
-    start = 0 if number == 0 else int(store.offsets[packs[0][0]])
-    following = loader.packs(number + 1) if number + 1 < loader.num_batches else []
-    stop = int(store.offsets[following[0][0]]) if following else int(store.offsets[-1])
-    return start, stop
+def response_losses_missing(one: SampleLosses, store: SampleStore) -> np.ndarray:
+    """bool [its length]: response tokens of a sample whose loss is not finite."""
+    wrong = (store.roles(one.index, len(one.values)) == 1) & ~np.isfinite(one.values)
+    wrong[0] = False  # nothing precedes it
+    return wrong

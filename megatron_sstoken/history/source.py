@@ -6,6 +6,7 @@ A source is one file: a subclass of `HistorySource` with a name. Nothing else kn
 import functools
 import importlib
 import pkgutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +27,10 @@ class HistorySource:
     """Value of `history.source`."""
     before_training: ClassVar[bool] = False
     """Whether the losses of all data are known before the first step (`token_values`)."""
+    uses: ClassVar[frozenset[str]] = frozenset()
+    """The other settings of `history` that it reads."""
+    needs_training: ClassVar[bool] = False
+    """Whether its losses come about while a run trains: a scoring run has none of them."""
 
     def __init_subclass__(cls) -> None:
         if name := cls.__dict__.get("name"):  # a name of its own, not its parent's
@@ -33,8 +38,8 @@ class HistorySource:
 
     @classmethod
     def problems(cls, settings: Settings) -> list[str]:
-        """Which settings it cannot work with, as messages."""
-        return []
+        """Which settings it cannot work with, as messages: here those of `history` that it would ignore."""
+        return _ignored(settings, cls)
 
     @classmethod
     def describe(cls, settings: Settings) -> str:
@@ -42,8 +47,13 @@ class HistorySource:
         return cls.name
 
     @classmethod
+    def describe_work(cls, plan: RunPlan) -> str | None:
+        """For the run plan: what it computes or keeps besides the steps themselves."""
+        return None
+
+    @classmethod
     def open(cls, plan: RunPlan, layout: Layout) -> "HistorySource":
-        """Ready for the first step; all ranks call it. May score the data, and raise SettingsError."""
+        """Ready for the first step; all ranks call it. May score `plan.visited`, and raise SettingsError."""
         return cls()
 
     def token_values(self) -> TokenValues | None:
@@ -67,6 +77,20 @@ class HistorySource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave."""
+
+
+def _ignored(settings: Settings, source: type[HistorySource]) -> list[str]:
+    """A message for every setting of `history` that is set and that neither the source nor a method reads."""
+    found = []
+    for field in fields(settings.history):
+        value = getattr(settings.history, field.name)
+        if value == field.default or field.name in {"source", "reference_hf_path", *source.uses}:
+            continue
+        others = " or ".join(name for name, one in history_sources().items() if field.name in one.uses)
+        found.append(
+            f"history.{field.name}={value} is not used by history.source={source.name}: leave it out, or use source={others}"
+        )
+    return found
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """Token reports as numpy columns, gathered on the one process that writes files made of them."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -56,3 +58,45 @@ def gather_columns(reports: list[TokenReport], layout: Layout) -> dict[str, np.n
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.lexsort((whole["position"], whole["sample"]))
     return {name: values[order] for name, values in whole.items()}
+
+
+@dataclass(frozen=True)
+class SampleLosses:
+    """The losses of one sample in a global batch."""
+
+    index: int
+    """Its number in the store."""
+    epoch: int
+    values: np.ndarray
+    """fp32 [its length in the run]; NaN where there is none."""
+
+
+def gather_losses(reports: list[TokenReport], layout: Layout) -> list[SampleLosses] | None:
+    """The losses of all data-parallel ranks, ascending by number and epoch, on the writer: 4 bytes a token are sent.
+
+    All ranks may call it; only one process of each replica takes part, and all others get None at once.
+    """
+    if not layout.is_replica_leader:
+        return None
+    visits = [report.batch.visits for report in reports if report.batch.visits is not None]
+    facts = [report.batch.facts for report in reports]
+    losses = torch.cat([report.loss for report in reports]).cpu().numpy()
+    mine = (
+        [index for one in visits for index in one.index],
+        [epoch for one in visits for epoch in one.epoch],
+        [length - 1 for one in facts for length in one.sample_lengths],  # a first token has no loss
+        losses[np.concatenate([one.follows for one in facts])],
+    )
+    gathered: list = [mine]
+    if layout.data_size > 1:
+        gathered = [None] * layout.data_size
+        wanted = gathered if layout.is_writer else None
+        dist.gather_object(mine, wanted, dst=dist.get_global_rank(layout.data, 0), group=layout.data)
+    if not layout.is_writer:
+        return None
+    found = []
+    for index, epoch, sizes, values in gathered:
+        parts = np.split(values, np.cumsum(sizes)[:-1]) if sizes else []
+        whole = (np.concatenate([[np.float32("nan")], part]) for part in parts)
+        found += [SampleLosses(*one) for one in zip(index, epoch, whole, strict=True)]
+    return sorted(found, key=lambda one: (one.index, one.epoch))

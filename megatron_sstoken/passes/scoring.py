@@ -1,7 +1,9 @@
-"""Forward-only passes over all of prepared data, in its order."""
+"""Forward-only passes over prepared data, in its order."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
+import numpy as np
 from tqdm import tqdm
 
 from megatron_sstoken import watchdog
@@ -21,15 +23,19 @@ def sequential_loader(
     layout: Layout,
     history: TokenValues | None = None,
     *,
+    indices: np.ndarray | None = None,
     weighted: bool = False,
     weights: TokenValues | None = None,
     known: Mapping[str, TokenValues] | None = None,
 ) -> BatchLoader:
-    """Every sample of a folder once, in its order; packed where training packs. `weighted`, `weights`, `known`: as for
-    `BatchLoader`."""
+    """Every sample of a folder once, or those of `indices` (ascending), in its order; packed where training packs.
+
+    `weighted`, `weights`, `known`: as for `BatchLoader`.
+    """
     capacity = plan.settings.data.sequence_length
     packing: Packing = "next_fit" if plan.settings.data.packing else "none"
-    order = PackOrder(data.samples, seed=0, shuffle=False, packing=packing, capacity=capacity)
+    samples = data.samples if indices is None else replace(data.samples, indices=indices)
+    order = PackOrder(samples, seed=0, shuffle=False, packing=packing, capacity=capacity)
     return BatchLoader(
         data.store,
         order,
@@ -44,15 +50,14 @@ def sequential_loader(
 
 
 def scored_batches(
-    model: Model, loader: BatchLoader, layout: Layout, *, title: str, score: ScoreBatch | None = None, first: int = 0
+    model: Model, loader: BatchLoader, layout: Layout, *, title: str, score: ScoreBatch | None = None
 ) -> Iterator[tuple[int, list[TokenReport]]]:
-    """Global batches from `first` on as (number, this rank's reports), with a progress bar on rank 0.
+    """Global batches as (number, this rank's reports), with a progress bar on rank 0.
 
     `score` takes the place of `score_batch`.
     """
     model.train(False)
-    numbers = range(first, loader.num_batches)
-    for number in tqdm(numbers, title, loader.num_batches, unit="batch", initial=first, disable=layout.rank != 0):
+    for number in tqdm(range(loader.num_batches), title, unit="batch", disable=layout.rank != 0):
         watchdog.arrived(f"{title}, batch {number + 1}")
         batches = loader.load(number)
         yield number, score_batch(model, batches) if score is None else score(number, batches)

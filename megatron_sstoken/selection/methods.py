@@ -5,7 +5,7 @@ To add a method, write its score and enter it in `METHODS`; outside the package,
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -172,6 +172,15 @@ class Selection:
         if self.first_nan is not None and (token := int(self.first_nan)) != NO_TOKEN:
             raise nan_error(token)
 
+    def with_exempt(self, signals: TokenSignals) -> "Selection":
+        """The same with the exempt tokens of `signals` selected, too; they have no score."""
+        if signals.exempt is None:
+            return self
+        number = None
+        if self.num_selected is not None and signals.exempt_counts is not None:
+            number = self.num_selected + sum(signals.exempt_counts)
+        return replace(self, mask=self.mask | (signals.exempt & signals.response), num_selected=number)
+
 
 def select_tokens(
     signals: TokenSignals,
@@ -186,7 +195,8 @@ def select_tokens(
     rule: str = "top",
     tau: float | None = None,
 ) -> Selection:
-    """Select the ceil(ρ·n) highest-scoring of the n response tokens that compete, exactly, or what another rule says.
+    """Select the ceil(ρ·n) highest-scoring of the n response tokens that compete, exactly, or what another rule says; and all
+    that are exempt.
 
     method: what `find_method` takes. scope: `sample`, a sample's own tokens compete, ties go to the lower position
     and nothing is communicated; `microbatch`, those of all ranks of `group` compete, ties go to the lower
@@ -206,19 +216,20 @@ def select_tokens(
             raise ValueError(f"{name}={value} is unknown: use one of {', '.join(known)}")
     if rule == "chosen":
         return _select_chosen(signals, method, gamma=gamma, rel_floor=rel_floor, seed=seed, step=step)
+    everything, signals = signals, signals.competing()
     score, rel_norm = score_tokens(signals, method, gamma=gamma, rel_floor=rel_floor, seed=seed, step=step)
     if not find_method(method).selects:
         threshold = score.new_full((signals.num_segments,), torch.nan)
         number = None if signals.response_counts is None else sum(signals.response_counts)
-        return Selection(signals.response.clone(), score, rel_norm, threshold, number)
+        return Selection(signals.response.clone(), score, rel_norm, threshold, number).with_exempt(everything)
     if rule == "threshold":
         assert tau is not None, "the rule `threshold` has a τ"
-        return _select_above(signals, score, rel_norm, tau)
+        return _select_above(signals, score, rel_norm, tau).with_exempt(everything)
     assert scope != "dataset", "what is ranked over all data is chosen before training"
     if scope == "sample":
-        return _select_per_sample(signals, score, rel_norm, rho)
+        return _select_per_sample(signals, score, rel_norm, rho).with_exempt(everything)
     mask, threshold = _select_across(signals, score, rho, group)
-    return Selection(mask, score, rel_norm, threshold)
+    return Selection(mask, score, rel_norm, threshold).with_exempt(everything)
 
 
 def score_tokens(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +42,24 @@ class TokenSignals:
     """Response tokens of each sample, where the host knows them: then nothing waits for the device to count."""
     num_chosen: int | None = None
     """How many response tokens are `chosen`, where the host knows it."""
+    exempt: Tensor | None = None
+    """bool [T]: response tokens that are trained on without competing; None: there are none."""
+    exempt_counts: Sequence[int] | None = None
+    """How many these are of each sample, where the host knows `response_counts`."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.values[name]
+
+    def competing(self) -> "TokenSignals":
+        """The same with a response of those tokens alone that compete."""
+        if self.exempt is None:
+            return self
+        counts = None
+        if self.response_counts is not None and self.exempt_counts is not None:
+            counts = [all_ - exempt for all_, exempt in zip(self.response_counts, self.exempt_counts, strict=True)]
+        return replace(
+            self, response=self.response & ~self.exempt, response_counts=counts, exempt=None, exempt_counts=None
+        )
 
     def changed(self, **values: Tensor) -> "TokenSignals":
         """The same tokens with other or further values."""
@@ -56,15 +72,22 @@ def concatenate_signals(parts: Sequence[TokenSignals]) -> TokenSignals:
     for part in parts:
         segments.append(torch.where(part.segment >= 0, part.segment + first, -1))
         first += part.num_segments
-    places = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("response", "sample", "position")}
+    places: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in ("response", "sample", "position")
+    }
     values = {name: torch.cat([part[name] for part in parts]) for name in parts[0].values}
     known = [part.response_counts for part in parts if part.response_counts is not None]
     counts = [count for of_part in known for count in of_part] if len(known) == len(parts) else None
     chosen = [part.num_chosen for part in parts if part.num_chosen is not None]
     num_chosen = sum(chosen) if len(chosen) == len(parts) else None
-    return TokenSignals(
+    whole = TokenSignals(
         torch.cat(segments), first, values=values, response_counts=counts, num_chosen=num_chosen, **places
     )
+    if all(part.exempt is None for part in parts):
+        return whole
+    exempt = [torch.zeros_like(part.response) if part.exempt is None else part.exempt for part in parts]
+    numbers = [part.exempt_counts or [0] * part.num_segments for part in parts]
+    return replace(whole, exempt=torch.cat(exempt), exempt_counts=[number for of_part in numbers for number in of_part])
 
 
 def retrospective_excess_loss(loss: Tensor, history_loss: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class Selector:
         return [Selection(*part) for part in parts], float(rho)
 
     def _choose_rho(self, signals: TokenSignals) -> Decimal:
-        settings = self.settings
+        settings, signals = self.settings, signals.competing()
         score, _ = score_tokens(
             signals, settings.method, gamma=self.gamma, rel_floor=settings.rel_floor, seed=self.seed, step=self.step
         )
@@ -122,6 +122,8 @@ def signals_of(report: TokenReport) -> TokenSignals:
         values={**report.values, **history, **batch.known},
         response_counts=batch.facts.response_counts,
         num_chosen=batch.facts.num_chosen,
+        exempt=batch.exempt,
+        exempt_counts=batch.facts.exempt_counts,
     )
 
 

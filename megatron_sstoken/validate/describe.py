@@ -56,6 +56,7 @@ def describe(plan: RunPlan) -> str:
         ),
         ("steps", f"{plan.num_steps:,} ({plan.num_packs / packs_per_epoch:.3g} epochs)"),
         ("selection", _describe_selection(plan)),
+        *([("history", work)] if (work := _describe_history(plan)) else []),
         ("weights", _describe_weights(plan)),
         ("trained", describe_trained(a, s.lora)),
         ("layers", _describe_layers(s)),
@@ -106,6 +107,11 @@ def _describe_weights(plan: RunPlan) -> str:
     exponent = weight.exponent(weights.alpha)
     alpha = "" if exponent is None else f", alpha {exponent:g}"
     return f"{plan.weight_method}{alpha}" + ", times those of the data" * plan.weighted + divided
+
+
+def _describe_history(plan: RunPlan) -> str | None:
+    """What is done for history losses besides the steps."""
+    return history_sources()[plan.settings.history.source].describe_work(plan) if plan.needs_history else None
 
 
 def _describe_rule(plan: RunPlan) -> str:

@@ -191,7 +191,7 @@ def _visible(run: Path) -> set[str]:
     found: set[str] = set()
     with suppress(FileNotFoundError):
         found.update(os.listdir(run / "run"))
-    return found | {f"history {values.stat().st_size}" for values in (run / "data").glob("history/*/values.bin")}
+    return found | {f"history {written.stat().st_size}" for written in (run / "data").glob("history/*/written.bin")}
 
 
 def begins(kind: str, name: str) -> bool:

@@ -29,7 +29,7 @@ def make_artefacts(folder: Path) -> dict[str, Path]:
     settings = make_settings(
         model,
         str(folder / "data"),
-        training__steps=2,
+        training__steps=3,  # an epoch: of a history store only what was scored is compared
         checkpoint__directory=str(folder / "run"),
         history__store=str(folder / "history"),
     )
@@ -40,7 +40,7 @@ def make_artefacts(folder: Path) -> dict[str, Path]:
     return {
         "prepared data": folder / "data",
         "history store": folder / "history",
-        "checkpoint of a run": folder / "run" / "step_0000002",
+        "checkpoint of a run": folder / "run" / "step_0000003",
         "checkpoint of a conversion": folder / "imported" / "step_0000000",
         "Hugging Face folder of a conversion": folder / "exported",
     }

@@ -68,7 +68,7 @@ def test_no_process_outlives_a_run_whose_ranks_are_killed(folder, tmp_path, duri
     store = tmp_path / "history"
     changes = {"selection__method": "sstoken", "history__store": str(store)}
     program = programs.start(TRAIN, arguments_of(folder, tmp_path / "run", **changes), 2, tmp_path / "out")
-    sign = store / "values.bin" if during == "history" else tmp_path / "run" / "step_0000002"
+    sign = store / "written.bin" if during == "history" else tmp_path / "run" / "step_0000002"
     wait_until(sign.exists, program)
     for process in program.processes:
         process.kill()

@@ -12,7 +12,10 @@ from megatron_sstoken.integrity import (
     damage,
     differing,
     files_to_check,
+    keep_stretches,
     read_checksums,
+    read_stretches,
+    stretch_of,
     write_checksums,
 )
 from tests.helpers.flip import flip_bit
@@ -72,6 +75,51 @@ def test_no_flipped_bit_of_the_list_itself_passes(folder):
         flip_bit(folder / CHECKSUMS, place)
         assert damage(folder), f"bit {place}"
         (folder / CHECKSUMS).write_bytes(whole)
+
+
+@pytest.fixture
+def growing(tmp_path):
+    """A file of 300 bytes that has two stretches so far, and half an entry that a kill has left."""
+    values = bytes(range(100)) * 3
+    (tmp_path / "values").write_bytes(values)
+    stretches = [stretch_of(start, values[start:stop]) for start, stop in ((50, 200), (10, 20))]
+    (tmp_path / "list").write_bytes(b"".join(one.tobytes() for one in stretches) + b"half")
+    write_checksums(tmp_path, {"values": {"size": 300, "stretches": "list"}})
+    return tmp_path
+
+
+def test_of_a_file_that_grows_what_was_written_is_compared(growing):
+    assert damage(growing) == [] and len(read_stretches(growing / "list")) == 2
+    counted = []
+    assert differing(growing, read_checksums(growing), counted.append) == [] and sum(counted) == 160
+    for place, span in ((49, None), (50, (50, 200)), (199, (50, 200)), (200, None), (15, (10, 20)), (20, None)):
+        flip_bit(growing / "values", 8 * place)
+        told = [
+            f"{growing / 'values'} is damaged: its bytes {one[0]} to {one[1]} are not those that were written"
+            for one in [span]
+            if one
+        ]
+        assert damage(growing) == told
+        flip_bit(growing / "values", 8 * place)
+
+
+def test_no_flipped_bit_of_a_list_of_stretches_passes(growing):
+    for place in range(8 * 48):
+        flip_bit(growing / "list", place)
+        assert damage(growing), f"bit {place}"
+        flip_bit(growing / "list", place)
+
+
+def test_a_list_of_stretches_is_cut(growing):
+    keep_stretches(growing / "list", 1)
+    assert read_stretches(growing / "list")["start"].tolist() == [50] and (growing / "list").stat().st_size == 24
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc/hostname"])
+def test_a_list_of_stretches_outside_the_folder_is_refused(growing, name):
+    write_checksums(growing, {"values": {"size": 300, "stretches": name}})
+    with pytest.raises(ValueError, match="damaged"):
+        read_checksums(growing)
 
 
 @pytest.mark.parametrize("name", ["../a", "/etc/hostname"])

@@ -129,7 +129,8 @@ def test_rows_that_are_full_have_no_padding(store):
 def test_rows_of_several_samples(store):
     """What packing will make: samples one after another, segments counted over the micro-batch."""
     rows = [np.array([3, 0]), np.array([1])]
-    order = SimpleNamespace(samples=filter_samples(store, 100, "truncate"), pack=rows.__getitem__)
+    samples = filter_samples(store, 100, "truncate")
+    order = SimpleNamespace(samples=samples, pack=rows.__getitem__, epoch=lambda number: number)
     loader = BatchLoader(store, order, BatchShape(2, 2, 1, 8), data_rank=0, num_packs=2, history=History())
     (batch,) = loader.load(0)
     check(batch, naive([[3, 0], [1]], 8))
@@ -318,6 +319,9 @@ def test_order_is_a_function_of_seed_and_number(lengths, packing, seed, epochs, 
     resumed = new_order()
     for number in numbers:
         assert resumed.num_samples_before(number) == len(flat(whole[:number]))
+        assert resumed.samples_before(number).tolist() == sorted(set(flat(whole[:number])))
+        assert borders[resumed.epoch(number)] <= number < borders[resumed.epoch(number) + 1]
+        assert new_order().epoch(number) == resumed.epoch(number)
     assert resumed.num_samples_before(borders[-1]) == epochs * len(lengths)
 
 
@@ -327,6 +331,18 @@ def test_order_changes_with_epoch_and_seed():
     epochs = [flat(rows_of(order, range(50 * epoch, 50 * epoch + 50))) for epoch in range(3)]
     other = flat(rows_of(PackOrder(chosen, seed=2, shuffle=True), range(50)))
     assert len({tuple(rows) for rows in [*epochs, other, chosen.indices.tolist()]}) == 5
+
+
+def test_batches_know_which_samples_they_hold_in_which_epoch(store):
+    """Epochs of four samples in batches of three: the second batch holds samples of two."""
+    loader = make_loader(store, shape=(2, 3, 1, 4), num_packs=7)
+    loader.shape = BatchShape(1, 3, 1, 4)
+    batches = [loader.load(number) for number in range(3)]
+    assert [[one.visits.epoch for one in batch] for batch in batches] == [[[0]] * 3, [[0], [1], [1]], [[1], [], []]]
+    assert [batch[0].visits.epochs for batch in batches] == [(0, 0), (0, 1), (1, 1)]
+    for one in [one for batch in batches for one in batch]:
+        first = one.position[one.segment >= 0] == 0
+        assert store.rows[one.visits.index].tolist() == one.sample[one.segment >= 0][first].tolist()
 
 
 def test_order_without_shuffling():

@@ -24,7 +24,7 @@ MANIFEST = StoreManifest(
     template_source="",
     tokenizer_path="toy",
 )
-FACTS = {"weights_fingerprint": "w" * 64, "precision": "bf16", "scored_length": 20, "num_scored": 10}
+FACTS = {"weights_fingerprint": "w" * 64, "precision": "bf16", "scored_length": 20}
 DATA = Path("/somewhere/data")
 
 # ingredient → changes of the manifest, changes of the other facts
@@ -35,7 +35,6 @@ CHANGES = {
     "weights": ({}, {"weights_fingerprint": "x" * 64}),
     "precision": ({}, {"precision": "fp32"}),
     "scored_length": ({}, {"scored_length": 19}),
-    "num_scored": ({}, {"num_scored": 9}),
 }
 
 
@@ -66,4 +65,6 @@ def test_the_path_is_stable():
     """The same everywhere and in every version: stores that exist must be found again."""
     identity = identity_with()
     assert history_path(DATA, identity) == history_path(DATA, dict(reversed(identity.items())))
-    assert history_path(DATA, identity) == "/somewhere/data/history/fb8c53d8eacaa0c9"
+    assert history_path(DATA, identity) == "/somewhere/data/history/be1b569d10654296"
+    version_1 = identity | {"num_scored": 10}
+    assert history_path(DATA, version_1) == "/somewhere/data/history/fb8c53d8eacaa0c9"

@@ -46,6 +46,35 @@ def example() -> TokenSignals:
     return signals.changed(**{name: torch.linspace(0, 1, len(signals.response)) for name in others})
 
 
+@pytest.mark.parametrize("scope", ["sample", "microbatch", "batch"])
+@pytest.mark.parametrize("method", ["sstoken", "full"])
+@pytest.mark.parametrize("known", [True, False])
+def test_exempt_samples_are_selected_whole_and_touch_nothing(scope, method, known):
+    """The first of two samples is exempt, with no history: all of it is selected, and the second is as if alone."""
+    signals = example()
+    first = signals.segment == 0
+    history = torch.where(first, NAN, signals["history_loss"])
+    counts = {"response_counts": [6, 3], "exempt_counts": [6, 0]} if known else {}
+    exempt = replace(signals.changed(history_loss=history), exempt=first & signals.response, **counts)
+    found = select(exempt, method, scope=scope)
+    alone = select(replace(signals, response=signals.response & ~first), method, scope=scope)
+    assert torch.equal(found.mask, alone.mask | (first & signals.response))
+    assert found.num_selected in (int(found.mask.sum()), None)
+    assert (found.num_selected is not None) == (known and (scope == "sample" or method == "full"))
+    assert torch.equal(found.score.nan_to_num(-1), alone.score.nan_to_num(-1)) and found.score[first].isnan().all()
+    assert found.rel_norm[first].isnan().all()
+
+
+def test_joined_signals_keep_their_exempt_tokens_apart():
+    plain = replace(example(), response_counts=[6, 3])
+    exempt = replace(plain, exempt=(plain.segment == 1) & plain.response, exempt_counts=[0, 3])
+    assert concatenate_signals([plain, plain]).exempt is None
+    whole = concatenate_signals([plain, exempt])
+    assert whole.exempt.tolist() == [False] * len(plain.response) + exempt.exempt.tolist()
+    assert whole.exempt_counts == [0, 0, 0, 3] and whole.competing().response_counts == [6, 3, 6, 0]
+    assert int(whole.competing().response.sum()) == 15 and whole.competing().exempt is None
+
+
 def expected_scores(tokens: list[Token], method: str, gamma: float) -> dict[brute_force.Key, float]:
     formula = {
         "rho1": lambda t: t.loss - t.history_loss,

@@ -76,6 +76,29 @@ def test_description_of_other_runs(settings, folder):
     assert facts_of(describe(random))["selection"] == "random, rho 0.25, scope sample, loss averaged by token"
 
 
+def test_what_is_done_for_history(settings):
+    """Frozen history of what the run visits; history of the visit before, after first visits."""
+
+    def told(**changes):
+        return facts_of(describe(plan_run(settings(**changes), 1))).get("history")
+
+    rest = "are scored before the first step, unless the store holds them"
+    assert told() == f"all {NUM_SAMPLES} samples {rest}"
+    assert told(training__steps=2) == f"16 of {NUM_SAMPLES} samples, those that the run visits, {rest}"
+    assert told(selection__method="full") is None
+    assert told(history__source="adapters_off", lora__rank=2) is None
+    tokens = sum(len(sample.tokens) for sample in make_samples(NUM_SAMPLES))
+    visits = {"history__source": "previous_visit", "checkpoint__directory": "runs/3"}
+    assert told(training__epochs=3, **visits) == (
+        f"all {NUM_SAMPLES} samples {rest}; then losses of the visit before, {4 * tokens / 1e3:.3g} KB on disk for each of "
+        "3 epochs"
+    )
+    alone = "no sample is visited twice in this run: "
+    assert told(training__steps=1, **visits).endswith(f"{rest}; {alone}this is history.source=frozen")
+    full = told(history__first_visit="full", **visits)
+    assert full == f"first visits are trained in full; {alone}nothing is selected"
+
+
 def test_packing_of_a_plan(settings):
     """Rows are counted as the batches will hold them; the arithmetic is of packed rows."""
     plan = plan_run(settings(data__packing=True, training__epochs=2, training__global_batch_size=2), 1)

@@ -304,7 +304,8 @@ def test_adapters_settings_that_cannot_work(settings):
         "lora.dropout=1.0 is outside [0, 1): use 0 for none",
         "lora.targets=[] names no linear: leave it out for all, or use lora.rank=0",
         "history.source=adapters_off needs lora.rank > 0, which is 0: set it, or use history.source=frozen",
-        "history.store=x is not used by history.source=adapters_off: leave it out, or use source=frozen",
+        "history.store=x is not used by history.source=adapters_off: leave it out, or use source=frozen or "
+        "previous_visit",
     ]
 
 

@@ -64,6 +64,25 @@ BROKEN = {
         {"weights__method": "entropy", "model__head": "standard"},
         "weights.method=entropy weighs by entropy_top20, which model.head=standard does not tell: use model.head=selective",
     ),
+    "visits without a place": (
+        {"history__source": "previous_visit"},
+        "history.source=previous_visit keeps the losses of every epoch in checkpoint.directory, which is not set: name one, or "
+        "use history.source=frozen",
+    ),
+    "first visits of another source": (
+        {"history__first_visit": "full"},
+        "history.first_visit=full is not used by history.source=frozen: leave it out, or use source=previous_visit",
+    ),
+    "a store for first visits in full": (
+        {
+            "history__source": "previous_visit",
+            "history__first_visit": "full",
+            "history__store": "a",
+            "checkpoint__directory": "b",
+        },
+        "history.store=a is not used with history.first_visit=full, which scores nothing: leave it out, or use "
+        "first_visit=frozen",
+    ),
     "tensor": ({"parallel__tensor": 0}, "parallel.tensor=0 is too small: use 1 or more"),
     "pipeline": ({"parallel__pipeline": -1}, "parallel.pipeline=-1 is too small: use 1 or more"),
     "context": ({"parallel__context": 0}, "parallel.context=0 is too small: use 1 or more"),
