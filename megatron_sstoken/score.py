@@ -7,8 +7,9 @@ from dataclasses import replace
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import CheckpointSettings, LoggingSettings, Settings
 from megatron_sstoken.ending import run_to_exit_code
-from megatron_sstoken.history.source import open_history
+from megatron_sstoken.history.source import history_sources, open_history
 from megatron_sstoken.parallel import agree_on_problems, create_layout, start_processes
+from megatron_sstoken.run_plan import RunPlan
 from megatron_sstoken.training.loop import model_to_train
 from megatron_sstoken.training.records import write_records
 from megatron_sstoken.training.selector import selector_of
@@ -40,6 +41,7 @@ def run(settings: Settings, output: str) -> None:
         problem = f"output={output} is a folder: name a file, as {output.rstrip('/')}/records.parquet"
     agree_on_problems([problem] if problem else [])
     plan = agreed_plan(settings)
+    agree_on_problems(_history_problems(plan))
     layout = create_layout(settings.parallel, settings.training.seed, settings.training.timeout_minutes)
     history = open_history(plan, layout)
     model = model_to_train(plan, layout, trainable=False)
@@ -48,6 +50,17 @@ def run(settings: Settings, output: str) -> None:
     write_records(model, plan, layout, selector, output, before_publishing=files.require_whole)
     if layout.rank == 0:
         print(f"token records: {output}", flush=True)
+
+
+def _history_problems(plan: RunPlan) -> list[str]:
+    """Whether there is a history without training."""
+    source = plan.settings.history.source
+    if not plan.needs_history or not history_sources()[source].needs_training:
+        return []
+    return [
+        f"history.source={source} follows the weights in training, and scoring trains nothing: use history.source=frozen, with "
+        "history.hf_path for weights other than the starting ones"
+    ]
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ import pkgutil
 from pathlib import Path
 from typing import Any, ClassVar
 
+from megatron.core.optimizer import MegatronOptimizer
+
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import TokenBatch, TokenValues
 from megatron_sstoken.model.build import Model
+from megatron_sstoken.model.optimizer import WeightsCopy
 from megatron_sstoken.parallel import Layout
 from megatron_sstoken.passes.step import TokenReport
 from megatron_sstoken.run_plan import RunPlan
@@ -24,6 +27,12 @@ class HistorySource:
 
     name: ClassVar[str] = ""
     """Value of `history.source`."""
+    passes_per_step: ClassVar[int] = 0
+    """Forward passes over the batch that each step takes for it."""
+    copies_weights: ClassVar[bool] = False
+    """Whether it keeps `weights_copy`."""
+    needs_training: ClassVar[bool] = False
+    """Whether it follows the weights as they are trained, so that scoring without training has no use for it."""
 
     def __init_subclass__(cls) -> None:
         if name := cls.__dict__.get("name"):  # a name of its own, not its parent's
@@ -52,12 +61,22 @@ class HistorySource:
         """Folders that its losses are read from."""
         return []
 
+    def attach(self, optimizer: MegatronOptimizer) -> None:
+        """Get to know the optimizer of a run, whose model holds its starting weights: before a checkpoint is loaded."""
+
+    def weights_copy(self) -> WeightsCopy:
+        """Its copy of the trained weights, which checkpoints hold; the same tensors from `attach` on."""
+        return ()
+
     def prepare(self, model: Model, batches: list[TokenBatch]) -> list[TokenBatch]:
         """This rank's batches with history losses, on the last stage, before a step or scoring; all ranks call it."""
         return batches
 
     def observe(self, reports: list[TokenReport]) -> None:
         """What a training step saw of this rank's batches (on the last stage; nothing elsewhere); all ranks call it."""
+
+    def after_step(self, done: int, *, updated: bool) -> None:
+        """`done` steps are done; `updated`: the last of them has changed the weights (it was not skipped)."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, the same on every rank; goes into checkpoints where it is not empty."""
