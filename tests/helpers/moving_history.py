@@ -1,11 +1,10 @@
 """What tests of moving histories do on each rank."""
 
-from itertools import zip_longest
-
 import torch
 
 from megatron_sstoken.model.build import load_weights
-from megatron_sstoken.parallel import gather_objects, reset_layout
+from megatron_sstoken.model.lora import is_adapter
+from megatron_sstoken.parallel import reset_layout
 from megatron_sstoken.passes import step
 from megatron_sstoken.training import loop, metrics
 from tests.helpers.gradients import gather_whole
@@ -20,13 +19,22 @@ def begin_elsewhere(trainer):
     load_weights(trainer.model, path)
 
 
+def whole_weights(model):
+    """What is trained: the weights by Hugging Face name, of all ranks; or the adapters, of which this rank has all."""
+    if not model.has_adapters:
+        return gather_whole(model, lambda parameter: parameter)
+    (chunk,) = model.unwrapped
+    return {name: value.detach().clone() for name, value in chunk.named_parameters() if is_adapter(name)}
+
+
 def whole_copy(trainer):
-    """The history weights by Hugging Face name, as its pass sees them; afterwards every parameter is what it was."""
+    """The history weights as the pass sees them; afterwards every parameter is what it was."""
+    trainer.model.gather_weights()
     parameters = [value for chunk in trainer.model.unwrapped for value in chunk.parameters()]
     before = [value.detach().clone() for value in parameters]
     with trainer.history.in_place(trainer.model):
         trainer.model.gather_weights()
-        found = gather_whole(trainer.model, lambda parameter: parameter)
+        found = whole_weights(trainer.model)
     trainer.model.gather_weights()
     assert all(torch.equal(one, other) for one, other in zip(parameters, before, strict=True))
     return found
@@ -56,40 +64,39 @@ def follow(rank, settings, skipped=()):
         losses, weights, copies = [], [], []
         for number in range(trainer.plan.num_steps):
             copies.append(whole_copy(trainer))
-            weights.append(gather_whole(trainer.model, lambda parameter: parameter))
+            weights.append(whole_weights(trainer.model))
             loop.gradient_norm = lambda optimizer, number=number: (
                 norm_of(optimizer) if number not in skipped else float("inf")
             )
             told, *_ = loop.training_step(trainer, number)
             losses.append(told.loss_selected)
-        trainer.model.gather_weights()
-        weights.append(gather_whole(trainer.model, lambda parameter: parameter))
         copies.append(whole_copy(trainer))
+        weights.append(whole_weights(trainer.model))
         results.append((losses, list(passes), weights, copies))
         reset_layout()
     loop.gradient_norm = norm_of
     return results if rank == 0 else None
 
 
-def train_to(rank, settings, stops):
-    """Go on with several runs, each to its step of `stops`, and save there. Rank 0 gives for each: losses, history weights
-    and what was told."""
+def train_to(rank, stop, settings):
+    """Go on with several runs to step `stop`, and save there, but at the end. Each rank gives for each: losses, its part of
+    the copy before the first and after the last, and what was told."""
     results = []
-    for one, stop in zip_longest(settings, stops):
+    for one in settings:
         told = []
         metrics.StepLogger.say = lambda self, text, told=told: told.append(text)
         trainer = make_trainer(one)
-        losses = []
+        losses, copies = [], [copy_of(trainer)]
         for number in range(trainer.step, stop):
             losses.append(loop.training_step(trainer, number)[0].loss_selected)
             trainer.step = number + 1
-        loop.save(trainer)
-        copy = {}
-        if trainer.history.weights_copy():
-            copy = gather_objects(
-                {name: value for name, value in enumerate(values for _, values in trainer.history.weights_copy())},
-                trainer.layout,
-            )
-        results.append((losses, copy, told))
+        if stop < trainer.plan.num_steps:
+            loop.save(trainer)
+        results.append((losses, [*copies, copy_of(trainer)], told))
         reset_layout()
-    return results if rank == 0 else None
+    return results
+
+
+def copy_of(trainer):
+    """What this rank holds of the history weights."""
+    return [values.clone() for _, values in trainer.history.weights_copy()]
