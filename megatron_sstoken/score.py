@@ -7,9 +7,8 @@ from dataclasses import replace
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import CheckpointSettings, LoggingSettings, Settings
 from megatron_sstoken.ending import run_to_exit_code
-from megatron_sstoken.history.source import history_sources, open_history
+from megatron_sstoken.history.source import open_history, source_of
 from megatron_sstoken.parallel import agree_on_problems, create_layout, start_processes
-from megatron_sstoken.run_plan import RunPlan
 from megatron_sstoken.training.loop import model_to_train
 from megatron_sstoken.training.records import write_records
 from megatron_sstoken.training.selector import selector_of
@@ -41,7 +40,7 @@ def run(settings: Settings, output: str) -> None:
         problem = f"output={output} is a folder: name a file, as {output.rstrip('/')}/records.parquet"
     agree_on_problems([problem] if problem else [])
     plan = agreed_plan(settings)
-    agree_on_problems(_history_problems(plan))
+    agree_on_problems(_history_problems(settings))
     layout = create_layout(settings.parallel, settings.training.seed, settings.training.timeout_minutes)
     history = open_history(plan, layout)
     model = model_to_train(plan, layout, trainable=False)
@@ -52,14 +51,13 @@ def run(settings: Settings, output: str) -> None:
         print(f"token records: {output}", flush=True)
 
 
-def _history_problems(plan: RunPlan) -> list[str]:
+def _history_problems(settings: Settings) -> list[str]:
     """Whether there is a history without training."""
-    source = plan.settings.history.source
-    if not plan.needs_history or not history_sources()[source].needs_training:
+    if not source_of(settings).needs_training:
         return []
     return [
-        f"history.source={source} follows the weights in training, and scoring trains nothing: use history.source=frozen, with "
-        "history.hf_path for weights other than the starting ones"
+        f"history.source={settings.history.source} follows the weights in training, and scoring trains nothing: use "
+        "history.source=frozen, with history.hf_path for weights other than the starting ones"
     ]
 
 

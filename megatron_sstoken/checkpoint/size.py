@@ -16,8 +16,10 @@ NODE_PROCESSES = 8
 """Processes that a node is assumed to have."""
 
 
-def checkpoint_bytes(a: Architecture, settings: Settings) -> int:
+def checkpoint_bytes(a: Architecture, settings: Settings, *, with_copy: bool = False) -> int:
     """Bytes of one checkpoint: what is trained, in the run's type, and the optimizer's state of it.
+
+    `with_copy`: and a copy of it in fp32, with which history losses are scored.
 
     Every tensor is stored once, however many ranks hold it: of the layout the tensor parallel size alone matters, to which
     the vocabulary is padded. Descriptions come on top, some kilobytes for each tensor.
@@ -28,12 +30,12 @@ def checkpoint_bytes(a: Architecture, settings: Settings) -> int:
         padded = a.padded_vocabulary(settings.model.vocabulary_multiple, settings.parallel.tensor)
         tables = 1 if a.tied_embeddings else 2
         trained = a.num_parameters() + tables * a.hidden_size * (padded - a.vocabulary_size)
-    return trained * (weight_dtype(settings.training.precision).itemsize + OPTIMIZER_BYTES)
+    return trained * (weight_dtype(settings.training.precision).itemsize + OPTIMIZER_BYTES + 4 * with_copy)
 
 
-def describe_checkpoint(a: Architecture, settings: Settings, world_size: int) -> str:
+def describe_checkpoint(a: Architecture, settings: Settings, world_size: int, *, with_copy: bool = False) -> str:
     """Size of one checkpoint and seconds to write it, for people."""
-    size, nodes = checkpoint_bytes(a, settings), math.ceil(world_size / NODE_PROCESSES)
+    size, nodes = checkpoint_bytes(a, settings, with_copy=with_copy), math.ceil(world_size / NODE_PROCESSES)
     meanwhile = "while training goes on" if settings.checkpoint.asynchronous else "while training waits"
     return (
         f"{format_bytes(size)}, about {max(size / (nodes * NODE_SPEED), 0.1):,.1f} s to write at {NODE_SPEED / 1e9:g} GB/s a "

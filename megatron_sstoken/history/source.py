@@ -18,6 +18,7 @@ from megatron_sstoken.model.optimizer import WeightsCopy
 from megatron_sstoken.parallel import Layout
 from megatron_sstoken.passes.step import TokenReport
 from megatron_sstoken.run_plan import RunPlan
+from megatron_sstoken.selection.methods import find_method
 
 _SOURCES: dict[str, type["HistorySource"]] = {}
 
@@ -93,6 +94,12 @@ def history_sources() -> dict[str, type[HistorySource]]:
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{__package__}.{module.name}")
     return dict(sorted(_SOURCES.items()))  # modules may have been imported in any order
+
+
+def source_of(settings: Settings) -> type[HistorySource]:
+    """The source of a run's history; `HistorySource` itself where its method needs none."""
+    needed = "history_loss" in find_method(settings.selection.method).needs
+    return history_sources()[settings.history.source] if needed else HistorySource
 
 
 def open_history(plan: RunPlan, layout: Layout) -> HistorySource:

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_sstoken.checkpoint.size import describe_checkpoint
 from megatron_sstoken.config import Settings
-from megatron_sstoken.history.source import history_sources
+from megatron_sstoken.history.source import source_of
 from megatron_sstoken.model.backend import backend_of, numerics_of, transformer_engine_problem
 from megatron_sstoken.model.lora import describe_trained
 from megatron_sstoken.run_plan import RunPlan
@@ -77,7 +77,7 @@ def _describe_checkpoints(plan: RunPlan) -> str:
         *([f"every {s.checkpoint.save_minutes:g} minutes"] if s.checkpoint.save_minutes else []),
         "at the end",
     ]
-    size = describe_checkpoint(plan.architecture, s, plan.world_size)
+    size = describe_checkpoint(plan.architecture, s, plan.world_size, with_copy=source_of(s).copies_weights)
     return f"{s.checkpoint.directory}, {' and '.join(when)}: {size}"
 
 
@@ -114,5 +114,5 @@ def _describe_selection(settings: Settings) -> str:
     if "attention" in method.needs:
         text += f", gamma {selection.gamma}, layer {selection.layer}"
     if "history_loss" in method.needs:
-        text += f", history {history_sources()[settings.history.source].describe(settings)}"
+        text += f", history {source_of(settings).describe(settings)}"
     return text
