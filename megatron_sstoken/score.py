@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 
 from megatron_sstoken.command_line import parse_settings
-from megatron_sstoken.config import CheckpointSettings, LoggingSettings, Settings
+from megatron_sstoken.config import CheckpointSettings, LoggingSettings, Settings, SettingsError
 from megatron_sstoken.ending import run_to_exit_code
 from megatron_sstoken.history.source import open_history, source_of
 from megatron_sstoken.parallel import agree_on_problems, create_layout, start_processes
@@ -40,7 +40,8 @@ def run(settings: Settings, output: str) -> None:
         problem = f"output={output} is a folder: name a file, as {output.rstrip('/')}/records.parquet"
     agree_on_problems([problem] if problem else [])
     plan = agreed_plan(settings)
-    agree_on_problems(_history_problems(settings))
+    if moving := history_that_moves(settings):
+        raise SettingsError([moving])
     layout = create_layout(settings.parallel, settings.training.seed, settings.training.timeout_minutes)
     history = open_history(plan, layout)
     model = model_to_train(plan, layout, trainable=False)
@@ -51,14 +52,14 @@ def run(settings: Settings, output: str) -> None:
         print(f"token records: {output}", flush=True)
 
 
-def _history_problems(settings: Settings) -> list[str]:
-    """Whether there is a history without training."""
+def history_that_moves(settings: Settings) -> str | None:
+    """Why there are no history losses without training."""
     if not source_of(settings).needs_training:
-        return []
-    return [
-        f"history.source={settings.history.source} follows the weights in training, and scoring trains nothing: use "
-        "history.source=frozen, with history.hf_path for weights other than the starting ones"
-    ]
+        return None
+    return (
+        f"history.source={settings.history.source} compares with what training has gone through, and scoring trains nothing: "
+        "use history.source=frozen, and name the weights with history.hf_path"
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from megatron_sstoken.model.lora import num_adapter_parameters
 
 OPTIMIZER_BYTES = 12
 """Of each trained parameter: its fp32 copy and two moments, in fp32 whatever the run keeps them in."""
+COPY_BYTES = 4
+"""Of each trained parameter in a copy of the weights that history losses are scored with: fp32."""
 NODE_SPEED = 2e9
 """Bytes a second that a node is assumed to write: half of what four NVMe drives or a share of a parallel file system give."""
 NODE_PROCESSES = 8
@@ -24,13 +26,17 @@ def checkpoint_bytes(a: Architecture, settings: Settings, *, with_copy: bool = F
     Every tensor is stored once, however many ranks hold it: of the layout the tensor parallel size alone matters, to which
     the vocabulary is padded. Descriptions come on top, some kilobytes for each tensor.
     """
+    width = weight_dtype(settings.training.precision).itemsize
+    return trained_parameters(a, settings) * (width + OPTIMIZER_BYTES + (COPY_BYTES if with_copy else 0))
+
+
+def trained_parameters(a: Architecture, settings: Settings) -> int:
+    """Parameters that a run trains, those of the padded vocabulary among them."""
     if settings.lora.rank:
-        trained = num_adapter_parameters(a, settings.lora)
-    else:
-        padded = a.padded_vocabulary(settings.model.vocabulary_multiple, settings.parallel.tensor)
-        tables = 1 if a.tied_embeddings else 2
-        trained = a.num_parameters() + tables * a.hidden_size * (padded - a.vocabulary_size)
-    return trained * (weight_dtype(settings.training.precision).itemsize + OPTIMIZER_BYTES + 4 * with_copy)
+        return num_adapter_parameters(a, settings.lora)
+    padded = a.padded_vocabulary(settings.model.vocabulary_multiple, settings.parallel.tensor)
+    tables = 1 if a.tied_embeddings else 2
+    return a.num_parameters() + tables * a.hidden_size * (padded - a.vocabulary_size)
 
 
 def describe_checkpoint(a: Architecture, settings: Settings, world_size: int, *, with_copy: bool = False) -> str:

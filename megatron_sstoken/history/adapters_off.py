@@ -22,12 +22,7 @@ class AdaptersOff(HistorySource):
             found.append(
                 f"history.source=adapters_off needs lora.rank > 0, which is {rank}: set it, or use history.source=frozen"
             )
-        for name in ("hf_path", "store"):
-            if (value := getattr(settings.history, name)) is not None:
-                found.append(
-                    f"history.{name}={value} is not used by history.source=adapters_off: leave it out, or use source=frozen"
-                )
-        return found
+        return found + super().problems(settings)
 
     def prepare(self, model: Model, batches: list[TokenBatch]) -> list[TokenBatch]:
         with model.evaluating(), model.adapters_off() as base:

@@ -33,6 +33,7 @@ class Frozen(HistorySource):
     """Reads the losses of a store, which it fills first if need be."""
 
     name = "frozen"
+    uses = frozenset({"hf_path", "store"})
 
     def __init__(self, column: TokenColumn):
         self.column = column

@@ -11,8 +11,10 @@ from dataclasses import replace
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_sstoken.checkpoint.size import COPY_BYTES, trained_parameters
 from megatron_sstoken.config import HistorySettings, Settings
 from megatron_sstoken.data.batches import TokenBatch
+from megatron_sstoken.files import format_bytes
 from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.model.optimizer import WeightsCopy, owned_ranges, parts_of
@@ -34,17 +36,18 @@ class Moving(HistorySource):
 
     @classmethod
     def problems(cls, settings: Settings) -> list[str]:
-        found = [
-            f"history.{name}={value} is not used by history.source={cls.name}: leave it out, or use source=frozen"
-            for name in ("hf_path", "store")
-            if (value := getattr(settings.history, name)) is not None
-        ]
+        found = super().problems(settings)
         if settings.training.precision == "fp8" and settings.training.fp8_recipe == "delayed":
             found.append(
                 "training.fp8_recipe=delayed takes its scales from earlier passes, some of which "
                 f"history.source={cls.name} makes with other weights: use fp8_recipe=tensorwise"
             )
         return found
+
+    @classmethod
+    def describe_work(cls, plan: RunPlan) -> str:
+        size = format_bytes(COPY_BYTES * trained_parameters(plan.architecture, plan.settings))
+        return f"one forward pass a step under a copy of the trained weights, {size} over all ranks"
 
     @classmethod
     def open(cls, plan: RunPlan, layout: Layout) -> "Moving":
@@ -87,10 +90,11 @@ class Snapshot(Moving):
     """The weights as they were at the last step that `history.every` divides, and before the first at the start."""
 
     name = "snapshot"
+    uses = frozenset({"every"})
 
     @classmethod
     def describe(cls, settings: Settings) -> str:
-        return f"{cls.name} (copy of the weights every {settings.history.every} steps; one forward pass a step)"
+        return f"{cls.name} (of every {settings.history.every} steps)"
 
     def after_step(self, done: int, *, updated: bool) -> None:
         # After a step that was skipped as well: the weights are what they were before it.
@@ -103,10 +107,11 @@ class MovingAverage(Moving):
     """copy ← decay · copy + (1 − decay) · weights after each update."""
 
     name = "ema"
+    uses = frozenset({"decay"})
 
     @classmethod
     def describe(cls, settings: Settings) -> str:
-        return f"{cls.name} (average of the weights, decay {settings.history.decay}; one forward pass a step)"
+        return f"{cls.name} (decay {settings.history.decay})"
 
     def after_step(self, done: int, *, updated: bool) -> None:
         if updated:

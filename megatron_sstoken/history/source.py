@@ -6,6 +6,7 @@ A source is one file: a subclass of `HistorySource` with a name. Nothing else kn
 import functools
 import importlib
 import pkgutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,12 +29,14 @@ class HistorySource:
 
     name: ClassVar[str] = ""
     """Value of `history.source`."""
+    uses: ClassVar[frozenset[str]] = frozenset()
+    """The other settings of `history` that it reads."""
+    needs_training: ClassVar[bool] = False
+    """Whether its losses come about while a run trains: a scoring run has none of them."""
     passes_per_step: ClassVar[int] = 0
     """Forward passes over the batch that each step takes for it."""
     copies_weights: ClassVar[bool] = False
     """Whether it keeps `weights_copy`."""
-    needs_training: ClassVar[bool] = False
-    """Whether it follows the weights as they are trained, so that scoring without training has no use for it."""
 
     def __init_subclass__(cls) -> None:
         if name := cls.__dict__.get("name"):  # a name of its own, not its parent's
@@ -41,13 +44,18 @@ class HistorySource:
 
     @classmethod
     def problems(cls, settings: Settings) -> list[str]:
-        """Which settings it cannot work with, as messages."""
-        return []
+        """Which settings it cannot work with, as messages: here those of `history` that it would ignore."""
+        return _ignored(settings, cls)
 
     @classmethod
     def describe(cls, settings: Settings) -> str:
         """For the run plan."""
         return cls.name
+
+    @classmethod
+    def describe_work(cls, plan: RunPlan) -> str | None:
+        """For the run plan: what it computes or keeps besides the steps themselves."""
+        return None
 
     @classmethod
     def open(cls, plan: RunPlan, layout: Layout) -> "HistorySource":
@@ -85,6 +93,20 @@ class HistorySource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave."""
+
+
+def _ignored(settings: Settings, source: type[HistorySource]) -> list[str]:
+    """A message for every setting of `history` that is set and that the source does not read."""
+    found = []
+    for field in fields(settings.history):
+        value = getattr(settings.history, field.name)
+        if value == field.default or field.name in {"source", *source.uses}:
+            continue
+        others = " or ".join(name for name, one in history_sources().items() if field.name in one.uses)
+        found.append(
+            f"history.{field.name}={value} is not used by history.source={source.name}: leave it out, or use source={others}"
+        )
+    return found
 
 
 @functools.cache

@@ -7,6 +7,7 @@ listed tensor by tensor; `tests/unit/planner` and `benchmarks/plan_check.py` com
 import math
 from dataclasses import dataclass, fields
 
+from megatron_sstoken.checkpoint.size import COPY_BYTES
 from megatron_sstoken.model.head import CHUNK_ROWS
 from megatron_sstoken.planner.hardware import Assumptions
 from megatron_sstoken.planner.workload import Workload
@@ -277,7 +278,7 @@ def stage_memory(w: Workload, stage: int, assumptions: Assumptions) -> StageMemo
         "optimizer": optimizer_bytes(w, shard),
         "activations": activation_bytes(w, stage) + received_bytes(w, stage),
         "head": head_bytes(w) if stage == w.pipeline - 1 else 0,
-        "selection": selection_bytes(w, stage) + (4 * shard if w.copies_weights else 0),
+        "selection": selection_bytes(w, stage) + (COPY_BYTES * shard if w.copies_weights else 0),
         "working": working_bytes(w),
     }
     given_back = parts["activations"] + parts["head"] + parts["working"]

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_sstoken.checkpoint.size import checkpoint_bytes
+from megatron_sstoken.conversion.inspection import describe_checkpoint, format_description
+from megatron_sstoken.model.families import read_architecture
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.gradients import largest_difference, run_cases
 from tests.helpers.moving_history import begin_elsewhere, follow, train_to
@@ -28,14 +31,15 @@ def folder(tmp_path_factory):
 
 
 def settings_of(folder, source="ema", **changes):
-    moving = {"history__source": source, "history__decay": DECAY, "history__every": EVERY}
+    own = {"ema": {"history__decay": DECAY}, "snapshot": {"history__every": EVERY}}.get(source, {})
     return make_settings(
         f"{folder}/model",
         f"{folder}/data",
         data__shuffle=False,
         training__global_batch_size=GLOBAL_BATCH,
         training__micro_batch_size=2,
-        **(moving | changes),
+        history__source=source,
+        **(own | changes),
     )
 
 
@@ -191,6 +195,16 @@ def test_the_same_layout_goes_on_bit_for_bit(folder, stopped, tmp_path):
             assert "note: the run goes on with other settings: history.source: frozen → ema" in told
             assert f"note: {tmp_path}/frozen/step_0000003 holds no weights of the history" in "\n".join(told)
             assert "history" not in "\n".join(found[0][2])
+
+
+def test_a_checkpoint_tells_of_the_copy_and_is_as_large_as_the_plan_says(folder, stopped):
+    settings = run_of(folder, "ema", folder / "stopped-ema")
+    described = describe_checkpoint(str(folder / "stopped-ema"))
+    found = sum(described[name] for name in ("weights_bytes", "optimizer_bytes", "history_bytes"))
+    assert found == checkpoint_bytes(read_architecture(settings.model.hf_path), settings, with_copy=True)
+    assert described["history_bytes"] == 4 * described["parameters"] == described["weights_bytes"]
+    assert "history      " in format_description(described)
+    assert describe_checkpoint(str(folder / "stopped-frozen"))["history_bytes"] == 0
 
 
 @pytest.mark.parametrize(
