@@ -15,10 +15,16 @@ from tests.helpers.moving_history import begin_elsewhere, follow, train_to
 from tests.helpers.workbench import LAYOUTS, load_model, make_model, make_samples, make_settings, make_store
 from tests.reference.hf_reference import Objective, train_full
 
+pytestmark = pytest.mark.timeout(400)
+
 NUM_STEPS, GLOBAL_BATCH, DECAY, EVERY = 5, 8, 0.7, 2
 SAMPLES = make_samples(NUM_STEPS * GLOBAL_BATCH, seed=5)
 ALL_LAYOUTS = LAYOUTS | {"cp2": (2, {"parallel.context": 2})}
-FAST = ("dp2", "pp2-vpp2")
+
+
+def layouts(*fast):
+    """All of them; those that tell most are run always."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in ALL_LAYOUTS]
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +90,7 @@ def reference(folder):
     return [one["loss"] for one in steps]
 
 
-@pytest.mark.parametrize(
-    "layout", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ALL_LAYOUTS]
-)
+@pytest.mark.parametrize("layout", layouts("dp2"))
 def test_every_layout_makes_the_same_copy_as_a_plain_loop(folder, reference, layout):
     """And the pass under it leaves every parameter as it was, in fp32 and bf16 (`whole_copy`)."""
     num_ranks, parallel = ALL_LAYOUTS[layout]
@@ -108,9 +112,7 @@ def unsharded(folder):
     return run_distributed(run_cases, 1, [settings])[0][0]
 
 
-@pytest.mark.parametrize(
-    "layout", [name if name == "pp2-vpp2" else pytest.param(name, marks=pytest.mark.slow) for name in ALL_LAYOUTS]
-)
+@pytest.mark.parametrize("layout", layouts("pp2-vpp2"))
 def test_the_selected_set_and_gradients_are_those_of_the_same_history_in_a_store(folder, unsharded, layout):
     num_ranks, parallel = ALL_LAYOUTS[layout]
     settings = settings_of(folder, training__steps=1, **parallel)
@@ -207,9 +209,8 @@ def test_a_checkpoint_tells_of_the_copy_and_is_as_large_as_the_plan_says(folder,
     assert describe_checkpoint(str(folder / "stopped-frozen"))["history_bytes"] == 0
 
 
-@pytest.mark.parametrize(
-    "layout", ["tp2-sequence", *(pytest.param(name, marks=pytest.mark.slow) for name in ("single", "pp2"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["single", "tp2-sequence", "pp2"])
 def test_another_layout_goes_on_closely(folder, stopped, tmp_path, layout):
     num_ranks, parallel = LAYOUTS[layout]
     sources = ("ema", "snapshot")

@@ -11,6 +11,8 @@ from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.moving_history import copy_of, follow
 from tests.helpers.workbench import make_model, make_samples, make_settings, make_store, make_trainer, run_training
 
+pytestmark = pytest.mark.timeout(400)
+
 STEPS, DECAY = 3, 0.5
 
 
@@ -63,7 +65,6 @@ def copies_of_a_run(rank, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("source", ["ema", "snapshot"])
 def test_the_copy_is_the_same_wherever_the_optimizers_state_lies(folder, source):
     half = {"training__precision": "bf16", "model__backend": "torch"}

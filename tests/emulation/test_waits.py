@@ -73,6 +73,7 @@ def test_one_process_waits_once_a_step(paths):
         "sstoken": {},
         "random by sample average": {"selection__method": "random", "selection__loss_average": "sample"},
         "entropy and context": {"logging__context_loss": True},
+        "a history that moves": {"history__hf_path": None, "history__source": "ema"},
     }
     (results,) = run_pretended(second_steps, 1, [settings_of(paths, **changes) for changes in cases.values()])
     for name, (waits, mixed, num_micro_batches, _) in zip(cases, results, strict=True):
