@@ -9,7 +9,7 @@ import torch
 from megatron_sstoken.checkpoint.size import checkpoint_bytes
 from megatron_sstoken.conversion.inspection import describe_checkpoint, format_description
 from megatron_sstoken.model.families import read_architecture
-from tests.helpers.distributed_runner import run_distributed
+from tests.helpers import distributed_runner
 from tests.helpers.gradients import largest_difference, run_cases
 from tests.helpers.moving_history import begin_elsewhere, follow, train_to
 from tests.helpers.workbench import LAYOUTS, load_model, make_model, make_samples, make_settings, make_store
@@ -20,6 +20,11 @@ pytestmark = pytest.mark.timeout(400)
 NUM_STEPS, GLOBAL_BATCH, DECAY, EVERY = 5, 8, 0.7, 2
 SAMPLES = make_samples(NUM_STEPS * GLOBAL_BATCH, seed=5)
 ALL_LAYOUTS = LAYOUTS | {"cp2": (2, {"parallel.context": 2})}
+
+
+def run_distributed(function, num_ranks, *args):
+    """With time for a machine that is busy."""
+    return distributed_runner.run_distributed(function, num_ranks, *args, timeout=350)
 
 
 def layouts(*fast):
