@@ -62,6 +62,19 @@ def finalize_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor | 
         chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))  # type: ignore[operator]
 
 
+def gather_in_next_pass(chunk: torch.nn.Module) -> None:
+    """Let the next forward pass gather the weights of a chunk (a DistributedDataParallel that overlaps the two) anew.
+
+    0.19 has a method for it, 0.16 has not.
+    """
+    if hasattr(chunk, "reset_param_sync_dispatch_state"):
+        chunk.reset_param_sync_dispatch_state()  # type: ignore[operator]
+        return
+    for group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:  # type: ignore[misc]
+        assert group.param_gather_handle is None, "the pass before has waited for all that it gathered"
+        group.param_gather_dispatched = False
+
+
 def dense_mlp(layer: TransformerLayerSubmodules) -> MLPSubmodules | None:
     """What the feed-forward part of a layer's spec is made of, to be changed in place; None for a mixture of experts.
 

@@ -31,6 +31,7 @@ class PrivateName:
 
 _BUILD, _LAST, _LORA = "model/build.py", "model/last_layer.py", "model/lora.py"
 _TE_LORA = "model/lora_transformer_engine.py"
+_MODEL_OPTIMIZER = "model/optimizer.py"
 _STATE, _STORED, _CONTENTS = "checkpoint/optimizer_state.py", "conversion/torch_dist.py", "conversion/contents.py"
 _MEGATRON = "megatron.core."
 _LAYERS = "megatron.core.tensor_parallel.layers"
@@ -226,8 +227,43 @@ _MEGATRON_STATE = (
     PrivateName(
         _OPTIMIZER,
         "gbuf_ranges",
-        (_STATE,),
+        (_MODEL_OPTIMIZER,),
         "For each buffer its buckets; their param_map says which range of which parameter this rank holds.",
+        in_text=True,
+    ),
+    PrivateName(
+        _OPTIMIZER,
+        "model_param_group_index_map",
+        (_MODEL_OPTIMIZER,),
+        "Where the range of a parameter that this rank holds stands in the inner optimizer's groups.",
+        in_text=True,
+    ),
+    PrivateName(
+        _OPTIMIZER,
+        "master_param",
+        (_MODEL_OPTIMIZER,),
+        "Key of fp32 weights in the state of optimizers that keep them there.",
+        in_text=True,
+    ),
+    PrivateName(
+        _GRADIENTS,
+        "param_gather_dispatched",
+        ("compat.py",),
+        "Of a group of buckets: whether the next forward pass finds its weights gathered. Set to False where they are not.",
+        in_text=True,
+    ),
+    PrivateName(
+        _GRADIENTS,
+        "param_gather_handle",
+        ("compat.py",),
+        "Of a group of buckets: what waits for its weights, None once they are there.",
+        in_text=True,
+    ),
+    PrivateName(
+        _DATA_PARALLEL,
+        "expert_parallel_bucket_groups",
+        ("compat.py",),
+        "The groups of buckets of experts' weights, beside `bucket_groups` of all others.",
         in_text=True,
     ),
     PrivateName(
@@ -253,7 +289,7 @@ _MEGATRON_STATE = (
     PrivateName(
         _MEGATRON + "optimizer.optimizer",
         "chained_optimizers",
-        (_STATE,),
+        (_MODEL_OPTIMIZER,),
         "The optimizers that a mixture of experts has two of.",
         in_text=True,
     ),

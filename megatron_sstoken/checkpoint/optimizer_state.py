@@ -19,10 +19,15 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_sstoken.model.optimizer import fuse_adamw
+from megatron_sstoken.model.optimizer import WeightsCopy, fuse_adamw, owned_ranges, parts_of
 
 _FORM = "fully_reshardable"
 """megatron's name of the form that moves between all layouts."""
+
+_STATE = "optimizer.state."
+"""How megatron's names of optimizer state begin."""
+HISTORY_WEIGHTS = "history.weights."
+"""How names in a checkpoint begin of the weights that history losses are scored with, where they are a copy."""
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and size in each dimension."""
@@ -71,7 +76,7 @@ def sharded_optimizer_state(
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
     """Give an optimizer the state that `dist_checkpointing` has loaded."""
     _take_bounds_of(optimizer, state)
-    parts = _parts(optimizer)
+    parts = parts_of(optimizer)
     # A mixture of experts has two optimizers, whose states stand under their numbers.
     states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
     stored = [part_state.pop("param_state") for part_state in states]
@@ -79,13 +84,10 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[Any, Any]) ->
     fuse_adamw(optimizer)  # whatever the checkpoint's groups say
     for part, tensors in zip(parts, stored, strict=True):
         _own_steps(part)
-        for number, (parameter, _) in enumerate(_ranges(part)):
-            held = part._get_main_param_and_optimizer_states(parameter)
-            loaded = {
-                name: torch.cat([pieces[index].flatten() for index in sorted(pieces)])
-                for name, pieces in tensors[number].items()
-            }
-            part._set_main_param_and_optimizer_states(parameter, held | loaded)
+        for number, owned in enumerate(owned_ranges(part)):
+            held = part._get_main_param_and_optimizer_states(owned.parameter)
+            loaded = {name: _joined(pieces) for name, pieces in tensors[number].items()}
+            part._set_main_param_and_optimizer_states(owned.parameter, held | loaded)
         if hasattr(part.optimizer, "_sync_hdo_state_to_sub_optimizers"):  # where a part of it lives on the CPU
             part.optimizer._sync_hdo_state_to_sub_optimizers()
 
@@ -94,7 +96,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[Any, Any]) ->
 def _own_part_alone(optimizer: MegatronOptimizer) -> Iterator[None]:
     """Within, megatron's `fully_reshardable` form is what this module makes of it."""
     name = "sharded_param_state_fully_reshardable"
-    parts = _parts(optimizer)
+    parts = parts_of(optimizer)
     for part in parts:
         _prepare_adam_state(part)
         setattr(part, name, functools.partial(_own_part, part))
@@ -107,23 +109,53 @@ def _own_part_alone(optimizer: MegatronOptimizer) -> Iterator[None]:
 
 def _own_part(part: Any, weights: dict[str, Any], is_loading: bool = False, metadata: Any = None) -> Any:
     """This rank's ranges of all parameters: number → name of the state → number of the box → ShardedTensor."""
-    entries = {
-        entry.data: entry for entry in nested_values(weights) if isinstance(entry, ShardedTensor | ShardedTensorFactory)
-    }
+    entries = _entries(weights)
     found = {
         number: {
-            name: dict(enumerate(_in_boxes(entries[parameter], name, values.float(), start)))
-            for name, values in part._get_main_param_and_optimizer_states(parameter).items()
+            name: dict(enumerate(_in_boxes(entries[owned.parameter], f"{_STATE}{name}.", values.float(), owned.start)))
+            for name, values in part._get_main_param_and_optimizer_states(owned.parameter).items()
             if name != "step"  # one for all, which stands in the parameter groups
         }
-        for number, (parameter, start) in enumerate(_ranges(part))
+        for number, owned in enumerate(owned_ranges(part))
     }
     # Where it is empty, it must not be taken for a part of what all ranks have in common.
     return found or LocalNonpersistentObject(found)
 
 
-def _in_boxes(entry: Any, name: str, values: torch.Tensor, start: int) -> Iterator[ShardedTensor]:
-    """`values`, the elements of a parameter from `start` on, as boxes of what the checkpoint holds of its state `name`.
+def sharded_copy(copy: WeightsCopy, weights: dict[str, Any]) -> Any:
+    """What `dist_checkpointing` saves of a copy of the trained weights, or fills: this rank's ranges, fp32, as of the state.
+
+    `weights` as in `sharded_optimizer_state`.
+    """
+    entries = _entries(weights)
+    found = {
+        number: dict(enumerate(_in_boxes(entries[owned.parameter], HISTORY_WEIGHTS, values, owned.start)))
+        for number, (owned, values) in enumerate(copy)
+    }
+    return found or LocalNonpersistentObject(found)
+
+
+@torch.no_grad()
+def load_copy(copy: WeightsCopy, loaded: dict[int, dict[int, torch.Tensor]]) -> None:
+    """Give a copy of the weights what `dist_checkpointing` has loaded of it."""
+    for number, (_, values) in enumerate(copy):
+        values.copy_(_joined(loaded[number]))
+
+
+def _entries(weights: dict[str, Any]) -> dict[torch.Tensor, Any]:
+    """Parameter → where it lies in the whole."""
+    return {
+        entry.data: entry for entry in nested_values(weights) if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+    }
+
+
+def _joined(pieces: dict[int, torch.Tensor]) -> torch.Tensor:
+    """Boxes by number → the elements of the range that they were cut from."""
+    return torch.cat([pieces[index].flatten() for index in sorted(pieces)])
+
+
+def _in_boxes(entry: Any, prefix: str, values: torch.Tensor, start: int) -> Iterator[ShardedTensor]:
+    """`values`, the elements of a parameter from `start` on, as boxes of what the checkpoint holds under `prefix` and its name.
 
     `entry` says where the parameter lies in the whole; of some it makes several tensors, as of gate and up projections.
     """
@@ -131,7 +163,7 @@ def _in_boxes(entry: Any, name: str, values: torch.Tensor, start: int) -> Iterat
     stop = start + len(values)
     # Made of a tensor without memory, they tell by their place in it which elements they hold.
     whole = torch.empty(entry.data.shape, device="meta")
-    changes: dict[str, Any] = {"key": f"optimizer.state.{name}.{entry.key}", "data": whole}
+    changes: dict[str, Any] = {"key": f"{prefix}{entry.key}", "data": whole}
     if isinstance(entry, ShardedTensorFactory):
         pieces = list(nested_values(replace(entry, **changes).build()))
     else:
@@ -153,20 +185,6 @@ def _in_boxes(entry: Any, name: str, values: torch.Tensor, start: int) -> Iterat
                 prepend_axis_num=0,
             )
             begin += count
-
-
-def _ranges(part: Any) -> Iterator[tuple[torch.nn.Parameter, int]]:
-    """The parameters of which this rank holds state, each with the first of its flattened elements."""
-    for buffer in part.gbuf_ranges:
-        for buckets in buffer.values():
-            for bucket in buckets:
-                for parameter, ranges in bucket["param_map"].items():
-                    yield parameter, ranges["param"].start
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """megatron's distributed optimizers: one, or one more for experts."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def _on_torch(part: Any) -> bool:

@@ -28,7 +28,13 @@ from megatron_sstoken.checkpoint.manifest import (
     tidy,
     write_run_state,
 )
-from megatron_sstoken.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
+from megatron_sstoken.checkpoint.optimizer_state import (
+    HISTORY_WEIGHTS,
+    load_copy,
+    load_optimizer_state,
+    sharded_copy,
+    sharded_optimizer_state,
+)
 from megatron_sstoken.checkpoint.writer import Writing, prepare_writer
 from megatron_sstoken.compat import load_options, save_options
 from megatron_sstoken.config import SettingsError
@@ -37,8 +43,11 @@ from megatron_sstoken.files import publish_folder, write_failure
 from megatron_sstoken.integrity import checksum_of, write_checksums
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.model.lora import is_adapter
+from megatron_sstoken.model.optimizer import WeightsCopy
 from megatron_sstoken.parallel import Layout, broadcast_object, gather_objects, is_lost_connection
 
+_COPY = "history_weights"
+"""The copy of the weights in the state that `dist_checkpointing` is given."""
 _EXTRA = "_extra_state"  # Transformer Engine's name for the scales and largest values of FP8 training
 
 
@@ -105,12 +114,13 @@ def begin_save(
     optimizer: MegatronOptimizer | None,
     scheduler: OptimizerParamScheduler | None,
     history: dict[str, Any] | None = None,
+    copy: WeightsCopy = (),
 ) -> UnfinishedSave:
     """Begin to save everything that resuming needs, as it is now: training may go on at once. All ranks call it.
 
     Without an optimizer only the weights are saved (conversion); of a model with adapters these alone. `history`: what the
-    history source wants to find again, the same on every rank. One save at a time. Raises OSError where nothing can be
-    written.
+    history source wants to find again, the same on every rank; `copy`: its copy of the weights. One save at a time. Raises
+    OSError where nothing can be written.
     """
     assert (state.adapters is not None) == model.has_adapters
     partial = Path(directory) / f"step_{state.step:07d}.partial"
@@ -118,7 +128,7 @@ def begin_save(
         drop(partial)
         partial.mkdir(parents=True)
     dist.barrier(group=model.layout.control)
-    content = _sharded_state(model, optimizer, scheduler, adapters=model.has_adapters, is_loading=False)
+    content = _sharded_state(model, optimizer, scheduler, copy, adapters=model.has_adapters, is_loading=False)
     content["random"] = _random_states(model)
     if history:
         content["history"] = history
@@ -139,9 +149,10 @@ def save_checkpoint(
     scheduler: OptimizerParamScheduler | None,
     keep: int | None,
     history: dict[str, Any] | None = None,
+    copy: WeightsCopy = (),
 ) -> Path:
     """`begin_save` and `finish` in one. All ranks call it."""
-    return begin_save(directory, state, model, optimizer, scheduler, history).finish(keep)
+    return begin_save(directory, state, model, optimizer, scheduler, history, copy).finish(keep)
 
 
 @contextmanager
@@ -163,16 +174,18 @@ def load_checkpoint(
     model: Model,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
+    copy: WeightsCopy = (),
 ) -> dict[str, Any]:
     """Load weights and, where given, optimizer and scheduler, on any layout. All ranks call it.
 
     A checkpoint of adapters fills the adapters of a model and nothing else; any other checkpoint all but
-    these. Random states belong to processes: they come back where the layout is as it was. Returns the state of the history
-    source, which may be empty.
+    these. Random states belong to processes: they come back where the layout is as it was. `copy`: that of the history source,
+    filled where it is given, which a checkpoint must then hold (`holds_copy`). Returns the state of the history source, which
+    may be empty.
     """
     folder, adapters = checkpoint.folder, checkpoint.state.adapters is not None
     stored = _require_readable(checkpoint, model.layout)
-    wanted = _sharded_state(model, optimizer, scheduler, adapters=adapters, is_loading=True)
+    wanted = _sharded_state(model, optimizer, scheduler, copy, adapters=adapters, is_loading=True)
     same_split = checkpoint.state.split == _split(model)
     if optimizer is not None and same_split:
         wanted["random"] = _random_object(model) if _OBJECT in stored else _random_states(model)
@@ -185,11 +198,21 @@ def load_checkpoint(
     if optimizer is not None:
         model.needs_calibration = False  # the scales of the run are in its checkpoint
         load_optimizer_state(optimizer, state["optimizer"])
+    if copy:
+        load_copy(copy, state[_COPY])
     if scheduler is not None:
         scheduler.load_state_dict(state["scheduler"])
     if "random" in wanted:
         _set_random_states(state["random"])
     return state.get("history", {})
+
+
+def holds_copy(checkpoint: Checkpoint, layout: Layout) -> bool:
+    """Whether a checkpoint holds a copy of the weights that history losses are scored with. All ranks call it."""
+    found = layout.rank == 0 and any(
+        name.startswith(HISTORY_WEIGHTS) for name in checkpoint.metadata.state_dict_metadata
+    )
+    return broadcast_object(found, source=0, group=layout.control)
 
 
 def _require_whole(directory: str, partial: Path, layout: Layout) -> None:
@@ -245,7 +268,9 @@ def _chunk_names(model: Model) -> list[str]:
     return [f"model{index}" for index in range(len(model.unwrapped))]
 
 
-def _sharded_state(model, optimizer, scheduler, *, adapters: bool, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(
+    model, optimizer, scheduler, copy: WeightsCopy, *, adapters: bool, is_loading: bool
+) -> dict[str, Any]:
     """The state to save or load: of the adapters, or of all but them."""
     metadata = {"dp_cp_group": model.layout.groups.dp_cp}
     chunks = {
@@ -259,6 +284,8 @@ def _sharded_state(model, optimizer, scheduler, *, adapters: bool, is_loading: b
     state: dict[str, Any] = dict(chunks)
     if optimizer is not None:
         state["optimizer"] = sharded_optimizer_state(optimizer, chunks, metadata, is_loading=is_loading)
+    if copy:
+        state[_COPY] = sharded_copy(copy, chunks)
     if scheduler is not None:
         state["scheduler"] = scheduler.state_dict()
     return state

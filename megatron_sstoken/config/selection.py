@@ -161,11 +161,21 @@ class HistorySettings:
 
     previous_visit: the loss that a token had when its sample was last trained on, one epoch ago; no pass at all, and
     `first_visit` for the first epoch. Needs checkpoint.directory.
+
+    snapshot: a copy of the weights that are trained, renewed every `every` steps. ema: their exponential moving average
+    (`decay`). Both begin at the starting weights, score each batch in one forward pass a step, and keep 4 bytes a trained
+    parameter, dealt out as the optimizer's state.
     """
 
     first_visit: Literal["frozen", "full"] = "frozen"
     """What previous_visit does with samples that it has not seen yet. frozen: history of frozen weights, scored once; full: it
     trains on all of their response tokens."""
+
+    every: int = 100
+    """With snapshot: steps from one copy to the next."""
+
+    decay: float = 0.999
+    """With ema: share of the average that stays in each step; 1 − decay is that of the new weights."""
 
     hf_path: str | None = None
     """Hugging Face folder of the history model; default: the starting weights."""
@@ -176,3 +186,13 @@ class HistorySettings:
 
     store: str | None = None
     """Folder of the history losses; default: a folder under `data.train`/history named by the fingerprint."""
+
+    def problems(self) -> list[str]:
+        """Rules that need this section alone."""
+        rules = Rules("history", self)
+        rules.at_least("every", 2)
+        rules.require(
+            0 < self.decay < 1,
+            f"history.decay={self.decay} is outside (0, 1): use 0.99 to 0.9999, or history.source=frozen for weights that stay",
+        )
+        return rules.broken

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sstoken.checkpoint.manifest import open_checkpoint
+from megatron_sstoken.checkpoint.optimizer_state import HISTORY_WEIGHTS
 from megatron_sstoken.conversion.torch_dist import CheckpointReader
 from megatron_sstoken.files import format_bytes
 
@@ -30,7 +31,8 @@ def describe_checkpoint(checkpoint: str) -> dict[str, Any]:
         for key, entry in sorted(CheckpointReader(folder).tensors.items())
     ]
     optimizer = [one for one in tensors if one["name"].startswith(_OPTIMIZER)]
-    weights = [one for one in tensors if not one["name"].startswith((_OPTIMIZER, _RANDOM))]
+    history = [one for one in tensors if one["name"].startswith(HISTORY_WEIGHTS)]
+    weights = [one for one in tensors if not one["name"].startswith((_OPTIMIZER, _RANDOM, HISTORY_WEIGHTS))]
     return {
         "checkpoint": str(folder),
         "step": state.step,
@@ -41,6 +43,7 @@ def describe_checkpoint(checkpoint: str) -> dict[str, Any]:
         "weights_bytes": sum(one["bytes"] for one in weights),
         "optimizer": bool(optimizer),
         "optimizer_bytes": sum(one["bytes"] for one in optimizer),
+        "history_bytes": sum(one["bytes"] for one in history),
         "files_bytes": sum(path.stat().st_size for path in Path(folder).iterdir() if path.is_file()),
         "tensors": tensors,
     }
@@ -66,6 +69,7 @@ def format_description(description: dict[str, Any]) -> str:
         f"parameters   {one['parameters']:,} (with padded vocabulary)",
         f"weights      {format_bytes(one['weights_bytes'])}",
         f"optimizer    {optimizer}",
+        *([f"history      {format_bytes(one['history_bytes'])}"] if one["history_bytes"] else []),
         f"files        {format_bytes(one['files_bytes'])}",
         "",
     ]

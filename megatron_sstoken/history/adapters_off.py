@@ -13,6 +13,7 @@ class AdaptersOff(HistorySource):
     """Scores each batch with the base under the adapters; no store, no second model."""
 
     name = "adapters_off"
+    passes_per_step = 1
 
     @classmethod
     def problems(cls, settings: Settings) -> list[str]:

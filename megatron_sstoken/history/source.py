@@ -10,12 +10,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from megatron.core.optimizer import MegatronOptimizer
+
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import TokenBatch, TokenValues
 from megatron_sstoken.model.build import Model
+from megatron_sstoken.model.optimizer import WeightsCopy
 from megatron_sstoken.parallel import Layout
 from megatron_sstoken.passes.step import TokenReport
 from megatron_sstoken.run_plan import RunPlan
+from megatron_sstoken.selection.methods import find_method
 
 _SOURCES: dict[str, type["HistorySource"]] = {}
 
@@ -31,6 +35,10 @@ class HistorySource:
     """The other settings of `history` that it reads."""
     needs_training: ClassVar[bool] = False
     """Whether its losses come about while a run trains: a scoring run has none of them."""
+    passes_per_step: ClassVar[int] = 0
+    """Forward passes over the batch that each step takes for it."""
+    copies_weights: ClassVar[bool] = False
+    """Whether it keeps `weights_copy`."""
 
     def __init_subclass__(cls) -> None:
         if name := cls.__dict__.get("name"):  # a name of its own, not its parent's
@@ -64,12 +72,22 @@ class HistorySource:
         """Folders that its losses are read from."""
         return []
 
+    def attach(self, optimizer: MegatronOptimizer) -> None:
+        """Get to know the optimizer of a run, whose model holds its starting weights: before a checkpoint is loaded."""
+
+    def weights_copy(self) -> WeightsCopy:
+        """Its copy of the trained weights, which checkpoints hold; the same tensors from `attach` on."""
+        return ()
+
     def prepare(self, model: Model, batches: list[TokenBatch]) -> list[TokenBatch]:
         """This rank's batches with history losses, on the last stage, before a step or scoring; all ranks call it."""
         return batches
 
     def observe(self, reports: list[TokenReport]) -> None:
         """What a training step saw of this rank's batches (on the last stage; nothing elsewhere); all ranks call it."""
+
+    def after_step(self, done: int, *, updated: bool) -> None:
+        """`done` steps are done; `updated`: the last of them has changed the weights (it was not skipped)."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, the same on every rank; goes into checkpoints where it is not empty."""
@@ -100,6 +118,12 @@ def history_sources() -> dict[str, type[HistorySource]]:
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{__package__}.{module.name}")
     return dict(sorted(_SOURCES.items()))  # modules may have been imported in any order
+
+
+def source_of(settings: Settings) -> type[HistorySource]:
+    """The source of a run's history; `HistorySource` itself where its method needs none."""
+    needed = "history_loss" in find_method(settings.selection.method).needs
+    return history_sources()[settings.history.source] if needed else HistorySource
 
 
 def open_history(plan: RunPlan, layout: Layout) -> HistorySource:

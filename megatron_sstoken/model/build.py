@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from megatron_sstoken.compat import finalize_gradients, silence_announcements
+from megatron_sstoken.compat import finalize_gradients, gather_in_next_pass, silence_announcements
 from megatron_sstoken.config import Settings
 from megatron_sstoken.device import compute_device, have_cuda
 from megatron_sstoken.model.attention import AttentionCapture
@@ -133,6 +133,17 @@ class Model:
         for chunk in self.chunks:
             if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
+
+    def spread_weights(self) -> None:
+        """Let the other ranks have this rank's part of the weights, which was written to: at once, or with their next pass.
+
+        All ranks call it, between two passes.
+        """
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:  # type: ignore[union-attr]  # a DistributedDataParallel
+                gather_in_next_pass(chunk)
+            else:
+                chunk.start_param_sync()  # type: ignore[operator]
 
     @property
     def has_adapters(self) -> bool:

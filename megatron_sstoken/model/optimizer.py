@@ -1,5 +1,7 @@
 """The optimizer and the learning-rate schedule of a model; a new schedule is an entry of `OptimizerSettings.schedule`."""
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -108,6 +110,51 @@ def step(optimizer: MegatronOptimizer, norm: float) -> None:
         optimizer.step()
     finally:  # the class's own again
         del optimizer.prepare_grads, optimizer.get_grad_norm
+
+
+@dataclass(frozen=True)
+class OwnedRange:
+    """A range of a trained parameter's flattened elements, whose fp32 weights and state this rank's optimizer holds.
+
+    Of the data-parallel and context parallel ranks each owns other ranges; together they own all.
+    """
+
+    parameter: torch.nn.Parameter
+    start: int
+    stop: int
+    part: Any
+    """The one of megatron's distributed optimizers (`parts_of`) that holds it."""
+
+    @property
+    def values(self) -> torch.Tensor:
+        """This range of the parameter itself, [stop − start] in its type: to be written to as well."""
+        return self.parameter.detach().view(-1)[self.start : self.stop]
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """fp32 [stop − start] as the last update left it, where it lies. With weights in fp32 it is `values`."""
+        group, place = self.part.model_param_group_index_map[self.parameter]
+        held = self.part.optimizer.param_groups[group]["params"][place]
+        # The precision-aware optimizer, and that with state in the host's memory, keep fp32 weights in their state.
+        return self.part.optimizer.state.get(held, {}).get("master_param", held).detach()
+
+
+WeightsCopy = Sequence[tuple[OwnedRange, torch.Tensor]]
+"""A copy of the trained weights, dealt out as the optimizer's: for each range that this rank owns, fp32 of its length."""
+
+
+def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
+    """megatron's distributed optimizers: one, or one more for experts."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def owned_ranges(part: Any) -> Iterator[OwnedRange]:
+    """What this rank owns of the parameters of one of `parts_of`."""
+    for buffer in part.gbuf_ranges:
+        for buckets in buffer.values():
+            for bucket in buckets:
+                for parameter, ranges in bucket["param_map"].items():
+                    yield OwnedRange(parameter, ranges["param"].start, ranges["param"].end, part)
 
 
 def fuse_adamw(optimizer: MegatronOptimizer) -> None:

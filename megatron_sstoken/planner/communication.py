@@ -60,7 +60,10 @@ def traffic_of(w: Workload, stage: int, gpu: GPU) -> list[Traffic]:
     add("pipeline", "send", sends, sends * w.split_tokens * w.architecture.hidden_size * w.width, w.pipeline)
     trained, shards = trainable_parameters(w, stage), w.data * w.context
     add("data", "reduce_scatter", w.virtual_pipeline, trained * w.gradient_width, shards)
-    add("data", "all_gather", w.virtual_pipeline, trained * w.width, shards)
+    # A copy of the weights takes their place for a pass, and goes. Gathered beside the pass that reads them, neither is
+    # gathered in vain; adapters are at once.
+    gathers = 1 + (w.copies_weights and (2 if w.lora_rank else 1))
+    add("data", "all_gather", gathers * w.virtual_pipeline, gathers * trained * w.width, shards)
     if stage == w.pipeline - 1:
         known = 2 if w.selects else 1  # losses, attention: fp32 a token
         add("selection", "all_gather", micro, known * micro * w.pack_tokens * 4, w.context)
@@ -80,7 +83,7 @@ def tensor_traffic(w: Workload, stage: int) -> dict[str, tuple[int, int]]:
     layers, micro = w.stage_layers[stage], w.num_micro_batches
     hidden = w.tokens * w.architecture.hidden_size * w.width
     again = w.recompute == "full"
-    scoring = _scoring_passes(w)
+    scoring = w.scoring_passes
     first, last = stage == 0, stage == w.pipeline - 1
     trains_weights, selective = w.lora_rank == 0, w.head == "selective"
     counts = {"all_reduce": 0, "all_gather": 0, "reduce_scatter": 0}
@@ -108,14 +111,9 @@ def tensor_traffic(w: Workload, stage: int) -> dict[str, tuple[int, int]]:
     return result
 
 
-def _scoring_passes(w: Workload) -> int:
-    """Forward passes that only score."""
-    return 1 if w.selects and w.scope == "batch" else 0
-
-
 def _forward_runs(w: Workload) -> int:
     """Forward passes of a layer's attention in a step, recomputed ones included."""
-    return 1 + _scoring_passes(w) + (w.recompute != "none")
+    return 1 + w.scoring_passes + (w.recompute != "none")
 
 
 def _sends(w: Workload, stage: int) -> int:
@@ -123,4 +121,4 @@ def _sends(w: Workload, stage: int) -> int:
     chunks = w.virtual_pipeline
     onwards = chunks - (1 if stage == w.pipeline - 1 else 0)
     back = chunks - (1 if stage == 0 else 0)
-    return w.num_micro_batches * (onwards * (1 + _scoring_passes(w)) + back)
+    return w.num_micro_batches * (onwards * (1 + w.scoring_passes) + back)

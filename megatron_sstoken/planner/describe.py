@@ -67,6 +67,8 @@ def _head(estimate: Estimate) -> str:
         saved.append(f"moments {w.first_moment_dtype} and {w.second_moment_dtype}")
     if w.offload_fraction:
         saved.append(f"{w.offload_fraction:.0%} of the optimizer's state in the host's memory")
+    if w.copies_weights:
+        saved.append(f"a copy of the weights for history.source={w.history}")
     if w.offload_layers:
         saved.append(f"activations of {w.offload_layers} layers in the host's memory")
     share = f", {w.response:.0%} response, {w.rho:.0%} of it trained" if w.selects else ""
@@ -125,7 +127,7 @@ def _speed(estimate: Estimate) -> str:
 
 def _checkpoint(estimate: Estimate) -> str:
     w = estimate.workload
-    return f"Checkpoint  {describe_checkpoint(w.architecture, w.settings(), w.world_size)}"
+    return f"Checkpoint  {describe_checkpoint(w.architecture, w.settings(), w.world_size, with_copy=w.copies_weights)}"
 
 
 def describe_assumptions(estimate: Estimate) -> str:

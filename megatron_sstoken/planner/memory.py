@@ -7,6 +7,7 @@ listed tensor by tensor; `tests/unit/planner` and `benchmarks/plan_check.py` com
 import math
 from dataclasses import dataclass, fields
 
+from megatron_sstoken.checkpoint.size import COPY_BYTES
 from megatron_sstoken.model.head import CHUNK_ROWS
 from megatron_sstoken.planner.hardware import Assumptions
 from megatron_sstoken.planner.workload import Workload
@@ -32,11 +33,12 @@ class StageMemory:
     head: int
     """Logits and what the loss makes of them, at its peak."""
     selection: int
-    """Batches with history losses, token reports, the attention capture."""
+    """Batches with history losses, token reports, the attention capture, the copy of the weights of a history that moves."""
     working: int
     """Temporaries of one layer, recomputed activations included."""
     update: int
-    """Temporaries of the optimizer's step, as far as they are more than what the backward pass has given back."""
+    """Temporaries of the optimizer's step, or the weights that a copy has taken the place of, as far as they are more than
+    what the backward pass has given back."""
     framework: int
     """CUDA, libraries and NCCL; what fragmentation loses."""
     host: int = 0
@@ -261,9 +263,9 @@ def update_bytes(w: Workload, shard: int) -> int:
 def stage_memory(w: Workload, stage: int, assumptions: Assumptions) -> StageMemory:
     """Everything on one rank of a stage.
 
-    Gradients are whole on every rank. The distributed optimizer splits its state over data × context parallel ranks. FP8
-    keeps bf16 weights and two FP8 copies of the layers' matrices (rows and columns). The optimizer's step needs its memory
-    when the backward pass has given back activations and logits.
+    Gradients are whole on every rank. The distributed optimizer splits its state over data × context parallel ranks, and so
+    is the copy of a history that moves. FP8 keeps bf16 weights and two FP8 copies of the layers' matrices (rows and columns).
+    The optimizer's step needs its memory when the backward pass has given back activations and logits.
     """
     sizes = parameter_sizes(w, stage)
     frozen = sum(sizes.values())
@@ -276,11 +278,12 @@ def stage_memory(w: Workload, stage: int, assumptions: Assumptions) -> StageMemo
         "optimizer": optimizer_bytes(w, shard),
         "activations": activation_bytes(w, stage) + received_bytes(w, stage),
         "head": head_bytes(w) if stage == w.pipeline - 1 else 0,
-        "selection": selection_bytes(w, stage),
+        "selection": selection_bytes(w, stage) + (COPY_BYTES * shard if w.copies_weights else 0),
         "working": working_bytes(w),
     }
     given_back = parts["activations"] + parts["head"] + parts["working"]
-    parts["update"] = max(update_bytes(w, shard) - given_back, 0)
+    saved = shard * w.width if w.copies_weights else 0
+    parts["update"] = max(max(update_bytes(w, shard), saved) - given_back, 0)
     lost = assumptions.fragmentation * sum(parts.values())
     return StageMemory(
         stage,

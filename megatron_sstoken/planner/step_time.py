@@ -63,7 +63,7 @@ class Speed:
 def stage_seconds(w: Workload, stage: int, gpu: GPU, assumptions: Assumptions) -> float:
     """Computation of one micro-batch on one rank of a stage, forward and backward."""
     layers = w.stage_layers[stage]
-    scoring = 1 if w.selects and w.scope == "batch" else 0
+    scoring = w.scoring_passes
     forward = 1 + scoring + (w.recompute == "full")
     backward = 1 if w.lora_rank else 2  # frozen matrices have no gradient of their own
     peak = {"fp32": gpu.fp32, "bf16": gpu.bf16, "fp8": gpu.fp8}[w.precision]
@@ -77,7 +77,7 @@ def stage_seconds(w: Workload, stage: int, gpu: GPU, assumptions: Assumptions) -
     pairs = w.tokens * causal_pairs(w.sequence_length) / w.sequence_length
     attention = attention_flops(w.architecture, pairs) / w.tensor * passes / attention_rate
     elementwise = layers * layer_bytes(w) * (forward + 2) / (gpu.memory_bandwidth * assumptions.memory)
-    return linear + attention + elementwise + (_head_seconds(w, gpu, assumptions, scoring) if last else 0)
+    return linear + attention + elementwise + (_head_seconds(w, gpu, assumptions) if last else 0)
 
 
 def layer_bytes(w: Workload) -> float:
@@ -87,13 +87,14 @@ def layer_bytes(w: Workload) -> float:
     return fused * (1 if w.layers_of == "transformer_engine" else 3)  # unfused: each operation reads and writes
 
 
-def _head_seconds(w: Workload, gpu: GPU, assumptions: Assumptions, scoring: int) -> float:
+def _head_seconds(w: Workload, gpu: GPU, assumptions: Assumptions) -> float:
     """The head is no FP8 layer. Shares of the tokens whose logits are computed: once forward, three products to train."""
     logits = w.tokens * w.vocabulary
-    work, passes = 3.0 + scoring, 1.0 + scoring / 2
+    work, passes = 3.0 + w.scoring_passes, 1.0 + w.scoring_passes / 2
     if w.head == "selective":
         trained = w.response * w.rho if w.selects else w.response
-        work, passes = w.response + 3 * trained, (w.response + trained) / 2
+        scored = w.response * (1 + w.history_passes)  # a pass that scores for the selection spares another its own
+        work, passes = scored + 3 * trained, (scored + trained) / 2
     rate = (gpu.fp32 if w.precision == "fp32" else gpu.bf16) * assumptions.matmul
     products = 2 * logits * w.architecture.hidden_size * work / rate
     return products + passes * logits * LOGIT_BYTES / (gpu.memory_bandwidth * assumptions.memory)

@@ -7,6 +7,7 @@ from typing import Literal
 from megatron_sstoken.config import ModelSettings, Settings
 from megatron_sstoken.config.run import MomentFormat
 from megatron_sstoken.data.batches import batch_shape
+from megatron_sstoken.history.source import history_sources
 from megatron_sstoken.model.backend import Backend, preferred_backend, token_multiple
 from megatron_sstoken.model.dtypes import weight_dtype
 from megatron_sstoken.model.families import Architecture
@@ -63,6 +64,8 @@ class Workload:
     """batch scores in a forward pass of its own."""
     selects: bool = True
     """False is plain fine-tuning: no attention mass, no history, no scores."""
+    history: str = "frozen"
+    """Value of `history.source`."""
     lora_rank: int = 0
     """0 trains all parameters; otherwise adapters on all seven linears, the rest frozen."""
     vocabulary_multiple: int = ModelSettings.vocabulary_multiple
@@ -92,6 +95,7 @@ class Workload:
             # Any other than `batch` is one pass.
             scope=selection.scope if by_share and selection.scope != "dataset" else "sample",
             selects=method.selects,
+            history=settings.history.source if "history_loss" in method.needs else cls.history,
             lora_rank=settings.lora.rank,
             vocabulary_multiple=settings.model.vocabulary_multiple,
         )
@@ -100,6 +104,21 @@ class Workload:
     def layers_of(self) -> Backend:
         """What the layers are made of."""
         return preferred_backend(self.settings())
+
+    @property
+    def history_passes(self) -> int:
+        """Forward passes over each batch for its history losses."""
+        return history_sources()[self.history].passes_per_step
+
+    @property
+    def copies_weights(self) -> bool:
+        """Whether a copy of the trained weights is kept, to score history losses with."""
+        return history_sources()[self.history].copies_weights
+
+    @property
+    def scoring_passes(self) -> int:
+        """Forward passes of a step that only score."""
+        return self.history_passes + (1 if self.selects and self.scope == "batch" else 0)
 
     @property
     def data(self) -> int:
@@ -195,7 +214,7 @@ class Workload:
             setattr(settings.training, name, getattr(self, name))
         for name in OPTIMIZER:
             setattr(settings.optimizer, name, getattr(self, name))
-        settings.lora.rank = self.lora_rank
+        settings.lora.rank, settings.history.source = self.lora_rank, self.history
         settings.selection.rho, settings.selection.scope = self.rho, self.scope
         settings.selection.method = "sstoken" if self.selects else "full"
         return settings

@@ -13,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get
 
 from megatron_sstoken import watchdog
 from megatron_sstoken.checkpoint.manifest import AdapterIdentity, RunState, differences, renamed
-from megatron_sstoken.checkpoint.save_load import load_checkpoint
+from megatron_sstoken.checkpoint.save_load import holds_copy, load_checkpoint
 from megatron_sstoken.checkpoint.weights_source import adapter_identity, require_base, starting_weights
 from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.data.batches import BatchLoader
@@ -128,6 +128,7 @@ def create_trainer(
     """Optimizer, data and logger around a model that holds its starting weights; goes on from `resume`, whose plan it is."""
     newest = resume.checkpoint if resume is not None else None
     optimizer, scheduler = build_optimizer(model, plan.settings.optimizer, plan.num_steps)
+    history.attach(optimizer)
     loader = BatchLoader(
         plan.train.store,
         plan.train.order,
@@ -152,12 +153,15 @@ def create_trainer(
         state = newest.state
         if state.adapters is not None:
             require_base(str(newest.folder), state.adapters, starting_weights(plan.settings).base, layout)
-        history.load_state_dict(load_checkpoint(newest, model, optimizer, scheduler))
+        copy = history.weights_copy() if holds_copy(newest, layout) else ()
+        history.load_state_dict(load_checkpoint(newest, model, optimizer, scheduler, copy))
         follow_settings(optimizer, scheduler, plan.settings.optimizer)
         trainer.step, saver.newest, trainer.branch = state.step, state.step, resume.branch
         logger.say(f"resumed from {newest.folder}: {trainer.step} of {plan.num_steps} steps are done")
         for change in differences(renamed(state.objective), objective_of(plan, known.digests)):
             logger.say(f"note: the run goes on with other settings: {change}")
+        if history.weights_copy() and not copy:
+            logger.say(f"note: {newest.folder} holds no weights of the history: they are the starting weights")
     return trainer
 
 
@@ -243,6 +247,7 @@ def training_step(trainer: Trainer, number: int) -> tuple[StepMetrics, float, li
     if math.isfinite(metrics.loss_selected):  # it is NaN where no token is selected
         trainer.diverged = _divergence(metrics.loss_selected, model, number)
         _judge_checkpoint(trainer, number)
+    updated = False
     if not metrics.num_selected:
         norm = 0.0
         trainer.history.observe(reports)
@@ -255,7 +260,8 @@ def training_step(trainer: Trainer, number: int) -> tuple[StepMetrics, float, li
     else:
         trainer.history.observe(reports)
         optimizer_step(trainer.optimizer, norm)
-        trainer.skipped_in_a_row = 0
+        trainer.skipped_in_a_row, updated = 0, True
+    trainer.history.after_step(number + 1, updated=updated)
     trainer.scheduler.step(1)
     return metrics, norm, reports
 

@@ -71,7 +71,9 @@ class Saver:
         watchdog.arrived(f"saving step {state.step}")
         self._begun = time.monotonic()
         directory = self._settings.directory or ""
-        self._unfinished = begin_save(directory, state, model, optimizer, scheduler, history.state_dict())
+        self._unfinished = begin_save(
+            directory, state, model, optimizer, scheduler, history.state_dict(), history.weights_copy()
+        )
         self._keep = self._settings.keep if final else None
         self.newest = state.step
 

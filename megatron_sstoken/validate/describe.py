@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_sstoken.checkpoint.size import describe_checkpoint
 from megatron_sstoken.config import Settings
-from megatron_sstoken.history.source import history_sources
+from megatron_sstoken.history.source import source_of
 from megatron_sstoken.model.backend import backend_of, numerics_of, transformer_engine_problem
 from megatron_sstoken.model.lora import describe_trained
 from megatron_sstoken.run_plan import RunPlan
@@ -56,7 +56,7 @@ def describe(plan: RunPlan) -> str:
         ),
         ("steps", f"{plan.num_steps:,} ({plan.num_packs / packs_per_epoch:.3g} epochs)"),
         ("selection", _describe_selection(plan)),
-        *([("history", work)] if (work := _describe_history(plan)) else []),
+        *([("history", work)] if (work := source_of(s).describe_work(plan)) else []),
         ("weights", _describe_weights(plan)),
         ("trained", describe_trained(a, s.lora)),
         ("layers", _describe_layers(s)),
@@ -78,7 +78,7 @@ def _describe_checkpoints(plan: RunPlan) -> str:
         *([f"every {s.checkpoint.save_minutes:g} minutes"] if s.checkpoint.save_minutes else []),
         "at the end",
     ]
-    size = describe_checkpoint(plan.architecture, s, plan.world_size)
+    size = describe_checkpoint(plan.architecture, s, plan.world_size, with_copy=source_of(s).copies_weights)
     return f"{s.checkpoint.directory}, {' and '.join(when)}: {size}"
 
 
@@ -109,11 +109,6 @@ def _describe_weights(plan: RunPlan) -> str:
     return f"{plan.weight_method}{alpha}" + ", times those of the data" * plan.weighted + divided
 
 
-def _describe_history(plan: RunPlan) -> str | None:
-    """What is done for history losses besides the steps."""
-    return history_sources()[plan.settings.history.source].describe_work(plan) if plan.needs_history else None
-
-
 def _describe_rule(plan: RunPlan) -> str:
     """What becomes of the scores."""
     selection = plan.settings.selection
@@ -135,7 +130,7 @@ def _describe_selection(plan: RunPlan) -> str:
     if "attention" in method.needs:
         text += f", gamma {selection.gamma}, layer {selection.layer}"
     if "history_loss" in method.needs:
-        text += f", history {history_sources()[settings.history.source].describe(settings)}"
+        text += f", history {source_of(settings).describe(settings)}"
     if "reference_loss" in method.needs:
         text += f", reference {settings.history.reference_hf_path}"
     if "score" in plan.external_values:

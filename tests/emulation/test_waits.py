@@ -81,6 +81,7 @@ def test_one_process_waits_once_a_step(paths):
             "selection__scope": "batch",
         },
         "all data": {"selection__method": "history_probability", "selection__scope": "dataset"},
+        "a history that moves": {"history__hf_path": None, "history__source": "ema"},
     }
     (results,) = run_pretended(second_steps, 1, [settings_of(paths, **changes) for changes in cases.values()])
     for name, (waits, mixed, num_micro_batches, _) in zip(cases, results, strict=True):

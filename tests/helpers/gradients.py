@@ -4,12 +4,15 @@ import torch
 
 from megatron_sstoken.model.families import Split
 from megatron_sstoken.model.weights import rules_of_chunk, to_hugging_face
+from megatron_sstoken.parallel import gather_objects, reset_layout
 from tests.helpers.workbench import make_trainer
 
 
-def run_cases(rank, settings):
-    """One global batch with each of the settings: loss, token records and gradients by Hugging Face name (rank 0)."""
-    from megatron_sstoken.parallel import reset_layout
+def run_cases(rank, settings, before=lambda trainer: None):
+    """One global batch with each of the settings: loss, token records and gradients by Hugging Face name (rank 0).
+
+    `before`: what to do with each trainer first.
+    """
     from megatron_sstoken.passes.columns import gather_columns
     from megatron_sstoken.training.metrics import summarize
     from megatron_sstoken.training.selector import selector_of, train_on_selected
@@ -18,34 +21,34 @@ def run_cases(rank, settings):
     for one in settings:
         trainer = make_trainer(one)
         model, layout = trainer.model, trainer.layout
+        before(trainer)
         model.zero_gradients()
-        selector = selector_of(one, layout, gamma=one.selection.gamma, step=0)
+        selector = selector_of(one, layout, gamma=one.selection.gamma, step=0, history=trainer.history)
         reports = train_on_selected(model, trainer.loader.load(0), selector, whole_gradients=True)
         loss = summarize(reports, model.architecture, layout).loss_selected
-        parts = [None] * layout.world_size
-        torch.distributed.all_gather_object(parts, (gather_columns(reports, layout), local_gradients(model)))
+        gradients = gather_whole(model, lambda parameter: parameter.main_grad)
+        parts = gather_objects(gather_columns(reports, layout), layout)
         if rank == 0:
-            columns = next(part[0] for part in parts if part[0] is not None)
-            results.append((loss, columns, whole_gradients(model.architecture, [part[1] for part in parts])))
+            results.append((loss, next(part for part in parts if part is not None), gradients))
         reset_layout()
     return results
 
 
-def local_gradients(model):
-    """This rank's slices: (rule, layer) → (tensor rank, gradient)."""
+def gather_whole(model, value):
+    """`value(parameter)` of all ranks' slices put together, by Hugging Face name: gradients, or weights. All ranks call it."""
     found = {}
     for chunk in model.unwrapped:
         rules = rules_of_chunk(chunk, model.architecture)
         for name, parameter in chunk.named_parameters():
-            found[rules[name]] = (model.layout.tensor_rank, parameter.main_grad.clone())
-    return found
+            found[rules[name]] = (model.layout.tensor_rank, value(parameter).detach().clone())
+    return _whole(model.architecture, gather_objects(found, model.layout))
 
 
-def whole_gradients(architecture, parts):
-    """Slices of all ranks → gradients by Hugging Face name."""
+def _whole(architecture, parts):
+    """Slices of all ranks, (rule, layer) → (tensor rank, value) → values by Hugging Face name."""
     whole = {}
     for rule, layer in {key for part in parts for key in part}:
-        slices = {part[rule, layer][0]: part[rule, layer][1] for part in parts if (rule, layer) in part}
+        slices = dict(part[rule, layer] for part in parts if (rule, layer) in part)
         ordered = [slices[number] for number in sorted(slices)]
         if rule.split is Split.GATED and rule.expert is None:
             halves = [piece.chunk(2) for piece in ordered]

@@ -245,12 +245,14 @@ def train_full(
     clip_grad: float = 0.0,
     lr_schedule: Callable[[int], float] | Sequence[float] | None = None,
     objective: Objective | None = None,
+    history_decay: float | None = None,
 ) -> list[dict[str, float]]:
     """Train `model` in place with AdamW, one step a global batch; returns each step's loss and grad_norm.
 
     A batch is a list of samples, or a list of micro-batches (lists of samples). `lr_schedule` gives the
     learning rate of step 0, 1, ... itself and replaces `lr`. Weight decay acts on 2-D weights only (as in
-    megatron). grad_norm is the global L2 norm before clipping; clip_grad 0 turns clipping off.
+    megatron). grad_norm is the global L2 norm before clipping; clip_grad 0 turns clipping off. With `history_decay` d the
+    weights of `objective.history` become d·themselves + (1 − d)·the model's after each step.
     """
     parameters = _trainable(model)
     optimizer = torch.optim.AdamW(
@@ -273,8 +275,17 @@ def train_full(
             parameter.grad = grads[name] * factor
         optimizer.step()
         optimizer.zero_grad()
+        if history_decay is not None:
+            _follow(objective.history, model, history_decay)
         log.append({"loss": loss, "grad_norm": grad_norm})
     return log
+
+
+@torch.no_grad()
+def _follow(history: PreTrainedModel, model: PreTrainedModel, decay: float) -> None:
+    """Move the weights of `history` towards the model's."""
+    for old, new in zip(history.parameters(), model.parameters(), strict=True):
+        old.copy_(decay * old.double() + (1 - decay) * new.double())
 
 
 def gradients(model: PreTrainedModel, batch: Batch, objective: Objective | None = None) -> dict[str, Tensor]:

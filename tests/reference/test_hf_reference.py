@@ -427,6 +427,14 @@ def test_a_schedule_is_a_list_or_a_function_of_the_step():
     assert losses[0] != losses[1] == losses[2]
 
 
+def test_a_history_with_a_decay_follows_the_model_after_each_step():
+    model, history = tiny(), tiny(seed=1)
+    before = copy.deepcopy(list(history.parameters()))
+    train_full(model, [SAMPLES], lr=1e-2, objective=Objective("sstoken", history), history_decay=0.75)
+    for old, new, now in zip(before, model.parameters(), history.parameters(), strict=True):
+        torch.testing.assert_close(now, 0.75 * old + 0.25 * new)
+
+
 def test_gradients_leave_the_model_as_it_was():
     model = tiny().train()
     before = copy.deepcopy(model.state_dict())

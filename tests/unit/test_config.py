@@ -24,7 +24,7 @@ MORE_NAMES = {
     "model": "vocabulary_multiple",
     "data": "too_long packing shuffle",
     "selection": "rho_min rho_max loss_average rule threshold external",
-    "history": "store reference_hf_path first_visit",
+    "history": "store reference_hf_path first_visit every decay",
     "optimizer": "min_learning_rate schedule warmup_fraction weight_decay beta1 beta2 epsilon clip_grad gradient_dtype "
     "first_moment_dtype second_moment_dtype offload_fraction",
     "training": "recompute validate_every offload_layers",
