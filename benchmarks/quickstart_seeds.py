@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Does selection help on the quickstart's toy? Validation losses of full, random and ssToken over seeds, with their spread.
 
-    python benchmarks/quickstart_seeds.py --work WORK [--seeds 5] [--rho 0.6 0.9] [--start random] [--setting --section.key=value …]
+    python benchmarks/quickstart_seeds.py --work WORK [--seeds 5] [--rho 0.6 0.9] [--start random] [--section.key=value …]
 
 Each seed makes its own toy (conversations and weights) and orders the data; every method starts from the same weights and
 takes the same steps, on one process. The settings are the quickstart's, unless others are given. What is there is not trained
@@ -80,7 +80,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rho", nargs="+", default=["0.6"])
     parser.add_argument("--start", choices=("pretrained", "random"), default="pretrained")
-    parser.add_argument("--name", default="default", help="folder of the runs within a seed; one for each choice of settings")
+    parser.add_argument(
+        "--name", default="default", help="folder of the runs within a seed; one for each choice of settings"
+    )
     options, settings = parser.parse_known_args()
     runs = {"full": ["--selection.method=full"]}
     for rho in options.rho:

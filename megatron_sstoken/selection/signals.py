@@ -32,6 +32,11 @@ class TokenSignals:
     response_counts: Sequence[int] | None = None
     """Response tokens of each sample, where the host knows them: then nothing waits for the device to count."""
 
+    @property
+    def competing(self) -> Tensor:
+        """bool [T]: the tokens that a method chooses among."""
+        return self.response
+
     def __getitem__(self, name: str) -> Tensor:
         return self.values[name]
 

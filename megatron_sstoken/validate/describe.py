@@ -113,6 +113,10 @@ def _describe_selection(settings: Settings) -> str:
     )
     if "attention" in method.needs:
         text += f", gamma {selection.gamma}, layer {selection.layer}"
+    if share := selection.after_drift(0).explore:
+        text += f", {share} of it drawn at random"
     if "history_loss" in method.needs:
         text += f", history {history_sources()[settings.history.source].describe(settings)}"
+        if selection.on_drift != "warn":
+            text += f", on drift {selection.on_drift}"
     return text
