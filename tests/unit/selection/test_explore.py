@@ -74,7 +74,9 @@ def test_every_other_token_is_drawn_equally_often_and_anew_each_step():
     drawn = Counter()
     for step in range(2000):
         after = explore(signals, before, "0.2", "sample", step=step, **options)
-        drawn.update((after.mask & ~torch.nn.functional.pad(torch.ones(8), (13, 2)).bool()).nonzero().flatten().tolist())
+        drawn.update(
+            (after.mask & ~torch.nn.functional.pad(torch.ones(8), (13, 2)).bool()).nonzero().flatten().tolist()
+        )
     assert sum(drawn.values()) == 2 * 2000 and set(drawn) == set(range(1, 13)), "two of the twelve that are not kept"
     assert all(abs(number - 4000 / 12) < 5 * (4000 / 12) ** 0.5 for number in drawn.values()), drawn
 

@@ -84,7 +84,11 @@ def test_settings_after_drift():
     assert [after(times, on_drift="raise_rho", rho=0.7) for times in range(5)] == [
         (0.7, 0.0), (0.8, 0.0), (0.9, 0.0), (1.0, 0.0), (1.0, 0.0),
     ]  # fmt: skip
-    assert [after(times, on_drift="explore", explore=0.3) for times in (0, 1, 2)] == [(0.6, 0.0), (0.6, 0.3), (0.6, 0.3)]
+    assert [after(times, on_drift="explore", explore=0.3) for times in (0, 1, 2)] == [
+        (0.6, 0.0),
+        (0.6, 0.3),
+        (0.6, 0.3),
+    ]
     assert after(1, on_drift="explore") == (0.6, 0.1)
     assert [after(times, explore=0.2) for times in (0, 1)] == [(0.6, 0.2), (0.6, 0.2)]
 
