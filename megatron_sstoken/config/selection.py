@@ -105,6 +105,13 @@ class SelectionSettings:
         rules.at_least("drift_steps", 1)
         return rules.broken
 
+    @property
+    def largest_rho(self) -> float:
+        """The largest share that a batch may be trained on."""
+        if self.rho == "auto":
+            return self.rho_max
+        return 1.0 if self.on_drift == "raise_rho" else self.rho
+
     def after_drift(self, times: int) -> "SelectionSettings":
         """What is in force after drift has been noticed `times` times."""
         if self.on_drift == "explore":

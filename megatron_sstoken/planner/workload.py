@@ -71,7 +71,7 @@ class Workload:
     def of_settings(
         cls, settings: Settings, architecture: Architecture, world_size: int, response: float = 1.0
     ) -> "Workload":
-        """The workload of a run. Adapters are taken to be on all linears, and an adaptive share to be its largest."""
+        """The workload of a run. Adapters are taken to be on all linears, and a share that may change to be its largest."""
         training, selection = settings.training, settings.selection
         return cls(
             architecture,
@@ -83,7 +83,7 @@ class Workload:
             backend=settings.model.backend,
             head=settings.model.head,
             response=response,
-            rho=selection.rho_max if selection.rho == "auto" else selection.rho,
+            rho=selection.largest_rho,
             scope=selection.scope,
             selects=find_method(selection.method).selects,
             lora_rank=settings.lora.rank,

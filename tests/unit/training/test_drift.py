@@ -93,6 +93,11 @@ def test_settings_after_drift():
     assert [after(times, explore=0.2) for times in (0, 1)] == [(0.6, 0.2), (0.6, 0.2)]
 
 
+def test_the_largest_share_is_what_memory_is_planned_for():
+    assert SelectionSettings(rho=0.6).largest_rho == 0.6 and SelectionSettings(rho="auto").largest_rho == 0.9
+    assert SelectionSettings(rho=0.6, on_drift="raise_rho").largest_rho == 1.0
+
+
 def test_a_state_goes_on_where_it_was_through_json():
     values = np.random.default_rng(1).normal(0.2, 0.3, 30).tolist()
     whole = monitor()
