@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Does selection help on the quickstart's toy? Validation losses of full, random and ssToken over seeds, with their spread.
 
-    python benchmarks/quickstart_seeds.py --work WORK [--seeds 5] [--rho 0.6 0.9] [--start random] [--section.key=value …]
+    python benchmarks/quickstart_seeds.py --work WORK [--seeds 0 1 2] [--rho 0.6 0.9] [--start random] [--section.key=value …]
 
 Each seed makes its own toy (conversations and weights) and orders the data; every method starts from the same weights and
 takes the same steps, on one process. The settings are the quickstart's, unless others are given. What is there is not trained
@@ -77,7 +77,7 @@ def main() -> None:
     """Train what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder to make")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--rho", nargs="+", default=["0.6"])
     parser.add_argument("--start", choices=("pretrained", "random"), default="pretrained")
     parser.add_argument(
@@ -89,14 +89,16 @@ def main() -> None:
         for method in ("random", "sstoken"):
             runs[f"{method} {rho}"] = [f"--selection.method={method}", f"--selection.rho={rho}"]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         folder = options.work / f"{options.start}-{seed}"
         make_seed(folder, seed, options.start)
         for name, changes in runs.items():
             place = f"{options.name}-{name.replace(' ', '-')}"
             found[name].append(validation_loss(folder, place, seed, [*changes, *settings]))
             print(f"seed {seed}  {name:<12} {found[name][-1]}", flush=True)
-    print(f"\n| validation loss, {options.seeds} seeds, start {options.start} | mean ± 95 % | each |\n|---|---|---|")
+    print(
+        f"\n| validation loss, {len(options.seeds)} seeds, start {options.start} | mean ± 95 % | each |\n|---|---|---|"
+    )
     for name, results in found.items():
         losses = [one["validation"] for one in results]
         print(f"| {name} | {interval(losses)} | {', '.join(f'{loss:.4f}' for loss in losses)} |")

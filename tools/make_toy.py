@@ -21,7 +21,7 @@ END_OF_TEXT, START_OF_TURN, END_OF_TURN = SPECIAL_TOKENS = ("<|endoftext|>", "<|
 HEAD_DIM = 32
 MAX_POSITIONS = 512
 NUM_BYTES = 256
-PRETRAINING_BATCH = 16
+PRETRAINING_BATCH = 8
 PRETRAINING_RATE = 3e-3
 
 # ChatML. The marks hold what the assistant says and the end of its turn, not the newline after it.
@@ -162,24 +162,28 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, hidden: int, layers: int, 
 
 
 def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, conversations: list[list[Message]]) -> None:
-    """Train on every token of the conversations, prompts included, once and in their order, as a language model is.
+    """Train on every token of the conversations as plain text, without roles and turns, once and in their order.
 
-    AdamW; the learning rate falls linearly to 0.
+    So it knows words and sums, as a pretrained model does, and no chats. AdamW, whose rate falls linearly to 0; on two threads,
+    so that the weights do not depend on how many there are.
     """
-    tokenizer.padding_side = "right"
-    batches = [conversations[i : i + PRETRAINING_BATCH] for i in range(0, len(conversations), PRETRAINING_BATCH)]
+    texts = ["\n".join(message["content"] for message in messages) + END_OF_TEXT for messages in conversations]
+    batches = [texts[start : start + PRETRAINING_BATCH] for start in range(0, len(texts), PRETRAINING_BATCH)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAINING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     model.train()
     for batch in batches:
-        rendered = tokenizer.apply_chat_template(batch, return_dict=True, return_tensors="pt", padding=True)
-        labels = rendered["input_ids"].masked_fill(rendered["attention_mask"] == 0, -100)
-        model(**rendered, labels=labels).loss.backward()
+        encoded = tokenizer(batch, padding=True, padding_side="right", return_tensors="pt")
+        labels = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)
+        model(**encoded, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     model.eval()
+    torch.set_num_threads(threads)
 
 
 def make_toy(
@@ -194,9 +198,9 @@ def make_toy(
 ) -> None:
     """Write `chat.jsonl` (`rows` rows), `validation.jsonl` (a tenth as many, all others) and `model/` into `output`.
 
-    `model/` is a Hugging Face folder: configuration, weights, tokenizer. The weights have been trained a little on all tokens
-    of `rows` conversations that are in neither file; with `start` random they are as they were drawn. Equal arguments give
-    equal files; those of an earlier call are replaced. Raises ValueError for numbers that cannot work.
+    `model/` is a Hugging Face folder: configuration, weights, tokenizer. The weights have been trained on the text of twice as
+    many other conversations; with `start` random they are as they were drawn. Equal arguments give equal files; those of an
+    earlier call are replaced. Raises ValueError for numbers that cannot work.
     """
     for name, value, least in (("rows", rows, 10), ("layers", layers, 1)):
         if value < least:
@@ -206,7 +210,7 @@ def make_toy(
     if hidden < 1 or hidden % (2 * HEAD_DIM):
         raise ValueError(f"--hidden {hidden} is not a multiple of {2 * HEAD_DIM} (two heads of {HEAD_DIM}): use one")
     num_written = rows + rows // 10
-    conversations = make_conversations(num_written + (rows if start == "pretrained" else 0), seed)
+    conversations = make_conversations(num_written + (2 * rows if start == "pretrained" else 0), seed)
     output.mkdir(parents=True, exist_ok=True)
     _write_rows(output / "chat.jsonl", conversations[:rows])
     _write_rows(output / "validation.jsonl", conversations[rows:num_written])
@@ -235,7 +239,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--start",
         choices=("pretrained", "random"),
         default="pretrained",
-        help="weights of the model: trained a little on all tokens of other conversations, or as they were drawn",
+        help="weights of the model: trained on the text of other conversations, or as they were drawn",
     )
     return parser.parse_args(arguments)
 
