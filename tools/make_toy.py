@@ -164,7 +164,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, hidden: int, layers: int, 
 def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, conversations: list[list[Message]]) -> None:
     """Train on every token of the conversations as plain text, without roles and turns, once and in their order.
 
-    So it knows words and sums, as a pretrained model does, and no chats. AdamW, whose rate falls linearly to 0; on two threads,
+    So it knows words and sums, as a pretrained model does, and no chats. AdamW, whose rate falls linearly to 0; on one thread,
     so that the weights do not depend on how many there are.
     """
     texts = ["\n".join(message["content"] for message in messages) + END_OF_TEXT for messages in conversations]
@@ -172,7 +172,7 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, conver
     optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAINING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     model.train()
     for batch in batches:
         encoded = tokenizer(batch, padding=True, padding_side="right", return_tensors="pt")
