@@ -65,7 +65,7 @@ class SelectionSettings:
     """What to do once dropped tokens have become worse than under the history: tell it; raise rho by 0.1, again as long as it
     lasts, up to 1; or begin to explore. Methods without history losses notice nothing."""
 
-    drift_bound: float = 0.1
+    drift_bound: float = 0.2
     """Drift is noticed where dropped tokens' loss − history loss (nats, exponential mean of about 10 steps) is above it."""
 
     drift_steps: int = 20
