@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder to make")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
-    parser.add_argument("--rho", nargs="+", default=["0.6"])
+    parser.add_argument("--rho", nargs="+", default=["0.9", "0.6"])
     parser.add_argument("--start", choices=("pretrained", "random"), default="pretrained")
     parser.add_argument(
         "--name", default="default", help="folder of the runs within a seed; one for each choice of settings"

@@ -18,7 +18,7 @@ TOLERANCE = 1e-3
 
 RUNS = {"full": "full", "random": "random", "sstoken": "run"}
 """Method → folder of its run."""
-SEEDS = "one seed says little: docs/selection.md has five"
+SEEDS = "one seed says little: docs/selection.md has more"
 
 Message = dict[str, str]
 

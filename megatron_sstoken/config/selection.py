@@ -63,7 +63,8 @@ class SelectionSettings:
 
     on_drift: Literal["warn", "raise_rho", "explore"] = "warn"
     """What to do once dropped tokens have become worse than under the history: tell it; raise rho by 0.1, again as long as it
-    lasts, up to 1; or begin to explore. Methods without history losses notice nothing."""
+    lasts, up to 1; or begin to explore. Nothing is noticed by methods without history losses, and where `history.hf_path` names
+    another model."""
 
     drift_bound: float = 0.2
     """Drift is noticed where dropped tokens' loss − history loss (nats, exponential mean of about 10 steps) is above it."""

@@ -30,9 +30,11 @@ class DriftMonitor:
     trained.
     """
 
-    def __init__(self, settings: SelectionSettings, state: dict[str, float] | None = None):
-        """`state`: as `state_dict` gave it, of the run that goes on."""
-        self._settings = settings
+    def __init__(self, settings: SelectionSettings, state: dict[str, float] | None = None, *, own_history: bool = True):
+        """`state`: as `state_dict` gave it, of the run that goes on. `own_history`: whether history losses are of earlier
+        weights of this model; the distance to another one is followed, and says nothing of drift.
+        """
+        self._settings, self._own_history = settings, own_history
         self._state = DriftState(**(state or {}))  # type: ignore[arg-type]  # counts are whole in JSON, too
 
     @property
@@ -57,7 +59,8 @@ class DriftMonitor:
     @property
     def is_due(self) -> bool:
         """Whether drift has lasted long enough to be told, and something is left to do about it."""
-        return self._state.steps_above >= self._settings.drift_steps and self._settings.can_act(self.times)
+        lasts = self._state.steps_above >= self._settings.drift_steps
+        return lasts and self._own_history and self._settings.can_act(self.times)
 
     def act(self) -> str:
         """Note that drift was noticed; the message for people. All ranks call it together."""

@@ -142,7 +142,11 @@ def create_trainer(
     logger = StepLogger(plan.settings.logging_directory, said.every, plan.num_steps, layout, resumed=resumed)
     adapters = adapter_identity(plan.settings, layout)
     prefetcher, saver = Prefetcher(loader), Saver(plan.settings.checkpoint, layout, logger)
-    drift = DriftMonitor(plan.settings.selection, newest.state.drift if newest is not None else None)
+    drift = DriftMonitor(
+        plan.settings.selection,
+        newest.state.drift if newest is not None else None,
+        own_history=plan.settings.history.hf_path is None,
+    )
     trainer = Trainer(
         plan, layout, model, history, optimizer, scheduler, loader, logger, prefetcher, saver, drift, adapters, files
     )

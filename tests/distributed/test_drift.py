@@ -60,8 +60,15 @@ def train(num_ranks: int, settings, *more: str) -> str:
     return result.stdout
 
 
-DRIFTING = {"selection__drift_bound": 0.0, "selection__drift_steps": 2, "training__micro_batch_size": 2}
-"""The history is of other weights, and dropped are the tokens that it knows better: their loss is above it from the start."""
+DRIFTING = {
+    "history__hf_path": None,
+    "selection__drift_bound": 0.0,
+    "selection__drift_steps": 2,
+    "training__micro_batch_size": 2,
+    "optimizer__learning_rate": 1e-2,
+}
+"""Words are drawn at random, so that nothing learnt helps with the tokens that are dropped: from the second step on they are
+worse than at the start."""
 
 
 def test_rho_is_raised_on_all_ranks_and_a_resumed_run_goes_on_bit_for_bit(folder, tmp_path):

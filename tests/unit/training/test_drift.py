@@ -62,6 +62,11 @@ def test_a_warning_and_exploration_come_once_and_rho_rises_to_one():
     assert until_silent(monitor(on_drift="raise_rho", rho=0.75)) == [3, 6, 9]
 
 
+def test_the_distance_to_another_model_is_followed_and_is_no_drift():
+    drift = DriftMonitor(SelectionSettings(drift_bound=0.1, drift_steps=3), own_history=False)
+    assert until_silent(drift) == [] and drift.value == pytest.approx(2.0)
+
+
 def test_what_it_says():
     drift = monitor()
     until_silent(drift, 2)

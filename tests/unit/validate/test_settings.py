@@ -55,6 +55,11 @@ BROKEN = {
         {"selection__on_drift": "raise_rho", "selection__rho": "auto"},
         "selection.on_drift=raise_rho needs a number for selection.rho, which is auto: use one, or on_drift=explore",
     ),
+    "drift from another model": (
+        {"selection__on_drift": "explore", "history__hf_path": "other"},
+        "selection.on_drift=explore compares the model with its own past, and history.hf_path=other names another one: leave "
+        "one of them out (selection.explore alone explores from the start)",
+    ),
     "drift at once": ({"selection__drift_steps": 0}, "selection.drift_steps=0 is too small: use 1 or more"),
     "drift below": ({"selection__drift_bound": -0.1}, "selection.drift_bound=-0.1 is too small: use 0 or more"),
     "first stage without pipeline": (
