@@ -74,20 +74,20 @@ worse than at the start."""
 def test_rho_is_raised_on_all_ranks_and_a_resumed_run_goes_on_bit_for_bit(folder, tmp_path):
     settings = settings_in(
         folder, selection__on_drift="raise_rho", selection__rho=0.65, training__steps=8, checkpoint__directory=str(tmp_path),
-        checkpoint__save_every=3, checkpoint__keep=0, parallel__pipeline=2, **DRIFTING,
+        checkpoint__save_every=4, checkpoint__keep=0, parallel__pipeline=2, **DRIFTING,
     )  # fmt: skip
     names = ("selection/rho", "loss/dropped_minus_history", "loss/selected", "selection/share")
     output = train(2, settings, f"--logging.directory={tmp_path}/whole")
-    assert "warning: step 2: selection drifts" in output and "selection.rho is 0.75 from now on" in output
+    assert "warning: step 3: selection drifts" in output and "selection.rho is 0.75 from now on" in output
     whole = {name: cli.scalars(tmp_path / "whole", name) for name in names}
-    assert list(whole["selection/rho"].values()) == pytest.approx([0.65, 0.65, 0.75, 0.75, 0.85, 0.85, 0.95, 0.95])
+    assert list(whole["selection/rho"].values()) == pytest.approx([0.65] * 3 + [0.75] * 2 + [0.85] * 2 + [0.95])
     for step, rho in whole["selection/rho"].items():
         assert rho <= whole["selection/share"][step] < rho + 0.1, "each sample's share is rounded up"
-    # The checkpoint of step 3 is of a run that had drifted once, and was above the bound for one step more.
-    assert "resumed from" in train(2, settings, f"--logging.directory={tmp_path}/rest", "--checkpoint.resume=3")
+    # The checkpoint of step 4 is of a run that had drifted once, and was above the bound for one step more.
+    assert "resumed from" in train(2, settings, f"--logging.directory={tmp_path}/rest", "--checkpoint.resume=4")
     for name in names:
         rest = cli.scalars(tmp_path / "rest", name)
-        assert rest == {step: value for step, value in whole[name].items() if step > 3}, name
+        assert rest == {step: value for step, value in whole[name].items() if step > 4}, name
 
 
 def test_exploration_begins_when_drift_is_noticed(folder, tmp_path):
@@ -96,5 +96,5 @@ def test_exploration_begins_when_drift_is_noticed(folder, tmp_path):
         logging__directory=str(tmp_path), **DRIFTING,
     )  # fmt: skip
     output = train(1, settings)
-    assert output.count("selection drifts") == 1 and "warning: step 2: selection drifts" in output
-    assert list(cli.scalars(tmp_path, "selection/explore").values()) == [0.0, 0.0, 0.25, 0.25, 0.25]
+    assert output.count("selection drifts") == 1 and "warning: step 3: selection drifts" in output
+    assert list(cli.scalars(tmp_path, "selection/explore").values()) == [0.0, 0.0, 0.0, 0.25, 0.25]
