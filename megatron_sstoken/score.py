@@ -7,7 +7,7 @@ from dataclasses import replace
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import CheckpointSettings, LoggingSettings, Settings, SettingsError
 from megatron_sstoken.ending import run_to_exit_code
-from megatron_sstoken.history.source import open_history, source_of
+from megatron_sstoken.history.source import history_sources, open_history
 from megatron_sstoken.parallel import agree_on_problems, create_layout, start_processes
 from megatron_sstoken.training.known import open_known
 from megatron_sstoken.training.loop import model_to_train
@@ -43,8 +43,6 @@ def run(settings: Settings, output: str) -> None:
         problem = f"output={output} is a folder: name a file, as {output.rstrip('/')}/records.parquet"
     agree_on_problems([problem] if problem else [])
     plan = agreed_plan(settings)
-    if moving := history_that_moves(settings):
-        raise SettingsError([moving])
     plan = replace(plan, num_packs=plan.train.order.num_packs(1))  # every sample once
     layout = create_layout(settings.parallel, settings.training.seed, settings.training.timeout_minutes)
     history = open_history(plan, layout)
@@ -59,10 +57,12 @@ def run(settings: Settings, output: str) -> None:
 
 def history_that_moves(settings: Settings) -> str | None:
     """Why there are no history losses without training."""
-    if not source_of(settings).needs_training:
+    name = settings.history.source
+    source = history_sources().get(name)
+    if source is None or not source.needs_training:
         return None
     return (
-        f"history.source={settings.history.source} compares with what training has gone through, and scoring trains nothing: "
+        f"history.source={name} compares with what training has gone through, and scoring trains nothing: "
         "use history.source=frozen, and name the weights with history.hf_path"
     )
 

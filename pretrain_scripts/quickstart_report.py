@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Load what the quickstart exported in transformers, check it against the run, and print what happened."""
+"""Load what the quickstart exported in transformers, check it against the run, and print what happened beside other methods."""
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +15,10 @@ from transformers.utils.logging import disable_progress_bar
 
 TOLERANCE = 1e-3
 """Nats that the validation losses of the run and of the exported model may differ by."""
+
+RUNS = {"full": "full", "random": "random", "sstoken": "run"}
+"""Method → folder of its run."""
+SEEDS = "one seed says little: docs/selection.md has more"
 
 Message = dict[str, str]
 
@@ -51,29 +57,61 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question:
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def report(work: Path) -> list[tuple[str, str]]:
+def chosen_tokens(records: Path, tokenizer: PreTrainedTokenizerBase, *, terminal: bool) -> tuple[int, str]:
+    """The newest step with token records, and one of its conversations with the tokens marked that were trained on.
+
+    The mark is bold green on a terminal, « » elsewhere.
+    """
+    path = max(records.glob("step_*.parquet"))
+    table = pq.read_table(path, columns=["sample", "position", "token", "selected"]).to_pydict()
+    rows = [row for row in zip(*table.values(), strict=True) if row[0] == min(table["sample"])]
+    opening, closing = ("\033[1;32m", "\033[0m") if terminal else ("«", "»")
+    text = ""
+    for selected, part in itertools.groupby(sorted(rows), key=lambda row: row[3]):
+        piece = tokenizer.decode([token for _, _, token, _ in part])
+        text += f"{opening}{piece}{closing}" if selected else piece
+    return int(path.stem.removeprefix("step_")), text
+
+
+def comparison(losses: dict[str, float]) -> list[tuple[str, str]]:
+    """Validation losses side by side, and what they say of ssToken; `losses` by method, in the order of the table."""
+    best_first = sorted(losses, key=losses.__getitem__)
+    rows = [(f"  {name}", f"{losses[name]:.4f}") for name in losses]
+    is_better = losses["sstoken"] <= losses["random"]
+    says = "is not above" if is_better else "IS ABOVE"
+    verdict = f"ssToken's {says} that of as many tokens drawn at random; lowest: {best_first[0]}"
+    return [("validation loss", ""), *rows, ("", verdict), ("", SEEDS)]
+
+
+def report(work: Path, *, terminal: bool = False) -> list[tuple[str, str]]:
     """The table of a quickstart in `work`. Raises ValueError if the exported model is not the one that was trained."""
-    scalars = read_scalars(work / "run" / "logs")
-    model = AutoModelForCausalLM.from_pretrained(work / "exported").eval()
+    scalars = {name: read_scalars(work / folder / "logs") for name, folder in RUNS.items()}
+    run = scalars["sstoken"]
+    before, model = (AutoModelForCausalLM.from_pretrained(work / name).eval() for name in ("toy/model", "exported"))
     tokenizer = AutoTokenizer.from_pretrained(work / "exported")
     chats = read_chats(work / "toy" / "validation.jsonl")
-    trained, exported = scalars["loss/validation"][-1].value, response_loss(model, tokenizer, chats)
+    trained, exported = run["loss/validation"][-1].value, response_loss(model, tokenizer, chats)
     if not abs(trained - exported) < TOLERANCE:
         raise ValueError(
             f"{work / 'exported'}: validation loss {exported:.4f} in transformers, {trained:.4f} in the run"
         )
+    losses = {"before": response_loss(before, tokenizer, chats)}
+    losses |= {name: of_run["loss/validation"][-1].value for name, of_run in scalars.items()}
     question = next(message["content"] for message in chats[0] if message["role"] == "user")
+    step, text = chosen_tokens(work / "run" / "logs" / "records", tokenizer, terminal=terminal)
     return [
-        ("steps", f"{scalars['loss/all'][-1].step}"),
-        ("loss, all responses", _from_to(scalars["loss/all"])),
-        ("loss, selected", _from_to(scalars["loss/selected"])),
-        ("share selected", f"{100 * scalars['selection/share'][-1].value:.1f} % (last step)"),
-        (
-            "validation loss",
-            f"{_from_to(scalars['loss/validation'])}; the exported model's in transformers: {exported:.4f}",
-        ),
+        ("steps", f"{run['loss/all'][-1].step}"),
+        *comparison(losses),
+        ("exported model", f"{exported:.4f} in transformers"),
         ("question", question),
-        ("the model's answer", answer(model, tokenizer, question)),
+        ("answer before", answer(before, tokenizer, question).replace("\n", " ⏎ ")),
+        ("answer after", answer(model, tokenizer, question).replace("\n", " ⏎ ")),
+        ("share selected", f"{100 * run['selection/share'][-1].value:.1f} % (last step)"),
+        ("loss, selected", _from_to(run["loss/selected"])),
+        ("loss, dropped", _from_to(run["loss/dropped"])),
+        ("dropped − history", _from_to(run["loss/dropped_minus_history"])),
+        (f"trained on in step {step}", ""),
+        *[("", line) for line in text.splitlines()],
         ("checkpoints", f"{work / 'run'}"),
         ("TensorBoard", f"{work / 'run' / 'logs'}"),
         ("token records", f"{work / 'run' / 'logs' / 'records'}"),
@@ -93,17 +131,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder of the quickstart")
     options = parser.parse_args(arguments)
     disable_progress_bar()
-    for folder in (options.work / "run" / "logs", options.work / "exported"):
-        if not folder.is_dir():
-            print(f"error: --work: {folder} does not exist: run pretrain_scripts/quickstart.sh first", file=sys.stderr)
+    for folder in (*(f"{name}/logs" for name in RUNS.values()), "exported"):
+        if not (options.work / folder).is_dir():
+            problem = f"{options.work / folder} does not exist: run pretrain_scripts/quickstart.sh first"
+            print(f"error: --work: {problem}", file=sys.stderr)
             return 2
     try:
-        rows = report(options.work)
+        rows = report(options.work, terminal=sys.stdout.isatty())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for name, value in rows:
-        print(f"{name:<22} {value}")
+        print(f"{name:<22} {value}".rstrip())
     return 0
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make a toy to try everything with: word problems as chats, a tokenizer trained on them, a tiny random Llama."""
+"""Make a toy to try everything with: word problems as chats, a tokenizer trained on them, a tiny Llama that has read others."""
 
 import argparse
 import json
@@ -21,6 +21,8 @@ END_OF_TEXT, START_OF_TURN, END_OF_TURN = SPECIAL_TOKENS = ("<|endoftext|>", "<|
 HEAD_DIM = 32
 MAX_POSITIONS = 512
 NUM_BYTES = 256
+PRETRAINING_BATCH = 8
+PRETRAINING_RATE = 3e-3
 
 # ChatML. The marks hold what the assistant says and the end of its turn, not the newline after it.
 CHAT_TEMPLATE = """\
@@ -159,12 +161,45 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, hidden: int, layers: int, 
     return model
 
 
+def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, conversations: list[list[Message]]) -> None:
+    """Train on every token of the conversations as plain text, without roles and turns, once and in their order.
+
+    So it knows words and sums, as a pretrained model does, and no chats. AdamW, whose rate falls linearly to 0; on one thread,
+    so that the weights do not depend on how many there are.
+    """
+    texts = ["\n".join(message["content"] for message in messages) + END_OF_TEXT for messages in conversations]
+    batches = [texts[start : start + PRETRAINING_BATCH] for start in range(0, len(texts), PRETRAINING_BATCH)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAINING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model.train()
+    for batch in batches:
+        encoded = tokenizer(batch, padding=True, padding_side="right", return_tensors="pt")
+        labels = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)
+        model(**encoded, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    model.eval()
+    torch.set_num_threads(threads)
+
+
 def make_toy(
-    output: Path, *, rows: int = 1000, seed: int = 0, vocabulary: int = 512, hidden: int = 128, layers: int = 4
+    output: Path,
+    *,
+    rows: int = 1000,
+    seed: int = 0,
+    vocabulary: int = 512,
+    hidden: int = 128,
+    layers: int = 4,
+    start: str = "pretrained",
 ) -> None:
     """Write `chat.jsonl` (`rows` rows), `validation.jsonl` (a tenth as many, all others) and `model/` into `output`.
 
-    `model/` is a Hugging Face folder: configuration, weights, tokenizer. Equal arguments give equal files; those of an
+    `model/` is a Hugging Face folder: configuration, weights, tokenizer. The weights have been trained on the text of twice as
+    many other conversations; with `start` random they are as they were drawn. Equal arguments give equal files; those of an
     earlier call are replaced. Raises ValueError for numbers that cannot work.
     """
     for name, value, least in (("rows", rows, 10), ("layers", layers, 1)):
@@ -174,13 +209,16 @@ def make_toy(
         raise ValueError(f"--vocabulary {vocabulary} does not hold all bytes and special tokens: use 259 or more")
     if hidden < 1 or hidden % (2 * HEAD_DIM):
         raise ValueError(f"--hidden {hidden} is not a multiple of {2 * HEAD_DIM} (two heads of {HEAD_DIM}): use one")
-    conversations = make_conversations(rows + rows // 10, seed)
+    num_written = rows + rows // 10
+    conversations = make_conversations(num_written + (2 * rows if start == "pretrained" else 0), seed)
     output.mkdir(parents=True, exist_ok=True)
     _write_rows(output / "chat.jsonl", conversations[:rows])
-    _write_rows(output / "validation.jsonl", conversations[rows:])
+    _write_rows(output / "validation.jsonl", conversations[rows:num_written])
     tokenizer = make_tokenizer(conversations[:rows], vocabulary)
     tokenizer.save_pretrained(output / "model")
-    make_model(tokenizer, hidden=hidden, layers=layers, seed=seed).save_pretrained(output / "model")
+    model = make_model(tokenizer, hidden=hidden, layers=layers, seed=seed)
+    pretrain(model, tokenizer, conversations[num_written:])
+    model.save_pretrained(output / "model")
 
 
 def _write_rows(path: Path, conversations: list[list[Message]]) -> None:
@@ -197,6 +235,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=512, help="most entries of the tokenizer")
     parser.add_argument("--hidden", type=int, default=128, help="hidden size, a multiple of 64")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model")
+    parser.add_argument(
+        "--start",
+        choices=("pretrained", "random"),
+        default="pretrained",
+        help="weights of the model: trained on the text of other conversations, or as they were drawn",
+    )
     return parser.parse_args(arguments)
 
 

@@ -74,6 +74,8 @@ class RunState:
     """The step that `checkpoint.resume` chose, of the start that this checkpoint descends from."""
     diverged: str | None = None
     """What says that the weights are of a run that had diverged, for people; None where nothing does."""
+    drift: dict[str, float] = field(default_factory=dict)
+    """State of the monitor of drift; empty where it has nothing to remember."""
     objective: dict[str, Any] = field(default_factory=dict)
     """Settings of selection and history, and the starting weights: told where a resumed run changes them."""
     adapters: AdapterIdentity | None = None

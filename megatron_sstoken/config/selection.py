@@ -1,12 +1,18 @@
 """Settings of which tokens are trained on, and of the history that they are compared with."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Literal
 
 from megatron_sstoken.config.rules import Rules
 from megatron_sstoken.selection.methods import find_method
 from megatron_sstoken.selection.rho import parse_rho
+
+_RHO_STEP = Decimal("0.1")
+"""By which `on_drift: raise_rho` raises rho."""
+_EXPLORE = 0.1
+"""What `on_drift: explore` takes where no share is given."""
 
 
 @dataclass
@@ -69,6 +75,21 @@ class SelectionSettings:
     warmup_samples: int = 0
     """gamma is 0 for the first N samples: at the start the history model and the model are the same."""
 
+    explore: float = 0.0
+    """Share of the selected tokens that is drawn at random from the others, in [0, 1): of k selected tokens the
+    ceil((1 − explore)·k) best stay. With `on_drift: explore` from when drift is noticed; there 0 means 0.1."""
+
+    on_drift: Literal["warn", "raise_rho", "explore"] = "warn"
+    """What to do once dropped tokens have become worse than under the history: tell it; raise rho by 0.1, again as long as it
+    lasts, up to 1; or begin to explore. Nothing is noticed by methods without history losses, and where `history.hf_path` names
+    another model."""
+
+    drift_bound: float = 0.2
+    """Drift is noticed where dropped tokens' loss − history loss (nats, exponential mean of about 10 steps) is above it."""
+
+    drift_steps: int = 20
+    """For how many steps in a row."""
+
     def problems(self) -> list[str]:
         """Rules that need this section alone."""
         rules = Rules("selection", self)
@@ -102,6 +123,20 @@ class SelectionSettings:
         rules.in_range("gamma", 0, 1)
         rules.at_least("rel_floor", 0)
         rules.at_least("warmup_samples", 0)
+        rules.require(
+            0 <= self.explore < 1,
+            f"selection.explore={self.explore} is outside [0, 1): use the share to draw at random, as 0.1",
+        )
+        rules.require(
+            10**9 * Decimal(str(self.explore)) % 1 == 0,
+            f"selection.explore={self.explore} has more than 9 decimals: round it to 9 or fewer",
+        )
+        rules.require(
+            self.on_drift != "raise_rho" or self.rho != "auto",
+            "selection.on_drift=raise_rho needs a number for selection.rho, which is auto: use one, or on_drift=explore",
+        )
+        rules.at_least("drift_bound", 0)
+        rules.at_least("drift_steps", 1)
         return rules.broken
 
     @property
@@ -110,6 +145,25 @@ class SelectionSettings:
         method = find_method(self.method)
         rule = self.rule or method.rule
         return "chosen" if rule == "top" and self.scope == "dataset" and method.selects else rule
+
+    @property
+    def largest_rho(self) -> float:
+        """The largest share that a batch may be trained on."""
+        if self.rho == "auto":
+            return self.rho_max
+        return 1.0 if self.on_drift == "raise_rho" else self.rho
+
+    def after_drift(self, times: int) -> "SelectionSettings":
+        """What is in force after drift has been noticed `times` times."""
+        if self.on_drift == "explore":
+            return replace(self, explore=(self.explore or _EXPLORE) if times else 0.0)
+        if self.on_drift == "raise_rho" and self.rho != "auto":
+            return replace(self, rho=float(min(Decimal(str(self.rho)) + times * _RHO_STEP, Decimal(1))))
+        return self
+
+    def can_act(self, times: int) -> bool:
+        """Whether there is something to do about drift that has been noticed `times` times before."""
+        return times == 0 or self.after_drift(times) != self.after_drift(times + 1)
 
     @property
     def layers(self) -> list[int]:

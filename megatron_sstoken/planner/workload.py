@@ -74,13 +74,12 @@ class Workload:
     def of_settings(
         cls, settings: Settings, architecture: Architecture, world_size: int, response: float = 1.0
     ) -> "Workload":
-        """The workload of a run. Adapters are taken to be on all linears, an adaptive share to be its largest, and what a
+        """The workload of a run. Adapters are taken to be on all linears, a share that may change to be its largest, and what a
         threshold or a file selects to be everything."""
         training, selection = settings.training, settings.selection
         method, by_share = find_method(selection.method), selection.rule != "threshold"
         if method.rule == "chosen" and selection.rule is None:
             by_share = False
-        rho = selection.rho_max if selection.rho == "auto" else selection.rho
         return cls(
             architecture,
             world_size,
@@ -91,7 +90,7 @@ class Workload:
             backend=settings.model.backend,
             head=settings.model.head,
             response=response,
-            rho=rho if by_share else 1.0,
+            rho=selection.largest_rho if by_share else 1.0,
             # Any other than `batch` is one pass.
             scope=selection.scope if by_share and selection.scope != "dataset" else "sample",
             selects=method.selects,

@@ -27,6 +27,7 @@ from megatron_sstoken.parallel import Layout, any_of, broadcast_object
 from megatron_sstoken.passes.columns import gather_columns
 from megatron_sstoken.passes.step import TokenReport
 from megatron_sstoken.run_plan import RunPlan
+from megatron_sstoken.training.drift import DriftMonitor
 from megatron_sstoken.training.evaluate import validation_loss
 from megatron_sstoken.training.interrupt import StopRequest
 from megatron_sstoken.training.known import NOTHING, Known
@@ -55,6 +56,7 @@ class Trainer:
     logger: StepLogger
     prefetcher: Prefetcher
     saver: Saver
+    drift: DriftMonitor
     adapters: AdapterIdentity | None = None
     """What is trained and saved, where that is adapters."""
     known: Known = NOTHING
@@ -146,8 +148,26 @@ def create_trainer(
     logger = StepLogger(plan.settings.logging_directory, said.every, plan.num_steps, layout, resumed=resumed)
     adapters = adapter_identity(plan.settings, layout)
     prefetcher, saver = Prefetcher(loader), Saver(plan.settings.checkpoint, layout, logger)
+    drift = DriftMonitor(
+        plan.settings.selection,
+        newest.state.drift if newest is not None else None,
+        own_history=plan.settings.history.hf_path is None,
+    )
     trainer = Trainer(
-        plan, layout, model, history, optimizer, scheduler, loader, logger, prefetcher, saver, adapters, known, files
+        plan,
+        layout,
+        model,
+        history,
+        optimizer,
+        scheduler,
+        loader,
+        logger,
+        prefetcher,
+        saver,
+        drift,
+        adapters=adapters,
+        known=known,
+        files=files,
     )
     if resume is not None and newest is not None:
         state = newest.state
@@ -190,16 +210,20 @@ def _train_until_asked_to_stop(trainer: Trainer, stop: StopRequest) -> None:
         rate = get_canonical_lr_for_logging(trainer.optimizer.param_groups) or 0.0
         metrics, gradient_norm, reports = training_step(trainer, number)
         trainer.step = done = number + 1
-        trainer.logger.step(done, metrics, gradient_norm, rate)
+        trainer.drift.observe(metrics.dropped_excess)
+        trainer.logger.step(done, metrics, gradient_norm, rate, _points_of_selection(trainer))
         last = done == plan.num_steps
         saver = trainer.saver
-        asked, damaged, is_writing, minutes_are_over = any_of(
+        asked, damaged, is_writing, minutes_are_over, drifts = any_of(
             trainer.layout,
             stop.received is not None,
             trainer.has_damaged_files,
             saver.is_writing,
             saver.minutes_are_over,
+            trainer.drift.is_due,
         )
+        if drifts:
+            trainer.logger.say(f"warning: step {done}: {trainer.drift.act()}")
         if damaged or last:
             trainer.require_whole_files()
         if not is_writing:
@@ -221,6 +245,16 @@ def _train_until_asked_to_stop(trainer: Trainer, stop: StopRequest) -> None:
         trainer.logger.pause()
 
 
+def _points_of_selection(trainer: Trainer) -> dict[str, float]:
+    """How dropped tokens do, and what was raised or begun because of it in the step before."""
+    selection, points = trainer.settings.selection, {"loss/dropped_minus_history": trainer.drift.value}
+    if selection.on_drift == "raise_rho":
+        points["selection/rho"] = float(selection.after_drift(trainer.drift.times).rho)
+    if selection.on_drift == "explore" or selection.explore:
+        points["selection/explore"] = selection.after_drift(trainer.drift.times).explore
+    return points
+
+
 def is_due(step: int, every: int) -> bool:
     """Whether something done every `every` steps (0: never) is done after `step`."""
     return every > 0 and step % every == 0
@@ -237,7 +271,8 @@ def training_step(trainer: Trainer, number: int) -> tuple[StepMetrics, float, li
     watchdog.arrived(f"step {number + 1}")
     batch = trainer.prefetcher.take(number)
     gamma = 0.0 if batch.num_samples_before < settings.selection.warmup_samples else settings.selection.gamma
-    selector = selector_of(settings, trainer.layout, gamma=gamma, step=number, history=trainer.history)
+    drifted = trainer.drift.times
+    selector = selector_of(settings, trainer.layout, gamma=gamma, step=number, history=trainer.history, drifted=drifted)
     model.zero_gradients()
     trainer.optimizer.zero_grad()
     reports = train_on_selected(model, batch.micro_batches, selector)
@@ -317,6 +352,7 @@ def save(trainer: Trainer, *, stopping: bool = False, wait: bool = True) -> None
         lag=plan.lag,
         branch=trainer.branch,
         diverged=trainer.diverged,
+        drift=trainer.drift.state_dict(),
         objective=objective_of(plan, trainer.known.digests),
         adapters=trainer.adapters,
         chat_template=plan.train.store.manifest.chat_template,

@@ -33,6 +33,8 @@ class StepMetrics:
     loss_selected: float
     loss_all: float
     loss_dropped: float
+    dropped_excess: float
+    """Mean over the dropped tokens of loss − history loss; NaN without history."""
     num_selected: int
     num_response: int
     num_tokens: int
@@ -71,7 +73,7 @@ class PendingMetrics:
         first_nan = int(self._numbers[0])
         if first_nan != NO_TOKEN:
             raise nan_error(first_nan)
-        selected_loss, response_loss, selected, weight, squares, *further = (
+        selected_loss, response_loss, excess, selected, weight, squares, *further = (
             self._numbers[1:].view(torch.float64).tolist()
         )
         response, tokens, positions, flops, rho, *percentiles = further
@@ -81,6 +83,7 @@ class PendingMetrics:
             loss_selected=selected_loss / selected if selected else math.nan,
             loss_all=response_loss / response if response else math.nan,
             loss_dropped=(response_loss - selected_loss) / (response - selected) if response > selected else math.nan,
+            dropped_excess=excess / (response - selected) if response > selected else math.nan,
             num_selected=int(selected),
             num_response=int(response),
             num_tokens=int(tokens),
@@ -106,7 +109,7 @@ def begin_summary(reports: list[TokenReport], architecture: Architecture, layout
     """
     device = compute_device()
     first_nan = torch.full((1,), NO_TOKEN, device=device)
-    sums = torch.zeros(9, dtype=torch.float64, device=device)
+    sums = torch.zeros(10, dtype=torch.float64, device=device)
     percentiles = torch.full((2, 1 + _PERCENTILES), torch.nan, dtype=torch.float64, device=device)
     if layout.is_last_stage:
         if reports:
@@ -131,7 +134,8 @@ def begin_summary(reports: list[TokenReport], architecture: Architecture, layout
 
 
 def _sums_of(reports: list[TokenReport], architecture: Architecture) -> torch.Tensor:
-    """float64 [9] of this rank: losses of selected and of response tokens, then counts, in the order of `PendingMetrics`."""
+    """float64 [10] of this rank: losses of selected and of response tokens, by how much those of dropped tokens are above their
+    history losses (NaN without), then counts and sums of weights, in the order of `PendingMetrics`."""
     losses = torch.cat([report.loss.double() for report in reports])
     response = torch.cat([report.batch.response for report in reports])
     selected = torch.cat([r.batch.response if r.selection is None else r.selection.mask for r in reports])
@@ -140,6 +144,7 @@ def _sums_of(reports: list[TokenReport], architecture: Architecture) -> torch.Te
     found = [
         torch.where(selected, losses, 0.0).sum(),
         torch.where(response, losses, 0.0).sum(),
+        _excess_of(reports, losses, response & ~selected),
         selected.sum().double(),
         weights.sum(),
         weights.square().sum(),
@@ -152,6 +157,15 @@ def _sums_of(reports: list[TokenReport], architecture: Architecture) -> torch.Te
         sum(training_flops(report.batch, architecture) for report in reports),
     ]
     return torch.cat([torch.stack(found), to_compute_device(torch.tensor(known, dtype=torch.float64))])
+
+
+def _excess_of(reports: list[TokenReport], losses: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+    """float64 []: the sum of loss − history loss over the dropped tokens."""
+    history = [report.history_loss for report in reports]
+    known = [one for one in history if one is not None]
+    if len(known) < len(history):
+        return losses.new_full((), torch.nan)
+    return torch.where(dropped, losses - torch.cat(known), 0.0).sum()
 
 
 def training_flops(batch: TokenBatch, a: Architecture) -> float:
@@ -209,8 +223,15 @@ class StepLogger:
         self._last = time.monotonic()
         self._begun, self._done = self._last, 0
 
-    def step(self, number: int, metrics: StepMetrics, gradient_norm: float, learning_rate: float) -> None:
-        """Tell of the optimizer step `number` (from 1)."""
+    def step(
+        self,
+        number: int,
+        metrics: StepMetrics,
+        gradient_norm: float,
+        learning_rate: float,
+        further: dict[str, float] | None = None,
+    ) -> None:
+        """Tell of the optimizer step `number` (from 1); `further`: more TensorBoard points."""
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         self._done += 1
@@ -246,7 +267,7 @@ class StepLogger:
         }
         for name, values in (("rel", metrics.rel_quantiles), ("attention", metrics.attention_quantiles)):
             points |= {f"{name}/q{round(100 * q):02d}": v for q, v in zip(QUANTILES, values, strict=True)}
-        self.scalars(number, points)
+        self.scalars(number, points | (further or {}))
 
     def scalars(self, number: int, points: dict[str, float]) -> None:
         """Write TensorBoard points, leaving out what is undefined."""

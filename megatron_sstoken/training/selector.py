@@ -19,6 +19,7 @@ from megatron_sstoken.parallel import Layout
 from megatron_sstoken.passes.loss import LossRule, token_weights
 from megatron_sstoken.passes.step import TokenReport, score_batch, select_and_train, train_on
 from megatron_sstoken.selection.adaptive import choose_rho
+from megatron_sstoken.selection.explore import explore
 from megatron_sstoken.selection.methods import Method, Selection, find_method, score_tokens, select_tokens
 from megatron_sstoken.selection.signals import TokenSignals, concatenate_signals
 from megatron_sstoken.selection.topk import token_id
@@ -55,7 +56,7 @@ class Selector:
         return self._select(signals_of(report), self.settings.rho)
 
     def _select(self, signals: TokenSignals, rho: float | str | Decimal) -> Selection:
-        return select_tokens(
+        selection = select_tokens(
             signals,
             method=self.settings.method,
             rho=rho,
@@ -68,6 +69,11 @@ class Selector:
             rule=self.settings.rule_in_force,
             tau=self.settings.threshold,
         )
+        if not (self.settings.explore and self.method.selects):
+            return selection
+        # With other rules tokens do not compete, and a micro-step's would depend on the layout.
+        share, scope = self.settings.explore, self.settings.scope if self.settings.rule_in_force == "top" else "sample"
+        return explore(signals, selection, share, scope, self.seed, self.step, self.group)
 
     def over_batch(self, reports: list[TokenReport]) -> tuple[list[Selection], float]:
         """Select among all micro-batches of a global batch; every rank of `group` calls it with as many.
@@ -102,11 +108,17 @@ class Selector:
 
 
 def selector_of(
-    settings: Settings, layout: Layout, *, gamma: float, step: int, history: HistorySource | None = None
+    settings: Settings,
+    layout: Layout,
+    *,
+    gamma: float,
+    step: int,
+    history: HistorySource | None = None,
+    drifted: int = 0,
 ) -> Selector:
-    """The selector of global batch number `step`."""
-    seed, group = settings.training.seed, layout.data
-    return Selector(settings.selection, gamma, seed, step, group, history or HistorySource(), LossRule.of(settings))
+    """The selector of global batch number `step`, after drift has been noticed `drifted` times."""
+    seed, group, selection = settings.training.seed, layout.data, settings.selection.after_drift(drifted)
+    return Selector(selection, gamma, seed, step, group, history or HistorySource(), LossRule.of(settings))
 
 
 def signals_of(report: TokenReport) -> TokenSignals:

@@ -129,8 +129,12 @@ def _describe_selection(plan: RunPlan) -> str:
     text = f"{selection.method}, {_describe_rule(plan)}, loss averaged by {selection.loss_average}"
     if "attention" in method.needs:
         text += f", gamma {selection.gamma}, layer {selection.layer}"
+    if share := selection.after_drift(0).explore:
+        text += f", {share} of it drawn at random"
     if "history_loss" in method.needs:
         text += f", history {source_of(settings).describe(settings)}"
+        if selection.on_drift != "warn":
+            text += f", on drift {selection.on_drift}"
     if "reference_loss" in method.needs:
         text += f", reference {settings.history.reference_hf_path}"
     if "score" in plan.external_values:

@@ -16,6 +16,7 @@ def problems_of(settings: Settings) -> list[str]:
         *_rule_problems(settings),
         *_weight_problems(settings),
         *_history_problems(settings),
+        *_drift_problems(settings),
         *_backend_problems(settings),
         *_memory_problems(settings),
         *_output_problems(settings),
@@ -107,6 +108,17 @@ def _history_problems(settings: Settings) -> list[str]:
     if source not in sources:
         return [f"history.source={source} is unknown: use one of {', '.join(sources)}"]
     return sources[source].problems(settings)
+
+
+def _drift_problems(settings: Settings) -> list[str]:
+    """What would be done about drift and cannot be noticed."""
+    what, path = settings.selection.on_drift, settings.history.hf_path
+    if what == "warn" or path is None:
+        return []
+    return [
+        f"selection.on_drift={what} compares the model with its own past, and history.hf_path={path} names another one: leave "
+        "one of them out (selection.explore alone explores from the start)"
+    ]
 
 
 def _backend_problems(settings: Settings) -> list[str]:

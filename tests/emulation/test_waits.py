@@ -71,6 +71,7 @@ def test_one_process_waits_once_a_step(paths):
     cases = {
         "full": {"selection__method": "full"},
         "sstoken": {},
+        "exploring": {"selection__explore": 0.2},
         "random by sample average": {"selection__method": "random", "selection__loss_average": "sample"},
         "entropy and context": {"logging__context_loss": True},
         "soft weights": {"weights__method": "entropy", "weights__divisor": "weight"},

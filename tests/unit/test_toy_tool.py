@@ -112,3 +112,18 @@ def test_numbers_that_cannot_work_are_told(
     error = capsys.readouterr().err
     assert f"--{option} {value}" in error and rule in error
     assert not (tmp_path / "toy").exists()
+
+
+def test_the_model_has_read_other_conversations_unless_random_weights_are_asked_for(toy: Path, tmp_path: Path):
+    make_toy(tmp_path, **SMALL, start="random")
+    found, drawn = contents(toy), contents(tmp_path)
+    assert {name for name in found if found[name] != drawn[name]} == {"model/model.safetensors"}
+    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
+    chats = read_chats(toy / "chat.jsonl")[:4]
+    rendered = tokenizer.apply_chat_template(chats, return_dict=True, return_tensors="pt", padding=True)
+    labels = rendered["input_ids"].masked_fill(rendered["attention_mask"] == 0, -100)
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder / "model")(**rendered, labels=labels).loss.item()
+        for folder in (tmp_path, toy)
+    )
+    assert after < before - 0.1

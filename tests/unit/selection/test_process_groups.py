@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sstoken.selection.adaptive import choose_rho
+from megatron_sstoken.selection.explore import explore
 from megatron_sstoken.selection.methods import score_tokens, select_tokens
 from megatron_sstoken.selection.signals import TokenSignals, concatenate_signals
 from megatron_sstoken.selection.topk import Traffic, distributed_topk, token_id
@@ -36,6 +37,12 @@ def poisoned(signals: TokenSignals) -> TokenSignals:
     return replace(signals.changed(attention=attention), response=response)
 
 
+def explored(signals: TokenSignals, scope: str, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The mask of a selection that explores."""
+    selection = select_tokens(signals, "sstoken", RHO, scope, group=group, **SCORING)
+    return explore(signals, selection, "0.4", scope, SCORING["seed"], SCORING["step"], group).mask
+
+
 def error_of(call) -> str:
     try:
         call()
@@ -61,6 +68,7 @@ def in_group(group: dist.ProcessGroup) -> dict:
             for method in ("sstoken", "random", "rho1")
             for scope in ("sample", "microbatch", "batch")
         },
+        "explored": {scope: explored(signals, scope, group) for scope in ("sample", "microbatch", "batch")},
         "top": (ids[top.mask].tolist(), top.threshold, top.num_candidates, top.num_selected),
         "traffic": (traffic.collectives, traffic.num_bytes),
         "rho": choose_rho(score[response], ids, "0.01", "0.99", group),
@@ -89,6 +97,11 @@ def test_ranks_together_select_what_one_process_selects(results, num_ranks):
         expected = select_tokens(whole, key[0], RHO, key[1], group=None, **SCORING).mask
         assert 0 < expected.sum() < whole.response.sum()
         assert torch.equal(torch.cat([result["masks"][key] for result in found]), expected), key
+
+    for scope in found[0]["explored"]:
+        expected = explored(whole, scope, None)
+        assert not torch.equal(expected, select_tokens(whole, "sstoken", RHO, scope, group=None, **SCORING).mask)
+        assert torch.equal(torch.cat([result["explored"][scope] for result in found]), expected), scope
 
     score, _ = score_tokens(whole, "sstoken", **SCORING)
     values, ids = (

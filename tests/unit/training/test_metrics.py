@@ -74,6 +74,7 @@ def check_sums(metrics: StepMetrics, values: dict[str, np.ndarray]) -> None:
     assert metrics.loss_selected == pytest.approx(loss[selected].mean(), rel=1e-6)
     assert metrics.loss_all == pytest.approx(loss.mean(), rel=1e-6)
     assert metrics.loss_dropped == pytest.approx(loss[~selected].mean(), rel=1e-6)
+    assert metrics.dropped_excess == pytest.approx(-values["rel"][~selected].astype(np.float64).mean(), rel=1e-5)
     assert (metrics.num_selected, metrics.num_response) == (selected.sum(), len(loss))
     assert metrics.share_selected == selected.mean()
 
@@ -118,6 +119,7 @@ def test_without_history_and_attention(layout):
     report = make_report(make_batch([[0, 1, 1]], 4, history=False), attention=False)
     metrics = summarize([report], TINY, layout)
     assert np.isnan(metrics.rel_quantiles).all() and np.isnan(metrics.attention_quantiles).all()
+    assert math.isnan(metrics.dropped_excess)
     assert len(metrics.rel_quantiles) == len(QUANTILES) and metrics.num_response == 2
 
 
@@ -211,6 +213,7 @@ def metrics_with(**changes) -> StepMetrics:
         "loss_selected": 1.5,
         "loss_all": 1.25,
         "loss_dropped": 1.0,
+        "dropped_excess": -0.5,
         "num_selected": 30,
         "num_response": 60,
         "num_tokens": 100,

@@ -38,6 +38,15 @@ def test_description(settings, folder):
     assert facts["precision"] == "fp32" and facts["checkpoints"] == "none"
 
 
+def test_exploration_and_what_is_done_about_drift(settings, folder):
+    def of(**changes) -> str:
+        return facts_of(describe(plan_run(settings(**changes), 1)))["selection"]
+
+    assert "layer -1, 0.2 of it drawn at random, history" in of(selection__explore=0.2)
+    assert of(selection__on_drift="explore").endswith("(starting weights), on drift explore")
+    assert "drift" not in of(selection__on_drift="explore", selection__method="random")
+
+
 def test_description_of_other_runs(settings, folder):
     plan = plan_run(
         settings(

@@ -90,6 +90,25 @@ BROKEN = {
         {"parallel__virtual_pipeline": 2},
         "parallel.virtual_pipeline=2 needs parallel.pipeline > 1, which is 1: use virtual_pipeline=1",
     ),
+    "all explored": (
+        {"selection__explore": 1.0},
+        "selection.explore=1.0 is outside [0, 1): use the share to draw at random, as 0.1",
+    ),
+    "explored too finely": (
+        {"selection__explore": 0.1234567891},
+        "selection.explore=0.1234567891 has more than 9 decimals: round it to 9 or fewer",
+    ),
+    "drift raises what is chosen": (
+        {"selection__on_drift": "raise_rho", "selection__rho": "auto"},
+        "selection.on_drift=raise_rho needs a number for selection.rho, which is auto: use one, or on_drift=explore",
+    ),
+    "drift from another model": (
+        {"selection__on_drift": "explore", "history__hf_path": "other"},
+        "selection.on_drift=explore compares the model with its own past, and history.hf_path=other names another one: leave "
+        "one of them out (selection.explore alone explores from the start)",
+    ),
+    "drift at once": ({"selection__drift_steps": 0}, "selection.drift_steps=0 is too small: use 1 or more"),
+    "drift below": ({"selection__drift_bound": -0.1}, "selection.drift_bound=-0.1 is too small: use 0 or more"),
     "first stage without pipeline": (
         {"parallel__first_stage_layers": 2},
         "parallel.first_stage_layers=2 needs parallel.pipeline > 1, which is 1: leave it out",
