@@ -42,7 +42,7 @@ def saver_of(rank=0, **changes):
 
 
 def begin(saver, step, *, final=False):
-    history = SimpleNamespace(state_dict=dict)
+    history = SimpleNamespace(state_dict=dict, weights_copy=tuple)
     saver.begin(RunState(step, None, ""), None, None, None, history, final=final)
 
 
