@@ -14,7 +14,7 @@ from megatron_sstoken.training.loop import model_to_train
 from megatron_sstoken.training.records import write_records
 from megatron_sstoken.training.selector import selector_of
 from megatron_sstoken.validate.agree import agreed_plan
-from megatron_sstoken.validate.run import writing_problem
+from megatron_sstoken.validate.run import needs_history, writing_problem
 from megatron_sstoken.validate.whole import RunFiles
 
 
@@ -59,7 +59,11 @@ def history_that_moves(settings: Settings) -> str | None:
     """Why there are no history losses without training."""
     name = settings.history.source
     source = history_sources().get(name)
-    if source is None or not source.needs_training:
+    try:
+        needed = needs_history(settings)
+    except ValueError:  # the method does not exist, which is told with all else
+        return None
+    if source is None or not source.needs_training or not needed:
         return None
     return (
         f"history.source={name} compares with what training has gone through, and scoring trains nothing: "

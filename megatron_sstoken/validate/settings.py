@@ -111,14 +111,28 @@ def _history_problems(settings: Settings) -> list[str]:
 
 
 def _drift_problems(settings: Settings) -> list[str]:
-    """What would be done about drift and cannot be noticed."""
-    what, path = settings.selection.on_drift, settings.history.hf_path
-    if what == "warn" or path is None:
-        return []
-    return [
-        f"selection.on_drift={what} compares the model with its own past, and history.hf_path={path} names another one: leave "
-        "one of them out (selection.explore alone explores from the start)"
-    ]
+    """What would be done about drift, and cannot be noticed or done."""
+    selection, path, found = settings.selection, settings.history.hf_path, []
+    what = selection.on_drift
+    if what != "warn" and path is not None:
+        found.append(
+            f"selection.on_drift={what} compares the model with its own past, and history.hf_path={path} names another one: "
+            "leave one of them out (selection.explore alone explores from the start)"
+        )
+    try:
+        rule = selection.rule_in_force
+    except ValueError:  # told by _method_problems
+        return found
+    if what == "raise_rho" and rule != "top":
+        found.append(
+            "selection.on_drift=raise_rho needs a share to raise, and no share selects here: use warn or explore"
+        )
+    if rule == "chosen" and (selection.explore or what == "explore"):
+        found.append(
+            f"selection.explore={selection.explore} with on_drift={what}: tokens that were chosen before training give way to "
+            "none: use explore=0 and on_drift=warn"
+        )
+    return found
 
 
 def _backend_problems(settings: Settings) -> list[str]:

@@ -102,6 +102,16 @@ BROKEN = {
         {"selection__on_drift": "raise_rho", "selection__rho": "auto"},
         "selection.on_drift=raise_rho needs a number for selection.rho, which is auto: use one, or on_drift=explore",
     ),
+    "drift raises no share": (
+        {"selection__method": "probability", "selection__rule": "threshold", "selection__threshold": 0.1}
+        | {"selection__on_drift": "raise_rho"},
+        "selection.on_drift=raise_rho needs a share to raise, and no share selects here: use warn or explore",
+    ),
+    "exploring beside a choice": (
+        {"selection__method": "history_probability", "selection__scope": "dataset", "selection__explore": 0.1},
+        "selection.explore=0.1 with on_drift=warn: tokens that were chosen before training give way to none: use explore=0 and "
+        "on_drift=warn",
+    ),
     "drift from another model": (
         {"selection__on_drift": "explore", "history__hf_path": "other"},
         "selection.on_drift=explore compares the model with its own past, and history.hf_path=other names another one: leave "

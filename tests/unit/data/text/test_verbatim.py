@@ -3,14 +3,14 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from megatron_sstoken.data.text.marks import has_generation_marks
 from megatron_sstoken.data.text.templates import find_template, template_names
 from megatron_sstoken.data.text.verbatim import is_verbatim
 from tests.helpers.template_styles import STYLES
 from tests.helpers.toy import CHAT_TEMPLATES
-from tests.unit.data.text.test_templates import render
 
+NAMES = {"bos_token": "<s>", "eos_token": "</s>", "date_string": "1 May 2025"}
 LOOP = "{% for m in messages %}%s{% endfor %}"
 WRITTEN = (
     "{{ m.content }}",
@@ -107,11 +107,11 @@ def test_the_text_around_contents_is_the_same_for_all(name, data):
     def rendered(texts):
         messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
         try:
-            return render(TEMPLATES[name], messages)[0]
+            return render_jinja_template(conversations=[messages], chat_template=TEMPLATES[name], **NAMES)[0][0]
         except Exception as error:  # what the template raises depends on roles alone, too
             return repr(error)
 
     wanted = rendered(marks)
     for mark, content in zip(marks, contents, strict=True):
         wanted = wanted.replace(mark, content)
-    assert rendered(contents) == wanted, has_generation_marks(TEMPLATES[name])
+    assert rendered(contents) == wanted
