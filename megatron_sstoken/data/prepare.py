@@ -21,7 +21,7 @@ from megatron_sstoken.data.store import NO_TEMPLATE, StoreManifest
 from megatron_sstoken.data.text.limits import memory_limit
 from megatron_sstoken.data.text.templates import find_template, require_arguments, require_tokens
 from megatron_sstoken.data.tokenizer import RESERVED, TextTokenizer, load_tokenizer
-from megatron_sstoken.data.workers import BadPlace, TokenizedChunk, default_workers, tokenize_chunks
+from megatron_sstoken.data.workers import BadPlace, TokenizedChunk, default_workers, start_ahead, tokenize_chunks
 from megatron_sstoken.files import naming, source_inside, whole_folder
 
 NUM_SHOWN = 10  # bad rows in an error message
@@ -66,6 +66,7 @@ def prepare(
     if source_read := source_inside(output, read):
         raise ValueError(f"--output: {output} is, or holds, what is read ({source_read}): choose another folder")
     _check_names(plan, sources)
+    start_ahead(workers)
     tokenizer = load_tokenizer(tokenizer_path, find_template(chat_template) if chat_template else None)
     require_tokens(tokenizer)
     require_arguments(tokenizer.template, recipe.template_arguments.keys() - RESERVED)

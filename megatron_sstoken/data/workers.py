@@ -10,7 +10,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import lru_cache
-from multiprocessing import get_context, parent_process
+from multiprocessing import forkserver, get_context, parent_process
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,21 @@ def default_workers() -> int:
     """One process per core this process may use, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, cores)
+
+
+def start_ahead(workers: int) -> None:
+    """Begin to import what workers need, in the process that they will be forked from, while this one goes on."""
+    if workers > 1:
+        _context()
+        forkserver.ensure_running()
+
+
+def _context() -> ForkServerContext:
+    # Forking a process that has threads (torch's, tqdm's) is unsafe; a server forks clean copies that have
+    # already imported what takes seconds.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["transformers.models.auto.tokenization_auto", __name__])
+    return context
 
 
 def tokenize_chunk(tokenizer: TextTokenizer, recipe: Recipe, chunk: Chunk) -> TokenizedChunk:
@@ -141,12 +157,8 @@ def tokenize_chunks(
     if workers == 1:
         yield from ((mark, tokenize_chunk(tokenizer, recipe, chunk)) for mark, chunk in chunks)
         return
-    # Forking a process that has threads (torch's, tqdm's) is unsafe; a server forks clean copies that have
-    # already imported what takes seconds.
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["transformers.models.auto.tokenization_auto", __name__])
     arguments = (tokenizer.path, tokenizer.template, recipe)
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=arguments) as pool:
+    with ProcessPoolExecutor(workers, _context(), initializer=_start_worker, initargs=arguments) as pool:
         try:
             yield from _in_order(pool.submit, chunks, CHUNKS_IN_FLIGHT * workers)
         except BrokenProcessPool as error:
