@@ -29,7 +29,8 @@ _OWN_FILES = frozenset(
         SKIPPED,
     )
 )
-_HISTORY = "history"  # folder beside the data, with losses that runs have scored
+_COLUMNS = ("history", "external", "chosen")
+"""Folders beside the samples, of what runs have worked out of them: losses, values of files, a choice over all data."""
 
 
 def store_folders(output: Path) -> list[Path]:
@@ -57,11 +58,11 @@ def check_output(output: Path, overwrite: bool) -> None:
     if folders != [output]:
         _refuse_foreign(output, output, {TRAIN, VALIDATION, SKIPPED})
     for folder in folders:
-        _refuse_foreign(output, folder, _OWN_FILES | {_HISTORY})
-        for path in (folder / _HISTORY).glob("*.lock"):
+        _refuse_foreign(output, folder, _OWN_FILES | {*_COLUMNS})
+        for path in (lock for name in _COLUMNS for lock in (folder / name).glob("*.lock")):
             if holder := Lock(path).holder():
                 raise ValueError(
-                    f"--output: {output} is in use, {holder} is scoring its history: wait for it, or stop it"
+                    f"--output: {output} is in use, {holder} is filling {path.parent}: wait for it, or stop it"
                 )
 
 

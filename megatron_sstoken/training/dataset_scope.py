@@ -9,7 +9,7 @@ import torch
 import xxhash
 
 from megatron_sstoken.data.batches import TokenValues
-from megatron_sstoken.data.chunks import ResponseChunk, response_chunks
+from megatron_sstoken.data.response_chunks import ResponseChunk, response_chunks
 from megatron_sstoken.run_plan import RunPlan
 from megatron_sstoken.selection.dataset import Cut, NanScore, find_cut
 from megatron_sstoken.selection.methods import score_tokens

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from megatron_sstoken import watchdog
 from megatron_sstoken.checkpoint.weights_source import WeightsSource
 from megatron_sstoken.data.batches import TokenValues
-from megatron_sstoken.data.chunks import response_chunks
 from megatron_sstoken.data.column import MANIFEST, TokenColumn
 from megatron_sstoken.data.external import ExternalFiles, fill_values, open_external
+from megatron_sstoken.data.response_chunks import response_chunks
 from megatron_sstoken.data.whole_column import write_column
 from megatron_sstoken.history.frozen import scored_column
 from megatron_sstoken.history.source import HistorySource

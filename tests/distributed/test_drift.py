@@ -71,6 +71,7 @@ DRIFTING = {
 worse than at the start."""
 
 
+@pytest.mark.slow
 def test_rho_is_raised_on_all_ranks_and_a_resumed_run_goes_on_bit_for_bit(folder, tmp_path):
     settings = settings_in(
         folder, selection__on_drift="raise_rho", selection__rho=0.65, training__steps=8, checkpoint__directory=str(tmp_path),

@@ -64,7 +64,7 @@ def bench(tmp_path_factory):
     generator = np.random.default_rng(0)
     weights = generator.choice([0.0, 0.3, 1.7], table.num_rows).astype(np.float32)
     mask = generator.random(table.num_rows) < 0.2  # what is not told counts 1
-    table = table.append_column("weight", pa.array(weights, mask=mask))
+    table = table.drop_columns("weight").append_column("weight", pa.array(weights, mask=mask))
     pq.write_table(table, path)
     records = read_records(path)
     return (

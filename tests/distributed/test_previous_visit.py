@@ -134,7 +134,9 @@ def require_previous(records, *, first: str, skipped=()) -> int:
     return compared
 
 
-@pytest.mark.parametrize("layout", ["dp2", "pp2", pytest.param("cp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow) if name != "dp2" else name for name in ("dp2", "pp2", "cp2")]
+)
 def test_each_epoch_compares_with_the_one_before(bench, tmp_path, layout):
     num_ranks, parallel = LAYOUTS[layout]
     changes = {"training__epochs": 3, "training__steps": None, "data__packing": layout == "cp2", **parallel}
@@ -204,6 +206,7 @@ def test_a_killed_run_goes_on_bit_for_bit(bench, tmp_path, first):
         assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_another_layout_in_between_and_an_earlier_step(bench, tmp_path):
     """DP 2 to step 12, PP 2 from step 6 on to 12, then one process from there: what each reads is what was recorded."""
     run = tmp_path / "run"

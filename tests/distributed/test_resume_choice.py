@@ -132,6 +132,7 @@ def test_a_lost_description_does_not_start_anew_silently(folder, run):
     assert "step_0000004 has lost its sstoken.json" in told
 
 
+@pytest.mark.slow
 def test_more_epochs_after_a_last_batch_that_was_not_full_lose_no_pack(folder, tmp_path):
     """10 packs an epoch, batches of 4: the first run's third batch holds 2. The second run's begin 2 packs earlier."""
     directory = tmp_path / "run"

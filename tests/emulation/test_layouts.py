@@ -22,7 +22,7 @@ FAMILIES = ("llama", "qwen2", "mixtral")  # plain; tied embeddings and biases; e
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow) if name == "qwen2" else name for name in FAMILIES],
+    params=[name if name == "llama" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
 )
 def settings_of(request, tmp_path_factory):
     """Changed settings → settings of two steps of a miniature of one family, masses from the first and the last layer."""

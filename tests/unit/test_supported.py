@@ -58,7 +58,8 @@ def test_the_planner_chooses_among_what_the_settings_offer():
     sections = (TrainingSettings, ModelSettings, SelectionSettings, OptimizerSettings)
     offered = {name: hint for section in sections for name, hint in get_type_hints(section).items()}
     for name, choices in CHOICES.items():
-        assert set(choices) == set(offered[name].__args__), name
+        # A choice over all data costs a step what the scope sample does.
+        assert set(choices) == set(offered[name].__args__) - {"dataset"}, name
 
 
 def test_the_markers_part_all_pythons():

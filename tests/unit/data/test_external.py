@@ -7,9 +7,9 @@ import pytest
 
 from megatron_sstoken.data import external
 from megatron_sstoken.data.batches import SampleFilter
-from megatron_sstoken.data.chunks import response_chunks
 from megatron_sstoken.data.column import TokenColumn
 from megatron_sstoken.data.external import DATA_KEY, fill_values, open_external
+from megatron_sstoken.data.response_chunks import response_chunks
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.data.whole_column import write_column
 from tests.helpers.workbench import make_samples, make_store

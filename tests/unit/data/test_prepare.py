@@ -228,10 +228,11 @@ def test_sources_and_what_others_use_or_made_are_not_overwritten(tokenizer, tmp_
     with pytest.raises(ValueError, match="mine.jsonl was not made by this tool"):
         run([path], tokenizer, out, overwrite=True)
     (out / "mine.jsonl").unlink()
-    with Lock(out / "history" / "abc.lock") as lock:
-        assert lock.take() is None
-        with pytest.raises(ValueError, match="is scoring its history"):
-            run([path], tokenizer, out, overwrite=True)
+    for folder in ("history", "external", "chosen"):
+        with Lock(out / folder / "abc.lock") as lock:
+            assert lock.take() is None
+            with pytest.raises(ValueError, match=f"is filling .*{folder}"):
+                run([path], tokenizer, out, overwrite=True)
     run([path], tokenizer, out, overwrite=True)
 
 

@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from megatron_sstoken.checkpoint.manifest import differences
 from megatron_sstoken.config import SettingsError
-from megatron_sstoken.data import chunks
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.lock import Lock
@@ -92,7 +91,7 @@ def test_nothing_is_asked_for(folder, layout):
 
 @pytest.mark.parametrize("method", ["external", f"{__name__}.shifted", "random"])
 def test_a_choice_over_all_data(folder, layout, method, monkeypatch, capsys):
-    monkeypatch.setattr(chunks.response_chunks, "__defaults__", (20,))
+    monkeypatch.setattr(response_chunks.response_chunks, "__defaults__", (20,))
     more = {} if method == "random" else {"selection__external": scores_file(folder), "selection__rule": "top"}
     plan = plan_of(folder, selection__method=method, selection__scope="dataset", **more)
     known = open_quietly(plan, layout)
