@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_sstoken.checkpoint.manifest import differences
 from megatron_sstoken.config import SettingsError
+from megatron_sstoken.data import response_chunks
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.lock import Lock
