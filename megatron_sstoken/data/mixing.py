@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sstoken.data.output import TRAIN, VALIDATION
-from megatron_sstoken.data.store import StoreManifest, StoreWriter
-from megatron_sstoken.data.text.masks import TokenizedSample
+from megatron_sstoken.data.store import Samples, StoreManifest, StoreWriter
 
 DUPLICATES = "duplicates left out by --deduplicate"
 
@@ -111,27 +110,16 @@ class Placer:
         self._samples = [0 for _ in self._folders]
         self._notes: Counter[str] = Counter()
 
-    @property
-    def takes_all(self) -> bool:
-        """Whether every sample goes into one folder, so that `extend` may take many at once."""
-        return not (self._plan.deduplicate or self._plan.split or self._shelf)
+    def extend(self, samples: Samples, rows: Sequence[int], labels: Sequence[str]) -> None:
+        """The next samples of the input, in order; `rows` and `labels` have an entry for each."""
+        if self._plan.deduplicate or self._plan.split or self._shelf is not None:
+            for sample, row, label in zip(samples.each(), rows, labels, strict=True):
+                self._add(sample, row, label)
+        else:  # all go into one folder
+            self._samples[0] += len(rows)
+            self._writers[0].extend(samples, rows, labels)
 
-    def extend(
-        self,
-        tokens: np.ndarray,
-        roles: np.ndarray,
-        lengths: np.ndarray,
-        rows: Sequence[int],
-        labels: Sequence[str],
-        weights: np.ndarray | None,
-    ) -> None:
-        """As `add`, for samples end to end, where `takes_all`."""
-        assert self.takes_all
-        self._samples[0] += len(rows)
-        self._writers[0].extend(tokens, roles, lengths, rows, labels, weights=weights)
-
-    def add(self, sample: TokenizedSample, row: int, label: str) -> None:
-        """The next sample of the input, in order."""
+    def _add(self, sample: Samples, row: int, label: str) -> None:
         if self._plan.deduplicate:
             digest = hashlib.blake2b(sample.tokens.tobytes() + sample.roles.tobytes(), digest_size=16).digest()
             if digest in self._seen:
@@ -157,10 +145,10 @@ class Placer:
         every = {**notes, **self._notes}
         return [writer.finalize(notes=every, **manifest) for writer in self._writers][0]
 
-    def _write(self, sample: TokenizedSample, row: int, label: str) -> None:
+    def _write(self, sample: Samples, row: int, label: str) -> None:
         place = int(self._plan.split > 0 and _fraction(sample.tokens) < self._plan.split)
         self._samples[place] += 1
-        self._writers[place].add(sample.tokens, sample.roles, row, weights=sample.weights, label=label)
+        self._writers[place].extend(sample, [row], [label])
 
     def __enter__(self) -> "Placer":
         return self
@@ -182,7 +170,7 @@ class _Shelf:
         self._names: dict[str, int] = {}
         self._labels, self._rows, self._lengths, self._weighted = array("i"), array("q"), array("q"), array("b")
 
-    def add(self, sample: TokenizedSample, row: int, label: str) -> None:
+    def add(self, sample: Samples, row: int, label: str) -> None:
         for part in (sample.tokens, sample.roles, sample.weights):
             if part is not None:
                 self._file.write(part.tobytes())
@@ -191,7 +179,7 @@ class _Shelf:
         self._lengths.append(sample.tokens.size)
         self._weighted.append(sample.weights is not None)
 
-    def drawn(self, plan: Plan, notes: Counter[str]) -> Iterator[tuple[TokenizedSample, int, str, int]]:
+    def drawn(self, plan: Plan, notes: Counter[str]) -> Iterator[tuple[Samples, int, str, int]]:
         """Sample, row, label and how often, of each that is taken, in the order of the input; `notes` get what is not."""
         if not self._rows:
             return
@@ -212,7 +200,7 @@ class _Shelf:
             roles = np.frombuffer(self._file.read(length), dtype=np.uint8)
             weights = np.frombuffer(self._file.read(4 * length), dtype=np.float32) if weighted else None
             if times[index]:
-                yield TokenizedSample(tokens, roles, weights), row, names[label], int(times[index])
+                yield Samples(tokens, roles, np.array([length]), weights), row, names[label], int(times[index])
 
     def __enter__(self) -> "_Shelf":
         return self

@@ -189,11 +189,7 @@ def _place(results: Iterable[tuple[_Mark, TokenizedChunk]], placer: Placer, bar:
     for mark, chunk in results:
         labels = [seen.label(mark.source, named) for named in chunk.labels]
         rows = (seen.num_rows + chunk.rows).tolist()
-        if placer.takes_all:
-            placer.extend(chunk.tokens, chunk.roles, chunk.lengths, rows, labels, chunk.weights)
-        else:
-            for sample, row, label in zip(chunk.samples(), rows, labels, strict=True):
-                placer.add(sample, row, label)
+        placer.extend(chunk.samples, rows, labels)
         for bad in chunk.bad:
             if skipped:
                 skipped.write(json.dumps(bad.describe()) + "\n")

@@ -10,7 +10,7 @@ import hashlib
 import io
 import warnings
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -192,6 +192,25 @@ class SampleStore:
         return array
 
 
+@dataclass(frozen=True)
+class Samples:
+    """Samples end to end: tokens int32 [n], roles uint8 [n] (1 response), lengths int64 [num_samples], each 1 or more."""
+
+    tokens: np.ndarray
+    roles: np.ndarray
+    lengths: np.ndarray
+    weights: np.ndarray | None = None
+    """fp32 [n], above 0 where the role is response and 0 elsewhere; None: the roles."""
+
+    def each(self) -> Iterator["Samples"]:
+        """One by one."""
+        stops = np.cumsum(self.lengths).tolist()
+        for number, (start, stop) in enumerate(zip([0, *stops], stops, strict=False)):
+            weights = None if self.weights is None else self.weights[start:stop]
+            here = self.lengths[number : number + 1]
+            yield Samples(self.tokens[start:stop], self.roles[start:stop], here, weights)
+
+
 class StoreWriter:
     """Writes a prepared folder sample by sample; nothing can open it before `finalize`. A context manager."""
 
@@ -216,24 +235,15 @@ class StoreWriter:
 
         `weights` fp32 [n], above 0 where the role is response and 0 elsewhere; None: the roles. `label`: its source.
         """
-        self.extend(tokens, roles, np.array([tokens.size]), [row], [label], weights=weights)
+        self.extend(Samples(tokens, roles, np.array([tokens.size]), weights), [row], [label])
 
-    def extend(
-        self,
-        tokens: np.ndarray,
-        roles: np.ndarray,
-        lengths: np.ndarray,
-        rows: Sequence[int],
-        labels: Sequence[str],
-        *,
-        weights: np.ndarray | None = None,
-    ) -> None:
-        """As `add`, for samples end to end; `lengths` int64, `rows` and `labels` have one entry a sample."""
+    def extend(self, samples: Samples, rows: Sequence[int], labels: Sequence[str]) -> None:
+        """As `add`, for many samples; `rows` and `labels` have an entry for each."""
+        tokens, roles, lengths, weights = samples.tokens, samples.roles, samples.lengths, samples.weights
         assert tokens.dtype == np.int32 and roles.dtype == np.uint8, (tokens.dtype, roles.dtype)
         assert tokens.shape == roles.shape == (lengths.sum(),) and (lengths > 0).all(), (tokens.shape, lengths)
         if not lengths.size:
             return
-        num_before = sum(self._tokens.sequence_lengths) if weights is not None and self._weights is None else 0
         for builder, values, digest in (
             (self._tokens, tokens, self._token_hash),
             (self._roles, roles, self._role_hash),
@@ -246,7 +256,7 @@ class StoreWriter:
             builder.sequence_lengths.extend(lengths.tolist())
             builder.document_indices.extend(range(first, first + lengths.size))
         if weights is not None and self._weights is None and not np.array_equal(weights, roles):
-            self._weights = self._start_weights(num_before)
+            self._weights = self._start_weights(sum(self._tokens.sequence_lengths) - tokens.size)
         if self._weights is not None:
             values = roles.astype(np.float32) if weights is None else weights
             assert values.dtype == np.float32 and np.array_equal(values > 0, roles == 1), (values.dtype, values, roles)

@@ -20,6 +20,7 @@ from megatron_sstoken.data.conversation import BadRow, Conversation
 from megatron_sstoken.data.inputs.chunks import Chunk
 from megatron_sstoken.data.recipe import Recipe
 from megatron_sstoken.data.rows.formats import parse_row
+from megatron_sstoken.data.store import Samples
 from megatron_sstoken.data.text.limits import BadTemplate, limit_memory
 from megatron_sstoken.data.text.masks import TokenizedSample, tokenize_conversations
 from megatron_sstoken.data.text.template_style import really_unused
@@ -46,28 +47,17 @@ class BadPlace:
 
 @dataclass(frozen=True)
 class TokenizedChunk:
-    """Samples of a chunk end to end: tokens int32 [n], roles uint8 [n], weights fp32 [n] where a sample has any, lengths and
-    rows int64 [num_samples], labels [num_samples] (None: the row says nothing).
+    """The samples of a chunk, their rows int64 [num_samples] and labels [num_samples] (None: the row says nothing).
 
     `rows` counts from 0 at the chunk's first row that is not blank, of which there are `num_rows`.
     """
 
-    tokens: np.ndarray
-    roles: np.ndarray
-    weights: np.ndarray | None
-    lengths: np.ndarray
+    samples: Samples
     rows: np.ndarray
     labels: list[str | None]
     num_rows: int
     bad: list[BadPlace]
     notes: Counter[str] = field(default_factory=Counter)
-
-    def samples(self) -> Iterator[TokenizedSample]:
-        """Each sample."""
-        stops = np.cumsum(self.lengths).tolist()
-        for start, stop in zip([0, *stops], stops, strict=False):
-            weights = None if self.weights is None else self.weights[start:stop]
-            yield TokenizedSample(self.tokens[start:stop], self.roles[start:stop], weights)
 
 
 def default_workers() -> int:
@@ -121,10 +111,12 @@ def tokenize_chunk(tokenizer: TextTokenizer, recipe: Recipe, chunk: Chunk) -> To
         labels.append(conversation.source)
         notes.update({*result.notes, *conversation.notes, *_unused_notes(conversation.unused, tokenizer.template)})
     return TokenizedChunk(
-        tokens=np.concatenate([np.empty(0, np.int32), *(sample.tokens for sample in samples)]),
-        roles=np.concatenate([np.empty(0, np.uint8), *(sample.roles for sample in samples)]),
-        weights=_weights(samples),
-        lengths=np.array([sample.tokens.size for sample in samples], dtype=np.int64),
+        samples=Samples(
+            tokens=np.concatenate([np.empty(0, np.int32), *(sample.tokens for sample in samples)]),
+            roles=np.concatenate([np.empty(0, np.uint8), *(sample.roles for sample in samples)]),
+            lengths=np.array([sample.tokens.size for sample in samples], dtype=np.int64),
+            weights=_weights(samples),
+        ),
         rows=np.array(rows, dtype=np.int64),
         labels=labels,
         num_rows=num_rows,

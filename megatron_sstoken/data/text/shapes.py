@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_sstoken.data.conversation import Conversation, Message, Span
 from megatron_sstoken.data.recipe import Recipe
-from megatron_sstoken.data.text.skeleton import MARKUP, Layout, may_hold_markup, runs
+from megatron_sstoken.data.text.skeleton import MARKUP, Layout, runs
 
 MOST_SHAPES = 4096
 """That are remembered of one template."""
@@ -159,7 +159,7 @@ def shape_of(conversation: Conversation, recipe: Recipe, special: re.Pattern[str
 
 def pieces_of(content: str) -> tuple[list[str], list[str]]:
     """A content as what belongs to the shape, markup and the whitespace around it, and its runs of characters."""
-    if content and not content.isspace() and not (may_hold_markup(content) and MARKUP.search(content)):
+    if content and not content.isspace() and not MARKUP.search(content):
         return [], [content]
     around, within, position = [], [], 0
     for start, stop in runs(content):

@@ -29,12 +29,6 @@ MARKUP = re.compile(
 )
 """What templates look for in a content: it stays, so that they decide as they do for the real one."""
 
-
-def may_hold_markup(text: str) -> bool:
-    """False only where `MARKUP` has no match; faster than a search for it."""
-    return any(sign in text for sign in (">", "THINK]", "think", "/system_override"))
-
-
 Part = Literal["content", "reasoning", "name", "argument"]
 
 

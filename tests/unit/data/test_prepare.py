@@ -145,8 +145,8 @@ def test_interruption_leaves_nothing(tokenizer, tmp_path, monkeypatch, error, wo
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     extend = StoreWriter.extend
 
-    def fail_in_the_middle(self, tokens, roles, lengths, rows, labels, **more):
-        extend(self, tokens, roles, lengths, rows, labels, **more)
+    def fail_in_the_middle(self, samples, rows, labels):
+        extend(self, samples, rows, labels)
         if 20 in rows:
             raise error("stop")
 

@@ -46,6 +46,31 @@ def test_rows_of_the_documentation(row):
     assert conversation.messages[-1]["role"] == "assistant"
 
 
+TEXTS = st.sampled_from(("", " ", "a", "7 "))
+ODD = st.sampled_from((None, 3, "bot", "human"))
+MESSAGES = st.lists(
+    st.one_of(
+        st.fixed_dictionaries({"role": st.sampled_from(("system", "user", "assistant", "tool")), "content": TEXTS}),
+        st.fixed_dictionaries({"role": ODD, "content": TEXTS}),
+        st.fixed_dictionaries({"content": TEXTS, "role": st.just("user")}, optional={"weight": st.just(0)}),
+    ),
+    max_size=4,
+)
+
+
+@given(MESSAGES)
+def test_rows_of_messages_alone_are_read_as_those_with_more_columns(said):
+    """The first have a way of their own, which is short; an empty column means nothing."""
+
+    def found(row):
+        try:
+            return parse_row(row)
+        except BadRow as error:
+            return str(error)
+
+    assert found({"messages": said}) == found({"messages": said, "id": None})
+
+
 def test_the_documentation_shows_every_form():
     shown = [set(row) for row in ROWS]
     assert len(ROWS) > 20 and all(any(set(form.columns) <= row for row in shown) for form in FORMS)
