@@ -7,14 +7,14 @@ from dataclasses import replace
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import CheckpointSettings, LoggingSettings, Settings, SettingsError
 from megatron_sstoken.ending import run_to_exit_code
-from megatron_sstoken.history.source import history_sources, open_history
+from megatron_sstoken.history.source import open_history, source_of
 from megatron_sstoken.parallel import agree_on_problems, create_layout, start_processes
 from megatron_sstoken.training.known import open_known
 from megatron_sstoken.training.loop import model_to_train
 from megatron_sstoken.training.records import write_records
 from megatron_sstoken.training.selector import selector_of
 from megatron_sstoken.validate.agree import agreed_plan
-from megatron_sstoken.validate.run import needs_history, writing_problem
+from megatron_sstoken.validate.run import writing_problem
 from megatron_sstoken.validate.whole import RunFiles
 
 
@@ -58,12 +58,11 @@ def run(settings: Settings, output: str) -> None:
 def history_that_moves(settings: Settings) -> str | None:
     """Why there are no history losses without training."""
     name = settings.history.source
-    source = history_sources().get(name)
     try:
-        needed = needs_history(settings)
-    except ValueError:  # the method does not exist, which is told with all else
+        moves = source_of(settings).needs_training
+    except (KeyError, ValueError):  # the source or the method does not exist, which is told with all else
         return None
-    if source is None or not source.needs_training or not needed:
+    if not moves:
         return None
     return (
         f"history.source={name} compares with what training has gone through, and scoring trains nothing: "

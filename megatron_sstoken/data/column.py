@@ -5,6 +5,7 @@ checksum, as `integrity.STRETCH`; a stretch is there once its values are on disk
 `manifest.json`, written first of all. Version 1, which is still read, has no stretches and is complete.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -19,6 +20,21 @@ MANIFEST, VALUES, WRITTEN = "manifest.json", "values.bin", "written.bin"
 COLUMN_FORMAT, COLUMN_VERSION = "megatron_sstoken.token_column", 2
 FIRST_VERSION = 1
 _AGAIN = "delete the folder and compute the column again"
+
+
+COLUMN_FOLDERS = ("history", "external", "chosen")
+"""Beside prepared data, of columns of its tokens: losses, values of files, a choice over all data."""
+
+
+def column_path(data: Path, folder: str, identity: dict[str, Any]) -> str:
+    """Where in one of `COLUMN_FOLDERS` a column of prepared data lies that is named by its identity."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return str(data / folder / digest[:16])
+
+
+def is_column(path: str | Path) -> bool:
+    """Whether there is a column."""
+    return (Path(path) / MANIFEST).is_file()
 
 
 class TokenColumn:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_sstoken.data.column import COLUMN_FOLDERS
 from megatron_sstoken.data.store import MANIFEST, STORE_FORMAT
 from megatron_sstoken.files import existing_above
 from megatron_sstoken.integrity import CHECKSUMS
@@ -29,8 +30,6 @@ _OWN_FILES = frozenset(
         SKIPPED,
     )
 )
-_COLUMNS = ("history", "external", "chosen")
-"""Folders beside the samples, of what runs have worked out of them: losses, values of files, a choice over all data."""
 
 
 def store_folders(output: Path) -> list[Path]:
@@ -58,8 +57,8 @@ def check_output(output: Path, overwrite: bool) -> None:
     if folders != [output]:
         _refuse_foreign(output, output, {TRAIN, VALIDATION, SKIPPED})
     for folder in folders:
-        _refuse_foreign(output, folder, _OWN_FILES | {*_COLUMNS})
-        for path in (lock for name in _COLUMNS for lock in (folder / name).glob("*.lock")):
+        _refuse_foreign(output, folder, _OWN_FILES | {*COLUMN_FOLDERS})
+        for path in (lock for name in COLUMN_FOLDERS for lock in (folder / name).glob("*.lock")):
             if holder := Lock(path).holder():
                 raise ValueError(
                     f"--output: {output} is in use, {holder} is filling {path.parent}: wait for it, or stop it"

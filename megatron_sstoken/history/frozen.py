@@ -1,11 +1,9 @@
 """History from frozen weights: what a run visits is scored once, before training, into a store that later runs reuse."""
 
-import hashlib
-import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from megatron_sstoken import watchdog
 from megatron_sstoken.checkpoint.weights_source import WeightsSource, starting_weights
 from megatron_sstoken.config import LoraSettings, Settings, SettingsError
 from megatron_sstoken.data.batches import TokenValues
-from megatron_sstoken.data.column import FIRST_VERSION, TokenColumn, TokenColumnWriter
+from megatron_sstoken.data.column import FIRST_VERSION, TokenColumn, TokenColumnWriter, column_path, is_column
 from megatron_sstoken.data.store import SampleStore, StoreManifest
 from megatron_sstoken.files import naming
 from megatron_sstoken.history.source import HistorySource
@@ -81,10 +79,11 @@ def scored_column(plan: RunPlan, layout: Layout, weights: WeightsSource, path: s
     )
     earlier = identity | {"num_scored": len(plan.train.samples.indices)}  # as version 1 told stores apart
     before, now = (history_path(plan.train.store.path, one) for one in (earlier, identity))
-    path = path or broadcast_object(before if _is_column(before) else now, source=0)
+    path = path or broadcast_object(before if is_column(before) else now, source=0)
     lock = Lock(f"{path}.lock")
     with lock:
-        if not _whole_or_ours(path, lock, plan, layout):
+        holds = partial(_holds_visited, path, plan)
+        if not there_or_ours(lock, holds, layout, what="history losses", doing=f"scoring {path}"):
             build_history(lambda: frozen_model(weights, plan, layout), plan, layout, path, identity)
     column, problems = None, []
     try:
@@ -101,43 +100,41 @@ def scored_column(plan: RunPlan, layout: Layout, weights: WeightsSource, path: s
     return column
 
 
-def _is_column(path: str) -> bool:
-    return os.path.isfile(os.path.join(path, "manifest.json"))
-
-
 def missing_samples(column: TokenColumn, plan: RunPlan) -> np.ndarray:
     """int64, ascending: numbers of the samples that the run visits and the column does not hold."""
     offsets = plan.train.store.offsets
     return plan.visited[~column.holds(offsets[plan.visited], offsets[plan.visited + 1])]
 
 
-def _whole_or_ours(path: str, lock: Lock, plan: RunPlan, layout: Layout) -> bool:
-    """Whether the store holds all that the run visits. If not, rank 0 holds the lock on return; others are waited for.
+def _holds_visited(path: str, plan: RunPlan) -> bool:
+    """Whether the store holds all that the run visits."""
+    try:
+        return is_column(path) and not len(missing_samples(TokenColumn(path), plan))
+    except ValueError:  # told where it is opened
+        return True
 
-    A sweep's runs start together on one data folder: one of them scores, the others use what it has scored.
+
+def there_or_ours(lock: Lock, is_there: Callable[[], bool], layout: Layout, *, what: str, doing: str) -> bool:
+    """Whether what a lock guards is there. If not, rank 0 holds the lock on return; another run that holds it is waited for.
+
+    A sweep's runs start together on one data folder: one of them works, the others use what it has made. All ranks call it;
+    `is_there` is asked on rank 0. `what`, `doing`: what is waited for, and what the other run does to it, for people.
     """
     told = False
-
-    def is_whole() -> bool:
-        try:
-            return _is_column(path) and not len(missing_samples(TokenColumn(path), plan))
-        except ValueError:  # told where it is opened
-            return True
-
     while True:
-        whole, holder = False, None
+        there, holder = False, None
         if layout.rank == 0:
-            whole = is_whole()
-            holder = None if whole else lock.take()
+            there = is_there()
+            holder = None if there else lock.take()
             # Another run may have finished between the two questions.
-            whole = whole or (holder is None and is_whole())
+            there = there or (holder is None and is_there())
             if holder and not told:
-                print(f"history losses: waiting for {holder}, which is scoring {path}", flush=True)
+                print(f"{what}: waiting for {holder}, which is {doing}", flush=True)
                 told = True
-        whole, holder = broadcast_object((whole, holder), source=0, group=layout.control)
-        if whole or holder is None:
-            return whole
-        watchdog.arrived("waiting for another run's history")
+        there, holder = broadcast_object((there, holder), source=0, group=layout.control)
+        if there or holder is None:
+            return there
+        watchdog.arrived(f"waiting for another run's {what}")
         time.sleep(2)
 
 
@@ -173,8 +170,7 @@ def history_identity(
 
 def history_path(data: Path, identity: dict[str, Any]) -> str:
     """Default folder of a history store: beside the data, named by its identity."""
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return str(data / "history" / digest[:16])
+    return column_path(data, "history", identity)
 
 
 def build_history(model: Callable[[], Model], plan: RunPlan, layout: Layout, path: str, identity: dict) -> None:

@@ -128,6 +128,4 @@ def source_of(settings: Settings) -> type[HistorySource]:
 
 def open_history(plan: RunPlan, layout: Layout) -> HistorySource:
     """The history of a run, ready for its first step. All ranks call it. Raises SettingsError as the source does."""
-    if not plan.needs_history:
-        return HistorySource()
-    return history_sources()[plan.settings.history.source].open(plan, layout)
+    return source_of(plan.settings).open(plan, layout)

@@ -1,9 +1,5 @@
 """What is known of tokens before the first step, besides history losses: reference losses, external values, a choice."""
 
-import hashlib
-import json
-import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,11 +12,11 @@ from tqdm import tqdm
 from megatron_sstoken import watchdog
 from megatron_sstoken.checkpoint.weights_source import WeightsSource
 from megatron_sstoken.data.batches import TokenValues
-from megatron_sstoken.data.column import MANIFEST, TokenColumn
+from megatron_sstoken.data.column import TokenColumn, column_path, is_column
 from megatron_sstoken.data.external import ExternalFiles, fill_values, open_external
 from megatron_sstoken.data.response_chunks import response_chunks
 from megatron_sstoken.data.whole_column import write_column
-from megatron_sstoken.history.frozen import scored_column
+from megatron_sstoken.history.frozen import scored_column, there_or_ours
 from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.lock import Lock
 from megatron_sstoken.parallel import Layout, agree_on_problems, broadcast_object
@@ -137,39 +133,35 @@ def _column(
     kind: str, prepare: Callable[[], tuple[dict[str, Any], Callable[[np.ndarray], None]]], plan: RunPlan, layout: Layout
 ) -> TokenColumn:
     """The column that `prepare` tells of, on all ranks: its identity, and what fills it. Rank 0 makes it once for all runs."""
+    identity: dict[str, Any] = {}
+    fill: Callable[[np.ndarray], None] | None = None
+    problems = []
+    if layout.rank == 0:
+        try:
+            identity, fill = prepare()
+        except ValueError as error:
+            problems = [str(error)]
+    agree_on_problems(problems)
+    identity = broadcast_object(identity, source=0, group=layout.control)
+    path = column_path(plan.train.store.path, kind, identity)
 
-    def make() -> str:
-        identity, fill = prepare()
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        path = str(plan.train.store.path / kind / digest[:16])
-        with Lock(f"{path}.lock") as lock:
-            if not _complete_or_ours(path, lock):
-                write_column(path, identity, int(plan.train.store.offsets[-1]), fill)
-        TokenColumn(path).require(identity)
-        return path
+    def make() -> None:
+        assert fill is not None, "rank 0 has prepared it"
+        write_column(path, identity, int(plan.train.store.offsets[-1]), fill)
 
-    path = _on_first(layout, make)
+    with Lock(f"{path}.lock") as lock:
+        there = partial(is_column, path)
+        if not there_or_ours(lock, there, layout, what="token columns", doing=f"making {path}"):
+            _on_first(layout, make)
     column, problems = None, []
     try:
         column = TokenColumn(path)
+        column.require(identity)
     except ValueError as error:
         problems = [f"data.train: {error}"]
     agree_on_problems(problems)
     assert column is not None
     return column
-
-
-def _complete_or_ours(path: str, lock: Lock) -> bool:
-    """Whether the column is there; if not, the lock is held. Waits for another run that is making it."""
-    told = False
-    while not os.path.isfile(os.path.join(path, MANIFEST)):
-        if (holder := lock.take()) is None:
-            return os.path.isfile(os.path.join(path, MANIFEST))  # made between the two questions
-        if not told:
-            print(f"token columns: waiting for {holder}, which is making {path}", flush=True)
-        told = True
-        time.sleep(2)
-    return True
 
 
 def _on_first(layout: Layout, work: Callable[[], Result]) -> Result:

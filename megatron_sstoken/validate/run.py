@@ -292,11 +292,6 @@ def writing_problem(setting: str, path: str) -> str | None:
     return f"{setting}={path} cannot be written: {existing} is not a writable folder"
 
 
-def needs_history(settings: Settings) -> bool:
-    """Whether the method scores by history losses."""
-    return "history_loss" in find_method(settings.selection.method).needs
-
-
 def frozen_models(settings: Settings) -> list[tuple[str, str]]:
     """Setting and folder of the models besides the one to train that the method scores by."""
     needs = find_method(settings.selection.method).needs

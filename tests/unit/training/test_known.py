@@ -122,7 +122,7 @@ def test_a_run_that_makes_the_same_column_is_waited_for(folder, layout, monkeypa
     aside = made.rename(made.with_name("aside"))
     other = Lock(f"{made}.lock")
     assert other.take() is None
-    monkeypatch.setattr("megatron_sstoken.training.known.time.sleep", lambda seconds: aside.rename(made))
+    monkeypatch.setattr("megatron_sstoken.history.frozen.time.sleep", lambda seconds: aside.rename(made))
     monkeypatch.setattr("megatron_sstoken.training.known.write_column", None)
     assert open_quietly(plan, layout).folders() == [made]
     other.release()
