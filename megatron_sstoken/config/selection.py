@@ -140,11 +140,15 @@ class SelectionSettings:
         return rules.broken
 
     @property
+    def rule_or_default(self) -> str:
+        """What is to become of scores, of `selection.methods.RULES`. Raises ValueError for an unknown method."""
+        return self.rule or find_method(self.method).rule
+
+    @property
     def rule_in_force(self) -> str:
-        """What becomes of scores, of `selection.methods.RULES`. Raises ValueError for an unknown method."""
-        method = find_method(self.method)
-        rule = self.rule or method.rule
-        return "chosen" if rule == "top" and self.scope == "dataset" and method.selects else rule
+        """What becomes of scores in a step: what is ranked over all data was chosen before. Raises as `rule_or_default`."""
+        rule = self.rule_or_default
+        return "chosen" if rule == "top" and self.scope == "dataset" and find_method(self.method).selects else rule
 
     @property
     def largest_rho(self) -> float:

@@ -77,9 +77,7 @@ class Workload:
         """The workload of a run. Adapters are taken to be on all linears, a share that may change to be its largest, and what a
         threshold or a file selects to be everything."""
         training, selection = settings.training, settings.selection
-        method, by_share = find_method(selection.method), selection.rule != "threshold"
-        if method.rule == "chosen" and selection.rule is None:
-            by_share = False
+        method, by_share = find_method(selection.method), selection.rule_or_default == "top"
         return cls(
             architecture,
             world_size,

@@ -106,7 +106,7 @@ def _external_values(settings: Settings, train: StoreManifest, found: Findings) 
         return frozenset()
     wanted = set()
     if "external" in find_method(selection.method).needs:
-        value = "score" if selection.rule or find_method(selection.method).rule != "chosen" else "selected"
+        value = "selected" if selection.rule_or_default == "chosen" else "score"
         other = (
             "rank its score with selection.rule=top or threshold" if value == "selected" else "name a file that has it"
         )

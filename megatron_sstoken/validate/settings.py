@@ -69,7 +69,7 @@ def _rule_problems(settings: Settings) -> list[str]:
         return []
     if rule == "threshold" and not method.selects:
         found.append(f"selection.rule=threshold needs scores, and selection.method={name} has none: use another method")
-    as_given = method.rule == "chosen" and selection.rule is None
+    as_given = selection.rule_or_default == "chosen"
     if as_given and selection.rho != type(selection).rho:
         found.append(
             f"selection.rho={selection.rho} is not used by selection.method={name}, which takes the tokens that are marked as "
