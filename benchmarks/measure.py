@@ -9,10 +9,10 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import megatron.core
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -164,7 +164,7 @@ def environment() -> dict[str, Any]:
         "commit": described.stdout.strip(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "megatron_core": megatron.core.__version__,
+        "megatron_core": version("megatron-core"),
         "hardware": _processor(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),

@@ -75,9 +75,10 @@ def start_ahead(workers: int) -> None:
 
 def _context() -> ForkServerContext:
     # Forking a process that has threads (torch's, tqdm's) is unsafe; a server forks clean copies that have
-    # already imported what takes seconds.
+    # already imported what takes seconds, among it what transformers imports only when it reads a configuration.
     context = get_context("forkserver")
-    context.set_forkserver_preload(["transformers.models.auto.tokenization_auto", __name__])
+    lazily = "transformers.utils.type_validators"
+    context.set_forkserver_preload(["transformers.models.auto.tokenization_auto", lazily, __name__])
     return context
 
 
