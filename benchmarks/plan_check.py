@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.plan_reference import CASES, RESULT  # noqa: E402
+from megatron_sstoken.gpus import GPUS  # noqa: E402
 from megatron_sstoken.model.presets import find_architecture  # noqa: E402
-from megatron_sstoken.planner.hardware import GPUS, Assumptions  # noqa: E402
+from megatron_sstoken.planner.hardware import Assumptions  # noqa: E402
 from megatron_sstoken.planner.memory import parameter_sizes  # noqa: E402
 from megatron_sstoken.planner.search import estimate  # noqa: E402
 from megatron_sstoken.planner.workload import Workload  # noqa: E402

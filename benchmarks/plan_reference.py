@@ -11,12 +11,12 @@ import sys
 from typing import Any
 
 from benchmarks.fake_world import CountCollectives, fake_model, make_batch, measure_saved
+from megatron_sstoken.gpus import GPUS
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.optimizer import build_optimizer
 from megatron_sstoken.model.presets import MODELS, find_architecture
 from megatron_sstoken.passes.step import select_and_train
 from megatron_sstoken.planner.communication import traffic_of
-from megatron_sstoken.planner.hardware import GPUS
 from megatron_sstoken.planner.memory import activation_bytes, head_kept_bytes, layer_activations
 from megatron_sstoken.planner.workload import Workload
 from megatron_sstoken.selection.methods import Selection

@@ -50,6 +50,11 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def device_name() -> str:
+    """What CUDA calls the GPU of this process; "cpu" without one."""
+    return torch.cuda.get_device_name(compute_device()) if have_cuda() else "cpu"
+
+
 def peak_memory_bytes() -> int:
     """Largest memory so far: allocated on the GPU, or resident of this process on a CPU."""
     if have_cuda():

@@ -10,8 +10,9 @@ from megatron_sstoken.ending import run_to_exit_code
 from megatron_sstoken.history.source import open_history
 from megatron_sstoken.parallel import create_layout, start_processes
 from megatron_sstoken.training.known import open_known
-from megatron_sstoken.training.loop import create_trainer, model_to_train, sole_writer, train
+from megatron_sstoken.training.loop import create_trainer, model_to_train, train
 from megatron_sstoken.training.resume import resumable_checkpoint, resume_point
+from megatron_sstoken.training.run_folder import RunFolder, sole_writer
 from megatron_sstoken.validate.agree import agreed_plan
 from megatron_sstoken.validate.describe import describe
 from megatron_sstoken.validate.run import plan_run
@@ -64,12 +65,16 @@ def run(settings: Settings) -> None:
         plan = resume.plan
         if layout.rank == 0:
             print(describe(plan), flush=True)
-        history = open_history(plan, layout)
-        known = open_known(plan, layout, history)
-        files = RunFiles(plan, layout, resumed=resume.checkpoint, history=history.folders() + known.folders())
-        model = model_to_train(plan, layout)
-        trainer = create_trainer(plan, layout, model, history, known=known, resume=resume, files=files)
-        train(trainer)
+        from_step = resume.checkpoint.state.step if resume.checkpoint is not None else 0
+        with RunFolder(plan, layout, from_step=from_step) as folder:
+            history = open_history(plan, layout)
+            known = open_known(plan, layout, history)
+            files = RunFiles(plan, layout, resumed=resume.checkpoint, history=history.folders() + known.folders())
+            model = model_to_train(plan, layout)
+            trainer = create_trainer(
+                plan, layout, model, history, known=known, resume=resume, files=files, folder=folder
+            )
+            train(trainer)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from megatron_sstoken.training.tags import metric_of
+
 TOLERANCE = 1e-3
 """Nats that the validation losses of the run and of the exported model may differ by."""
 
@@ -24,9 +26,9 @@ Message = dict[str, str]
 
 
 def read_scalars(folder: Path) -> dict[str, list[ScalarEvent]]:
-    """All TensorBoard points of a run: name → events in the order of steps."""
+    """All TensorBoard points of a run: metric → events in the order of steps."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {name: events.Scalars(name) for name in events.Tags()["scalars"]}
+    return {metric_of(tag): events.Scalars(tag) for tag in events.Tags()["scalars"]}
 
 
 def read_chats(path: Path) -> list[list[Message]]:

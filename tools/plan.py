@@ -25,6 +25,7 @@ except ModuleNotFoundError:
 
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import Settings
+from megatron_sstoken.gpus import GPU, GPUS
 from megatron_sstoken.model.presets import MODELS
 from megatron_sstoken.planner.configuration import (
     Configured,
@@ -42,7 +43,7 @@ from megatron_sstoken.planner.describe import (
     describe_proposals,
     verdict,
 )
-from megatron_sstoken.planner.hardware import GPU, GPUS, Assumptions
+from megatron_sstoken.planner.hardware import Assumptions
 from megatron_sstoken.planner.search import Estimate, estimate, precision_problems, propose, smallest_excess
 from megatron_sstoken.planner.workload import Workload, problems_of_any_layout, problems_of_workload
 

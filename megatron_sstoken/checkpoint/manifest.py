@@ -17,12 +17,15 @@ from megatron_sstoken.files import delete_old, write_durably
 from megatron_sstoken.integrity import CHECKSUMS, checksum_of, differing, read_checksums, write_checksums
 
 STATE_FILE = "sstoken.json"
+SETTINGS_FILE, RUN_FILE = "settings.yaml", "run.json"
+"""What a folder of a run, and each of its checkpoints, says of the run, for people: nothing here reads it."""
 PROBE = ".seen-by-all-"
 """Beginning of the name of a file that process 0 shows the others for a moment."""
 _NUM_PACKS = "num_rows"  # what files call it since the first version
 _NAME = re.compile(r"step_(\d+)")
 _PART = re.compile(
-    rf"__\d+_\d+\.distcp|\.metadata(\.tmp)?|metadata\.json|common\.pt|({re.escape(STATE_FILE)}|{re.escape(CHECKSUMS)})(\.partial)?"
+    rf"__\d+_\d+\.distcp|\.metadata(\.tmp)?|metadata\.json|common\.pt|"
+    rf"({'|'.join(map(re.escape, (STATE_FILE, CHECKSUMS, SETTINGS_FILE, RUN_FILE)))})(\.partial)?"
 )
 """Files of a checkpoint: a folder that holds others is not deleted as left over."""
 _DESCRIPTION = (STATE_FILE, ".metadata", "metadata.json", "common.pt")

@@ -5,10 +5,11 @@ A checkpoint is a folder `step_<number>` that appears by renaming, once everythi
 
 import errno
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from megatron_sstoken.checkpoint.writer import Writing, prepare_writer
 from megatron_sstoken.compat import load_options, save_options
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.device import compute_device
-from megatron_sstoken.files import publish_folder, write_failure
+from megatron_sstoken.files import publish_folder, write_durably, write_failure
 from megatron_sstoken.integrity import checksum_of, write_checksums
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.model.lora import is_adapter
@@ -48,6 +49,7 @@ from megatron_sstoken.parallel import Layout, broadcast_object, gather_objects, 
 
 _COPY = "history_weights"
 """The copy of the weights in the state that `dist_checkpointing` is given."""
+NO_FILES: Mapping[str, str] = MappingProxyType({})
 _EXTRA = "_extra_state"  # Transformer Engine's name for the scales and largest values of FP8 training
 
 
@@ -62,6 +64,8 @@ class UnfinishedSave:
     split: list
     partial: Path
     writing: Writing
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Name → text of what else process 0 puts into the folder."""
 
     @property
     def is_written(self) -> bool:
@@ -91,6 +95,8 @@ class UnfinishedSave:
         _require_whole(self.directory, partial, layout)
         final = partial.with_suffix("")
         if dist.get_rank() == 0:
+            for name, text in self.files.items():
+                write_durably(partial / name, text)
             write_run_state(partial, replace(self.state, split=self.split))
             written = {name: checksum for one in told if not isinstance(one, str) for name, checksum in one.items()}
             others = [path for path in partial.iterdir() if path.name not in written]
@@ -115,12 +121,13 @@ def begin_save(
     scheduler: OptimizerParamScheduler | None,
     history: dict[str, Any] | None = None,
     copy: WeightsCopy = (),
+    files: Mapping[str, str] = NO_FILES,
 ) -> UnfinishedSave:
     """Begin to save everything that resuming needs, as it is now: training may go on at once. All ranks call it.
 
     Without an optimizer only the weights are saved (conversion); of a model with adapters these alone. `history`: what the
-    history source wants to find again, the same on every rank; `copy`: its copy of the weights. One save at a time. Raises
-    OSError where nothing can be written.
+    history source wants to find again, the same on every rank; `copy`: its copy of the weights. `files`: name → text of what
+    else process 0 puts into the folder. One save at a time. Raises OSError where nothing can be written.
     """
     assert (state.adapters is not None) == model.has_adapters
     partial = Path(directory) / f"step_{state.step:07d}.partial"
@@ -138,7 +145,7 @@ def begin_save(
             content, str(partial), validate_access_integrity=True, async_sharded_save=True, **save_options()
         )
         writing = Writing(request, partial, model.layout.rank)
-    return UnfinishedSave(directory, state, model.layout, _split(model), partial, writing)
+    return UnfinishedSave(directory, state, model.layout, _split(model), partial, writing, files)
 
 
 def save_checkpoint(

@@ -134,7 +134,10 @@ class TrainingSettings:
     these layers' activations, if the link to the host keeps up with the computation."""
 
     validate_every: int = 0
-    """Steps between validations; 0 validates only at the end. Needs `data.validation`."""
+    """Steps between validations; 0 validates only before the first step and at the end. Needs `data.validation`."""
+
+    validate_first: bool = True
+    """Validate before the first step, which later losses are compared with."""
 
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do in a step whose loss or gradient is not finite: stop, or leave the weights as they are and go on.
@@ -247,9 +250,13 @@ class LoggingSettings:
     records_every: int = 0
     """Steps between token records (Parquet, one row per token); 0 writes none."""
 
+    watch: int = 0
+    """Samples, the first of the run's order, that are scored every `records_every` steps, before the first and after the last
+    one, into `watched` beside the token records: the same ones each time. Each time costs a forward pass over them."""
+
     record_text: bool | None = None
     """Write the text of each token into its record. Default: in the files of `score` and those of watched samples, where the
-    tokenizer is found; true: in training's as well, which become about a third larger; false: nowhere."""
+    tokenizer is found; true: in training's as well, which become a tenth larger; false: nowhere."""
 
     entropy: bool = False
     """Add the entropy of each prediction and the probability of its likeliest token to the token records. Needs no further
@@ -263,5 +270,6 @@ class LoggingSettings:
         """Rules that need this section alone."""
         rules = Rules("logging", self)
         rules.at_least("records_every", 0)
+        rules.at_least("watch", 0)
         rules.at_least("every", 1)
         return rules.broken

@@ -1,6 +1,7 @@
 """The text of single tokens, for people who read token records."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -45,10 +46,13 @@ def texts_of_data(manifest: StoreManifest, others: Iterable[str | None] = ()) ->
     """
     reasons = []
     for path in dict.fromkeys(filter(None, [manifest.tokenizer_path, *others])):
+        if not Path(path).exists():
+            reasons.append(f"{path} does not exist")
+            continue
         try:
             tokenizer = load_tokenizer(path)
-        except ValueError as error:
-            reasons.append(str(error).splitlines()[0])
+        except ValueError:
+            reasons.append(f"{path} holds none that can be read")
             continue
         if tokenizer.fingerprint == manifest.tokenizer_fingerprint:
             return TokenTexts(tokenizer)

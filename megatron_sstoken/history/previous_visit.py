@@ -54,6 +54,8 @@ class PreviousVisit(HistorySource):
         """Epochs of starts before that count."""
         self._open_from: int | None = None
         """The first epoch of the batch before: columns from there on may have grown."""
+        self._epoch = 0
+        """The last epoch of the batch before."""
 
     @classmethod
     def problems(cls, settings: Settings) -> list[str]:
@@ -104,8 +106,19 @@ class PreviousVisit(HistorySource):
         first, last = batches[0].visits.epochs
         if self._open_from is not None and self._open_from < last:
             self._publish(self._open_from, last)
-        self._open_from = first
+        self._open_from, self._epoch = first, last
         return [self._with_history(batch) for batch in batches] if self._layout.is_last_stage else batches
+
+    def consult(self, model: Model, batches: list[TokenBatch]) -> list[TokenBatch]:
+        """As at a visit in the epoch that the run is in."""
+        if not self._layout.is_last_stage:
+            return batches
+        found = []
+        for batch in batches:
+            assert batch.visits is not None, "made by a loader"
+            epochs = [self._epoch] * len(batch.visits.index)
+            found.append(self._with_history(replace(batch, visits=replace(batch.visits, epoch=epochs))))
+        return found
 
     def observe(self, reports: list[TokenReport]) -> None:
         """Losses are written at once, and are on disk when others need them or a checkpoint does."""

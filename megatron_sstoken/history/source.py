@@ -83,6 +83,10 @@ class HistorySource:
         """This rank's batches with history losses, on the last stage, before a step or scoring; all ranks call it."""
         return batches
 
+    def consult(self, model: Model, batches: list[TokenBatch]) -> list[TokenBatch]:
+        """As `prepare`, of batches that nothing is trained on, in between: changes nothing of what steps get."""
+        return self.prepare(model, batches)
+
     def observe(self, reports: list[TokenReport]) -> None:
         """What a training step saw of this rank's batches (on the last stage; nothing elsewhere); all ranks call it."""
 

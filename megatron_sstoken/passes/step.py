@@ -139,12 +139,14 @@ def score_batch(model: Model, batches: list[TokenBatch], select: SelectMicroBatc
         return _run(model, batches, loss_function, forward_only=True)
 
 
-def _calibrate(model: Model, batches: list[TokenBatch]) -> None:
-    """Pass once through the batches for the scales of FP8's delayed recipe alone.
+def calibrate(model: Model, batches: list[TokenBatch]) -> None:
+    """Pass once through the batches for the scales of FP8's delayed recipe alone, if that has not been done.
 
     They start at 1, too coarse for weights around 0.02, and Transformer Engine renews them only after passes with gradients
     on: a history pass, which has none, would never leave the start.
     """
+    if not model.needs_calibration:
+        return
     model.needs_calibration = False
     with torch.enable_grad():
         _run(
@@ -163,8 +165,7 @@ def _run(
     **schedule_options: Any,
 ) -> list[TokenReport]:
     """One pass through the schedule. `scored`: see `micro_batch`; for each, or for none."""
-    if model.needs_calibration:
-        _calibrate(model, batches)
+    calibrate(model, batches)
     layout = model.layout
     work = [micro_batch(model, batch, tokens) for batch, tokens in zip_longest(batches, scored)]
     chunk_number = {id(chunk): number for number, chunk in enumerate(model.chunks)}

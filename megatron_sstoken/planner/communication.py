@@ -7,7 +7,7 @@ them with the calls of real models.
 
 from dataclasses import dataclass
 
-from megatron_sstoken.planner.hardware import GPU
+from megatron_sstoken.gpus import GPU
 from megatron_sstoken.planner.memory import trainable_parameters
 from megatron_sstoken.planner.workload import Workload
 

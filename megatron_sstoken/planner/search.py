@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from megatron_sstoken.gpus import GPU
 from megatron_sstoken.planner.communication import Traffic, traffic_of
-from megatron_sstoken.planner.hardware import GPU, Assumptions
+from megatron_sstoken.planner.hardware import Assumptions
 from megatron_sstoken.planner.memory import StageMemory, memory_of
 from megatron_sstoken.planner.step_time import Speed, speed_of
 from megatron_sstoken.planner.workload import Workload, problems_of_workload

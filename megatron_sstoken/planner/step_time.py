@@ -5,9 +5,10 @@ Not modelled: launch gaps, load imbalance of packed samples (packs count as one 
 
 from dataclasses import dataclass
 
+from megatron_sstoken.gpus import GPU
 from megatron_sstoken.model.flops import attention_flops, causal_pairs, model_flops
 from megatron_sstoken.planner.communication import Traffic, traffic_of
-from megatron_sstoken.planner.hardware import GPU, Assumptions
+from megatron_sstoken.planner.hardware import Assumptions
 from megatron_sstoken.planner.memory import layer_activations, parameter_sizes, state_bytes, trainable_parameters
 from megatron_sstoken.planner.workload import Workload
 

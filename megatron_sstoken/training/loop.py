@@ -3,10 +3,7 @@
 import gc
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
@@ -15,27 +12,30 @@ from megatron_sstoken import watchdog
 from megatron_sstoken.checkpoint.manifest import AdapterIdentity, RunState, differences, renamed
 from megatron_sstoken.checkpoint.save_load import holds_copy, load_checkpoint
 from megatron_sstoken.checkpoint.weights_source import adapter_identity, require_base, starting_weights
-from megatron_sstoken.config import Settings, SettingsError
+from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import BatchLoader
 from megatron_sstoken.data.prefetch import Prefetcher
+from megatron_sstoken.data.sources import NO_SOURCES, Sources
+from megatron_sstoken.device import device_name
+from megatron_sstoken.gpus import peak_flops
 from megatron_sstoken.history.source import HistorySource
-from megatron_sstoken.lock import Lock
 from megatron_sstoken.model.build import Model, build_model
 from megatron_sstoken.model.optimizer import build_optimizer, follow_settings, gradient_norm
 from megatron_sstoken.model.optimizer import step as optimizer_step
-from megatron_sstoken.parallel import Layout, any_of, broadcast_object
-from megatron_sstoken.passes.columns import gather_columns
-from megatron_sstoken.passes.step import TokenReport
-from megatron_sstoken.run_plan import RunPlan
+from megatron_sstoken.parallel import Layout, any_of
+from megatron_sstoken.passes.step import TokenReport, calibrate
+from megatron_sstoken.run_plan import DataPlan, RunPlan
 from megatron_sstoken.training.drift import DriftMonitor
-from megatron_sstoken.training.evaluate import validation_loss
+from megatron_sstoken.training.evaluate import validation_losses
 from megatron_sstoken.training.interrupt import StopRequest
 from megatron_sstoken.training.known import NOTHING, Known
-from megatron_sstoken.training.metrics import StepLogger, StepMetrics, begin_summary
-from megatron_sstoken.training.records import RecordWriter, texts_for
+from megatron_sstoken.training.logger import StepLogger
+from megatron_sstoken.training.metrics import StepMetrics, begin_summary
 from megatron_sstoken.training.resume import ResumePoint, identity_of, objective_of
+from megatron_sstoken.training.run_folder import RunFolder
 from megatron_sstoken.training.saving import Saver
-from megatron_sstoken.training.selector import selector_of, train_on_selected
+from megatron_sstoken.training.selector import Selector, selector_of, train_on_selected
+from megatron_sstoken.training.token_log import TokenLog
 from megatron_sstoken.validate.whole import RunFiles
 
 _MOST_SKIPPED = 20
@@ -57,13 +57,20 @@ class Trainer:
     prefetcher: Prefetcher
     saver: Saver
     drift: DriftMonitor
+    token_log: TokenLog
     adapters: AdapterIdentity | None = None
     """What is trained and saved, where that is adapters."""
     known: Known = NOTHING
+    sources: Sources = NO_SOURCES
+    """Of the training data, where it names more than one."""
+    folder: RunFolder | None = None
+    """What describes the run."""
     files: RunFiles | None = None
     """The comparison of the run's files with their checksums."""
     branch: int | None = None
     """The step that `checkpoint.resume` chose."""
+    selector: Selector | None = None
+    """Of the newest step."""
     step: int = 0
     skipped: int = 0
     """Steps of this start that were skipped, because something was not finite."""
@@ -84,23 +91,6 @@ class Trainer:
         """Wait for the comparison of the run's files. Raises SettingsError, on all ranks, where one is damaged."""
         if self.files is not None:
             self.files.require_whole()
-
-
-@contextmanager
-def sole_writer(directory: str | None, layout: Layout) -> Iterator[None]:
-    """Within, this run alone writes to its checkpoint directory. Raises SettingsError on all ranks if another one does."""
-    if directory is None:
-        yield
-        return
-    with Lock(Path(directory) / "run.lock") as lock:
-        holder = broadcast_object(lock.take_or_wait() if layout.rank == 0 else None, source=0, group=layout.control)
-        if holder is not None:
-            raise SettingsError(
-                [
-                    f"checkpoint.directory={directory} is in use by another run ({holder}): name another one, or stop that run"
-                ]
-            )
-        yield
 
 
 def model_to_train(plan: RunPlan, layout: Layout, *, trainable: bool = True) -> Model:
@@ -126,6 +116,7 @@ def create_trainer(
     known: Known = NOTHING,
     resume: ResumePoint | None = None,
     files: RunFiles | None = None,
+    folder: RunFolder | None = None,
 ) -> Trainer:
     """Optimizer, data and logger around a model that holds its starting weights; goes on from `resume`, whose plan it is."""
     newest = resume.checkpoint if resume is not None else None
@@ -145,7 +136,8 @@ def create_trainer(
     )
     said = plan.settings.logging
     resumed = newest.state.step if newest is not None else None
-    logger = StepLogger(plan.settings.logging_directory, said.every, plan.num_steps, layout, resumed=resumed)
+    peak = peak_flops(device_name(), plan.settings.training.precision)
+    logger = StepLogger(plan.settings.logging_directory, said.every, plan.num_steps, layout, resumed=resumed, peak=peak)
     adapters = adapter_identity(plan.settings, layout)
     prefetcher, saver = Prefetcher(loader), Saver(plan.settings.checkpoint, layout, logger)
     drift = DriftMonitor(
@@ -165,10 +157,15 @@ def create_trainer(
         prefetcher,
         saver,
         drift,
+        TokenLog(plan, layout, history, known, logger),
         adapters=adapters,
         known=known,
+        sources=Sources.of(plan.train.store),
+        folder=folder,
         files=files,
     )
+    if folder is not None:
+        folder.show(logger)
     if resume is not None and newest is not None:
         state = newest.state
         if state.adapters is not None:
@@ -205,11 +202,15 @@ def train(trainer: Trainer) -> None:
 def _train_until_asked_to_stop(trainer: Trainer, stop: StopRequest) -> None:
     settings, plan = trainer.settings, trainer.plan
     trainer.model.train(True)
+    if trainer.step == 0:
+        _before_the_first_step(trainer)
     trainer.logger.pause()
     for number in range(trainer.step, plan.num_steps):
         rate = get_canonical_lr_for_logging(trainer.optimizer.param_groups) or 0.0
         metrics, gradient_norm, reports = training_step(trainer, number)
         trainer.step = done = number + 1
+        if trainer.folder is not None:
+            trainer.folder.step = done
         trainer.drift.observe(metrics.dropped_excess)
         trainer.logger.step(done, metrics, gradient_norm, rate, _points_of_selection(trainer))
         last = done == plan.num_steps
@@ -229,13 +230,11 @@ def _train_until_asked_to_stop(trainer: Trainer, stop: StopRequest) -> None:
         if not is_writing:
             saver.finish()
         stopping = asked and not last
-        if is_due(done, settings.logging.records_every):
-            _write_step_records(trainer, reports, done)
+        assert trainer.selector is not None
+        trainer.token_log.after_step(done, reports, trainer.model, trainer.selector)
         if plan.validation and not stopping and (last or is_due(done, settings.training.validate_every)):
-            watchdog.arrived(f"validation after step {done}")
-            loss = validation_loss(trainer.model, plan.validation, plan, trainer.layout)
-            trainer.logger.say(f"validation after step {done}: loss {loss:.4f}")
-            trainer.logger.scalars(done, {"loss/validation": loss})
+            _validate(trainer, plan.validation)
+        trainer.logger.step_is_over()
         is_time = minutes_are_over or is_due(done, settings.checkpoint.save_every)
         if settings.checkpoint.directory and (last or stopping or is_time):
             save(trainer, stopping=stopping, wait=not settings.checkpoint.asynchronous)
@@ -243,6 +242,25 @@ def _train_until_asked_to_stop(trainer: Trainer, stop: StopRequest) -> None:
             trainer.logger.say(f"asked to stop: ended after step {done} of {plan.num_steps}; start again to go on")
             return
         trainer.logger.pause()
+
+
+def _before_the_first_step(trainer: Trainer) -> None:
+    """What later steps are compared with."""
+    plan = trainer.plan
+    if trainer.model.needs_calibration:  # as the first step would, with its batch
+        calibrate(trainer.model, trainer.prefetcher.take(0).micro_batches)
+    if plan.validation and trainer.settings.training.validate_first:
+        _validate(trainer, plan.validation)
+    trainer.token_log.before_training(trainer.model, _selector(trainer, 0, 0))
+    trainer.logger.step_is_over()
+
+
+def _validate(trainer: Trainer, data: DataPlan) -> None:
+    when = f"after step {trainer.step}" if trainer.step else "before the first step"
+    watchdog.arrived(f"validation {when}")
+    losses = validation_losses(trainer.model, data, trainer.plan, trainer.layout)
+    trainer.logger.say(f"validation {when}: loss {losses['loss/validation']:.4f}")
+    trainer.logger.scalars(trainer.step, losses)
 
 
 def _points_of_selection(trainer: Trainer) -> dict[str, float]:
@@ -267,16 +285,14 @@ def training_step(trainer: Trainer, number: int) -> tuple[StepMetrics, float, li
     finite, with `training.on_nonfinite: skip`. Raises FloatingPointError, on all ranks, for these with `stop`, or where many
     in a row had to be skipped.
     """
-    settings, model = trainer.settings, trainer.model
+    model = trainer.model
     watchdog.arrived(f"step {number + 1}")
     batch = trainer.prefetcher.take(number)
-    gamma = 0.0 if batch.num_samples_before < settings.selection.warmup_samples else settings.selection.gamma
-    drifted = trainer.drift.times
-    selector = selector_of(settings, trainer.layout, gamma=gamma, step=number, history=trainer.history, drifted=drifted)
+    trainer.selector = selector = _selector(trainer, number, batch.num_samples_before)
     model.zero_gradients()
     trainer.optimizer.zero_grad()
     reports = train_on_selected(model, batch.micro_batches, selector)
-    pending = begin_summary(reports, model.architecture, trainer.layout)
+    pending = begin_summary(reports, model.architecture, trainer.layout, trainer.sources)
     norm = gradient_norm(trainer.optimizer)
     metrics = pending.read()
     if math.isfinite(metrics.loss_selected):  # it is NaN where no token is selected
@@ -299,6 +315,14 @@ def training_step(trainer: Trainer, number: int) -> tuple[StepMetrics, float, li
     trainer.history.after_step(number + 1, updated=updated)
     trainer.scheduler.step(1)
     return metrics, norm, reports
+
+
+def _selector(trainer: Trainer, number: int, num_samples_before: int) -> Selector:
+    """How step `number`, from 0, selects."""
+    settings = trainer.settings
+    gamma = 0.0 if num_samples_before < settings.selection.warmup_samples else settings.selection.gamma
+    drifted = trainer.drift.times
+    return selector_of(settings, trainer.layout, gamma=gamma, step=number, history=trainer.history, drifted=drifted)
 
 
 def _not_finite(trainer: Trainer, number: int, name: str, value: float) -> None:
@@ -358,16 +382,9 @@ def save(trainer: Trainer, *, stopping: bool = False, wait: bool = True) -> None
         chat_template=plan.train.store.manifest.chat_template,
     )
     final = trainer.step == plan.num_steps or stopping
-    trainer.saver.begin(state, trainer.model, trainer.optimizer, trainer.scheduler, trainer.history, final=final)
+    described = trainer.folder.files() if trainer.folder is not None else {}
+    trainer.saver.begin(
+        state, trainer.model, trainer.optimizer, trainer.scheduler, trainer.history, files=described, final=final
+    )
     if wait or final:
         trainer.saver.finish()
-
-
-def _write_step_records(trainer: Trainer, reports: list[TokenReport], done: int) -> None:
-    columns = gather_columns(reports, trainer.layout)
-    if columns is not None:
-        path = Path(trainer.settings.logging_directory or "") / "records" / f"step_{done:07d}.parquet"
-        of_data = trainer.plan.train.store.manifest.data_fingerprint
-        texts = texts_for(trainer.plan, always=False)
-        with trainer.logger.outlive(path), RecordWriter(path, of_data, texts) as writer:
-            writer.write(columns)

@@ -1,21 +1,16 @@
-"""What a step is told by: global sums, quantiles, speed; printed, and written for TensorBoard."""
+"""A global batch in numbers: sums and quantiles over all ranks."""
 
 import math
-import os
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 
 from megatron_sstoken.data.batches import TokenBatch
-from megatron_sstoken.device import compute_device, have_cuda, peak_memory_bytes, to_compute_device
-from megatron_sstoken.files import write_failure
+from megatron_sstoken.data.sources import NO_SOURCES, Sources
+from megatron_sstoken.device import compute_device, have_cuda, to_compute_device
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.flops import causal_pairs, model_flops
 from megatron_sstoken.parallel import Layout
@@ -24,6 +19,8 @@ from megatron_sstoken.selection.topk import NO_TOKEN, nan_error
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _PERCENTILES = 101
+_NUM_SUMS = 12
+"""Sums that every step has, in the order of `_sums_of`."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +49,26 @@ class StepMetrics:
     """Of the weights w of the selected tokens; NaN where all count alike."""
     weight_share: float = math.nan
     """(Σ w)² ÷ Σ w² ÷ the number of selected tokens: the share of them that, each counting alike, would say as much."""
+    loss_history: float = math.nan
+    """Mean history loss of the response tokens that have one."""
+    of_sources: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    """Source → sum of the losses of its response tokens, and their number."""
 
     @property
     def share_selected(self) -> float:
         return self.num_selected / self.num_response if self.num_response else math.nan
+
+    @property
+    def source_losses(self) -> dict[str, float]:
+        """Source → mean loss of its response tokens; NaN where it has none here."""
+        return {name: total / count if count else math.nan for name, (total, count) in self.of_sources.items()}
 
 
 @dataclass(frozen=True)
 class PendingMetrics:
     """The numbers of a global batch on their way to the host."""
 
+    _sources: tuple[str, ...]
     _numbers: torch.Tensor
     """int64 on the host; floats as their bits. Not to be read before `_arrival`."""
     _arrival: torch.cuda.Event | None
@@ -73,10 +80,12 @@ class PendingMetrics:
         first_nan = int(self._numbers[0])
         if first_nan != NO_TOKEN:
             raise nan_error(first_nan)
-        selected_loss, response_loss, excess, selected, weight, squares, *further = (
-            self._numbers[1:].view(torch.float64).tolist()
-        )
-        response, tokens, positions, flops, rho, *percentiles = further
+        sums = self._numbers[1:].view(torch.float64).tolist()
+        selected_loss, response_loss, excess, selected, weight, squares, history, with_history = sums[:8]
+        response, tokens, positions, flops = sums[8:_NUM_SUMS]
+        stop = _NUM_SUMS + len(self._sources)
+        source_losses, source_counts = sums[_NUM_SUMS:stop], sums[stop : stop + len(self._sources)]
+        rho, *percentiles = sums[stop + len(self._sources) :]
         at = [round(quantile * (_PERCENTILES - 1)) for quantile in QUANTILES]
         rel, attention = percentiles[:_PERCENTILES], percentiles[_PERCENTILES:]
         return StepMetrics(
@@ -94,26 +103,35 @@ class PendingMetrics:
             rho=rho,
             weight_mean=weight / selected if selected else math.nan,
             weight_share=weight**2 / squares / selected if squares else math.nan,
+            loss_history=history / with_history if with_history else math.nan,
+            of_sources={
+                name: (loss, int(count))
+                for name, loss, count in zip(self._sources, source_losses, source_counts, strict=True)
+            },
         )
 
 
-def summarize(reports: list[TokenReport], architecture: Architecture, layout: Layout) -> StepMetrics:
+def summarize(
+    reports: list[TokenReport], architecture: Architecture, layout: Layout, sources: Sources = NO_SOURCES
+) -> StepMetrics:
     """Reduce reports over the data-parallel ranks and tell every rank. All ranks call it; it waits for the device."""
-    return begin_summary(reports, architecture, layout).read()
+    return begin_summary(reports, architecture, layout, sources).read()
 
 
-def begin_summary(reports: list[TokenReport], architecture: Architecture, layout: Layout) -> PendingMetrics:
+def begin_summary(
+    reports: list[TokenReport], architecture: Architecture, layout: Layout, sources: Sources = NO_SOURCES
+) -> PendingMetrics:
     """Reduce this step's reports over the data-parallel ranks, and begin to tell every rank; nobody waits for the device.
 
-    All ranks call it.
+    `sources`: those of the samples, told apart in batches that a loader made. All ranks call it.
     """
     device = compute_device()
     first_nan = torch.full((1,), NO_TOKEN, device=device)
-    sums = torch.zeros(10, dtype=torch.float64, device=device)
+    sums = torch.zeros(_NUM_SUMS + 2 * len(sources.names), dtype=torch.float64, device=device)
     percentiles = torch.full((2, 1 + _PERCENTILES), torch.nan, dtype=torch.float64, device=device)
     if layout.is_last_stage:
         if reports:
-            sums = _sums_of(reports, architecture)
+            sums = torch.cat([_sums_of(reports, architecture), _sums_by_source(reports, sources)])
         dist.all_reduce(sums, group=layout.data)
         percentiles = _merge_percentiles(_percentiles_of(reports, device), layout)
         for report in reports:
@@ -125,17 +143,17 @@ def begin_summary(reports: list[TokenReport], architecture: Architecture, layout
     packed = torch.cat([first_nan, floats.view(torch.int64)])
     dist.broadcast(packed, src=layout.last_stage_rank, group=layout.groups.pp)
     if not have_cuda():
-        return PendingMetrics(packed, None)
+        return PendingMetrics(sources.names, packed, None)
     arrival = torch.cuda.Event()
     numbers = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
     numbers.copy_(packed, non_blocking=True)
     arrival.record()
-    return PendingMetrics(numbers, arrival)
+    return PendingMetrics(sources.names, numbers, arrival)
 
 
 def _sums_of(reports: list[TokenReport], architecture: Architecture) -> torch.Tensor:
-    """float64 [10] of this rank: losses of selected and of response tokens, by how much those of dropped tokens are above their
-    history losses (NaN without), then counts and sums of weights, in the order of `PendingMetrics`."""
+    """float64 [12] of this rank: losses of selected and of response tokens, by how much those of dropped tokens are above their
+    history losses (NaN without), counts and sums of weights and history losses, in the order of `PendingMetrics`."""
     losses = torch.cat([report.loss.double() for report in reports])
     response = torch.cat([report.batch.response for report in reports])
     selected = torch.cat([r.batch.response if r.selection is None else r.selection.mask for r in reports])
@@ -148,6 +166,7 @@ def _sums_of(reports: list[TokenReport], architecture: Architecture) -> torch.Te
         selected.sum().double(),
         weights.sum(),
         weights.square().sum(),
+        *_history_of(reports, response),
     ]
     facts = [report.batch.facts for report in reports]
     known = [
@@ -166,6 +185,34 @@ def _excess_of(reports: list[TokenReport], losses: torch.Tensor, dropped: torch.
     if len(known) < len(history):
         return losses.new_full((), torch.nan)
     return torch.where(dropped, losses - torch.cat(known), 0.0).sum()
+
+
+def _history_of(reports: list[TokenReport], response: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 [] each: the sum of the history losses of the response tokens that have one, and their number."""
+    missing = [torch.full_like(r.loss, torch.nan) if r.history_loss is None else r.history_loss for r in reports]
+    history = torch.cat(missing)
+    known = response & ~history.isnan()
+    return torch.where(known, history, 0.0).sum(dtype=torch.float64), known.sum().double()
+
+
+def _sums_by_source(reports: list[TokenReport], sources: Sources) -> torch.Tensor:
+    """float64 [2 · sources] of this rank: the losses of the response tokens of each source, then their numbers."""
+    size, device = len(sources.names), reports[0].loss.device
+    if not size:
+        return torch.empty(0, dtype=torch.float64, device=device)
+    visits = [report.batch.visits for report in reports]
+    of_segments = [sources.of_sample[one.index] for one in visits if one is not None]
+    counts = [count for report in reports for count in report.batch.facts.response_counts]
+    numbers = np.concatenate([*of_segments, [0]]).astype(np.int64)  # an entry where there is no sample
+    facts = to_compute_device(torch.from_numpy(np.bincount(numbers[:-1], counts, size)))
+    of_segment = to_compute_device(torch.from_numpy(numbers))
+    total = torch.zeros(size, dtype=torch.float64, device=device)
+    first = 0
+    for report in reports:
+        loss = torch.where(report.batch.response, report.loss, 0.0).double()
+        total.index_add_(0, of_segment[first + report.batch.segment.clamp(min=0)], loss)
+        first += report.batch.num_segments
+    return torch.cat([total, facts.double()])
 
 
 def training_flops(batch: TokenBatch, a: Architecture) -> float:
@@ -203,110 +250,3 @@ def _merge_percentiles(mine: torch.Tensor, layout: Layout) -> torch.Tensor:
     wanted = torch.linspace(0, 1, _PERCENTILES, dtype=mine.dtype, device=mine.device) * weights[:, -1:]
     places = torch.searchsorted(weights, wanted.contiguous()).clamp(max=values.shape[1] - 1)
     return torch.cat([counts.sum(1, keepdim=True), values.gather(1, places)], dim=1)
-
-
-class StepLogger:
-    """Prints a line every `every` steps and writes TensorBoard points; rank 0 does, the others hold their peace."""
-
-    def __init__(
-        self, directory: str | None, every: int, num_steps: int, layout: Layout, *, resumed: int | None = None
-    ):
-        """`resumed`: steps done before this start. TensorBoard shows no later points of starts before."""
-        self._active = layout.rank == 0
-        purge = None if resumed is None else resumed + 1
-        self._lost: set[str] = set()
-        self._writer: SummaryWriter | None = None
-        if directory is not None and self._active:
-            with self.outlive(directory):
-                self._writer = SummaryWriter(directory, purge_step=purge)
-        self._every, self._num_steps, self._world_size = every, num_steps, layout.world_size
-        self._last = time.monotonic()
-        self._begun, self._done = self._last, 0
-
-    def step(
-        self,
-        number: int,
-        metrics: StepMetrics,
-        gradient_norm: float,
-        learning_rate: float,
-        further: dict[str, float] | None = None,
-    ) -> None:
-        """Tell of the optimizer step `number` (from 1); `further`: more TensorBoard points."""
-        now = time.monotonic()
-        seconds, self._last = now - self._last, now
-        self._done += 1
-        if not self._active or (number % self._every and number != self._num_steps):
-            return
-        eta = (now - self._begun) / self._done * (self._num_steps - number)
-        speed = metrics.num_tokens / seconds
-        tflops = metrics.model_flops / seconds / 1e12
-        self.say(
-            f"step {number}/{self._num_steps} | loss {metrics.loss_selected:.4f} (all {metrics.loss_all:.4f}, dropped "
-            f"{metrics.loss_dropped:.4f}) | selected {100 * metrics.share_selected:.1f} % | grad norm "
-            f"{gradient_norm:.3f} | lr {learning_rate:.3e} | {speed:,.0f} tokens/s | {tflops:.3g} TFLOP/s | "
-            f"ETA {_clock(eta)}"
-        )
-        if self._writer is None:
-            return
-        points = {
-            "loss/selected": metrics.loss_selected,
-            "loss/all": metrics.loss_all,
-            "loss/dropped": metrics.loss_dropped,
-            "selection/share": metrics.share_selected,
-            "selection/rho": metrics.rho,
-            "weights/mean": metrics.weight_mean,
-            "weights/effective_share": metrics.weight_share,
-            "optimizer/gradient_norm": gradient_norm,
-            "optimizer/learning_rate": learning_rate,
-            "speed/tokens_per_second": speed,
-            "speed/model_tflops": tflops,
-            "speed/model_tflops_per_process": tflops / self._world_size,
-            "speed/step_seconds": seconds,
-            "data/real_share": metrics.num_tokens / metrics.num_positions,
-            "memory/peak_gib": peak_memory_bytes() / 2**30,
-        }
-        for name, values in (("rel", metrics.rel_quantiles), ("attention", metrics.attention_quantiles)):
-            points |= {f"{name}/q{round(100 * q):02d}": v for q, v in zip(QUANTILES, values, strict=True)}
-        self.scalars(number, points | (further or {}))
-
-    def scalars(self, number: int, points: dict[str, float]) -> None:
-        """Write TensorBoard points, leaving out what is undefined."""
-        if self._writer is not None:
-            with self.outlive(self._writer.log_dir):
-                for name, value in points.items():
-                    if not math.isnan(value):
-                        self._writer.add_scalar(name, value, number)
-
-    def say(self, text: str) -> None:
-        """Print a line of its own."""
-        if self._active:
-            print(text, flush=True)
-
-    @contextmanager
-    def outlive(self, path: str | Path) -> Iterator[None]:
-        """Within, nothing that goes wrong with a log ends the run: it goes on, saying so once for each kind of log."""
-        try:
-            yield
-        except OSError as error:
-            reason = write_failure(error, Path(path)).strerror
-            kind = os.path.dirname(path) if str(path).endswith(".parquet") else str(path)
-            if kind not in self._lost:
-                self._lost.add(kind)
-                print(f"warning: {kind}: {reason}: the run goes on without this log", file=sys.stderr, flush=True)
-            if self._writer is not None and kind == self._writer.log_dir:
-                self._writer = None
-
-    def pause(self) -> None:
-        """Leave out the time since the last step: what comes next is timed from here."""
-        self._last = time.monotonic()
-
-    def close(self) -> None:
-        """Flush TensorBoard."""
-        if self._writer is not None:
-            with self.outlive(self._writer.log_dir):
-                self._writer.close()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -1,6 +1,7 @@
 """When a run saves, what its checkpoints are worth, and that each is whole before the run ends."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
 
@@ -9,12 +10,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sstoken import watchdog
 from megatron_sstoken.checkpoint.manifest import RunState, mark_diverged, tidy
-from megatron_sstoken.checkpoint.save_load import UnfinishedSave, begin_save
+from megatron_sstoken.checkpoint.save_load import NO_FILES, UnfinishedSave, begin_save
 from megatron_sstoken.config import CheckpointSettings, SettingsError
 from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.parallel import Layout
-from megatron_sstoken.training.metrics import StepLogger
+from megatron_sstoken.training.logger import StepLogger
 
 
 class Saver:
@@ -61,10 +62,12 @@ class Saver:
         scheduler: OptimizerParamScheduler,
         history: HistorySource,
         *,
+        files: Mapping[str, str] = NO_FILES,
         final: bool,
     ) -> None:
         """Begin to save a step, once the one before is finished. All ranks call it.
 
+        `files`: what process 0 puts into the checkpoint besides.
         `final`: no step comes after it that could tell whether it is sound.
         """
         self.finish()
@@ -72,7 +75,7 @@ class Saver:
         self._begun = time.monotonic()
         directory = self._settings.directory or ""
         self._unfinished = begin_save(
-            directory, state, model, optimizer, scheduler, history.state_dict(), history.weights_copy()
+            directory, state, model, optimizer, scheduler, history.state_dict(), history.weights_copy(), files
         )
         self._keep = self._settings.keep if final else None
         self.newest = state.step

@@ -168,8 +168,8 @@ def _completed(trained: TokenReport, scored: TokenReport, rho: float) -> TokenRe
 
 
 def score_and_select(model: Model, batches: list[TokenBatch], selector: Selector) -> list[TokenReport]:
-    """Forward only: reports that say what would be selected, and how much it would count."""
-    batches = selector.history.prepare(model, batches)
+    """Forward only: reports that say what would be selected, and how much it would count. Leaves no trace in training."""
+    batches = selector.history.consult(model, batches)
     if not selector.needs_all_scores:
         reports = score_batch(model, batches, selector)
     else:

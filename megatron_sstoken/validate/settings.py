@@ -186,9 +186,9 @@ def _output_problems(settings: Settings) -> list[str]:
         found.append(
             f"training.validate_every={training.validate_every} needs data.validation: name a prepared folder, or use 0"
         )
-    if logging.records_every > 0 and settings.logging_directory is None:
-        found.append(
-            f"logging.records_every={logging.records_every} needs logging.directory (or checkpoint.directory): name one, or "
-            "use 0"
-        )
+    for name in ("records_every", "watch"):
+        if (value := getattr(logging, name)) > 0 and settings.logging_directory is None:
+            found.append(
+                f"logging.{name}={value} needs logging.directory (or checkpoint.directory): name one, or use 0"
+            )
     return found

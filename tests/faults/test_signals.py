@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from megatron_sstoken.checkpoint.manifest import checkpoint_steps
+from megatron_sstoken.checkpoint.manifest import RUN_FILE, checkpoint_steps
+from megatron_sstoken.files import read_json
 from tests.helpers import cli, programs
 from tests.helpers.workbench import make_model, make_samples, make_settings, make_store
 
@@ -53,6 +54,8 @@ def test_a_signal_in_the_middle_of_a_save(folder, tmp_path, saves_before, number
     stopped = max(checkpoint_steps(str(directory)))
     assert step <= stopped <= step + 1, "after the step it is in"
     assert f"asked to stop: ended after step {stopped} of {STEPS}" in ended[0][1]
+    (start,) = read_json(directory / RUN_FILE)["starts"]
+    assert (start["ended"], start["to_step"]) == ("stopped", stopped) and start["end"]
     assert not list(directory.glob("*.partial")) and not (directory / "run.lock").exists()
     assert not program.left()
 

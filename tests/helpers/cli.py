@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_sstoken.training.tags import tag_of
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -38,7 +40,7 @@ def settings_arguments(settings) -> list[str]:
 
 
 def scalars(directory: Path, name: str) -> dict[int, float]:
-    """All TensorBoard points of one name under a folder: step → value; a later run wins."""
+    """All TensorBoard points of one metric under a folder: step → value; a later run wins."""
     accumulator = EventAccumulator(str(directory), size_guidance={"scalars": 0})
     accumulator.Reload()
-    return {event.step: event.value for event in accumulator.Scalars(name)}
+    return {event.step: event.value for event in accumulator.Scalars(tag_of(name))}

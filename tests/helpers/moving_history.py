@@ -6,7 +6,7 @@ from megatron_sstoken.model.build import load_weights
 from megatron_sstoken.model.lora import is_adapter
 from megatron_sstoken.parallel import reset_layout
 from megatron_sstoken.passes import step
-from megatron_sstoken.training import loop, metrics
+from megatron_sstoken.training import logger, loop
 from tests.helpers.gradients import gather_whole
 from tests.helpers.workbench import make_trainer
 
@@ -84,7 +84,7 @@ def train_to(rank, stop, settings):
     results = []
     for one in settings:
         told = []
-        metrics.StepLogger.say = lambda self, text, told=told: told.append(text)
+        logger.StepLogger.say = lambda self, text, told=told: told.append(text)
         trainer = make_trainer(one)
         losses, copies = [], [copy_of(trainer)]
         for number in range(trainer.step, stop):

@@ -9,6 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_sstoken.training.records import SCHEMA, RecordWriter
+from megatron_sstoken.training.tags import tag_of
 from pretrain_scripts.quickstart_report import RUNS, chosen_tokens, comparison, main, read_chats, response_loss
 from tools.make_toy import make_toy
 
@@ -19,7 +20,7 @@ def write_scalars(folder: Path, points: dict[str, list[float]]) -> None:
     with SummaryWriter(str(folder)) as writer:
         for name, values in points.items():
             for step, value in enumerate(values, 1):
-                writer.add_scalar(name, value, step)
+                writer.add_scalar(tag_of(name), value, step)
 
 
 def write_records(folder: Path, step: int, rows: list[tuple[int, int, int, bool]]) -> None:

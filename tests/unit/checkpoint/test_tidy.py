@@ -41,9 +41,8 @@ def test_a_diverged_checkpoint_takes_no_place_of_a_sound_one(tmp_path, keep, kep
 def test_what_killed_runs_leave_goes_and_what_others_put_there_stays(tmp_path):
     make_step(tmp_path, "step_0000004")
     make_step(tmp_path, "step_0000002", described=False)
-    make_step(
-        tmp_path, "step_0000006.partial", files=(".metadata.tmp", "sstoken.json.partial", "checksums.json.partial")
-    )
+    cut_short = (".metadata.tmp", "settings.yaml", "run.json.partial", "sstoken.json.partial", "checksums.json.partial")
+    make_step(tmp_path, "step_0000006.partial", files=cut_short)
     make_step(tmp_path, "step_0000008.partial", files=("notes.txt",), described=False)
     aside = set_aside(make_step(tmp_path, "step_0000005"), "aside")
     again = set_aside(make_step(tmp_path, "step_0000005"), "aside")

@@ -8,11 +8,12 @@ import torch
 
 from benchmarks.changes import apply
 from megatron_sstoken.config import HistorySettings, Settings
+from megatron_sstoken.gpus import GPUS
 from megatron_sstoken.history.moving import MovingAverage, Snapshot
 from megatron_sstoken.history.source import HistorySource, source_of
 from megatron_sstoken.model.presets import find_architecture
 from megatron_sstoken.planner.communication import traffic_of
-from megatron_sstoken.planner.hardware import GPUS, Assumptions
+from megatron_sstoken.planner.hardware import Assumptions
 from megatron_sstoken.planner.memory import stage_memory
 from megatron_sstoken.planner.step_time import stage_seconds
 from megatron_sstoken.planner.workload import Workload

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import HardwareSettings, Settings
+from megatron_sstoken.gpus import GPUS
 from megatron_sstoken.model.presets import MODELS, find_architecture
 from megatron_sstoken.planner.configuration import (
     problems_of_configuration,
@@ -17,7 +18,7 @@ from megatron_sstoken.planner.configuration import (
     to_yaml,
     with_layout,
 )
-from megatron_sstoken.planner.hardware import GPUS, Assumptions
+from megatron_sstoken.planner.hardware import Assumptions
 from megatron_sstoken.planner.search import estimate, propose
 from megatron_sstoken.planner.workload import Workload
 from tests.helpers import cli

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import plan_check
+from megatron_sstoken.gpus import GPUS
 from megatron_sstoken.model.presets import find_architecture
 from megatron_sstoken.planner.communication import Traffic
-from megatron_sstoken.planner.hardware import GPUS, Assumptions
+from megatron_sstoken.planner.hardware import Assumptions
 from megatron_sstoken.planner.memory import adapter_parameters, chunks_in_flight, head_bytes
 from megatron_sstoken.planner.search import estimate, propose
 from megatron_sstoken.planner.workload import Workload, problems_of_workload

@@ -1,4 +1,4 @@
-"""Global sums and quantiles against numpy, operations against a count by hand, and the step log."""
+"""Global sums and quantiles against numpy, and operations against a count by hand."""
 
 import dataclasses
 import math
@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_sstoken.config import ParallelSettings
+from megatron_sstoken.data.batches import Visits
+from megatron_sstoken.data.sources import Sources
 from megatron_sstoken.model.families import Architecture, read_architecture
-from megatron_sstoken.training.metrics import QUANTILES, StepLogger, StepMetrics, summarize, training_flops
-from tests.helpers.cli import scalars
+from megatron_sstoken.training.metrics import QUANTILES, StepMetrics, summarize, training_flops
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.token_batches import make_batch, make_report
 from tests.helpers.workbench import load_model, make_model
@@ -183,6 +184,98 @@ def test_two_ranks(layout):
     assert same(pipeline, alone), "the last stage tells the first"
 
 
+SOURCES = Sources(("a", "b", "c"), np.array([0, 2, 1, 0, 2]))
+
+
+def of_sources(reports, indices):
+    """The reports with batches that hold samples of these numbers in the store; and what the sources' sums must be."""
+    made, wanted = [], {name: [0.0, 0] for name in SOURCES.names}
+    for report, index in zip(reports, indices, strict=True):
+        visits = Visits(index, [0] * len(index), (0, 0))
+        made.append(dataclasses.replace(report, batch=dataclasses.replace(report.batch, visits=visits)))
+        for t in np.flatnonzero(report.batch.response.numpy()):
+            sums = wanted[SOURCES.names[SOURCES.of_sample[index[int(report.batch.segment[t])]]]]
+            sums[0] += float(report.loss[t].double())
+            sums[1] += 1
+    return made, wanted
+
+
+def check_sources(metrics: StepMetrics, *wanted: dict[str, list]) -> None:
+    assert list(metrics.of_sources) == list(SOURCES.names)
+    for name, (total, count) in metrics.of_sources.items():
+        assert total == pytest.approx(sum(one[name][0] for one in wanted), rel=1e-12)
+        assert count == sum(one[name][1] for one in wanted)
+
+
+def test_losses_of_sources(layout):
+    reports, wanted = of_sources(make_reports(), [[4, 2], [1]])
+    metrics = summarize(reports, TINY, layout, SOURCES)
+    check_sources(metrics, wanted)
+    assert math.isnan(metrics.source_losses["a"]) and metrics.source_losses["b"] == pytest.approx(
+        wanted["b"][0] / wanted["b"][1]
+    )
+    without = summarize(reports, TINY, layout)
+    assert not without.of_sources and repr(dataclasses.replace(metrics, of_sources={})) == repr(without)
+
+
+def test_mean_history_loss(layout):
+    reports = make_reports()
+    history = np.concatenate([r.batch.history_loss[r.batch.response].numpy() for r in reports]).astype(np.float64)
+    assert summarize(reports, TINY, layout).loss_history == pytest.approx(history.mean(), rel=1e-6)
+    first = reports[0].batch.history_loss.clone()
+    first[reports[0].batch.segment == 0] = torch.nan  # a first visit
+    known = torch.cat([first[reports[0].batch.response], reports[1].batch.history_loss[reports[1].batch.response]])
+    reports[0] = dataclasses.replace(reports[0], batch=dataclasses.replace(reports[0].batch, history_loss=first))
+    wanted = np.nanmean(known.numpy().astype(np.float64))
+    assert summarize(reports, TINY, layout).loss_history == pytest.approx(wanted, rel=1e-6)
+    without = make_report(make_batch([[0, 1, 1]], 4, history=False), attention=False)
+    assert math.isnan(summarize([without], TINY, layout).loss_history)
+
+
+def counted(function, name: str, calls: list[str]):
+    def call(*arguments, **keywords):
+        calls.append(name)
+        return function(*arguments, **keywords)
+
+    return call
+
+
+def sources_on_ranks(rank: int) -> list:
+    """Data parallel with other samples on each rank, with none on one, and pipeline parallel: collectives are counted."""
+    from megatron_sstoken.parallel import create_layout, reset_layout
+
+    results = []
+    for options in ({}, {"pipeline": 2}):
+        layout = create_layout(ParallelSettings(**options), seed=0)
+        mine = of_sources(make_reports(), [[4, 2], [1]])[0] if rank == 0 else of_rank_1()[0]
+        mine = mine if layout.is_last_stage else []
+        calls: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("all_reduce", "all_gather", "broadcast"):
+                own = getattr(dist, name)
+                patch.setattr(dist, name, counted(own, name, calls))
+            results.append(summarize(mine, TINY, layout, SOURCES))
+            with_sources, calls[:] = [*calls], []
+            summarize(mine, TINY, layout)
+        assert with_sources == calls, "no further collective"
+        reset_layout()
+    return results
+
+
+def of_rank_1():
+    reports = [*make_reports(seed=10), make_report(make_batch([], 32, num_rows=2))]
+    return of_sources(reports, [[0, 0], [3], []])
+
+
+def test_losses_of_sources_on_two_ranks():
+    """As those of one process that has the samples of both."""
+    first, second = run_distributed(sources_on_ranks, 2)
+    assert all(same(mine, theirs) for mine, theirs in zip(first, second, strict=True))
+    ours, theirs = of_sources(make_reports(), [[4, 2], [1]])[1], of_rank_1()[1]
+    check_sources(first[0], ours, theirs)
+    check_sources(first[1], theirs)
+
+
 def test_flops_by_hand():
     # q 8·12, k and v 8·6, o 12·8, gate, up and down 8·10, two norms of 8; the head 8·7 and the last norm
     layer = 8 * 12 + 2 * 8 * 6 + 12 * 8 + 3 * 8 * 10 + 2 * 8
@@ -206,68 +299,3 @@ def test_flops_count_the_models_parameters(family, tmp_path):
     attention = 12 * 4 * 8 * 4 * (1 + 2 + 3)
     found = training_flops(make_batch([[0, 1, 1]], 4), read_architecture(path))
     assert found == 6 * parameters * 3 + attention
-
-
-def metrics_with(**changes) -> StepMetrics:
-    values = {
-        "loss_selected": 1.5,
-        "loss_all": 1.25,
-        "loss_dropped": 1.0,
-        "dropped_excess": -0.5,
-        "num_selected": 30,
-        "num_response": 60,
-        "num_tokens": 100,
-        "num_positions": 400,
-        "model_flops": 1e9,
-        "rel_quantiles": (0.1, 0.2, 0.3, 0.4, 0.5),
-        "attention_quantiles": (0.6, 0.7, 0.8, 0.9, 1.0),
-    }
-    return StepMetrics(**(values | changes))
-
-
-RANK_0 = SimpleNamespace(rank=0, world_size=2)
-
-
-def test_log_prints_every_few_steps_and_the_last(tmp_path, capsys):
-    logger = StepLogger(str(tmp_path), 2, 5, RANK_0)
-    for number in range(1, 6):
-        logger.step(number, metrics_with(), 0.5, 1e-4)
-    logger.close()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" |")[0] for line in lines] == ["step 2/5", "step 4/5", "step 5/5"]
-    for part in (
-        "loss 1.5000 (all 1.2500, dropped 1.0000)",
-        "selected 50.0 %",
-        "grad norm 0.500",
-        "lr 1.000e-04",
-        "tokens/s",
-        "TFLOP/s",
-    ):
-        assert part in lines[0]
-    assert lines[2].endswith("ETA 0:00:00")
-    assert scalars(tmp_path, "loss/selected") == {2: 1.5, 4: 1.5, 5: 1.5}
-    assert scalars(tmp_path, "selection/share")[2] == 0.5 and scalars(tmp_path, "data/real_share")[2] == 0.25
-    assert scalars(tmp_path, "optimizer/gradient_norm")[2] == 0.5
-    assert scalars(tmp_path, "rel/q05")[2] == pytest.approx(0.1)
-    assert scalars(tmp_path, "attention/q95")[2] == pytest.approx(1.0)
-    speed = scalars(tmp_path, "speed/tokens_per_second")[4] * scalars(tmp_path, "speed/step_seconds")[4]
-    assert speed == pytest.approx(100, rel=1e-3), "real tokens, not positions"
-    ratio = scalars(tmp_path, "speed/model_tflops")[4] / scalars(tmp_path, "speed/model_tflops_per_process")[4]
-    assert ratio == pytest.approx(2.0, rel=1e-3)
-
-
-def test_log_leaves_out_what_is_undefined(tmp_path):
-    logger = StepLogger(str(tmp_path), 1, 2, RANK_0)
-    logger.step(1, metrics_with(loss_dropped=math.nan), 0.5, 1e-4)
-    logger.step(2, metrics_with(), 0.5, 1e-4)
-    logger.close()
-    assert scalars(tmp_path, "loss/dropped") == {2: 1.0} and set(scalars(tmp_path, "loss/all")) == {1, 2}
-
-
-def test_other_ranks_hold_their_peace(tmp_path, capsys):
-    logger = StepLogger(str(tmp_path / "logs"), 1, 2, SimpleNamespace(rank=1, world_size=2))
-    logger.step(1, metrics_with(), 0.5, 1e-4)
-    logger.say("something")
-    logger.scalars(1, {"loss/validation": 1.0})
-    logger.close()
-    assert capsys.readouterr().out == "" and not (tmp_path / "logs").exists()

@@ -199,6 +199,23 @@ def test_tokenizer_beside_the_model(settings, folder, tmp_path):
     assert plan_run(settings(model__hf_path=model, data__train=data), 1).num_packs == 3
 
 
+def test_texts_need_the_tokenizer_of_the_data(settings, folder, tmp_path):
+    """Beside the model, or where it was when the data was prepared; without it, they are left out unless asked for."""
+    from megatron_sstoken.data.tokenizer import load_tokenizer
+
+    assert plan_run(settings(), 1)
+    assert only_problem(settings(logging__record_text=True)) == (
+        "logging.record_text=true: the tokenizer that the data was prepared with is not found: toy does not exist; "
+        f"{folder / 'model'} holds none that can be read: put it there"
+    )
+    make_tokenizer(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    data = write_samples(
+        tmp_path / "data", make_samples(3), tokenizer_fingerprint=tokenizer.fingerprint, tokenizer_path=tokenizer.path
+    )
+    assert plan_run(settings(data__train=data, logging__record_text=True), 1)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_damaged_tokenizer_does_not_switch_its_check_off(settings, tmp_path, name):
     model = make_model(tmp_path / "model")

@@ -303,6 +303,14 @@ BROKEN = {
         {"logging__records_every": -1, "logging__directory": "logs"},
         "logging.records_every=-1 is too small: use 0 or more",
     ),
+    "watched": (
+        {"logging__watch": 3},
+        "logging.watch=3 needs logging.directory (or checkpoint.directory): name one, or use 0",
+    ),
+    "watched below": (
+        {"logging__watch": -1, "logging__directory": "logs"},
+        "logging.watch=-1 is too small: use 0 or more",
+    ),
 }
 
 
