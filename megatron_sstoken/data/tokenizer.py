@@ -25,6 +25,7 @@ from transformers.utils.chat_template_utils import (
 )
 
 from megatron_sstoken.data.conversation import BadRow, Message, Span
+from megatron_sstoken.data.text import pieces
 from megatron_sstoken.data.text.limits import MEMORY, BadTemplate, size_limit, time_limit
 from megatron_sstoken.data.text.marks import has_generation_marks
 from megatron_sstoken.data.text.template_style import TemplateStyle, find_style
@@ -104,6 +105,13 @@ class TextTokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens, special ones included."""
+
+    @abstractmethod
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for in UTF-8, of which it may hold part of a character; a special one its name.
+
+        Empty where the vocabulary has no such token.
+        """
 
     def set_template(self, template: str | None) -> None:
         """Use this Jinja chat template (None: none). Raises as `has_generation_marks`."""
@@ -243,6 +251,7 @@ class HuggingFaceTokenizer(TextTokenizer):
         self.special_ids = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
         self.special_pattern = _any_of(tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
         self.end_pattern = _any_of(tokenizer.convert_ids_to_tokens(sorted(self.end_of_turn_ids)))
+        self._piece_bytes: Callable[[str], bytes] | None = None  # unknown: then tokens are decoded one by one
         if self._backend is not None:
             self._describe_backend(json.loads(self._backend.to_str()), added.values())
         self.set_template(template or (tokenizer.get_chat_template() if tokenizer.chat_template else None))
@@ -258,6 +267,14 @@ class HuggingFaceTokenizer(TextTokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def token_bytes(self, token: int) -> bytes:
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if piece is None:
+            return b""
+        if token in self._tokenizer.added_tokens_decoder:
+            return piece.encode()
+        return self._piece_bytes(piece) if self._piece_bytes else self.decode([token]).encode()
 
     def _describe_backend(self, parts: dict[str, Any], added: Collection[tokenizers.AddedToken]) -> None:
         special = [token.content for token in added if token.special]
@@ -277,6 +294,11 @@ class HuggingFaceTokenizer(TextTokenizer):
             and (model["vocab"].keys() >= set(alphabet) or model["unk_token"] in special)
             and {*_types(parts["normalizer"])} <= {"NFC"}
         )
+        decoders = _types(parts["decoder"])
+        if "ByteLevel" in decoders:
+            self._piece_bytes = pieces.byte_level
+        elif {"Metaspace", "ByteFallback", "Replace"} & {*decoders}:
+            self._piece_bytes = pieces.sentencepiece
 
     def _encode_slowly(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
@@ -309,14 +331,14 @@ class SentencePieceTokenizer(TextTokenizer):
             raise ValueError(f"tokenizer: {path} cannot be loaded as a sentencepiece model: {error}") from error
         self._model = model
         self.vocabulary_size = model.get_piece_size()
-        pieces = {model.id_to_piece(token_id): token_id for token_id in range(self.vocabulary_size)}
-        self._controls = {piece: token_id for piece, token_id in pieces.items() if model.is_control(token_id)}
+        ids = {model.id_to_piece(token_id): token_id for token_id in range(self.vocabulary_size)}
+        self._controls = {piece: token_id for piece, token_id in ids.items() if model.is_control(token_id)}
         longest_first = sorted(self._controls, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
         self.bos_id, self.eos_id = (
             token_id if token_id >= 0 else None for token_id in (model.bos_id(), model.eos_id())
         )
-        known_ends = {pieces[piece] for piece in END_OF_TURN if piece in pieces}
+        known_ends = {ids[piece] for piece in END_OF_TURN if piece in ids}
         self.end_of_turn_ids = frozenset(known_ends if self.eos_id is None else known_ends | {self.eos_id})
         self.special_ids = frozenset(self._controls.values()) | self.end_of_turn_ids
         self.special_pattern = _any_of([model.id_to_piece(i) for i in sorted(self.special_ids)])
@@ -333,9 +355,17 @@ class SentencePieceTokenizer(TextTokenizer):
         """Control pieces by their names, which sentencepiece itself leaves out."""
         texts = []
         for control, run in groupby(map(int, ids), key=lambda token_id: self._model.is_control(token_id)):
-            pieces = list(run)
-            texts.append("".join(map(self._model.id_to_piece, pieces)) if control else self._model.decode(pieces))
+            same = list(run)
+            texts.append("".join(map(self._model.id_to_piece, same)) if control else self._model.decode(same))
         return "".join(texts)
+
+    def token_bytes(self, token: int) -> bytes:
+        if not 0 <= token < self.vocabulary_size:
+            return b""
+        if self._model.is_unknown(token):
+            return self._model.decode([token]).encode()
+        piece = self._model.id_to_piece(token)
+        return piece.encode() if self._model.is_control(token) else pieces.sentencepiece(piece)
 
     def _encode(self, text: str) -> Encoding:
         ids: list[int] = []
@@ -391,7 +421,7 @@ def _types(part: dict[str, Any] | None) -> list[str]:
     """Types of a part of a tokenizer, or of the parts that it consists of."""
     if part is None:
         return []
-    steps = part.get("normalizers", part.get("pretokenizers"))
+    steps = part.get("normalizers", part.get("pretokenizers", part.get("decoders")))
     return [part["type"]] if steps is None else [name for step in steps for name in _types(step)]
 
 

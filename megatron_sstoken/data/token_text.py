@@ -1,0 +1,43 @@
+"""The text of single tokens, for people who read token records."""
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_sstoken.data.tokenizer import TextTokenizer
+
+TEXT_TYPE = pa.dictionary(pa.int32(), pa.string())
+"""Arrow's type of a column of texts: each text is stored once."""
+
+
+class TokenTexts:
+    """Texts of the tokens of a vocabulary.
+
+    Those of the tokens of a text, joined, are the text, where every token holds whole characters. Of one that does not, bytes
+    are written: `\\xe2\\x80`, two lower-case hexadecimal digits each. A backslash of the text itself stays as it is.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer):
+        self._tokenizer = tokenizer
+        self._known: dict[int, str] = {}
+
+    def one(self, token: int) -> str:
+        """Text of a token; empty where the vocabulary has none."""
+        token = int(token)
+        if token not in self._known:
+            self._known[token] = text_of(self._tokenizer.token_bytes(token))
+        return self._known[token]
+
+    def of(self, tokens: np.ndarray) -> pa.DictionaryArray:
+        """Texts of tokens, int [n]: an array of `TEXT_TYPE`."""
+        distinct, places = np.unique(tokens, return_inverse=True)
+        texts = pa.array([self.one(token) for token in distinct.tolist()], pa.string()).dictionary_encode()
+        indices = texts.indices.to_numpy()[places] if distinct.size else np.empty(0, np.int32)
+        return pa.DictionaryArray.from_arrays(pa.array(indices, pa.int32()), texts.dictionary)
+
+
+def text_of(piece: bytes) -> str:
+    """The characters that the bytes are, or, where they are not whole ones, the bytes themselves as `\\xe2\\x80`."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "".join(f"\\x{byte:02x}" for byte in piece)
