@@ -34,6 +34,7 @@ function aired([low, high]) {
   return [low - air, high + air];
 }
 
+const FEW_POINTS = 25;
 const EDGE = { left: 46, right: 10, top: 8, bottom: 24 };
 
 function axes(width, height, x, y, xTicks, yTicks, shown = (value) => value) {
@@ -134,10 +135,18 @@ function drawLines(width, height, series, steps, cursor) {
     "svg",
     { width, height, "aria-hidden": "true" },
     axes(width, height, x, y, xTicks, ticks(yRange, Math.max(2, height / 50))),
+    series.filter((one) => one.points.length <= FEW_POINTS).map((one) => pointMarks(one, x, y)),
     series.map((one) => svg("path", { class: `line style-${one.style}`, d: path(one.points, x, y) })).reverse(),
     guide,
     dots,
   );
+}
+
+/** Lines of few points show them. */
+function pointMarks({ points, style }, x, y) {
+  return points
+    .filter(([, value]) => isNumber(value))
+    .map(([step, value]) => svg("circle", { class: `point style-${style}`, cx: x(step), cy: y(value), r: 2.5 }));
 }
 
 function path(points, x, y) {

@@ -28,7 +28,7 @@ function makeSample(sample) {
     { class: "sample", "data-sample": sample.sample },
     element("header", {}, element("h3", {}, `Sample ${sample.sample}`), facts),
     element("div", { class: "tokens", role: "group", "aria-label": `Tokens of sample ${sample.sample}; arrow keys move` }, tokens),
-    sample.is_cut ? element("p", { class: "muted small" }, "The rest of this sample is not shown.") : null,
+    sample.is_cut ? element("p", { class: "muted small" }, "Cut: the sample has more tokens than are shown.") : null,
   );
   const first = sample.tokens.role.indexOf(1);
   if (tokens.length) tokens[Math.max(0, first)].tabIndex = 0;
@@ -111,19 +111,17 @@ function figuresOf(sample, index, step) {
   const { now, values } = recordsAt(sample, step);
   const of = (name) => values[name]?.[index] ?? null;
   const isIn = isChosenFrom(sample, values, index);
-  const change = isIn && isNumber(of("history_loss")) ? of("loss") - of("history_loss") : null;
   return [
     ["State", isIn ? (of("selected") ? "kept" : "dropped") : sample.tokens.role[index] ? "not scored" : "context"],
     ["Score", figure(of("score"))],
     ["Loss", figure(of("loss"))],
     ["History loss", figure(of("history_loss"))],
-    ["Loss − history", figure(change, SIGNED)],
-    ["REL", figure(of("rel"))],
+    ["REL", figure(of("rel"), SIGNED)],
     ["Attention", figure(of("attention"))],
     ["Entropy", figure(of("entropy"))],
     ["Weight", figure(of("weight"))],
     ["Token id", String(sample.tokens.id[index])],
-    ["Position", String(index)],
+    ["Position", String((sample.first_position ?? 0) + index)],
     ["Sample", String(sample.sample)],
     ["Step", figure(now)],
   ];

@@ -29,9 +29,13 @@ function scoresAt(step, { edges, selected, dropped, threshold: mark }) {
     figure(dropped[index], WHOLE),
   ]);
   return [
-    element("p", { class: "legend" },
-      element("span", { class: "key up" }), ` ${figure(kept, WHOLE)} selected (${figure(all ? kept / all : null, SHARE)}) `,
-      element("span", { class: "key down" }), ` ${figure(all - kept, WHOLE)} dropped. ${limit}`),
+    element(
+      "p",
+      { class: "legend" },
+      element("span", {}, element("span", { class: "key up" }), `${figure(kept, WHOLE)} selected (${figure(all ? kept / all : null, SHARE)})`),
+      element("span", {}, element("span", { class: "key down" }), `${figure(all - kept, WHOLE)} dropped`),
+      element("span", { class: "muted" }, limit),
+    ),
     mirroredHistogram({ edges, up: selected, down: dropped, mark, markText: `threshold ${figure(mark)}`, height: 240 }),
     onDemand("Show as table", () => table(`Scores at step ${step}`, ["Score", "Selected", "Dropped"], rows)),
   ];

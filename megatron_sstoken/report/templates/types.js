@@ -4,9 +4,9 @@ const TYPE_COLUMNS = [
   ["text", "Token", null],
   ["count", "Count", WHOLE],
   ["selected_share", "Kept", SHARE],
-  ["loss", "Mean loss", SIGNIFICANT],
-  ["history_loss", "History", SIGNIFICANT],
-  ["change", "Change", SIGNED],
+  ["loss", "Mean loss", LOSS],
+  ["history_loss", "History", LOSS],
+  ["change", "Change", LOSS_CHANGE],
 ];
 const FEW = 15;
 
@@ -70,5 +70,5 @@ function typeRow(type) {
 function share(value) {
   const bar = element("span", { class: "share", "aria-hidden": "true" }, element("span"));
   bar.firstChild.style.inlineSize = `${100 * (value ?? 0)}%`;
-  return [bar, figure(value, SHARE)];
+  return [bar, element("span", { class: "percent" }, figure(value, SHARE))];
 }
