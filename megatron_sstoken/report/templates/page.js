@@ -24,7 +24,7 @@ function showVerdict(place, report) {
 }
 
 function showNotes(place, report) {
-  const notes = report.notes.map((note) => element("li", { dir: "auto" }, note));
+  const notes = report.notes.map((note) => element("li", {}, given(note)));
   place.append(notes.length ? element("ul", {}, notes) : element("p", { class: "muted" }, "None."));
 }
 

@@ -188,10 +188,12 @@ function shadeLegend(view) {
 }
 
 function statusText(found, all, page) {
-  if (found === 0) return `None of ${figure(all, WHOLE)} samples.`;
+  const inAll = found < all ? ` of ${figure(all, WHOLE)}` : "";
+  if (found === 0) return `No sample${inAll} fits.`;
   const first = page * PER_PAGE + 1;
   const last = Math.min(found, first + PER_PAGE - 1);
-  return `${first}–${last} of ${figure(found, WHOLE)} samples${found < all ? ` (${figure(all, WHOLE)} in all)` : ""}`;
+  const which = found > PER_PAGE ? `, ${first} to ${last} of them here` : "";
+  return `${figure(found, WHOLE)}${inAll} ${all === 1 ? "sample" : "samples"}${which}`;
 }
 
 function pager(turnTo) {
