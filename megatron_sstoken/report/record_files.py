@@ -107,6 +107,15 @@ def batches(file: RecordFile, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
             ) from error
 
 
+def token_ids(files: Iterable[RecordFile]) -> np.ndarray:
+    """All ids that occur, ascending."""
+    found: np.ndarray = np.empty(0, dtype=np.int32)
+    for file in files:
+        for batch in batches(file, ["token"]):
+            found = np.union1d(found, _columns(batch, ["token"], file.path)["token"])
+    return found
+
+
 def whole_samples(file: RecordFile, names: Sequence[str]) -> Iterator[tuple[Columns, np.ndarray]]:
     """Rows in order, no sample cut, and where each sample begins (int64, ascending from 0).
 
@@ -145,8 +154,8 @@ def _columns(batch: pa.RecordBatch, names: Sequence[str], path: Path) -> Columns
             raise ValueError(f"{path}: column {name} has a null: it does not hold token records")
         array = values.to_numpy(zero_copy_only=False)
         found[name] = array.astype(np.float32) if name in _NUMBERS else array
-    tokens = found.get("token")
-    if tokens is not None and (tokens.min() < 0 or tokens.max() >= LARGEST_TOKEN):
+    tokens = found.get("token", np.empty(0))
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= LARGEST_TOKEN):
         wrong = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
         raise ValueError(f"{path}: token {wrong} is no token id: it does not hold token records")
     return found
