@@ -70,7 +70,9 @@ def make_step(path: Path, samples: np.ndarray, length: int, vocabulary: int, tex
         for field in SCHEMA_WITH_TEXT
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA_WITH_TEXT), path, compression="zstd", row_group_size=count)
+    pq.write_table(
+        pa.Table.from_arrays(arrays, schema=SCHEMA_WITH_TEXT), path, compression="zstd", row_group_size=count
+    )
 
 
 def make_run(folder: Path, options: argparse.Namespace) -> None:
@@ -111,7 +113,13 @@ def measure(arguments: list[str]) -> tuple[float, float, int]:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("tokens", 10_000_000), ("files", 20), ("length", 500), ("vocabulary", 128_000), ("watched", 16)):
+    for name, default in (
+        ("tokens", 10_000_000),
+        ("files", 20),
+        ("length", 500),
+        ("vocabulary", 128_000),
+        ("watched", 16),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -122,8 +130,11 @@ def main(arguments: list[str] | None = None) -> int:
         for option, name in (("--output", "page.html"), ("--export", "samples.jsonl")):
             target = Path(folder, name)
             seconds, processor, peak = measure(["--run", str(run), option, str(target)])
-            written = format_bytes(target.stat().st_size)
-            print(f"{option} {seconds:.1f} s ({processor:.1f} s of processor), peak memory {format_bytes(peak)}, writes {written}", flush=True)
+            print(
+                f"{option}: {seconds:.1f} s ({processor:.1f} s of processor), peak memory {format_bytes(peak)}; "
+                f"wrote {format_bytes(target.stat().st_size)}",
+                flush=True,
+            )
     return 0
 
 

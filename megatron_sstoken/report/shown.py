@@ -49,7 +49,7 @@ class Choice:
         if watched:
             earlier = self._watched[~np.isin(self._watched["sample"], figures["sample"])]
             together = np.concatenate([earlier, figures])
-            self._watched = together[np.argsort(together["sample"], kind="stable")][: self._number]
+            self._watched = together[np.argsort(together["sample"], kind="stable")[: self._number]]
             return
         for key, best in self._best.items():
             best.offer(figures, figures[key])
