@@ -11,7 +11,7 @@ from megatron_sstoken.history.source import open_history, source_of
 from megatron_sstoken.parallel import agree_on_problems, create_layout, start_processes
 from megatron_sstoken.training.known import open_known
 from megatron_sstoken.training.loop import model_to_train
-from megatron_sstoken.training.records import write_records
+from megatron_sstoken.training.records import texts_for, write_records
 from megatron_sstoken.training.selector import selector_of
 from megatron_sstoken.validate.agree import agreed_plan
 from megatron_sstoken.validate.run import writing_problem
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments,
         program="python -m megatron_sstoken.score",
         description="Scores data.train with the starting weights, forward only, and writes one Parquet row per token. Of the "
-        "settings of checkpoints and logs it uses logging.entropy and logging.context_loss alone: it writes neither.",
+        "settings of checkpoints and logs it uses logging.entropy, .context_loss and .record_text alone: it writes neither.",
         extra={"output": {"type": str, "required": True, "help": "Parquet file to write."}},
     )
     return run_to_exit_code(lambda: run(settings, options["output"]), debug=options["debug"])
@@ -35,7 +35,7 @@ def run(settings: Settings, output: str) -> None:
     if moving := history_that_moves(settings):
         raise SettingsError([moving])
     said = settings.logging
-    logging = LoggingSettings(entropy=said.entropy, context_loss=said.context_loss)
+    logging = LoggingSettings(entropy=said.entropy, context_loss=said.context_loss, record_text=said.record_text)
     settings = replace(settings, checkpoint=CheckpointSettings(), logging=logging)
     start_processes(settings.training.timeout_minutes)
     problem = writing_problem("output", output)
@@ -50,7 +50,10 @@ def run(settings: Settings, output: str) -> None:
     model = model_to_train(plan, layout, trainable=False)
     selector = selector_of(settings, layout, gamma=settings.selection.gamma, step=0, history=history)
     files = RunFiles(plan, layout, history=history.folders() + known.folders())
-    write_records(model, plan, layout, selector, output, known=known, before_publishing=files.require_whole)
+    texts = texts_for(plan, always=True) if layout.is_writer else None
+    write_records(
+        model, plan, layout, selector, output, known=known, texts=texts, before_publishing=files.require_whole
+    )
     if layout.rank == 0:
         print(f"token records: {output}", flush=True)
 

@@ -247,6 +247,10 @@ class LoggingSettings:
     records_every: int = 0
     """Steps between token records (Parquet, one row per token); 0 writes none."""
 
+    record_text: bool | None = None
+    """Write the text of each token into its record. Default: in the files of `score` and those of watched samples, where the
+    tokenizer is found; true: in training's as well, which become about a third larger; false: nowhere."""
+
     entropy: bool = False
     """Add the entropy of each prediction and the probability of its likeliest token to the token records. Needs no further
     logits. Needs `model.head: selective`."""

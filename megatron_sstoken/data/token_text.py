@@ -1,9 +1,12 @@
 """The text of single tokens, for people who read token records."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import pyarrow as pa
 
-from megatron_sstoken.data.tokenizer import TextTokenizer
+from megatron_sstoken.data.store import StoreManifest
+from megatron_sstoken.data.tokenizer import TextTokenizer, load_tokenizer
 
 TEXT_TYPE = pa.dictionary(pa.int32(), pa.string())
 """Arrow's type of a column of texts: each text is stored once."""
@@ -33,6 +36,24 @@ class TokenTexts:
         texts = pa.array([self.one(token) for token in distinct.tolist()], pa.string()).dictionary_encode()
         indices = texts.indices.to_numpy()[places] if distinct.size else np.empty(0, np.int32)
         return pa.DictionaryArray.from_arrays(pa.array(indices, pa.int32()), texts.dictionary)
+
+
+def texts_of_data(manifest: StoreManifest, others: Iterable[str | None] = ()) -> TokenTexts:
+    """Texts of the tokens of prepared data, by the tokenizer that it was prepared with.
+
+    It is looked for where it was then, and at `others`. Raises ValueError, which says why, where it is not found.
+    """
+    reasons = []
+    for path in dict.fromkeys(filter(None, [manifest.tokenizer_path, *others])):
+        try:
+            tokenizer = load_tokenizer(path)
+        except ValueError as error:
+            reasons.append(str(error).splitlines()[0])
+            continue
+        if tokenizer.fingerprint == manifest.tokenizer_fingerprint:
+            return TokenTexts(tokenizer)
+        reasons.append(f"{path} is another one")
+    raise ValueError(f"the tokenizer that the data was prepared with is not found: {'; '.join(reasons)}: put it there")
 
 
 def text_of(piece: bytes) -> str:

@@ -13,7 +13,7 @@ from megatron_sstoken.files import partial_path, publish_file
 from megatron_sstoken.report.figures import COLUMNS, SAMPLE, sample_figures
 from megatron_sstoken.report.gather import significant
 from megatron_sstoken.report.prepared import PreparedData
-from megatron_sstoken.report.record_files import RecordFile, whole_samples, without_repeats
+from megatron_sstoken.report.record_files import RecordFile, token_ids, whole_samples, without_repeats
 from megatron_sstoken.report.texts import Texts, joined
 
 ORDERS = {"dropped": "dropped_share", "drift": "drift", "loss": "mean_loss"}
@@ -80,6 +80,7 @@ def export(
 def _read(files: Sequence[RecordFile], texts: Texts, spool: _Spool) -> tuple[np.ndarray, np.ndarray, _Spool]:
     """Figures of each sample at its last step, ascending by sample; which piece of the spool is its text; the spool."""
     parts: list[np.ndarray] = [np.empty(0, dtype=SAMPLE)]
+    texts.of(token_ids(files))  # all at once, in one reading of the records
     for file in files:  # ascending by step
         for columns, starts in whole_samples(file, COLUMNS):
             figures = sample_figures(columns, starts, file.step)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_sstoken.report.record_files import Columns, response_of, without_repeats
+from megatron_sstoken.report.record_files import Columns, response_of, starts_of, without_repeats
 
 BINS = 40
 COLUMNS = ("sample", "position", "token", "role", "loss", "history_loss", "score", "selected")
@@ -30,9 +30,7 @@ def sample_figures(columns: Columns, starts: np.ndarray, step: int) -> np.ndarra
     """`SAMPLE` [number of samples] of whole samples, which begin at `starts`; those without a response token are left out."""
     once = without_repeats(columns)
     if once is not columns:
-        columns = once
-        sample, position = columns["sample"], columns["position"]
-        starts = np.concatenate([[0], np.flatnonzero((sample[1:] != sample[:-1]) | (position[1:] < position[:-1])) + 1])
+        columns, starts = once, starts_of(once)
     response = response_of(columns)
     dropped = response & ~columns["selected"]
     change = columns["loss"].astype(np.float64) - columns["history_loss"]

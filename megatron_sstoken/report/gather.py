@@ -136,6 +136,8 @@ def _samples(
     for longest, most in _LIMITS[first:]:
         steps = [step for step, _ in thinned([(step, 0.0) for step in watched], most)]
         loaded = load(files, shown, longest, steps)
+        every = [columns["token"] for by_step in loaded.values() for columns in by_step.values()]
+        texts.of(np.unique(np.concatenate(every)) if every else [])  # all at once, in one reading of the records
         samples = [
             _sample(one, source, loaded[int(one["sample"])], texts, longest)
             for one, source in zip(shown, sources, strict=True)

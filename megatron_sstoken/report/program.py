@@ -10,7 +10,7 @@ from megatron_sstoken.report.gather import check_data, gather
 from megatron_sstoken.report.prepared import PreparedData
 from megatron_sstoken.report.record_files import RecordFile, find_records
 from megatron_sstoken.report.runs import Run, open_runs
-from megatron_sstoken.report.texts import Texts, texts_of
+from megatron_sstoken.report.texts import Texts, texts_in_records, texts_of_prepared, texts_of_tokenizer
 from megatron_sstoken.tool import HelpFormatter, add_debug, run_tool
 
 DESCRIPTION = """Shows which tokens a run selected, whether that helps, and what drifts: one HTML page that needs nothing else.
@@ -60,7 +60,7 @@ def report(options: argparse.Namespace) -> int:
     runs = open_runs([options.run, *options.compare]) if options.run else []
     files = find_records(options.records) if options.records else runs[0].records()
     data = _data_of(files, runs, options.data)
-    texts = _texts_of(files, data, options.tokenizer)
+    texts = _texts_of(files, data, runs, options.tokenizer)
     if options.output:
         # Imported here: --export alone needs no page.
         from megatron_sstoken.report.page import render
@@ -108,16 +108,15 @@ def _data_of(files: list[RecordFile], runs: list[Run], named: str | None) -> Pre
     return None
 
 
-def _texts_of(files: list[RecordFile], data: PreparedData | None, named: str | None) -> Texts:
-    """Texts as `texts_of`; where neither records nor a named tokenizer have them, of the tokenizer of the prepared data."""
-    texts = texts_of(files, named)
+def _texts_of(files: list[RecordFile], data: PreparedData | None, runs: list[Run], named: str | None) -> Texts:
+    """Of the tokenizer that is named, of the records, or of the tokenizer of the prepared data."""
+    if named is not None:
+        return texts_of_tokenizer(named)
+    texts = texts_in_records(files)
     if texts.is_known or data is None or not files:
         return texts
-    path = data.manifest.tokenizer_path
-    if not Path(path).exists():
-        print(
-            f"note: {path} is not there any more: tokens are shown by their ids (--tokenizer names one)",
-            file=sys.stderr,
-        )
+    try:
+        return texts_of_prepared(data.manifest, [runs[0].setting("model", "hf_path") if runs else None])
+    except ValueError as error:
+        print(f"note: {error}; tokens are shown by their ids (--tokenizer names one)", file=sys.stderr)
         return texts
-    return texts_of(files, path)

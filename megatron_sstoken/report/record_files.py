@@ -64,16 +64,31 @@ def _open(path: Path, watched: bool) -> RecordFile:
     for name in schema.names:
         if name in (*_WHOLE, *_NUMBERS, "selected") and not _fits(name, schema.field(name).type):
             raise ValueError(f"{path}: column {name} is {schema.field(name).type}: it does not hold token records")
+    names = frozenset(schema.names)
+    if TEXT in names and all(_is_null(metadata.row_group(group), TEXT) for group in range(metadata.num_row_groups)):
+        names -= {TEXT}
     number = _STEP.fullmatch(path.name)
     of_data = (schema.metadata or {}).get(DATA_KEY)
     return RecordFile(
         path=path,
         step=int(number[1]) if number else 0,
-        columns=frozenset(schema.names),
+        columns=names,
         num_rows=metadata.num_rows,
         data_fingerprint=of_data.decode() if of_data else None,
         watched=watched,
     )
+
+
+def _chunk(group: pq.RowGroupMetaData, name: str) -> pq.ColumnChunkMetaData:
+    columns = map(group.column, range(group.num_columns))
+    return next(one for one in columns if one.path_in_schema == name)
+
+
+def _is_null(group: pq.RowGroupMetaData, name: str) -> bool:
+    """Whether the statistics say that a row group has no value in a column."""
+    chunk = _chunk(group, name)
+    statistics = chunk.statistics
+    return statistics is not None and statistics.has_null_count and statistics.null_count == chunk.num_values
 
 
 def _fits(name: str, kind: pa.DataType) -> bool:
@@ -107,10 +122,19 @@ def batches(file: RecordFile, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
             ) from error
 
 
+def token_ids(files: Iterable[RecordFile]) -> np.ndarray:
+    """All ids that occur, ascending."""
+    found: np.ndarray = np.empty(0, dtype=np.int32)
+    for file in files:
+        for batch in batches(file, ["token"]):
+            found = np.union1d(found, _columns(batch, ["token"], file.path)["token"])
+    return found
+
+
 def whole_samples(file: RecordFile, names: Sequence[str]) -> Iterator[tuple[Columns, np.ndarray]]:
     """Rows in order, no sample cut, and where each sample begins (int64, ascending from 0).
 
-    The columns are those of `names`, absent ones as NaN. A sample begins where `sample` changes or `position` goes back.
+    The columns are those of `names`, absent ones as NaN.
     """
     held: Columns = {}
     for batch in batches(file, names):
@@ -119,16 +143,17 @@ def whole_samples(file: RecordFile, names: Sequence[str]) -> Iterator[tuple[Colu
         columns = _columns(batch, names, file.path)
         if held:
             columns = {name: np.concatenate([held[name], columns[name]]) for name in columns}
-        starts = _starts(columns)
+        starts = starts_of(columns)
         last = int(starts[-1]) if len(columns["sample"]) - starts[-1] < LONGEST else len(columns["sample"])
         held = {name: values[last:] for name, values in columns.items()}
         if last:
             yield {name: values[:last] for name, values in columns.items()}, starts[starts < last]
     if held and len(held["sample"]):
-        yield held, _starts(held)
+        yield held, starts_of(held)
 
 
-def _starts(columns: Columns) -> np.ndarray:
+def starts_of(columns: Columns) -> np.ndarray:
+    """Where samples begin, int64, ascending from 0: where `sample` changes or `position` goes back."""
     sample, position = columns["sample"], columns["position"]
     begins = (sample[1:] != sample[:-1]) | (position[1:] < position[:-1])
     return np.concatenate([[0], np.flatnonzero(begins) + 1])
@@ -145,8 +170,8 @@ def _columns(batch: pa.RecordBatch, names: Sequence[str], path: Path) -> Columns
             raise ValueError(f"{path}: column {name} has a null: it does not hold token records")
         array = values.to_numpy(zero_copy_only=False)
         found[name] = array.astype(np.float32) if name in _NUMBERS else array
-    tokens = found.get("token")
-    if tokens is not None and (tokens.min() < 0 or tokens.max() >= LARGEST_TOKEN):
+    tokens = found.get("token", np.empty(0))
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= LARGEST_TOKEN):
         wrong = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
         raise ValueError(f"{path}: token {wrong} is no token id: it does not hold token records")
     return found
@@ -181,14 +206,12 @@ def score_range(files: Iterable[RecordFile]) -> tuple[float, float] | None:
 
 def _range_in_statistics(file: RecordFile) -> list[tuple[float, float]] | None:
     metadata = pq.read_metadata(file.path)
-    column = metadata.schema.to_arrow_schema().names.index("score")
     found = []
-    for group in range(metadata.num_row_groups):
-        chunk = metadata.row_group(group).column(column)
-        statistics = chunk.statistics
-        if statistics is not None and statistics.has_null_count and statistics.null_count == chunk.num_values:
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        if _is_null(group, "score"):
             continue
-        if chunk.path_in_schema != "score" or statistics is None or not statistics.has_min_max:
+        statistics = _chunk(group, "score").statistics
+        if statistics is None or not statistics.has_min_max:
             return None
         if not np.isfinite([statistics.min, statistics.max]).all():
             return None

@@ -49,7 +49,7 @@ class Choice:
         if watched:
             earlier = self._watched[~np.isin(self._watched["sample"], figures["sample"])]
             together = np.concatenate([earlier, figures])
-            self._watched = together[np.argsort(together["sample"], kind="stable")][: self._number]
+            self._watched = together[np.argsort(together["sample"], kind="stable")[: self._number]]
             return
         for key, best in self._best.items():
             best.offer(figures, figures[key])
@@ -70,7 +70,7 @@ class Choice:
 
 def _chance(samples: np.ndarray, seed: int) -> np.ndarray:
     """In [0, 1), of sample and seed alone (splitmix64's finalizer): what is drawn does not depend on the order of files."""
-    mixed = samples.astype(np.uint64) + np.uint64(1 + seed % (1 << 63)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = samples.astype(np.uint64) + np.uint64((1 + seed) * 0x9E3779B97F4A7C15 % (1 << 64))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     return ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2.0**53

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import pyarrow as pa
 
+from megatron_sstoken.data.store import StoreManifest
 from megatron_sstoken.report.record_files import TEXT, RecordFile, batches
 
 Find: TypeAlias = Callable[[np.ndarray], dict[int, str]]
@@ -36,21 +37,30 @@ class Texts:
         return [self._known[one] for one in np.asarray(ids).tolist()]
 
 
-def texts_of(files: Sequence[RecordFile], tokenizer: str | Path | None) -> Texts:
-    """Where texts come from: a tokenizer that is named, or the records. ValueError for one that cannot be read."""
-    if tokenizer is not None:
-        return Texts(_of_tokenizer(tokenizer))
+def texts_in_records(files: Sequence[RecordFile]) -> Texts:
+    """Those that the records hold."""
     with_text = [file for file in files if TEXT in file.columns]
-    return Texts(lambda ids: _in_records(with_text, ids)) if with_text else Texts(None)
+    return Texts((lambda ids: _in_records(with_text, ids)) if with_text else None)
 
 
-def _of_tokenizer(path: str | Path) -> Find:
+def texts_of_tokenizer(path: str | Path) -> Texts:
+    """Those of a tokenizer. ValueError for one that cannot be read."""
     # Imported here: takes seconds, and 200 MB, which nobody need spend whose records have texts.
     from megatron_sstoken.data.token_text import TokenTexts
     from megatron_sstoken.data.tokenizer import load_tokenizer
 
-    texts = TokenTexts(load_tokenizer(path))
-    return lambda ids: {one: texts.one(one) for one in ids.tolist()}
+    return Texts(_each(TokenTexts(load_tokenizer(path)).one))
+
+
+def texts_of_prepared(manifest: StoreManifest, others: Iterable[str | None]) -> Texts:
+    """Those of the tokenizer that data was prepared with. ValueError where it is not found, there or at `others`."""
+    from megatron_sstoken.data.token_text import texts_of_data  # as above
+
+    return Texts(_each(texts_of_data(manifest, others).one))
+
+
+def _each(text_of: Callable[[int], str]) -> Find:
+    return lambda ids: {one: text_of(one) for one in ids.tolist()}
 
 
 def _in_records(files: Iterable[RecordFile], ids: np.ndarray) -> dict[int, str]:

@@ -32,7 +32,7 @@ from megatron_sstoken.training.evaluate import validation_loss
 from megatron_sstoken.training.interrupt import StopRequest
 from megatron_sstoken.training.known import NOTHING, Known
 from megatron_sstoken.training.metrics import StepLogger, StepMetrics, begin_summary
-from megatron_sstoken.training.records import RecordWriter
+from megatron_sstoken.training.records import RecordWriter, texts_for
 from megatron_sstoken.training.resume import ResumePoint, identity_of, objective_of
 from megatron_sstoken.training.saving import Saver
 from megatron_sstoken.training.selector import selector_of, train_on_selected
@@ -368,5 +368,6 @@ def _write_step_records(trainer: Trainer, reports: list[TokenReport], done: int)
     if columns is not None:
         path = Path(trainer.settings.logging_directory or "") / "records" / f"step_{done:07d}.parquet"
         of_data = trainer.plan.train.store.manifest.data_fingerprint
-        with trainer.logger.outlive(path), RecordWriter(path, of_data) as writer:
+        texts = texts_for(trainer.plan, always=False)
+        with trainer.logger.outlive(path), RecordWriter(path, of_data, texts) as writer:
             writer.write(columns)

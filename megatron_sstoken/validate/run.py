@@ -15,6 +15,7 @@ from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.data.batches import PackOrder, filter_samples
 from megatron_sstoken.data.external import open_external
 from megatron_sstoken.data.store import SampleStore, StoreManifest
+from megatron_sstoken.data.token_text import texts_of_data
 from megatron_sstoken.data.tokenizer import load_tokenizer
 from megatron_sstoken.files import existing_above
 from megatron_sstoken.model.backend import backend_of, machine_problems, passed_over, preferred_backend
@@ -52,6 +53,9 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
     if architecture:
         _check_model(settings, architecture, found)
     train = _open_data("data.train", settings.data.train, settings, architecture, found, shuffle=settings.data.shuffle)
+    if train and settings.logging.record_text:
+        manifest, beside = train.store.manifest, settings.model.hf_path
+        found.attempt("logging.record_text=true", lambda: texts_of_data(manifest, [beside]))
     external = _external_values(settings, train.store.manifest, found) if train else frozenset()
     name = settings.weights.method
     if train and name is not None and find_weight(name).data == "required" and "weight" not in external:

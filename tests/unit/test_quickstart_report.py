@@ -24,7 +24,9 @@ def write_scalars(folder: Path, points: dict[str, list[float]]) -> None:
 
 def write_records(folder: Path, step: int, rows: list[tuple[int, int, int, bool]]) -> None:
     """Token records of (sample, position, token, selected)."""
-    columns = {field.name: np.zeros(len(rows), field.type.to_pandas_dtype()) for field in SCHEMA}
+    columns = {
+        field.name: np.zeros(len(rows), field.type.to_pandas_dtype()) for field in SCHEMA if field.name != "text"
+    }
     for name, values in zip(("sample", "position", "token", "selected"), zip(*rows, strict=True), strict=True):
         columns[name] = np.array(values, columns[name].dtype)
     with RecordWriter(folder / f"step_{step:07d}.parquet") as writer:

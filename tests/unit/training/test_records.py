@@ -6,9 +6,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_sstoken.data.external import DATA_KEY
+from megatron_sstoken.data.token_text import TokenTexts
+from megatron_sstoken.data.tokenizer import load_tokenizer
 from megatron_sstoken.passes.columns import columns_of
 from megatron_sstoken.training.records import SCHEMA, RecordWriter, read_records
 from tests.helpers.token_batches import TURNS, make_batch, make_report
+from tests.helpers.toy import make_tokenizer
 
 
 def test_schema():
@@ -27,6 +30,7 @@ def test_schema():
         "weight": ("float", True),
         "entropy": ("float", True),
         "top1": ("float", True),
+        "text": ("dictionary<values=string, indices=int32, ordered=0>", True),
     }
     assert {field.name: (str(field.type), field.nullable) for field in SCHEMA} == wanted
     assert SCHEMA.names == list(wanted)
@@ -40,7 +44,9 @@ def columns_with(**changes) -> dict[str, np.ndarray]:
         "role": np.array([0, 1], dtype=np.int8),
         "selected": np.array([False, True]),
     }
-    columns |= {name: np.array([np.nan, 0.25], dtype=np.float32) for name in SCHEMA.names if name not in columns}
+    columns |= {
+        name: np.array([np.nan, 0.25], dtype=np.float32) for name in SCHEMA.names if name not in [*columns, "text"]
+    }
     return columns | changes
 
 
@@ -73,6 +79,7 @@ def test_round_trip_of_several_parts(tmp_path):
     assert pq.ParquetFile(path).num_row_groups == 2
     found = read_records(path)
     assert list(found) == SCHEMA.names
+    assert set(found.pop("text")) == {None}
     for name, values in found.items():
         np.testing.assert_array_equal(values, np.concatenate([part[name] for part in parts]), err_msg=name)
 
@@ -118,3 +125,20 @@ def test_values_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(pa.ArrowInvalid), RecordWriter(tmp_path / "records.parquet") as writer:
         writer.write(columns_with(token=np.array([1, 2**31])))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_of_tokens(tmp_path):
+    """Each is stored once, whatever the file holds; a file that others made without the column is read as before."""
+    make_tokenizer(tmp_path / "tokenizer")
+    texts = TokenTexts(load_tokenizer(tmp_path / "tokenizer"))
+    tokens = np.array([5, 260], dtype=np.int32)
+    with RecordWriter(tmp_path / "records.parquet", texts=texts) as writer:
+        writer.write(columns_with(token=tokens))
+        writer.write(columns_with(token=tokens[::-1]))
+    table = pq.read_table(tmp_path / "records.parquet")
+    assert table.schema.equals(SCHEMA)
+    wanted = [texts.one(5), texts.one(260), texts.one(260), texts.one(5)]
+    assert table["text"].to_pylist() == wanted == read_records(tmp_path / "records.parquet")["text"].tolist()
+    with RecordWriter(tmp_path / "without.parquet") as writer:
+        writer.write(columns_with())
+    assert read_records(tmp_path / "without.parquet")["text"].tolist() == [None, None]
