@@ -8,7 +8,7 @@ from megatron_sstoken.files import format_bytes, write_durably
 from megatron_sstoken.report.export import ORDERS, export
 from megatron_sstoken.report.gather import check_data, gather
 from megatron_sstoken.report.prepared import PreparedData
-from megatron_sstoken.report.record_files import RecordFile, find_records
+from megatron_sstoken.report.record_files import RecordFile, data_fingerprint, find_records
 from megatron_sstoken.report.runs import Run, open_runs
 from megatron_sstoken.report.texts import Texts, texts_in_records, texts_of_prepared, texts_of_tokenizer
 from megatron_sstoken.tool import HelpFormatter, add_debug, run_tool
@@ -59,6 +59,7 @@ def report(options: argparse.Namespace) -> int:
         _require_place(name, getattr(options, name))
     runs = open_runs([options.run, *options.compare]) if options.run else []
     files = find_records(options.records) if options.records else runs[0].records()
+    data_fingerprint(files)  # one of them all
     data = _data_of(files, runs, options.data)
     texts = _texts_of(files, data, runs, options.tokenizer)
     if options.output:
@@ -94,7 +95,7 @@ def _data_of(files: list[RecordFile], runs: list[Run], named: str | None) -> Pre
         if problem := check_data(files, data):
             raise ValueError(f"--data: {problem}: name the data that they were made of")
         return data
-    said = runs and (runs[0].setting("data", "train") or runs[0].data.get("train"))
+    said = runs and (runs[0].data.get("train") or runs[0].setting("data", "train"))
     if not said:
         return None
     try:

@@ -5,7 +5,7 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -195,10 +195,10 @@ def changed_settings(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
     # Imported here: only those who have settings need it.
     from megatron_sstoken.config import Settings
 
-    defaults = Settings()
+    defaults = json.loads(json.dumps(asdict(Settings()), default=str))  # as run.json has them
     return {
         f"{section}.{name}": value
         for section, values in settings.items()
         for name, value in values.items()
-        if value != getattr(getattr(defaults, section, None), name, UNKNOWN)
+        if value != defaults.get(section, {}).get(name, UNKNOWN)
     }

@@ -19,7 +19,7 @@ def describe(folder, **start):
 
 
 def test_a_run_of_today(tmp_path):
-    settings = asdict(Settings())
+    settings = json.loads(json.dumps(asdict(Settings()), default=str))
     settings["selection"]["rho"] = 0.5
     describe(
         tmp_path / "first",
