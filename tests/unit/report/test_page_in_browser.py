@@ -56,6 +56,14 @@ class Window:
     def token(self, sample: int, index: int) -> sync_api.Locator:
         return self.page.locator(f"[data-sample='{sample}'] [data-index='{index}']")
 
+    def wait_for(self, happened: Callable[[], bool]) -> None:
+        """Until something has happened that the page cannot tell; at most 10 seconds."""
+        for _ in range(200):
+            if happened():
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(self.events)
+
     def overflow(self) -> int:
         """Pixels by which the page is wider than the window."""
         return self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
@@ -117,7 +125,8 @@ def test_scores_of_a_step_and_their_threshold(show):
     report["scores"]["40"]["threshold"] = 0.25
     page = show(report).page
     assert f"{sum(report['scores']['60']['dropped']):,} dropped" in page.locator("#scores").text_content()
-    assert page.locator("#scores rect.up").count() == 30 and page.locator("#scores .threshold").count() == 0
+    sync_api.expect(page.locator("#scores rect.up")).to_have_count(30)
+    assert page.locator("#scores .threshold").count() == 0
     page.locator("#scores-step").select_option("40")
     assert page.locator("#scores .threshold-text").text_content() == "threshold 0.25"
     page.get_by_text("Show as table", exact=True).click()
@@ -377,10 +386,9 @@ def test_the_policy_stops_what_would_leave_the_page(browser, tmp_path):
     window.page.evaluate("fetch('http://127.0.0.1:9/').catch(() => 0)")
     window.page.evaluate("document.body.append(Object.assign(document.createElement('script'), {text: 'alert(1)'}))")
     window.page.evaluate("document.body.append(Object.assign(new Image(), {src: 'http://127.0.0.1:9/x.png'}))")
-    window.page.wait_for_timeout(50)
+    window.wait_for(lambda: sum("Content Security Policy" in event for event in window.events) >= 3)
     window.context.close()
-    refusals = [event for event in window.events if "Content Security Policy" in event]
-    assert len(refusals) >= 3 and not any("dialog" in event for event in window.events), window.events
+    assert not any("dialog" in event for event in window.events)
 
 
 def test_these_tests_notice_text_that_is_not_escaped(browser, tmp_path, monkeypatch):
@@ -389,5 +397,6 @@ def test_these_tests_notice_text_that_is_not_escaped(browser, tmp_path, monkeypa
     path = tmp_path / "page.html"
     path.write_text(re.sub(r"<meta http-equiv[^>]*>", "", render(hostile())), encoding="utf-8")
     window = Window(browser, path)
-    assert window.page.locator("img").count() > 0 and any("dialog: 1" in event for event in window.events)
+    assert window.page.locator("img").count() > 0
+    window.wait_for(lambda: "dialog: 1" in window.events)
     window.context.close()
