@@ -90,7 +90,7 @@ def gather(
         notes.append("There are no records of training's batches: figures are those of the watched samples.")
     if files and not texts.is_known:
         notes.append("The records hold no text: tokens are shown by their ids. --tokenizer names a tokenizer.")
-    of_main = main or Run(name="records", folder=files[0].path.parent, logs=files[0].path.parent)
+    of_main = main or Run(name="token records", folder=files[0].path.parent, logs=files[0].path.parent)
     return {
         "title": title or of_main.name,
         "runs": [_describe_run(run, is_main=run is main) for run in runs],
@@ -101,7 +101,7 @@ def gather(
         },
         "types": _kinds(sums.kinds, kind_texts),
         "verdict": {
-            "helps": verdict.helps(of_main, compared),
+            "helps": verdict.helps(of_main, compared) if main else verdict.NO_RUN,
             "dropping": verdict.dropping(of_main, sums.total, sums.kinds, kind_texts),
             "drifting": verdict.drifting(of_main, sums.steps),
         },

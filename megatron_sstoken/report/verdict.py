@@ -19,6 +19,8 @@ SHOWN = 5
 FEW = 20
 """Tokens of a kind that are too few to say how often the kind is dropped."""
 
+NO_RUN = "Whether selection helps cannot be said: token records alone hold no validation loss (--run and --compare name runs)."
+
 
 @dataclass(frozen=True)
 class _Rival:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sstoken.report import record_files
-from megatron_sstoken.report.figures import COLUMNS, KindFigures, StepFigures, edges_of, sample_figures
+from megatron_sstoken.report.figures import BINS, COLUMNS, KindFigures, StepFigures, edges_of, sample_figures
 from megatron_sstoken.report.record_files import find_records, score_range, whole_samples
 from tests.helpers.token_records import UNDEFINED, Token, write_file, write_rows
 
@@ -139,6 +139,13 @@ def test_infinite_scores_fall_into_the_outermost_bins(tmp_path):
     )
     assert edges is not None and (edges[0], edges[-1]) == (0.0, 1.0)
     assert (step.selected[0], step.selected[-1], step.selected.sum()) == (2, 2, 4)
+
+
+def test_a_score_on_an_edge_is_in_the_bin_above_it_and_the_highest_in_the_last(tmp_path):
+    tokens = [Token(role=0), *(Token(score=float(score)) for score in range(BINS + 1))]
+    _, step, _, edges = read(write_file(tmp_path / "r.parquet", [(0, tokens)]))
+    assert edges is not None and edges.tolist() == list(range(BINS + 1))
+    assert step.selected.tolist() == [1] * (BINS - 1) + [2]
 
 
 def test_a_sample_without_an_end_is_cut(tmp_path, monkeypatch):

@@ -96,9 +96,10 @@ def test_page_and_list_of_a_run(tmp_path, capsys):
     assert [json.loads(line)["dropped_share"] for line in ranked.read_text().splitlines()] == [0.3333] * 14
 
 
-def test_records_alone_make_a_page(tmp_path):
+def test_records_alone_make_a_page(tmp_path, capsys):
     file = write_file(tmp_path / "scored.parquet", [(0, [Token(role=0), Token(1, text="a")])])
     assert main(["--records", str(file), "--output", str(tmp_path / "page.html")]) == 0
+    assert "token records alone hold no validation loss" in capsys.readouterr().out
 
 
 def test_a_run_without_records_makes_a_page(tmp_path):
