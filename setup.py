@@ -31,7 +31,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_sstoken", "megatron_sstoken.*"]),
-    package_data={"megatron_sstoken.data.text.templates": ["*.jinja"]},
+    package_data={"megatron_sstoken.data.text.templates": ["*.jinja"], "megatron_sstoken.report": ["templates/*"]},
     install_requires=[
         f"torch>={SUPPORTED['OLDEST_TORCH']}",
         *(line.megatron_core_requirement for line in LINES),
@@ -53,6 +53,14 @@ setup(
     ],
     extras_require={
         "te": [f"{line.transformer_engine}; {line.python}" for line in LINES],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "peft>=0.17"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "mypy>=1.10",
+            "peft>=0.17",
+            "playwright>=1.50",
+        ],
     },
 )

@@ -1,0 +1,191 @@
+// Charts as SVG, drawn at the width that they have on the screen.
+
+/** A place that draws itself again when its width changes: draw(width) returns the picture. */
+function drawnToFit(draw) {
+  const place = element("div", { class: "picture" });
+  let drawn = 0;
+  new ResizeObserver(([entry]) => {
+    const width = Math.floor(entry.contentRect.width);
+    if (width === drawn || width < 40) return;
+    drawn = width;
+    place.replaceChildren(draw(width));
+  }).observe(place);
+  return place;
+}
+
+function linear([low, high], [from, to]) {
+  const span = high - low || 1;
+  return (value) => from + ((value - low) / span) * (to - from);
+}
+
+/** Round values inside a range, about `count` of them. */
+function ticks([low, high], count) {
+  const rough = (high - low) / count || 1;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
+  const first = Math.ceil(low / step - 1e-9);
+  const last = Math.floor(high / step + 1e-9);
+  return Array.from({ length: Math.max(0, last - first + 1) }, (_, index) => Number(((first + index) * step).toPrecision(12)));
+}
+
+/** The range with some air around it; a single value gets a range, too. */
+function aired([low, high]) {
+  const air = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
+  return [low - air, high + air];
+}
+
+const FEW_POINTS = 25;
+const EDGE = { left: 46, right: 10, top: 8, bottom: 24 };
+
+function axes(width, height, x, y, xTicks, yTicks, shown = (value) => value) {
+  const floor = height - EDGE.bottom;
+  return svg(
+    "g",
+    { class: "axes" },
+    yTicks.map((value) => [
+      svg("line", { x1: EDGE.left, x2: width - EDGE.right, y1: y(value), y2: y(value) }),
+      svg("text", { x: EDGE.left - 8, y: y(value), dy: "0.32em", "text-anchor": "end" }, figure(shown(value))),
+    ]),
+    xTicks.map((value) =>
+      svg("text", { x: x(value), y: floor + 17, "text-anchor": x(value) > width - 30 ? "end" : "middle" }, figure(value)),
+    ),
+  );
+}
+
+/**
+ * Lines over the steps, with a legend that tells the values at one step: the last, or the one that is pointed at.
+ * `series`: [{name, style, points: [[step, value], …]}], `style` a number from 0.
+ */
+function lineChart({ title, series, height }) {
+  const steps = unique(series.flatMap((one) => one.points.map(([step]) => step))).sort((a, b) => a - b);
+  const valuesAt = series.map((one) => new Map(one.points));
+  const cursor = { index: steps.length - 1, move: () => {} };
+  const place = element("span", { class: "muted" });
+  const values = series.map(() => element("span", { class: "value" }));
+  const picture = drawnToFit((width) => drawLines(width, height, series, steps, cursor));
+  const frame = element("div", {
+    class: "chart-frame",
+    tabindex: 0,
+    role: "slider",
+    "aria-label": `${title} by step`,
+    "aria-valuemin": 0,
+    "aria-valuemax": steps.length - 1,
+    onpointermove: (event) => pointAt(event),
+    onpointerdown: (event) => pointAt(event),
+    onpointerleave: () => show(steps.length - 1, false),
+    onkeydown: (event) => moveByKey(event),
+    onblur: () => show(steps.length - 1, false),
+  });
+  frame.append(picture);
+
+  function show(index, isPointed) {
+    cursor.index = index;
+    cursor.isPointed = isPointed;
+    place.textContent = `step ${figure(steps[index])}`;
+    values.forEach((node, number) => (node.textContent = figure(valuesAt[number].get(steps[index]))));
+    frame.setAttribute("aria-valuenow", index);
+    const told = series.map((one, number) => `${one.name} ${figure(valuesAt[number].get(steps[index]))}`);
+    frame.setAttribute("aria-valuetext", `${place.textContent}: ${told.join("; ")}`);
+    cursor.move();
+  }
+  function pointAt(event) {
+    const box = frame.getBoundingClientRect();
+    const x = linear(steps.length > 1 ? [steps[0], steps.at(-1)] : aired([steps[0], steps[0]]), [EDGE.left, box.width - EDGE.right]);
+    const distances = steps.map((step) => Math.abs(x(step) - (event.clientX - box.left)));
+    show(distances.indexOf(Math.min(...distances)), true);
+  }
+  function moveByKey(event) {
+    const moves = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -10, PageUp: 10, Home: -Infinity, End: Infinity };
+    if (!(event.key in moves)) return;
+    event.preventDefault();
+    show(Math.min(steps.length - 1, Math.max(0, cursor.index + moves[event.key])), true);
+  }
+  show(steps.length - 1, false);
+  return element(
+    "figure",
+    { class: "chart" },
+    element("figcaption", {}, element("h3", {}, given(title)), place),
+    frame,
+    element("ul", { class: "legend" }, series.map((one, number) => element("li", {}, swatch(one.style), given(one.name), " ", values[number]))),
+  );
+}
+
+function drawLines(width, height, series, steps, cursor) {
+  const x = linear(steps.length > 1 ? [steps[0], steps.at(-1)] : aired([steps[0], steps[0]]), [EDGE.left, width - EDGE.right]);
+  const yRange = aired(extent(series.flatMap((one) => one.points.map(([, value]) => value))));
+  const y = linear(yRange, [height - EDGE.bottom, EDGE.top]);
+  const guide = svg("line", { class: "guide", y1: EDGE.top, y2: height - EDGE.bottom });
+  const dots = series.map((one) => svg("circle", { class: `dot style-${one.style}`, r: 4 }));
+  const xTicks = ticks([steps[0], steps.at(-1)], Math.max(2, width / 90)).filter(Number.isInteger);
+  cursor.move = () => {
+    const step = steps[cursor.index];
+    guide.setAttribute("visibility", cursor.isPointed ? "visible" : "hidden");
+    guide.setAttribute("x1", x(step));
+    guide.setAttribute("x2", x(step));
+    series.forEach((one, number) => {
+      const point = one.points.find(([at]) => at === step);
+      const isSeen = point !== undefined && isNumber(point[1]) && (cursor.isPointed || one.points.length === 1);
+      dots[number].setAttribute("visibility", isSeen ? "visible" : "hidden");
+      if (isSeen) dots[number].setAttribute("cx", x(step));
+      if (isSeen) dots[number].setAttribute("cy", y(point[1]));
+    });
+  };
+  cursor.move();
+  return svg(
+    "svg",
+    { width, height, "aria-hidden": "true" },
+    axes(width, height, x, y, xTicks, ticks(yRange, Math.max(2, height / 50))),
+    series.filter((one) => one.points.length <= FEW_POINTS).map((one) => pointMarks(one, x, y)),
+    series.map((one) => svg("path", { class: `line style-${one.style}`, d: path(one.points, x, y) })).reverse(),
+    guide,
+    dots,
+  );
+}
+
+/** Lines of few points show them. */
+function pointMarks({ points, style }, x, y) {
+  return points
+    .filter(([, value]) => isNumber(value))
+    .map(([step, value]) => svg("circle", { class: `point style-${style}`, cx: x(step), cy: y(value), r: 2.5 }));
+}
+
+function path(points, x, y) {
+  const seen = points.filter(([, value]) => isNumber(value));
+  return seen.map(([step, value], index) => `${index ? "L" : "M"}${x(step).toFixed(1)} ${y(value).toFixed(1)}`).join("");
+}
+
+/** A piece of a run's line, for legends: colour and dashes. */
+function swatch(style) {
+  return svg("svg", { class: "swatch", width: 26, height: 10, "aria-hidden": "true" }, svg("path", { class: `line style-${style}`, d: "M1 5H25" }));
+}
+
+/** Two counts for each interval, one upwards and one downwards, with a line at `mark`. */
+function mirroredHistogram({ edges, up, down, mark, markText, height }) {
+  return drawnToFit((width) => {
+    const x = linear([edges[0], edges.at(-1)], [EDGE.left, width - EDGE.right]);
+    const counts = [-Math.max(0, ...down), Math.max(1, ...up)];
+    const y = linear(counts, [height - EDGE.bottom, EDGE.top]);
+    const bar = (index, count, kind) => {
+      const [low, high] = [y(0), y(count)].sort((a, b) => a - b);
+      const [left, right] = [x(edges[index]), x(edges[index + 1])];
+      return svg("rect", { class: `bar ${kind}`, x: left, width: Math.max(0.5, right - left - 1), y: low, height: high - low });
+    };
+    return svg(
+      "svg",
+      { width, height, "aria-hidden": "true" },
+      axes(width, height, x, y, ticks([edges[0], edges.at(-1)], Math.max(2, width / 90)), ticks(counts, height / 45), Math.abs),
+      up.map((count, index) => bar(index, count, "up")),
+      down.map((count, index) => bar(index, -count, "down")),
+      svg("line", { class: "base", x1: EDGE.left, x2: width - EDGE.right, y1: y(0), y2: y(0) }),
+      isNumber(mark) && mark >= edges[0] && mark <= edges.at(-1) ? threshold(x(mark), width, height, markText) : null,
+    );
+  });
+}
+
+function threshold(x, width, height, text) {
+  const isRight = x > width * 0.6;
+  return [
+    svg("line", { class: "threshold", x1: x, x2: x, y1: EDGE.top, y2: height - EDGE.bottom }),
+    svg("text", { class: "threshold-text", x: x + (isRight ? -7 : 7), y: EDGE.top + 10, "text-anchor": isRight ? "end" : "start" }, text),
+  ];
+}

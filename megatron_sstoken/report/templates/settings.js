@@ -1,0 +1,63 @@
+// What each run was: settings that differ from the defaults side by side, and where and with what it ran.
+
+function showSettings(place, report) {
+  const runs = report.runs;
+  if (runs.length === 0) {
+    place.append(element("p", { class: "muted" }, "Nothing is known of the run: records alone were given."));
+    return;
+  }
+  const columns = () => ["", ...runs.map((run) => given(run.name))];
+  const names = unique(runs.flatMap((run) => Object.keys(run.changed))).sort();
+  place.append(
+    names.length
+      ? table("Settings that differ from their defaults", columns(), names.map((name) => changedRow(name, runs)))
+      : element("p", { class: "muted" }, "No settings are known, or all have their defaults."),
+    element("p", { class: "muted small" }, "Settings that differ from their defaults. ≠ marks those that the runs do not share."),
+    table("Versions and circumstances", columns(), circumstances(runs)),
+    ...runs.map((run) => onDemand(["All settings of ", given(run.name)], () => allSettings(run))),
+  );
+}
+
+function changedRow(name, runs) {
+  const values = runs.map((run) => (name in run.changed ? run.changed[name] : settingOf(run, name)));
+  const known = unique(values.filter((value) => value !== undefined).map((value) => JSON.stringify(value)));
+  const shown = values.map((value, index) =>
+    element("span", { class: name in runs[index].changed ? null : "muted" }, given(settingText(value))),
+  );
+  return [[given(name), known.length < 2 ? null : element("abbr", { class: "differs", title: "not the same in all runs" }, " ≠")], ...shown];
+}
+
+/** A setting of a run, undefined where it is not known. */
+function settingOf(run, name) {
+  const [section, ...rest] = name.split(".");
+  return run.settings?.[section]?.[rest.join(".")];
+}
+
+function settingText(value) {
+  if (value === undefined) return "–";
+  return typeof value === "string" ? value : JSON.stringify(value);
+}
+
+function circumstances(runs) {
+  const versions = unique(runs.flatMap((run) => Object.keys(run.versions ?? {})));
+  const facts = [
+    ["Method", (run) => run.method],
+    ["Folder", (run) => run.folder],
+    ["Command", (run) => run.command],
+    ["Commit", (run) => run.commit],
+    ["Start", (run) => run.start],
+    ["End", (run) => run.end],
+    ["Ended", (run) => run.ended],
+    ...versions.map((name) => [name, (run) => run.versions?.[name]]),
+  ];
+  return facts
+    .filter(([, of]) => runs.some((run) => of(run) !== null && of(run) !== undefined))
+    .map(([title, of]) => [given(title), ...runs.map((run) => given(settingText(of(run) ?? undefined)))]);
+}
+
+function allSettings(run) {
+  const rows = Object.entries(run.settings ?? {}).flatMap(([section, settings]) =>
+    Object.entries(settings ?? {}).map(([name, value]) => [given(`${section}.${name}`), given(settingText(value))]),
+  );
+  return table(`All settings of ${run.name}`, ["Setting", "Value"], rows);
+}
