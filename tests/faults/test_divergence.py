@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from megatron_sstoken.checkpoint.manifest import checkpoint_steps, open_checkpoint, read_run_state
+from megatron_sstoken.checkpoint.manifest import RUN_FILE, checkpoint_steps, open_checkpoint, read_run_state
 from megatron_sstoken.conversion.hf import to_hf
+from megatron_sstoken.files import read_json
 from megatron_sstoken.integrity import damage
 from tests.helpers import cli
 from tests.helpers.distributed_runner import run_distributed
@@ -73,6 +74,8 @@ def test_a_bad_step_stops_the_run_on_all_processes(folder, tmp_path, kind):
     for _, error in run_distributed(train_with_bad_steps, 2, settings, {2: kind}):
         assert error.startswith(f"the {kind}{' norm' * (kind == 'gradient')} of step 3 is ")
         assert "training.on_nonfinite=skip" in error
+    (start,) = read_json(tmp_path / "run" / RUN_FILE)["starts"]
+    assert start["ended"] == f"error: {error}" and start["to_step"] == 2
     steps = checkpoint_steps(str(tmp_path / "run"))
     assert list(steps) == [1, 2]
     assert read_run_state(steps[1]).diverged is None
