@@ -99,6 +99,8 @@ def _above(difference: float, name: str) -> str:
 
 def dropping(main: Run, total: StepFigures, kinds: KindFigures, texts: Mapping[int, str]) -> str:
     """What is dropped, by kinds of tokens; `texts` has those of `KindFigures.notable`."""
+    if main.method == "full" and not total.num_dropped:
+        return "Nothing is dropped: method `full` trains on every response token."
     if not total.num_response:
         share = main.curves.get("selection/share")
         known = f"; {_percent(1 - share[-1][1])} were dropped at step {share[-1][0]}" if share else ""
@@ -127,6 +129,8 @@ def dropping(main: Run, total: StepFigures, kinds: KindFigures, texts: Mapping[i
 
 def drifting(main: Run, steps: Mapping[int, StepFigures]) -> str:
     """Whether dropped tokens become worse than they were under the history."""
+    if main.method == "full" and not any(one.num_dropped for one in steps.values()):
+        return "No token is dropped, so none can drift."
     curve: Curve = main.curves.get("loss/dropped_minus_history") or [
         (step, one.drift) for step, one in sorted(steps.items()) if one.num_changed
     ]

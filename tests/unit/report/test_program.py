@@ -100,6 +100,7 @@ def test_records_alone_make_a_page(tmp_path, capsys):
     file = write_file(tmp_path / "scored.parquet", [(0, [Token(role=0), Token(1, text="a")])])
     assert main(["--records", str(file), "--output", str(tmp_path / "page.html")]) == 0
     assert "token records alone hold no validation loss" in capsys.readouterr().out
+    assert "are shown as step 0" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_a_run_without_records_makes_a_page(tmp_path):

@@ -87,6 +87,12 @@ def test_what_is_dropped():
     )
 
 
+def test_a_run_that_selects_nothing_drops_nothing():
+    full = run(method="full", drift=[(10, 1.0)])
+    assert "method `full` trains on every response token" in dropping(full, StepFigures(), KindFigures(), {})
+    assert drifting(full, {}) == "No token is dropped, so none can drift."
+
+
 def test_nothing_to_say_of_what_is_dropped():
     assert "Nothing is dropped: all 7" in dropping(run(), *sums({0: (7, 0)}), {0: "a"})
     nothing = dropping(run(), StepFigures(), KindFigures(), {})
