@@ -104,7 +104,7 @@ function lineChart({ title, series, height }) {
   return element(
     "figure",
     { class: "chart" },
-    element("figcaption", {}, element("h3", {}, title), place),
+    element("figcaption", {}, element("h3", {}, given(title)), place),
     frame,
     element("ul", { class: "legend" }, series.map((one, number) => element("li", {}, swatch(one.style), given(one.name), " ", values[number]))),
   );

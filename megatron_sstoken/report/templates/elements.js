@@ -89,7 +89,7 @@ function unique(values) {
 const BYTES = /^(\\x[0-9a-f]{2})+$/;
 const UNSEEN = /[\s\p{Cc}\p{Cf}\p{Co}\p{Cs}]/u;
 const JOINS = /[\u200c\u200d\u{e0020}-\u{e007f}]/u; // between letters and in emoji they are part of what is seen
-const MARKS = { " ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽", "\u0000": "␀" };
+const MARKS = { " ": "·", "\n": "↵", "\t": "⇥", "\u00a0": "⍽" };
 
 /** Nodes for a token's text: what cannot be seen carries a mark, which is drawn by the style and not copied. */
 function tokenText(text) {

@@ -10,18 +10,26 @@ const PANELS = [
 const SOURCE = "loss/source/";
 
 function showLosses(place, report) {
-  const sources = unique(report.runs.flatMap((run) => Object.keys(run.curves).filter((name) => name.startsWith(SOURCE))));
-  const panels = [...PANELS, ...sources.sort().map((name) => [name, `Source ${name.slice(SOURCE.length)}`])]
-    .map(([name, title]) => ({ title, series: seriesOf(report.runs, name) }))
-    .filter(({ series }) => series.length > 0);
+  const panels = panelsOf(report.runs, PANELS);
+  const names = unique(report.runs.flatMap((run) => Object.keys(run.curves).filter((name) => name.startsWith(SOURCE)))).sort();
+  const sources = panelsOf(report.runs, names.map((name) => [name, name.slice(SOURCE.length)]));
   if (panels.length === 0) {
     place.append(element("p", { class: "muted" }, "No losses were found: neither metrics.jsonl nor TensorBoard events."));
     return;
   }
   place.append(
-    element("div", { class: "charts" }, panels.map((panel, index) => lineChart({ ...panel, height: index === 0 ? 260 : 180 }))),
-    onDemand("Show as tables", () => element("div", {}, panels.map(curveTable))),
+    charts(panels),
+    onDemand("Show as tables", () => element("div", {}, [...panels, ...sources].map(curveTable))),
   );
+  if (sources.length) place.append(onDemand(`By source (${sources.length})`, () => charts(sources)));
+}
+
+function charts(panels) {
+  return element("div", { class: "charts" }, panels.map((panel, index) => lineChart({ ...panel, height: index === 0 ? 260 : 180 })));
+}
+
+function panelsOf(runs, named) {
+  return named.map(([name, title]) => ({ title, series: seriesOf(runs, name) })).filter(({ series }) => series.length > 0);
 }
 
 function seriesOf(runs, name) {
@@ -34,5 +42,5 @@ function curveTable({ title, series }) {
   const steps = unique(series.flatMap((one) => one.points.map(([step]) => step))).sort((a, b) => a - b);
   const valuesAt = series.map((one) => new Map(one.points));
   const rows = steps.map((step) => [figure(step), ...valuesAt.map((values) => figure(values.get(step)))]);
-  return element("div", {}, element("h3", {}, title), table(`${title} by step`, ["Step", ...series.map((one) => given(one.name))], rows));
+  return element("div", {}, element("h3", {}, given(title)), table(`${title} by step`, ["Step", ...series.map((one) => given(one.name))], rows));
 }

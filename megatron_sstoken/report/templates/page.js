@@ -12,9 +12,8 @@ function showHead(report) {
   const run = report.runs.find((one) => one.is_main);
   const others = report.runs.filter((one) => !one.is_main).map((one) => one.name);
   if (!run) return;
-  document
-    .getElementById("subtitle")
-    .append(given(run.name), ", method ", given(run.method), ...(others.length ? [", compared with ", ...others.flatMap((name, index) => [index ? ", " : "", given(name)])] : []));
+  const names = others.flatMap((name, index) => [index ? ", " : "", given(name)]);
+  document.getElementById("subtitle").append("Method ", given(run.method), ...(names.length ? [", compared with ", ...names] : []));
 }
 
 function showVerdict(place, report) {
@@ -24,7 +23,7 @@ function showVerdict(place, report) {
 }
 
 function showNotes(place, report) {
-  const notes = report.notes.map((note) => element("li", { dir: "auto" }, note));
+  const notes = report.notes.map((note) => element("li", {}, given(note)));
   place.append(notes.length ? element("ul", {}, notes) : element("p", { class: "muted" }, "None."));
 }
 

@@ -8,6 +8,7 @@ const METRICS = [
   ["attention", "Attention"],
   ["entropy", "Entropy"],
 ];
+const NATS = ["loss", "history_loss", "rel", "entropy"]; // most are small and few are large: shaded by their root
 const SHADES = 8;
 const BIDI = /[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/;
 const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/;
@@ -47,7 +48,8 @@ function makeToken(text, index) {
 
 /** Brings classes and facts of a sample up to date with the view. */
 function paintSample({ sample, tokens, facts }, view) {
-  const { now, values, before, valuesBefore } = recordsAt(sample, view.step);
+  const records = recordsAt(sample, view.step);
+  const { values, valuesBefore } = records;
   const hits = hitsOf(sample.tokens.text, view.search);
   const shade = values[view.metric];
   tokens.forEach((node, index) => {
@@ -57,7 +59,7 @@ function paintSample({ sample, tokens, facts }, view) {
     const isDropped = isChosenFrom(sample, values, index) && !values.selected[index];
     if (!isChosenFrom(sample, values, index)) classes.push("context");
     else {
-      classes.push(isDropped ? "dropped" : "kept", shadeOf(shade?.[index], view.range));
+      classes.push(isDropped ? "dropped" : "kept", shadeOf(shade?.[index], view.scale));
       const flipped = valuesBefore !== null && valuesBefore.selected[index] !== values.selected[index];
       if (flipped) classes.push("flipped");
     }
@@ -65,7 +67,7 @@ function paintSample({ sample, tokens, facts }, view) {
     if (isDropped) node.setAttribute("role", "deletion");
     else node.removeAttribute("role");
   });
-  facts.replaceChildren(...factsOf(sample, now, before));
+  facts.replaceChildren(...factsOf(sample, records));
 }
 
 /** Whether a token was one to choose: a response token with a loss. */
@@ -73,13 +75,13 @@ function isChosenFrom(sample, values, index) {
   return Boolean(sample.tokens.role[index]) && isNumber(values.loss[index]);
 }
 
-/** The class of a value's shade; range: [low, high], where values below zero have a tone of their own. */
-function shadeOf(value, range) {
-  if (!isNumber(value) || range === null) return "shade-0";
-  const [low, high] = range;
+/** The class of a value's shade on a scale {low, high, power}, where values below zero have a tone of their own. */
+function shadeOf(value, scale) {
+  if (!isNumber(value) || scale === null) return "shade-0";
+  const { low, high, power } = scale;
   const isBelow = low < 0 && value < 0;
   const share = low < 0 ? Math.abs(value) / Math.max(-low, high) : (value - low) / (high - low || 1);
-  return `shade-${Math.round(Math.min(1, Math.max(0, share)) * SHADES)}${isBelow ? " below" : ""}`;
+  return `shade-${Math.round(Math.min(1, Math.max(0, share)) ** power * SHADES)}${isBelow ? " below" : ""}`;
 }
 
 /** Numbers of the tokens that hold a part of the text searched for. */
@@ -98,9 +100,14 @@ function hitsOf(texts, search) {
   return hits;
 }
 
-function factsOf(sample, now, before) {
-  const share = isNumber(sample.dropped_share) ? `${figure(sample.dropped_share, SHARE)} of ${sample.num_response} response tokens dropped` : null;
-  const drift = isNumber(sample.drift) ? `dropped ones ${figure(sample.drift, SIGNED)} nats against the history` : null;
+/** In words: of the tokens that are shown, at the step that is shown. */
+function factsOf(sample, { now, values, before }) {
+  const chosenFrom = sample.tokens.role.map((_, index) => index).filter((index) => isChosenFrom(sample, values, index));
+  const dropped = chosenFrom.filter((index) => !values.selected[index]);
+  const changes = dropped.filter((index) => isNumber(values.history_loss?.[index])).map((index) => values.loss[index] - values.history_loss[index]);
+  const count = `${dropped.length} of ${chosenFrom.length} response tokens${sample.is_cut ? " shown" : ""} dropped`;
+  const share = chosenFrom.length ? `${count} (${figure(dropped.length / chosenFrom.length, SHARE)})` : "no response tokens";
+  const drift = changes.length ? `their loss ${figure(changes.reduce((a, b) => a + b, 0) / changes.length, SIGNED)} nats against the history` : null;
   const step = before === undefined ? `recorded at step ${figure(now)} alone` : `step ${figure(now)}`;
   const parts = [share, drift, sample.source === null ? null : ["source ", given(sample.source)], step];
   return parts.filter((part) => part !== null).flatMap((part, index) => (index ? [" · ", part] : [part])).flat();

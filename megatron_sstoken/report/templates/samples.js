@@ -25,12 +25,12 @@ function showSamples(place, report) {
   const status = element("p", { class: "muted", role: "status" });
   const legend = element("div", { class: "legend shades" });
   const pagers = [pager(turnTo), pager(turnTo)];
-  const ranges = new Map();
+  const scales = new Map();
   let shown = [];
 
-  function rangeOf(metric) {
-    if (!ranges.has(metric)) ranges.set(metric, metricRange(report.samples, metric));
-    return ranges.get(metric);
+  function scaleOf(metric) {
+    if (!scales.has(metric)) scales.set(metric, metricScale(report.samples, metric));
+    return scales.get(metric);
   }
   /** New samples on the page. */
   function refill() {
@@ -46,7 +46,7 @@ function showSamples(place, report) {
   }
   /** The same samples, seen otherwise. */
   function repaint() {
-    view.range = rangeOf(view.metric);
+    view.scale = scaleOf(view.metric);
     list.dataset.marking = view.marking;
     shown.forEach((one) => paintSample(one, view));
     legend.replaceChildren(...shadeLegend(view));
@@ -166,21 +166,21 @@ function chosenSamples(samples, { order, search, source, onlyHere, step }) {
 }
 
 /** From where to where a metric is shaded: between its 2nd and its 98th percentile, so that few values do not take it all. */
-function metricRange(samples, metric) {
-  const values = samples.flatMap((sample) => Object.values(sample.at).flatMap((at) => (at[metric] ?? []).filter(isNumber)));
+function metricScale(samples, metric) {
+  const recorded = samples.flatMap((sample) => Object.values(sample.at).map((at) => at[metric] ?? []));
+  const values = Float64Array.from(recorded.flat().filter(isNumber)).sort();
   if (values.length === 0) return null;
-  values.sort((a, b) => a - b);
   const at = (share) => values[Math.round(share * (values.length - 1))];
-  return [at(0.02), at(0.98)];
+  return { low: at(0.02), high: at(0.98), power: NATS.includes(metric) ? 0.5 : 1 };
 }
 
 function shadeLegend(view) {
   const name = METRICS.find(([metric]) => metric === view.metric)[1];
-  if (view.range === null) return [element("span", {}, `${name} was not recorded.`)];
-  const [low, high] = view.range;
-  const scale = Array.from({ length: 9 }, (_, index) => element("span", { class: `cell ${shadeOf(low + (index / 8) * (high - low), view.range)}` }));
+  if (view.scale === null) return [element("span", {}, `${name} was not recorded.`)];
+  const { low, high } = view.scale;
+  const cells = Array.from({ length: 9 }, (_, index) => element("span", { class: `cell ${shadeOf(low + (index / 8) * (high - low), view.scale)}` }));
   return [
-    element("span", {}, `${name} ${figure(low)} `, element("span", { class: "scale", "aria-hidden": "true" }, scale), ` ${figure(high)}`),
+    element("span", {}, `${name} ${figure(low)} `, element("span", { class: "scale", "aria-hidden": "true" }, cells), ` ${figure(high)}`),
     element("span", { class: "list", "data-marking": view.marking }, element("span", { class: "token dropped shade-2" }, "dropped")),
     element("span", {}, element("span", { class: "token kept flipped" }, "outlined"), " flipped since the step before"),
     element("span", {}, element("span", { class: "token context" }, "grey"), " context"),
@@ -188,10 +188,12 @@ function shadeLegend(view) {
 }
 
 function statusText(found, all, page) {
-  if (found === 0) return `None of ${figure(all, WHOLE)} samples.`;
+  const inAll = found < all ? ` of ${figure(all, WHOLE)}` : "";
+  if (found === 0) return `No sample${inAll} fits.`;
   const first = page * PER_PAGE + 1;
   const last = Math.min(found, first + PER_PAGE - 1);
-  return `${first}–${last} of ${figure(found, WHOLE)} samples${found < all ? ` (${figure(all, WHOLE)} in all)` : ""}`;
+  const which = found > PER_PAGE ? `, ${first} to ${last} of them here` : "";
+  return `${figure(found, WHOLE)}${inAll} ${all === 1 ? "sample" : "samples"}${which}`;
 }
 
 function pager(turnTo) {

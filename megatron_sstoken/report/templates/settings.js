@@ -6,25 +6,25 @@ function showSettings(place, report) {
     place.append(element("p", { class: "muted" }, "Nothing is known of the run: records alone were given."));
     return;
   }
-  const columns = ["", ...runs.map((run) => given(run.name))];
+  const columns = () => ["", ...runs.map((run) => given(run.name))];
   const names = unique(runs.flatMap((run) => Object.keys(run.changed))).sort();
   place.append(
     names.length
-      ? table("Settings that differ from their defaults", columns, names.map((name) => changedRow(name, runs)))
+      ? table("Settings that differ from their defaults", columns(), names.map((name) => changedRow(name, runs)))
       : element("p", { class: "muted" }, "No settings are known, or all have their defaults."),
     element("p", { class: "muted small" }, "Settings that differ from their defaults. ≠ marks those that the runs do not share."),
-    table("Versions and circumstances", columns, circumstances(runs)),
+    table("Versions and circumstances", columns(), circumstances(runs)),
     ...runs.map((run) => onDemand(["All settings of ", given(run.name)], () => allSettings(run))),
   );
 }
 
 function changedRow(name, runs) {
   const values = runs.map((run) => (name in run.changed ? run.changed[name] : settingOf(run, name)));
-  const isShared = values.every((value) => JSON.stringify(value) === JSON.stringify(values[0]));
+  const known = unique(values.filter((value) => value !== undefined).map((value) => JSON.stringify(value)));
   const shown = values.map((value, index) =>
     element("span", { class: name in runs[index].changed ? null : "muted" }, given(settingText(value))),
   );
-  return [[given(name), isShared ? null : element("abbr", { class: "differs", title: "not the same in all runs" }, " ≠")], ...shown];
+  return [[given(name), known.length < 2 ? null : element("abbr", { class: "differs", title: "not the same in all runs" }, " ≠")], ...shown];
 }
 
 /** A setting of a run, undefined where it is not known. */

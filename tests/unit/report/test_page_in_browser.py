@@ -1,0 +1,403 @@
+"""The page driven in a real Chromium, from a file, as a reader does it."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_sstoken.report import page as page_module
+from megatron_sstoken.report.page import render
+from tests.helpers.report_example import HOSTILE, LONG, example, example_of_many, hostile
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install -e '.[dev]')")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium, chromium-browser or google-chrome here")
+
+WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[sync_api.Browser]:
+    """One browser for all tests; each of its pages is a window of its own, without a network."""
+    options = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield browser
+        browser.close()
+
+
+class Window:
+    """A page that is shown, and all that it does besides."""
+
+    def __init__(self, browser: sync_api.Browser, path: Path, **options):
+        self.context = browser.new_context(offline=True, **{"viewport": WIDE} | options)
+        self.page = self.context.new_page()
+        self.events: list[str] = []
+        self.page.on("console", lambda message: self.events.append(f"console: {message.text}"))
+        self.page.on("pageerror", lambda error: self.events.append(f"error: {error}"))
+        self.page.on("dialog", lambda dialog: (self.events.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        self.page.on("request", lambda request: request.url != path.as_uri() and self.events.append(request.url))
+        self.page.goto(path.as_uri())
+
+    def shown_samples(self) -> list[int]:
+        return self.page.eval_on_selector_all(".sample", "nodes => nodes.map((node) => Number(node.dataset.sample))")
+
+    def panel(self) -> dict[str, str]:
+        return dict(
+            self.page.eval_on_selector_all(
+                ".panel dl > div", "nodes => nodes.map((node) => [...node.children].map((one) => one.textContent))"
+            )
+        )
+
+    def token(self, sample: int, index: int) -> sync_api.Locator:
+        return self.page.locator(f"[data-sample='{sample}'] [data-index='{index}']")
+
+    def wait_for(self, happened: Callable[[], bool]) -> None:
+        """Until something has happened that the page cannot tell; at most 10 seconds."""
+        for _ in range(200):
+            if happened():
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(self.events)
+
+    def overflow(self) -> int:
+        """Pixels by which the page is wider than the window."""
+        return self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+
+
+@pytest.fixture
+def show(browser, tmp_path) -> Iterator[Callable[..., Window]]:
+    """Opens a report; at the end nothing may have gone wrong, been asked or been requested."""
+    windows: list[Window] = []
+
+    def open_report(report: dict, **options) -> Window:
+        path = tmp_path / f"{len(windows)}.html"
+        path.write_text(render(report), encoding="utf-8", newline="")
+        windows.append(Window(browser, path, **options))
+        return windows[-1]
+
+    yield open_report
+    for window in windows:
+        window.context.close()
+    assert [event for window in windows for event in window.events] == []
+
+
+def test_it_answers_the_three_questions_and_shows_every_part(show):
+    report = example()
+    page = show(report).page
+    assert page.title() == page.locator("h1").text_content() == report["title"]
+    assert page.locator("#verdict p").all_text_contents() == list(report["verdict"].values())
+    assert page.locator("#notes li").all_text_contents() == report["notes"]
+    assert page.locator(".chart h3").all_text_contents() == [
+        *["Validation", "All response tokens", "Selected tokens", "Dropped tokens", "Dropped − history"]
+    ]
+    settings = page.locator("#settings table").first.text_content()
+    assert all(name in settings for run in report["runs"] for name in run["changed"])
+    page.get_by_text("All settings of full").click()
+    assert "explore" in page.locator("#settings details[open]").text_content()
+
+
+def test_charts_tell_values_to_pointer_keys_and_tables(show):
+    report = example()
+    page = show(report).page
+    curve = report["runs"][0]["curves"]["loss/validation"]
+    chart = page.locator(".chart").first
+    frame, value = chart.locator(".chart-frame"), chart.locator(".legend .value").first
+    assert value.text_content() == f"{curve[-1][1]:.4g}"
+    box = frame.bounding_box()
+    page.mouse.move(box["x"] + 50, box["y"] + 60)
+    assert value.text_content() == f"{curve[0][1]:.4g}"
+    page.mouse.move(0, 0)
+    frame.focus()
+    page.keyboard.press("ArrowLeft")
+    assert f"step {curve[-2][0]}: run {curve[-2][1]:.4g}" in frame.get_attribute("aria-valuetext")
+    page.get_by_text("Show as tables").click()
+    cells = page.locator("#losses table").first.locator("tbody tr").first.locator("th, td").all_text_contents()
+    assert cells == [str(curve[0][0]), *(f"{run['curves']['loss/validation'][0][1]:.4g}" for run in report["runs"])]
+
+
+def test_scores_of_a_step_and_their_threshold(show):
+    report = example()
+    report["scores"]["40"]["threshold"] = 0.25
+    page = show(report).page
+    assert f"{sum(report['scores']['60']['dropped']):,} dropped" in page.locator("#scores").text_content()
+    sync_api.expect(page.locator("#scores rect.up")).to_have_count(30)
+    assert page.locator("#scores .threshold").count() == 0
+    page.locator("#scores-step").select_option("40")
+    assert page.locator("#scores .threshold-text").text_content() == "threshold 0.25"
+    page.get_by_text("Show as table", exact=True).click()
+    cells = page.locator("#scores tbody tr").first.locator("td").all_text_contents()
+    assert cells == [str(report["scores"]["40"][kind][0]) for kind in ("selected", "dropped")]
+
+
+def test_kinds_are_sorted_by_any_heading(show):
+    report = example()
+    page = show(report).page
+    first = "#types tbody tr:first-child th .lone"
+    most = max(report["types"], key=lambda kind: kind["count"] * (1 - kind["selected_share"]))
+    assert page.locator(first).text_content() == most["text"]
+    page.get_by_role("button", name="Kept").click()
+    least = min(report["types"], key=lambda kind: kind["selected_share"])
+    assert page.locator(first).text_content() == least["text"]
+    page.get_by_role("button", name="Change").click()
+    worst = max(report["types"], key=lambda kind: kind["change"])
+    assert page.locator(first).text_content() == worst["text"]
+    assert page.locator("#types th[aria-sort=descending]").text_content() == "Change"
+    page.get_by_role("button", name=f"Show all {len(report['types'])}").click()
+    assert page.locator("#types tbody tr").count() == len(report["types"])
+
+
+def test_the_slider_shows_each_step_and_what_flipped(show):
+    report = example()
+    window = show(report)
+    slider = window.page.locator("#step")
+    slider.focus()
+    for step, before in (("60", "40"), ("40", "0"), ("0", None)):
+        assert slider.get_attribute("aria-valuetext") == f"step {step}"
+        flipped, dropped = set(), set()
+        for sample in report["samples"]:
+            at = sample["at"].get(step)
+            if at is None or (before is not None and before not in sample["at"]):
+                continue
+            tokens = [i for i, loss in enumerate(at["loss"]) if loss is not None]
+            dropped |= {(sample["sample"], i) for i in tokens if not at["selected"][i]}
+            if before is not None:
+                earlier = sample["at"][before]["selected"]
+                flipped |= {(sample["sample"], i) for i in tokens if earlier[i] != at["selected"][i]}
+        assert flipped or before is None
+        several = {sample["sample"] for sample in report["samples"] if len(sample["at"]) == 3}
+        for kind, expected in (("flipped", flipped), ("dropped", dropped)):
+            found = window.page.eval_on_selector_all(
+                f".sample .{kind}",
+                "nodes => nodes.map((node) => [Number(node.closest('.sample').dataset.sample), Number(node.dataset.index)])",
+            )
+            assert {tuple(pair) for pair in found if pair[0] in several} == {p for p in expected if p[0] in several}
+        window.page.keyboard.press("ArrowLeft")
+    window.page.get_by_label("only samples recorded at this step").check()
+    assert set(window.shown_samples()) == {s["sample"] for s in report["samples"] if "0" in s["at"]}
+
+
+def test_filters_order_search_and_pages(show):
+    report = example_of_many(23)
+    report["samples"][22]["tokens"]["text"][3] = " Zebra"
+    report["samples"][22]["tokens"]["text"][4] = "fish"
+    report["samples"][7]["source"], report["samples"][8]["source"] = "books", "web"
+    window = show(report)
+    page = window.page
+    assert window.shown_samples() == list(range(10))
+    page.get_by_role("button", name="Next").first.click()
+    assert window.shown_samples() == list(range(10, 20))
+    for order in ("dropped_share", "drift", "top_score"):
+        page.locator("#order").select_option(order)
+        ranked = sorted(report["samples"], key=lambda sample: -(sample[order] or 0))
+        assert window.shown_samples() == [sample["sample"] for sample in ranked[:10]]
+    page.locator("#source").select_option("web")
+    assert window.shown_samples() == [8]
+    page.locator("#source").select_option("")
+    page.locator("#search").fill("zebraF")
+    sync_api.expect(page.locator(".sample")).to_have_count(1)
+    assert page.locator(".hit").all_text_contents() == [" Zebra", "fish"]
+    assert page.locator("p[role=status]").text_content() == "1 of 23 samples"
+    page.locator("#search").fill("not there")
+    sync_api.expect(page.locator(".sample")).to_have_count(0)
+    assert page.locator("p[role=status]").text_content() == "No sample of 23 fits."
+
+
+def test_a_token_tells_its_figures_to_pointer_and_keys(show):
+    report = example()
+    window = show(report)
+    sample = report["samples"][0]
+    index = next(i for i, loss in enumerate(sample["at"]["60"]["loss"]) if loss and loss > 0.1)
+    window.token(sample["sample"], index).hover()
+    at, panel = sample["at"]["60"], window.panel()
+    assert window.page.locator(".panel-text").text_content() == sample["tokens"]["text"][index]
+    assert float(panel["Loss"]) == at["loss"][index] and float(panel["Score"]) == at["score"][index]
+    assert float(panel["Attention"]) == at["attention"][index] and float(panel["Entropy"]) == at["entropy"][index]
+    assert panel["State"] == ("kept" if at["selected"][index] else "dropped")
+    assert panel["Token id"] == str(sample["tokens"]["id"][index]) and panel["Position"] == str(index)
+
+    window.token(sample["sample"], index).focus()
+    window.page.keyboard.press("ArrowRight")
+    focused = "Number(document.activeElement.dataset.index)"
+    assert window.page.evaluate(focused) == index + 1
+    assert window.panel()["Position"] == str(index + 1)
+    assert "Loss" in window.page.locator(".panel [aria-live]").text_content()
+    tops = "document.activeElement.getBoundingClientRect().top"
+    top = window.page.evaluate(tops)
+    window.page.keyboard.press("ArrowUp")
+    assert window.page.evaluate(tops) < top
+    window.page.keyboard.press("ArrowDown")
+    assert window.page.evaluate(tops) == pytest.approx(top)
+    window.page.keyboard.press("Home")
+    assert window.page.evaluate(focused) == 0
+    stops = "all => all.map((one) => one.querySelectorAll('[tabindex=\"0\"]').length)"
+    assert set(window.page.eval_on_selector_all(".tokens", stops)) == {1}
+
+
+def test_shades_follow_the_metric_and_marks_the_choice(show):
+    report = example()
+    window = show(report)
+    sample = report["samples"][0]
+    for metric in ("loss", "attention", "rel", "entropy", "score"):
+        window.page.locator("#metric").select_option(metric)
+        values = [value for value in sample["at"]["60"][metric] if value is not None]
+        classes = window.page.eval_on_selector_all(
+            f"[data-sample='{sample['sample']}'] .token:not(.context)", "nodes => nodes.map((node) => node.className)"
+        )
+        shades = [int(re.search(r"shade-(\d)", names)[1]) for names in classes]
+        by_value = [shade for _, shade in sorted(zip(map(abs, values), shades, strict=True))]
+        assert by_value == sorted(by_value) and len(set(shades)) > 2
+        assert ["below" in names for names in classes] == [value < 0 for value in values]
+    dropped = window.page.locator(".list .dropped").last
+    for marking, line in (("struck", "line-through"), ("greyed", "underline"), ("unmarked", "none")):
+        window.page.locator("#marking").select_option(marking)
+        assert dropped.evaluate("node => getComputedStyle(node).textDecorationLine") == line
+    assert dropped.get_attribute("role") == "deletion"
+
+
+def test_text_is_copied_as_it_is(show):
+    report = example()
+    window = show(report)
+    sample = report["samples"][0]
+    copied = window.page.evaluate(
+        "() => { const node = document.querySelector('.tokens'); getSelection().selectAllChildren(node);"
+        " return getSelection().toString(); }"
+    )
+    assert copied.rstrip("\n") == "".join(sample["tokens"]["text"]).rstrip("\n")
+    mark = window.page.locator(".tokens .newline").first.evaluate("node => getComputedStyle(node, '::before').content")
+    assert "↵" in mark
+
+
+CONTRAST = """() => {
+  const canvas = Object.assign(document.createElement('canvas'), { width: 1, height: 1 });
+  const brush = canvas.getContext('2d', { willReadFrequently: true });
+  const over = (colours) => {
+    brush.fillStyle = '#fff'; brush.fillRect(0, 0, 1, 1);
+    for (const colour of colours) { brush.fillStyle = colour; brush.fillRect(0, 0, 1, 1); }
+    return [...brush.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const light = (colour) => colour.map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, v, n) => sum + v * [0.2126, 0.7152, 0.0722][n], 0);
+  const seen = new Map();
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || node.closest('script, style, [hidden], :disabled, .unseen, option')) continue;
+    const grounds = [];
+    for (let one = node; one; one = one.parentElement) grounds.unshift(getComputedStyle(one).backgroundColor);
+    const ink = node instanceof SVGElement ? getComputedStyle(node).fill : getComputedStyle(node).color;
+    const key = [...grounds, ink].join();
+    if (seen.has(key)) continue;
+    const [a, b] = [light(over(grounds)), light(over([...grounds, ink]))].sort((x, y) => y - x);
+    seen.set(key, [(a + 0.05) / (b + 0.05), node.className.baseVal ?? node.className, node.textContent.slice(0, 30)]);
+  }
+  return [...seen.values()].sort((x, y) => x[0] - y[0]);
+}"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_themes_have_contrast(show, theme):
+    window = show(example(), color_scheme=theme)
+    ground = "getComputedStyle(document.body).backgroundColor"
+    by_system = window.page.evaluate(ground)
+    for metric in ("score", "rel"):
+        window.page.locator("#metric").select_option(metric)
+        found = window.page.evaluate(CONTRAST)
+        assert len(found) > 10 and found[0][0] >= 4.5, found[:3]
+    other = {"light": "dark", "dark": "light"}[theme]
+    window.page.locator("#theme").select_option(other)
+    assert window.page.evaluate(ground) != by_system
+    window.page.locator("#theme").select_option(theme)
+    assert window.page.evaluate(ground) == by_system
+
+
+@pytest.mark.parametrize("report", [example(), hostile()], ids=["example", "hostile"])
+def test_a_phone_scrolls_downwards_only(show, report):
+    window = show(report, viewport=PHONE, has_touch=True)
+    assert window.overflow() == 0
+    sample = report["samples"][0]["sample"]
+    window.token(sample, 5).tap()
+    assert window.panel()["Position"] == "5"
+    box = window.page.locator(".panel").bounding_box()
+    assert box["y"] >= 0 and box["y"] + box["height"] <= PHONE["height"] + 1
+    for summary in window.page.locator("summary").all()[:3]:
+        summary.click()
+    assert window.overflow() == 0
+
+
+def test_paper_gets_the_samples_without_controls(show):
+    window = show(example())
+    window.page.emulate_media(media="print")
+    assert not window.page.locator("#search").is_visible() and not window.page.locator(".panel").is_visible()
+    assert window.page.locator(".token").first.is_visible()
+
+
+def test_hostile_text_is_text(show):
+    report = hostile()
+    window = show(report)
+    page = window.page
+    for summary in page.locator("summary").all():
+        summary.click()
+    page.get_by_role("button", name="Show all").click()
+    texts = "nodes => nodes.map((node) => JSON.stringify(node.textContent))"  # halves of pairs would be lost on the way
+
+    def texts_of(selector: str) -> list[str]:
+        return [json.loads(text) for text in page.eval_on_selector_all(selector, texts)]
+
+    assert texts_of("[data-sample='0'] [data-index]") == [*HOSTILE, LONG]
+    assert set(texts_of("#types .lone")) == {*HOSTILE, LONG, "empty"} - {""}
+    assert texts_of("#notes li") == [*HOSTILE, LONG]
+    assert texts_of("h1") == ["".join(HOSTILE)]
+    assert set(texts_of("#verdict p")) == {" ".join([*HOSTILE, LONG])}
+    shown = set(texts_of("#settings bdi"))
+    assert set(HOSTILE) <= shown and {f"{text}.{text}" for text in HOSTILE} <= shown
+    assert page.locator("img, iframe, object, embed, base, form, link, [onerror], [onload], [onmouseover]").count() == 0
+    assert page.locator("script").count() == 2
+    assert window.overflow() == 0
+
+
+def test_marks_of_direction_stay_in_their_token(show):
+    """Right-to-left text reads from the right, and a token's override does not turn round the tokens after it."""
+    report = example()
+    sample = report["samples"][0]
+    texts = ["abc", "\u202e", "def", " ", "ghi", "\n", "שלום", " ", "עולם", " abc"]
+    sample["tokens"] = {"text": texts, "id": [0] * len(texts), "role": [0] * len(texts)}
+    page = show(report).page
+    lefts = page.eval_on_selector_all(
+        f"[data-sample='{sample['sample']}'] [data-index]",
+        "nodes => nodes.map((node) => node.getBoundingClientRect().left)",
+    )
+    assert lefts[0] < lefts[2] < lefts[4]
+    assert lefts[6] > lefts[8] > lefts[9]
+    first_letter = page.locator(f"[data-sample='{sample['sample']}'] [data-index='2']").evaluate(
+        "node => { const range = new Range(); range.setStart(node.firstChild, 0); range.setEnd(node.firstChild, 1);"
+        " return range.getBoundingClientRect().left; }"
+    )
+    assert first_letter == pytest.approx(lefts[2], abs=0.5)
+
+
+def test_the_policy_stops_what_would_leave_the_page(browser, tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(render(example()), encoding="utf-8")
+    window = Window(browser, path)
+    window.page.evaluate("fetch('http://127.0.0.1:9/').catch(() => 0)")
+    window.page.evaluate("document.body.append(Object.assign(document.createElement('script'), {text: 'alert(1)'}))")
+    window.page.evaluate("document.body.append(Object.assign(new Image(), {src: 'http://127.0.0.1:9/x.png'}))")
+    window.wait_for(lambda: sum("Content Security Policy" in event for event in window.events) >= 3)
+    window.context.close()
+    assert not any("dialog" in event for event in window.events)
+
+
+def test_these_tests_notice_text_that_is_not_escaped(browser, tmp_path, monkeypatch):
+    """Each guard taken away: the hostile report runs something, or the page is not drawn."""
+    monkeypatch.setattr(page_module, "as_script_data", lambda report: json.dumps(report))
+    path = tmp_path / "page.html"
+    path.write_text(re.sub(r"<meta http-equiv[^>]*>", "", render(hostile())), encoding="utf-8")
+    window = Window(browser, path)
+    assert window.page.locator("img").count() > 0
+    window.wait_for(lambda: "dialog: 1" in window.events)
+    window.context.close()
