@@ -95,17 +95,20 @@ def gather(
             "dropping": verdict.dropping(of_main, sums.total, sums.kinds, kind_texts),
             "drifting": verdict.drifting(of_main, sums.steps),
         },
-        "notes": [*_notes(files, len(samples), sums, texts), *notes, *(note for run in runs for note in run.notes)],
+        "notes": [
+            *_notes(files, len(samples), choice.num_watched, sums, texts), *notes, *(note for run in runs for note in run.notes)
+        ],
     }  # fmt: skip
 
 
-def _notes(files: Sequence[RecordFile], num_shown: int, sums: Sums, texts: Texts) -> list[str]:
+def _notes(files: Sequence[RecordFile], num_shown: int, num_watched: int, sums: Sums, texts: Texts) -> list[str]:
     """What to know of the records."""
     if not files:
         return []
+    watched = f", {num_watched:,} of them watched" if num_watched else ""
     notes = [
-        f"{num_shown:,} samples are shown; the figures are over all {sums.num_samples:,} that were recorded (one that was at "
-        "several steps counts at each)."
+        f"{num_shown:,} samples are shown{watched}. All figures are of the {sums.num_samples:,} samples of the recorded "
+        "batches (one that is in several counts in each)."
     ]
     if all(file.watched for file in files):
         notes.append("There are no records of training's batches: figures are those of the watched samples.")

@@ -12,8 +12,8 @@ MARGIN = 0.005
 """Part of a validation loss by which two runs must differ for it to be called a difference; one seed shows no less."""
 DRIFT_BOUND = 0.2
 """Nats; the default of selection.drift_bound."""
-STEADY = 0.01
-"""Nats by which a mean may move and still be steady."""
+STEADY = 0.1
+"""Part of itself by which a mean may move and still be steady."""
 SHOWN = 5
 """Kinds of tokens that a sentence names."""
 FEW = 20
@@ -141,7 +141,7 @@ def drifting(main: Run, steps: Mapping[int, StepFigures]) -> str:
     step, last = curve[-1]
     side = f"{abs(last):.3g} nats {'above' if last > 0 else 'below'} their history losses"
     middle_step, middle = curve[(len(curve) - 1) // 2]
-    way = "steady" if abs(last - middle) <= STEADY else "rising" if last > middle else "falling"
+    way = "steady" if abs(last - middle) <= STEADY * abs(middle) else "rising" if last > middle else "falling"
     text = f"Dropped tokens are {side} at step {step}"
     if len(curve) > 1:
         text += f" ({way}: {middle:.3g} at step {middle_step})"

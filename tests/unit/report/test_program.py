@@ -52,6 +52,7 @@ def test_hostile_texts_pass_unharmed_and_the_form_is_the_page_s(tmp_path):
     assert list(by_sample[100]["at"]) == ["10", "20"] and list(by_sample[1001]["at"]) == ["10"]
     assert {kind["text"] for kind in report["types"]} == set(HOSTILE)
     assert report["samples"][0]["sample"] == 100
+    assert report["notes"][0].startswith("14 samples are shown, 2 of them watched. All figures are of the 12 samples")
     at = by_sample[100]["at"]["20"]
     assert at["loss"][:5] == [None] * 4 + [1.0] and at["rel"][6] == -0.2 and at["weight"] is None
     assert sum(report["scores"]["10"]["selected"]) == 6 * 8 and report["scores"]["10"]["threshold"] == pytest.approx(
