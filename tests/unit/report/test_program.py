@@ -65,12 +65,13 @@ def test_hostile_texts_pass_unharmed_and_the_form_is_the_page_s(tmp_path):
     json.dumps(report, allow_nan=False)
 
 
-@pytest.mark.parametrize("token_bytes", [18, 0])
-def test_a_page_has_room_for_what_it_shows(tmp_path, monkeypatch, token_bytes):
+@pytest.mark.parametrize(("token_bytes", "step_bytes"), [(18, 42), (0, 1)])
+def test_a_page_has_room_for_what_it_shows(tmp_path, monkeypatch, token_bytes, step_bytes):
     """Also where what tokens take was estimated too low."""
     folder = make_run(tmp_path / "run", samples=20, length=600)
     monkeypatch.setattr(gathering, "ROOM", 400_000)
     monkeypatch.setattr(gathering, "_TOKEN_BYTES", token_bytes)
+    monkeypatch.setattr(gathering, "_STEP_BYTES", step_bytes)
     runs = open_runs([folder])
     report = gather(runs, runs[0].records(), Texts(None), num_samples=20)
     assert len(report["samples"]) == 20
