@@ -80,16 +80,6 @@ def gather(
     kind_texts = dict(zip(notable.tolist(), texts.of(notable), strict=True))
     shown = choice.shown()
     samples, notes = _samples(files, shown, texts, data, ROOM * max(1.0, num_samples / 200))
-    if files:
-        distinct = {one["sample"] for one in samples}
-        notes.insert(
-            0,
-            f"{len(distinct):,} samples are shown of {sums.num_samples:,} that were recorded; all figures are of all.",
-        )
-    if files and not any(not file.watched for file in files):
-        notes.append("There are no records of training's batches: figures are those of the watched samples.")
-    if files and not texts.is_known:
-        notes.append("The records hold no text: tokens are shown by their ids. --tokenizer names a tokenizer.")
     of_main = main or Run(name="token records", folder=files[0].path.parent, logs=files[0].path.parent)
     return {
         "title": title or of_main.name,
@@ -105,8 +95,28 @@ def gather(
             "dropping": verdict.dropping(of_main, sums.total, sums.kinds, kind_texts),
             "drifting": verdict.drifting(of_main, sums.steps),
         },
-        "notes": [*notes, *(note for run in runs for note in run.notes)],
+        "notes": [
+            *_notes(files, len(samples), choice.num_watched, sums, texts), *notes, *(note for run in runs for note in run.notes)
+        ],
     }  # fmt: skip
+
+
+def _notes(files: Sequence[RecordFile], num_shown: int, num_watched: int, sums: Sums, texts: Texts) -> list[str]:
+    """What to know of the records."""
+    if not files:
+        return []
+    watched = f", {num_watched:,} of them watched" if num_watched else ""
+    notes = [
+        f"{num_shown:,} samples are shown{watched}. All figures are of the {sums.num_samples:,} samples of the recorded "
+        "batches (one that is in several counts in each)."
+    ]
+    if all(file.watched for file in files):
+        notes.append("There are no records of training's batches: figures are those of the watched samples.")
+    if not all(file.names_step for file in files):
+        notes.append("Files whose names have no step, such as those of `score`, are shown as step 0.")
+    if not texts.is_known:
+        notes.append("The records hold no text: tokens are shown by their ids. --tokenizer names a tokenizer.")
+    return notes
 
 
 def _describe_run(run: Run, *, is_main: bool) -> dict[str, Any]:

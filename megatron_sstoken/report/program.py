@@ -21,7 +21,7 @@ def parse_arguments(arguments: list[str] | None = None, program: str | None = No
     """The command line."""
     parser = argparse.ArgumentParser(prog=program, description=DESCRIPTION, formatter_class=HelpFormatter)
     parser.add_argument("--run", metavar="DIR", help="folder of a run (its checkpoints), or its logs")
-    parser.add_argument("--compare", metavar="DIR", nargs="+", action="extend", default=[], help="runs to compare with")
+    parser.add_argument("--compare", metavar="DIR", nargs="+", action="extend", help="runs to compare with")
     parser.add_argument(
         "--records", metavar="PATH", help="token records to use: a file of `score`, or a folder of files"
     )
@@ -57,7 +57,7 @@ def report(options: argparse.Namespace) -> int:
     """Write what is asked for."""
     for name in ("output", "export"):
         _require_place(name, getattr(options, name))
-    runs = open_runs([options.run, *options.compare]) if options.run else []
+    runs = open_runs([options.run, *(options.compare or ())]) if options.run else []
     files = find_records(options.records) if options.records else runs[0].records()
     data_fingerprint(files)  # one of them all
     data = _data_of(files, runs, options.data)

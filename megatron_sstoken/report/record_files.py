@@ -37,6 +37,7 @@ class RecordFile:
     columns: frozenset[str]
     num_rows: int
     data_fingerprint: str | None
+    names_step: bool = True
     watched: bool = False
     """Holds the same samples as the files of other steps beside it."""
 
@@ -65,13 +66,15 @@ def _open(path: Path, watched: bool) -> RecordFile:
         if name in (*_WHOLE, *_NUMBERS, "selected") and not _fits(name, schema.field(name).type):
             raise ValueError(f"{path}: column {name} is {schema.field(name).type}: it does not hold token records")
     names = frozenset(schema.names)
-    if TEXT in names and all(_is_null(metadata.row_group(group), TEXT) for group in range(metadata.num_row_groups)):
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    if TEXT in names and (not _is_text(schema.field(TEXT).type) or all(_is_null(group, TEXT) for group in groups)):
         names -= {TEXT}
     number = _STEP.fullmatch(path.name)
     of_data = (schema.metadata or {}).get(DATA_KEY)
     return RecordFile(
         path=path,
         step=int(number[1]) if number else 0,
+        names_step=number is not None,
         columns=names,
         num_rows=metadata.num_rows,
         data_fingerprint=of_data.decode() if of_data else None,
@@ -95,6 +98,11 @@ def _fits(name: str, kind: pa.DataType) -> bool:
     if name == "selected":
         return pa.types.is_boolean(kind)
     return pa.types.is_integer(kind) or (name in _NUMBERS and pa.types.is_floating(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def data_fingerprint(files: Iterable[RecordFile]) -> str | None:

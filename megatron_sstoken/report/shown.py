@@ -55,6 +55,11 @@ class Choice:
             best.offer(figures, figures[key])
         self._drawn.offer(figures, _chance(figures["sample"], self._seed))
 
+    @property
+    def num_watched(self) -> int:
+        """Watched samples among those shown."""
+        return len(self._watched)
+
     def shown(self) -> np.ndarray:
         """`SAMPLE` [at most the number]: each sample once, in the order in which they are taken."""
         taken = self._watched

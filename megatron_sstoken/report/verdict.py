@@ -12,8 +12,8 @@ MARGIN = 0.005
 """Part of a validation loss by which two runs must differ for it to be called a difference; one seed shows no less."""
 DRIFT_BOUND = 0.2
 """Nats; the default of selection.drift_bound."""
-STEADY = 0.01
-"""Nats by which a mean may move and still be steady."""
+STEADY = 0.1
+"""Part of itself by which a mean may move and still be steady."""
 SHOWN = 5
 """Kinds of tokens that a sentence names."""
 FEW = 20
@@ -99,6 +99,8 @@ def _above(difference: float, name: str) -> str:
 
 def dropping(main: Run, total: StepFigures, kinds: KindFigures, texts: Mapping[int, str]) -> str:
     """What is dropped, by kinds of tokens; `texts` has those of `KindFigures.notable`."""
+    if main.method == "full" and not total.num_dropped:
+        return "Nothing is dropped: method `full` trains on every response token."
     if not total.num_response:
         share = main.curves.get("selection/share")
         known = f"; {_percent(1 - share[-1][1])} were dropped at step {share[-1][0]}" if share else ""
@@ -127,6 +129,8 @@ def dropping(main: Run, total: StepFigures, kinds: KindFigures, texts: Mapping[i
 
 def drifting(main: Run, steps: Mapping[int, StepFigures]) -> str:
     """Whether dropped tokens become worse than they were under the history."""
+    if main.method == "full" and not any(one.num_dropped for one in steps.values()):
+        return "No token is dropped, so none can drift."
     curve: Curve = main.curves.get("loss/dropped_minus_history") or [
         (step, one.drift) for step, one in sorted(steps.items()) if one.num_changed
     ]
@@ -137,7 +141,7 @@ def drifting(main: Run, steps: Mapping[int, StepFigures]) -> str:
     step, last = curve[-1]
     side = f"{abs(last):.3g} nats {'above' if last > 0 else 'below'} their history losses"
     middle_step, middle = curve[(len(curve) - 1) // 2]
-    way = "steady" if abs(last - middle) <= STEADY else "rising" if last > middle else "falling"
+    way = "steady" if abs(last - middle) <= STEADY * abs(middle) else "rising" if last > middle else "falling"
     text = f"Dropped tokens are {side} at step {step}"
     if len(curve) > 1:
         text += f" ({way}: {middle:.3g} at step {middle_step})"

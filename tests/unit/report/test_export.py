@@ -15,7 +15,7 @@ from megatron_sstoken.report.prepared import PreparedData
 from megatron_sstoken.report.record_files import find_records
 from megatron_sstoken.report.texts import Texts, joined, texts_in_records
 from tests.helpers.preparation import run
-from tests.helpers.token_records import Token, write_file
+from tests.helpers.token_records import Token, write_file, write_rows
 from tests.helpers.toy import make_tokenizer
 
 HOSTILE = "</script><img src=x onerror=alert(1)> \u202eabc\u2066 {{7*7}} \\xe2\\x80 \x00 ∑é🎉"
@@ -125,6 +125,13 @@ def test_the_last_step_counts_and_orders_differ(tmp_path):
     first = read(tmp_path / "drift.jsonl")[0]
     assert (first["step"], first["drift"], first["dropped_share"], first["num_response"]) == (2, 1.5, 0.3333, 3)
     assert (first["text"], first["row"], first["note"]) == (None, None, NO_DATA)
+
+
+def test_a_sample_twice_in_a_batch_has_its_text_once(tmp_path):
+    rows = [(3, place, Token(place, text=text)) for place, text in enumerate("abc") for _ in range(2)]
+    files = find_records(write_rows(tmp_path / "r.parquet", rows))
+    assert export(files, texts_in_records(files), None, tmp_path / "d.jsonl") == (1, 0)
+    assert read(tmp_path / "d.jsonl")[0]["text"] == "abc"
 
 
 def test_bytes_become_characters_and_what_only_looks_so_stays():

@@ -52,7 +52,7 @@ def near(found, expected):
     return np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(samples=SAMPLES, batch=st.integers(1, 9), group=st.integers(1, 9))
 def test_sums_are_those_of_plain_loops(tmp_path_factory, samples, batch, group):
     # Two visits to one sample, one after the other, are told apart by the position, which goes back.

@@ -52,6 +52,7 @@ def test_hostile_texts_pass_unharmed_and_the_form_is_the_page_s(tmp_path):
     assert list(by_sample[100]["at"]) == ["10", "20"] and list(by_sample[1001]["at"]) == ["10"]
     assert {kind["text"] for kind in report["types"]} == set(HOSTILE)
     assert report["samples"][0]["sample"] == 100
+    assert report["notes"][0].startswith("14 samples are shown, 2 of them watched. All figures are of the 12 samples")
     at = by_sample[100]["at"]["20"]
     assert at["loss"][:5] == [None] * 4 + [1.0] and at["rel"][6] == -0.2 and at["weight"] is None
     assert sum(report["scores"]["10"]["selected"]) == 6 * 8 and report["scores"]["10"]["threshold"] == pytest.approx(
@@ -64,12 +65,13 @@ def test_hostile_texts_pass_unharmed_and_the_form_is_the_page_s(tmp_path):
     json.dumps(report, allow_nan=False)
 
 
-@pytest.mark.parametrize("token_bytes", [18, 0])
-def test_a_page_has_room_for_what_it_shows(tmp_path, monkeypatch, token_bytes):
+@pytest.mark.parametrize(("token_bytes", "step_bytes"), [(18, 42), (0, 1)])
+def test_a_page_has_room_for_what_it_shows(tmp_path, monkeypatch, token_bytes, step_bytes):
     """Also where what tokens take was estimated too low."""
     folder = make_run(tmp_path / "run", samples=20, length=600)
     monkeypatch.setattr(gathering, "ROOM", 400_000)
     monkeypatch.setattr(gathering, "_TOKEN_BYTES", token_bytes)
+    monkeypatch.setattr(gathering, "_STEP_BYTES", step_bytes)
     runs = open_runs([folder])
     report = gather(runs, runs[0].records(), Texts(None), num_samples=20)
     assert len(report["samples"]) == 20
@@ -100,6 +102,7 @@ def test_records_alone_make_a_page(tmp_path, capsys):
     file = write_file(tmp_path / "scored.parquet", [(0, [Token(role=0), Token(1, text="a")])])
     assert main(["--records", str(file), "--output", str(tmp_path / "page.html")]) == 0
     assert "token records alone hold no validation loss" in capsys.readouterr().out
+    assert "are shown as step 0" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_a_run_without_records_makes_a_page(tmp_path):

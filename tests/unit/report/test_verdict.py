@@ -87,6 +87,12 @@ def test_what_is_dropped():
     )
 
 
+def test_a_run_that_selects_nothing_drops_nothing():
+    full = run(method="full", drift=[(10, 1.0)])
+    assert "method `full` trains on every response token" in dropping(full, StepFigures(), KindFigures(), {})
+    assert drifting(full, {}) == "No token is dropped, so none can drift."
+
+
 def test_nothing_to_say_of_what_is_dropped():
     assert "Nothing is dropped: all 7" in dropping(run(), *sums({0: (7, 0)}), {0: "a"})
     nothing = dropping(run(), StepFigures(), KindFigures(), {})
@@ -102,6 +108,7 @@ def test_nothing_to_say_of_what_is_dropped():
         ([(10, 0.1), (20, 0.31)], {}, "above their history losses at step 20 (rising: 0.1 at step 10), more than 0.2"),
         ([(10, 0.1), (20, 0.31)], {}, "(selection.drift_bound): drifting."),
         ([(10, 0.5), (20, 0.3)], {}, "drifted, and coming back."),
+        ([(10, 0.32), (20, 0.31)], {}, "(steady: 0.32 at step 10), more than 0.2 (selection.drift_bound): drifting."),
         ([(10, 0.05), (20, 0.15)], {}, "within the bound of 0.2 (selection.drift_bound): not drifting yet."),
         ([(10, 0.15), (20, 0.15)], {}, "(steady: 0.15 at step 10), within the bound of 0.2 (selection.drift_bound): not"),
         ([(10, -0.1), (20, -0.2)], {}, "0.2 nats below their history losses at step 20 (falling: -0.1 at step 10): not"),
