@@ -3,6 +3,7 @@
 const TYPE_COLUMNS = [
   ["text", "Token", null],
   ["count", "Count", WHOLE],
+  ["dropped", "Dropped", WHOLE],
   ["selected_share", "Kept", SHARE],
   ["loss", "Mean loss", LOSS],
   ["history_loss", "History", LOSS],
@@ -15,7 +16,8 @@ function showTypes(place, report) {
     place.append(element("p", { class: "muted" }, "No response tokens were recorded."));
     return;
   }
-  const state = { by: "selected_share", isRising: true, isWhole: false };
+  const types = report.types.map((type) => ({ ...type, dropped: Math.round(type.count * (1 - type.selected_share)) }));
+  const state = { by: "dropped", isRising: false, isWhole: false };
   const body = element("tbody");
   const headings = TYPE_COLUMNS.map(([name, title]) =>
     element("th", { scope: "col" }, element("button", { type: "button", onclick: () => sortBy(name) }, title)),
@@ -29,7 +31,7 @@ function showTypes(place, report) {
     show();
   }
   function show() {
-    const sorted = sortedTypes(report.types, state);
+    const sorted = sortedTypes(types, state);
     body.replaceChildren(...(state.isWhole ? sorted : sorted.slice(0, FEW)).map(typeRow));
     TYPE_COLUMNS.forEach(([name], index) =>
       headings[index].setAttribute("aria-sort", name !== state.by ? "none" : state.isRising ? "ascending" : "descending"),
