@@ -18,6 +18,11 @@ function linear([low, high], [from, to]) {
   return (value) => from + ((value - low) / span) * (to - from);
 }
 
+function stepScale(steps, width) {
+  const range = [steps[0], steps.at(-1)];
+  return linear(steps.length > 1 ? range : aired(range), [EDGE.left, width - EDGE.right]);
+}
+
 /** Round values inside a range, about `count` of them. */
 function ticks([low, high], count) {
   const rough = (high - low) / count || 1;
@@ -35,6 +40,10 @@ function aired([low, high]) {
 }
 
 const FEW_POINTS = 25;
+const STEPS_OF_KEYS = {
+  ArrowLeft: -1, ArrowDown: -1, PageDown: -10, Home: -Infinity,
+  ArrowRight: 1, ArrowUp: 1, PageUp: 10, End: Infinity,
+};
 const EDGE = { left: 46, right: 10, top: 8, bottom: 24 };
 
 function axes(width, height, x, y, xTicks, yTicks, shown = (value) => value) {
@@ -53,7 +62,7 @@ function axes(width, height, x, y, xTicks, yTicks, shown = (value) => value) {
 }
 
 /**
- * Lines over the steps, with a legend that tells the values at one step: the last, or the one that is pointed at.
+ * Lines over the steps, with a legend that tells the values at the step that is pointed at, or else each line's last.
  * `series`: [{name, style, points: [[step, value], …]}], `style` a number from 0.
  */
 function lineChart({ title, series, height }) {
@@ -78,27 +87,28 @@ function lineChart({ title, series, height }) {
   });
   frame.append(picture);
 
+  const ends = unique(series.map((one) => one.points.at(-1)[0]));
+
   function show(index, isPointed) {
-    cursor.index = index;
-    cursor.isPointed = isPointed;
-    place.textContent = `step ${figure(steps[index])}`;
-    values.forEach((node, number) => (node.textContent = figure(valuesAt[number].get(steps[index]))));
+    Object.assign(cursor, { index, isPointed });
+    const shown = series.map((one, number) => figure(isPointed ? valuesAt[number].get(steps[index]) : one.points.at(-1)[1]));
+    const told = series.map((one, number) => `${one.name} ${shown[number]}`);
+    place.textContent = isPointed || ends.length === 1 ? `step ${figure(steps[index])}` : "each at its last step";
+    values.forEach((node, number) => (node.textContent = shown[number]));
     frame.setAttribute("aria-valuenow", index);
-    const told = series.map((one, number) => `${one.name} ${figure(valuesAt[number].get(steps[index]))}`);
     frame.setAttribute("aria-valuetext", `${place.textContent}: ${told.join("; ")}`);
     cursor.move();
   }
   function pointAt(event) {
     const box = frame.getBoundingClientRect();
-    const x = linear(steps.length > 1 ? [steps[0], steps.at(-1)] : aired([steps[0], steps[0]]), [EDGE.left, box.width - EDGE.right]);
+    const x = stepScale(steps, box.width);
     const distances = steps.map((step) => Math.abs(x(step) - (event.clientX - box.left)));
     show(distances.indexOf(Math.min(...distances)), true);
   }
   function moveByKey(event) {
-    const moves = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -10, PageUp: 10, Home: -Infinity, End: Infinity };
-    if (!(event.key in moves)) return;
+    if (!(event.key in STEPS_OF_KEYS)) return;
     event.preventDefault();
-    show(Math.min(steps.length - 1, Math.max(0, cursor.index + moves[event.key])), true);
+    show(Math.min(steps.length - 1, Math.max(0, cursor.index + STEPS_OF_KEYS[event.key])), true);
   }
   show(steps.length - 1, false);
   return element(
@@ -106,12 +116,16 @@ function lineChart({ title, series, height }) {
     { class: "chart" },
     element("figcaption", {}, element("h3", {}, given(title)), place),
     frame,
-    element("ul", { class: "legend" }, series.map((one, number) => element("li", {}, swatch(one.style), given(one.name), " ", values[number]))),
+    element(
+      "ul",
+      { class: "legend" },
+      series.map((one, number) => element("li", {}, swatch(one.style), given(one.name), " ", values[number])),
+    ),
   );
 }
 
 function drawLines(width, height, series, steps, cursor) {
-  const x = linear(steps.length > 1 ? [steps[0], steps.at(-1)] : aired([steps[0], steps[0]]), [EDGE.left, width - EDGE.right]);
+  const x = stepScale(steps, width);
   const yRange = aired(extent(series.flatMap((one) => one.points.map(([, value]) => value))));
   const y = linear(yRange, [height - EDGE.bottom, EDGE.top]);
   const guide = svg("line", { class: "guide", y1: EDGE.top, y2: height - EDGE.bottom });
@@ -156,7 +170,8 @@ function path(points, x, y) {
 
 /** A piece of a run's line, for legends: colour and dashes. */
 function swatch(style) {
-  return svg("svg", { class: "swatch", width: 26, height: 10, "aria-hidden": "true" }, svg("path", { class: `line style-${style}`, d: "M1 5H25" }));
+  const line = svg("path", { class: `line style-${style}`, d: "M1 5H25" });
+  return svg("svg", { class: "swatch", width: 26, height: 10, "aria-hidden": "true" }, line);
 }
 
 /** Two counts for each interval, one upwards and one downwards, with a line at `mark`. */

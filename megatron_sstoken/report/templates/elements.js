@@ -42,16 +42,15 @@ function isNumber(value) {
   return typeof value === "number" && Number.isFinite(value);
 }
 
-/** A table in a frame that scrolls by itself where the screen is narrow. Cells are strings or nodes. */
-function table(caption, columns, rows, { id = null, firstIsHeading = true } = {}) {
-  const cell = (content, column) =>
-    element(firstIsHeading && column === 0 ? "th" : "td", firstIsHeading && column === 0 ? { scope: "row" } : {}, content);
+/** A table in a frame that scrolls by itself where the screen is narrow. Cells are strings or nodes; the first of a row names it. */
+function table(caption, columns, rows) {
+  const cell = (content, column) => (column === 0 ? element("th", { scope: "row" }, content) : element("td", {}, content));
   return element(
     "div",
     { class: "frame", tabindex: 0, role: "region", "aria-label": caption },
     element(
       "table",
-      { id },
+      {},
       element("caption", { class: "unseen" }, caption),
       element("thead", {}, element("tr", {}, columns.map((column) => element("th", { scope: "col" }, column)))),
       element("tbody", {}, rows.map((row) => element("tr", {}, row.map(cell)))),

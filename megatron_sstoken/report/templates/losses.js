@@ -25,7 +25,8 @@ function showLosses(place, report) {
 }
 
 function charts(panels) {
-  return element("div", { class: "charts" }, panels.map((panel, index) => lineChart({ ...panel, height: index === 0 ? 260 : 180 })));
+  const heightOf = (index) => (index === 0 ? 260 : 180);
+  return element("div", { class: "charts" }, panels.map((panel, index) => lineChart({ ...panel, height: heightOf(index) })));
 }
 
 function panelsOf(runs, named) {
@@ -42,5 +43,6 @@ function curveTable({ title, series }) {
   const steps = unique(series.flatMap((one) => one.points.map(([step]) => step))).sort((a, b) => a - b);
   const valuesAt = series.map((one) => new Map(one.points));
   const rows = steps.map((step) => [figure(step), ...valuesAt.map((values) => figure(values.get(step)))]);
-  return element("div", {}, element("h3", {}, given(title)), table(`${title} by step`, ["Step", ...series.map((one) => given(one.name))], rows));
+  const columns = ["Step", ...series.map((one) => given(one.name))];
+  return element("div", {}, element("h3", {}, given(title)), table(`${title} by step`, columns, rows));
 }

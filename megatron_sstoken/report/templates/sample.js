@@ -104,10 +104,13 @@ function hitsOf(texts, search) {
 function factsOf(sample, { now, values, before }) {
   const chosenFrom = sample.tokens.role.map((_, index) => index).filter((index) => isChosenFrom(sample, values, index));
   const dropped = chosenFrom.filter((index) => !values.selected[index]);
-  const changes = dropped.filter((index) => isNumber(values.history_loss?.[index])).map((index) => values.loss[index] - values.history_loss[index]);
+  const changes = dropped
+    .filter((index) => isNumber(values.history_loss?.[index]))
+    .map((index) => values.loss[index] - values.history_loss[index]);
   const count = `${dropped.length} of ${chosenFrom.length} response tokens${sample.is_cut ? " shown" : ""} dropped`;
   const share = chosenFrom.length ? `${count} (${figure(dropped.length / chosenFrom.length, SHARE)})` : "no response tokens";
-  const drift = changes.length ? `their loss ${figure(changes.reduce((a, b) => a + b, 0) / changes.length, SIGNED)} nats against the history` : null;
+  const mean = changes.length ? changes.reduce((a, b) => a + b, 0) / changes.length : null;
+  const drift = mean === null ? null : `their loss ${figure(mean, SIGNED)} nats against the history`;
   const step = before === undefined ? `recorded at step ${figure(now)} alone` : `step ${figure(now)}`;
   const parts = [share, drift, sample.source === null ? null : ["source ", given(sample.source)], step];
   return parts.filter((part) => part !== null).flatMap((part, index) => (index ? [" · ", part] : [part])).flat();

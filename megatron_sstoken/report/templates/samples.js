@@ -19,7 +19,10 @@ function showSamples(place, report) {
     return;
   }
   const steps = report.steps.length ? report.steps : recordedSteps(report.samples);
-  const view = { step: steps.at(-1), metric: "score", marking: "struck", order: "given", search: "", source: "", onlyHere: false, page: 0 };
+  const view = {
+    step: steps.at(-1), metric: "score", marking: "struck", // how samples are shown
+    order: "given", search: "", source: "", onlyHere: false, page: 0, // which ones
+  };
   const panel = tokenPanel();
   const list = element("div", { class: "list" });
   const status = element("p", { class: "muted", role: "status" });
@@ -115,7 +118,8 @@ function controls(report, steps, view, { change, look }) {
   const hasEntropy = report.samples.some((sample) => Object.values(sample.at).some((values) => values.entropy));
   const metrics = METRICS.filter(([name]) => name !== "entropy" || hasEntropy);
   const only = element("input", { type: "checkbox", id: "only-here", onchange: () => change({ onlyHere: only.checked }) });
-  const search = element("input", { type: "search", id: "search", autocomplete: "off", spellcheck: "false", dir: "auto", oninput: later(() => change({ search: search.value.toLowerCase() })) });
+  const find = later(() => change({ search: search.value.toLowerCase() }));
+  const search = element("input", { type: "search", id: "search", autocomplete: "off", spellcheck: "false", dir: "auto", oninput: find });
   return element(
     "div",
     { class: "controls" },
@@ -123,10 +127,14 @@ function controls(report, steps, view, { change, look }) {
     choice("metric", "Shade by", metrics, view.metric, (metric) => look({ metric })),
     choice("marking", "Dropped tokens", MARKINGS, view.marking, (marking) => look({ marking })),
     choice("order", "Order", ORDERS, view.order, (order) => change({ order })),
-    sources.length > 1 ? choice("source", "Source", [["", "all"], ...sources.map((source) => [source, source])], "", (source) => change({ source })) : null,
+    sources.length > 1 ? choice("source", "Source", sourceOptions(sources), "", (source) => change({ source })) : null,
     element("label", { class: "field" }, element("span", {}, "Search text"), search),
     steps.length > 1 ? element("label", { class: "check" }, only, " only samples recorded at this step") : null,
   );
+}
+
+function sourceOptions(sources) {
+  return [["", "all"], ...sources.map((source) => [source, source])];
 }
 
 function stepSlider(steps, view, look) {
@@ -178,7 +186,8 @@ function shadeLegend(view) {
   const name = METRICS.find(([metric]) => metric === view.metric)[1];
   if (view.scale === null) return [element("span", {}, `${name} was not recorded.`)];
   const { low, high } = view.scale;
-  const cells = Array.from({ length: 9 }, (_, index) => element("span", { class: `cell ${shadeOf(low + (index / 8) * (high - low), view.scale)}` }));
+  const values = Array.from({ length: SHADES + 1 }, (_, index) => low + (index / SHADES) * (high - low));
+  const cells = values.map((value) => element("span", { class: `cell ${shadeOf(value, view.scale)}` }));
   return [
     element("span", {}, `${name} ${figure(low)} `, element("span", { class: "scale", "aria-hidden": "true" }, cells), ` ${figure(high)}`),
     element("span", { class: "list", "data-marking": view.marking }, element("span", { class: "token dropped shade-2" }, "dropped")),

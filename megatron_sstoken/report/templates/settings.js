@@ -24,7 +24,8 @@ function changedRow(name, runs) {
   const shown = values.map((value, index) =>
     element("span", { class: name in runs[index].changed ? null : "muted" }, given(settingText(value))),
   );
-  return [[given(name), known.length < 2 ? null : element("abbr", { class: "differs", title: "not the same in all runs" }, " ≠")], ...shown];
+  const mark = known.length < 2 ? null : element("abbr", { class: "differs", title: "not the same in all runs" }, " ≠");
+  return [[given(name), mark], ...shown];
 }
 
 /** A setting of a run, undefined where it is not known. */

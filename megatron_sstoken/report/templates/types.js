@@ -42,7 +42,8 @@ function showTypes(place, report) {
   show();
   place.append(
     element("div", { class: "frame", tabindex: 0, role: "region", "aria-label": caption },
-      element("table", { class: "types" }, element("caption", { class: "unseen" }, caption), element("thead", {}, element("tr", {}, headings)), body)),
+      element("table", { class: "types" },
+        element("caption", { class: "unseen" }, caption), element("thead", {}, element("tr", {}, headings)), body)),
     more,
   );
 }
