@@ -115,6 +115,7 @@ def report(work: Path, *, terminal: bool = False) -> list[tuple[str, str]]:
         ("dropped − history", _from_to(run["loss/dropped_minus_history"])),
         (f"trained on in step {step}", ""),
         *[("", line) for line in text.splitlines()],
+        ("page of the run", f"{work / 'report.html'}"),
         ("checkpoints", f"{work / 'run'}"),
         ("TensorBoard", f"{work / 'run' / 'logs'}"),
         ("token records", f"{work / 'run' / 'logs' / 'records'}"),

@@ -11,9 +11,8 @@ from megatron_sstoken.training.records import read_records
 from tests.helpers.cli import ROOT
 from tests.helpers.documented_shell import Shell, bash_blocks
 
-REPORT = ROOT / "tools" / "report_selection.py"
 PROGRAMS = {"train", "score", "chat"}
-TOOLS = {"make_toy", "prepare_data", "convert_checkpoint", "evaluate", "quickstart_report"}
+TOOLS = {"make_toy", "prepare_data", "convert_checkpoint", "evaluate", "quickstart_report", "report_selection"}
 
 
 def run_readme(shell: Shell, timeout: float) -> str:
@@ -73,9 +72,8 @@ def test_the_commands_that_a_run_ends_with_run_as_well(done):
     shell, said = done
     export, *others = next_commands(said, "runs/first-hf")
     assert export in (ROOT / "README.md").read_text("utf-8")
-    asked = [one for one in others if not one.startswith("python tools/report_selection.py") or REPORT.exists()]
-    assert len(asked) >= 4 and any("--data quickstart/toy/validation.jsonl" in one for one in asked)
-    script = "\n".join(["source .venv/bin/activate", *asked])
+    assert len(others) == 5 and any("--data quickstart/toy/validation.jsonl" in one for one in others)
+    script = "\n".join(["source .venv/bin/activate", *others])
     result = shell.run(script.replace("--limit 100", "--limit 4 --max_new_tokens 8"), timeout=60)
     assert result.returncode == 0, result.stderr
 
