@@ -11,6 +11,7 @@ from megatron_sstoken.history.source import open_history
 from megatron_sstoken.parallel import create_layout, start_processes
 from megatron_sstoken.training.known import open_known
 from megatron_sstoken.training.loop import create_trainer, model_to_train, train
+from megatron_sstoken.training.next_commands import describe_commands, next_commands
 from megatron_sstoken.training.resume import resumable_checkpoint, resume_point
 from megatron_sstoken.training.run_folder import RunFolder, sole_writer
 from megatron_sstoken.validate.agree import agreed_plan
@@ -75,6 +76,8 @@ def run(settings: Settings) -> None:
                 plan, layout, model, history, known=known, resume=resume, files=files, folder=folder
             )
             train(trainer)
+    if trainer.step == plan.num_steps and layout.rank == 0 and (commands := describe_commands(next_commands(plan))):
+        print(commands, flush=True)
 
 
 if __name__ == "__main__":

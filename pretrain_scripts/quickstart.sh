@@ -55,6 +55,8 @@ trap - EXIT
 say "export to Hugging Face"
 python tools/convert_checkpoint.py to-hf --checkpoint "$WORK/run" --output "$WORK/exported"
 
+say "a page: which tokens were chosen, and whether that helped"
+python tools/report_selection.py --run "$WORK/run" --compare "$WORK/full" "$WORK/random" --output "$WORK/report.html"
+
 say "what happened"
-python pretrain_scripts/quickstart_report.py --work "$WORK"
-printf '%-22s %d min %02d s\n' "time, set-up included" $((SECONDS / 60)) $((SECONDS % 60))
+python pretrain_scripts/quickstart_report.py --work "$WORK" --seconds "$SECONDS"

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from megatron_sstoken.training.next_commands import commands_of_export, describe_commands
 from megatron_sstoken.training.tags import metric_of
 
 TOLERANCE = 1e-3
@@ -114,6 +115,7 @@ def report(work: Path, *, terminal: bool = False) -> list[tuple[str, str]]:
         ("dropped − history", _from_to(run["loss/dropped_minus_history"])),
         (f"trained on in step {step}", ""),
         *[("", line) for line in text.splitlines()],
+        ("page of the run", f"{work / 'report.html'}"),
         ("checkpoints", f"{work / 'run'}"),
         ("TensorBoard", f"{work / 'run' / 'logs'}"),
         ("token records", f"{work / 'run' / 'logs' / 'records'}"),
@@ -131,6 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 1 the exported model is another one, 2 for a mistake of the user."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder of the quickstart")
+    parser.add_argument("--seconds", type=int, help="that it has taken")
     options = parser.parse_args(arguments)
     disable_progress_bar()
     for folder in (*(f"{name}/logs" for name in RUNS.values()), "exported"):
@@ -145,7 +148,21 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     for name, value in rows:
         print(f"{name:<22} {value}".rstrip())
+    if options.seconds is not None:
+        print(f"{'time, set-up included':<22} {options.seconds // 60} min {options.seconds % 60:02d} s")
+    print("\n" + describe_commands(what_next(options.work)))
     return 0
+
+
+def what_next(work: Path) -> list[tuple[str, str]]:
+    """Commands that go on from here, with the quickstart's paths."""
+    return commands_of_export(
+        str(work / "exported"),
+        run=str(work / "run"),
+        compare=[str(work / folder) for method, folder in RUNS.items() if method != "sstoken"],
+        data=str(work / "toy" / "validation.jsonl"),
+        before=str(work / "toy" / "model"),
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 ORDER = (
     "supported gpus files integrity lock tool selection config command_line device compat watchdog parallel ending data model "
-    "checkpoint run_plan passes history validate training conversion planner doctor preflight report score train launch".split()
+    "checkpoint run_plan passes history validate training conversion planner doctor preflight report talk chat "
+    "evaluate score train launch".split()
 )
 """Rooms in the order of the data's way: each imports rooms before it only."""
 PICTURE = re.compile(r"```mermaid\n.*?```", re.DOTALL)

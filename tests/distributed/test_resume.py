@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import time
 
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -138,23 +137,3 @@ def test_resuming_another_run_is_refused(case, tmp_path):
     result = train(1, settings)
     assert result.returncode != 0
     assert "training.seed=1234, now 4" in result.stderr and "training.global_batch_size=4, now 6" in result.stderr
-
-
-def test_the_settings_of_a_run_also_score_its_checkpoints(case, tmp_path):
-    """Scoring saves nothing, so the rules of saving do not hold for it: the same settings, and where to start."""
-    settings = settings_in(
-        case,
-        case / "whole",
-        model__checkpoint=str(case / "whole"),
-        history__hf_path=str(case / "model"),
-        history__store=str(tmp_path / "history"),
-        **LAYOUT,
-    )
-    output, before = tmp_path / "tokens.parquet", sorted((case / "whole").rglob("*"))
-    result = programs.run("megatron_sstoken.score", [*cli.settings_arguments(settings), f"--output={output}"], 2)
-    assert result.returncode == 0, result.stderr
-    records = read_records(output)
-    assert len(set(records["sample"].tolist())) == NUM_SAMPLES
-    assert sorted((case / "whole").rglob("*")) == before
-    moved = np.abs(records["loss"] - records["history_loss"])[records["role"] == 1]
-    assert np.nanmax(moved) > 1e-3, "the losses are the trained model's, the history is not"

@@ -79,8 +79,11 @@ def test_it_says_whether_ssToken_is_behind_random(losses: dict[str, float], says
 
 
 def test_the_whole_report(work: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["--work", str(work)]) == 0
-    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert main(["--work", str(work), "--seconds=200"]) == 0
+    said, _, commands = capsys.readouterr().out.partition("\nnext:\n")
+    assert f"--model {work / 'exported'} --data {work / 'toy' / 'validation.jsonl'} --limit 100" in commands
+    lines = [line.split(maxsplit=1) for line in said.splitlines()]
+    assert ["time,", "set-up included  3 min 20 s"] in lines
     found = {name: value for name, *rest in lines for value in rest}
     assert found["full"] == "1.2500" and found["random"] == "9.5000"
     assert found["before"] == found["sstoken"] and "lowest: full" in " ".join(map(" ".join, lines))

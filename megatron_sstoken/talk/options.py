@@ -1,0 +1,44 @@
+"""Options that the programs which ask a model share."""
+
+import argparse
+from pathlib import Path
+
+from megatron_sstoken.talk.generation import Decoding, Talker, load_talker
+from megatron_sstoken.talk.loading import DTYPES, ModelFolder
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The model, and where and how it is computed."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, help="Hugging Face folder (of to-hf), or a PEFT folder")
+    group.add_argument("--adapter", metavar="FOLDER", help="PEFT folder of adapters of --model")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; auto: the GPUs, if there are any")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="type of the weights; auto: as they are stored")
+
+
+def add_prompt(parser: argparse.ArgumentParser) -> None:
+    """What is around a question, and how long its answer may be."""
+    group = parser.add_argument_group("prompt")
+    group.add_argument("--system", metavar="TEXT", help="system message; replaces a row's own")
+    group.add_argument("--chat_template", metavar="NAME|FILE", help="template in place of the folder's")
+    group.add_argument("--max_new_tokens", type=int, default=Decoding.max_new_tokens, help="longest answer, in tokens")
+
+
+def load(options: argparse.Namespace, folder: ModelFolder, decoding: Decoding) -> Talker:
+    """The model that the options name."""
+    from megatron_sstoken.data.text.templates import find_template
+
+    template = find_template(options.chat_template) if options.chat_template else None
+    return load_talker(folder, decoding, device=options.device, dtype=options.dtype, template=template)
+
+
+def require_batch_size(size: int) -> None:
+    """Raise ValueError for a number of questions at a time that cannot be."""
+    if size < 1:
+        raise ValueError(f"--batch_size {size} must be at least 1")
+
+
+def next_to(path: str | Path, mark: str) -> Path:
+    """`answers.jsonl` and `compare` → `answers.compare.jsonl`."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.{mark}{path.suffix}")

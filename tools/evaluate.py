@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""The program `python -m megatron_sstoken.evaluate`, from a checkout."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_sstoken.evaluate import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())
