@@ -100,9 +100,7 @@ class RunFolder:
         if not self._starts:
             return
         start = self._starts[-1]
-        versions = {"commit": start["commit"], "host": start["host"], "processes": start["processes"]} | start[
-            "versions"
-        ]
+        versions = {name: start[name] for name in ("commit", "host", "processes")} | start["versions"]
         rows = "\n".join(f"| {name} | {value} |" for name, value in versions.items())
         logger.text(self.step, "1 command", _code(f"cd {start['working_directory']}\n{shlex.join(start['command'])}"))
         logger.text(self.step, "2 versions", f"| what | version |\n|---|---|\n{rows}")
