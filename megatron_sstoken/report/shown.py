@@ -94,21 +94,24 @@ def load(
 ) -> dict[int, dict[int, Columns]]:
     """Sample → step → columns of its window; `shown` is `SAMPLE` [n], `steps` those of watched files to read.
 
-    Of a step with a watched file and another one the watched file counts, which comes first in `files`.
+    Each sample has the step that its figures are of. Where a step has a watched file and another one, the watched one counts,
+    which comes first in `files`.
     """
     windows = {int(one["sample"]): window_of(one, longest) for one in shown}
     own_steps = {int(one["sample"]): int(one["step"]) for one in shown}
     loaded: dict[int, dict[int, Columns]] = {sample: {} for sample in windows}
     most = max(_MOST_STEPS, len(steps))
     for file in files:
-        if file.watched and file.step not in steps:
+        left_out = file.watched and file.step not in steps
+        if left_out and file.step not in own_steps.values():
             continue
         for columns, starts in whole_samples(file, _ALL):
             stops = np.append(starts[1:], len(columns["sample"]))
             for place in np.flatnonzero(np.isin(columns["sample"][starts], shown["sample"])).tolist():
                 sample = int(columns["sample"][starts[place]])
                 found = loaded[sample]
-                if file.step in found or (len(found) >= most and file.step != own_steps[sample]):
+                enough = left_out or len(found) >= most
+                if file.step in found or (enough and file.step != own_steps[sample]):
                     continue
                 whole = {name: values[starts[place] : stops[place]] for name, values in columns.items()}
                 low, high = windows[sample]

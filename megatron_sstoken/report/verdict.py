@@ -24,10 +24,18 @@ NO_RUN = "Whether selection helps cannot be said: token records alone hold no va
 
 @dataclass(frozen=True)
 class _Rival:
+    """Another run, at the last step at which both were validated."""
+
     name: str
     method: str
     step: int
     loss: float
+    own: float
+    """What the main run had there."""
+
+    @property
+    def difference(self) -> float:
+        return self.own - self.loss
 
 
 def helps(main: Run, compared: Sequence[Run]) -> str:
@@ -45,56 +53,59 @@ def helps(main: Run, compared: Sequence[Run]) -> str:
         text += f" ({first:.4g} {'before training' if first_step == 0 else f'after {first_step}'})"
     if not compared:
         return f"{text}. Whether selection helps cannot be said: no run to compare with was given (--compare)."
-    rivals, problems = _rivals(main, compared, step)
+    rivals, problems = _rivals(main, compared)
     if rivals:
         told = [
-            f"`{one.name}` has {one.loss:.4g}" + ("" if one.step == step else f" after {_steps(one.step)}")
+            f"`{one.name}` has {one.loss:.4g}"
+            + ("" if one.step == step else f" after {_steps(one.step)} (this run: {one.own:.4g})")
             for one in rivals
         ]
-        text += f"; {' and '.join(told)}: {_conclusion(main, loss, rivals)}"
+        text += f"; {' and '.join(told)}: {_conclusion(main, rivals)}"
     return ". ".join([text, *problems]) + "."
 
 
-def _rivals(main: Run, compared: Sequence[Run], step: int) -> tuple[list[_Rival], list[str]]:
-    """Those that can be compared with, at the same step if they were validated there; and what is wrong with the others."""
+def _rivals(main: Run, compared: Sequence[Run]) -> tuple[list[_Rival], list[str]]:
+    """Those that can be compared with, and what is wrong with the others."""
     rivals, problems = [], []
+    own = dict(main.curves["loss/validation"])
     of_data = main.data.get("validation_fingerprint")
     for run in compared:
-        curve = run.curves.get("loss/validation")
+        losses = dict(run.curves.get("loss/validation", []))
         other = run.data.get("validation_fingerprint")
-        if not curve:
+        common = max((step for step in losses if step in own and step > 0), default=None)
+        if not losses:
             problems.append(f"`{run.name}` has no validation loss to compare with")
         elif of_data and other and of_data != other:
             problems.append(f"`{run.name}` was validated on other data: it cannot be compared with")
+        elif common is None:
+            last = max(losses)
+            told = f"`{run.name}` has {losses[last]:.4g} after {_steps(last)}"
+            problems.append(f"{told} and was not validated at a step of this run: it cannot be compared with")
         else:
-            at, loss = next(((at, value) for at, value in curve if at == step), curve[-1])
-            rivals.append(_Rival(run.name, run.method, at, loss))
+            rivals.append(_Rival(run.name, run.method, common, losses[common], own[common]))
     return rivals, problems
 
 
-def _conclusion(main: Run, loss: float, rivals: Sequence[_Rival]) -> str:
+def _conclusion(main: Run, rivals: Sequence[_Rival]) -> str:
     if main.method == "full":
         return "this run trains on every token, so it is the one to compare a selecting run with"
     plain = [one for one in rivals if one.method == "full"]
-    against = min(plain or rivals, key=lambda one: one.loss)
-    difference = loss - against.loss
-    if abs(difference) <= MARGIN * against.loss:
-        verdict = f"no difference that one seed could show ({_above(difference, against.name)})"
+    against = max(plain or rivals, key=lambda one: one.difference)
+    if abs(against.difference) <= MARGIN * against.loss:
+        verdict = f"no difference that one seed could show ({_above(against)})"
     elif plain:
-        does = "helps here" if difference < 0 else "does not help here"
-        verdict = f"selection {does} ({_above(difference, against.name)})"
+        does = "helps here" if against.difference < 0 else "does not help here"
+        verdict = f"selection {does} ({_above(against)})"
     else:
-        verdict = (
-            f"the loss is {_above(difference, against.name)}; a run of method `full` would say whether selection helps"
-        )
-    chance = [one for one in rivals if one.method == "random"]
-    if plain and chance and loss >= chance[0].loss:
-        verdict += f", and as many tokens drawn at random do no worse ({_above(loss - chance[0].loss, chance[0].name)})"
+        verdict = f"the loss is {_above(against)}; a run of method `full` would say whether selection helps"
+    chance = next((one for one in rivals if one.method == "random"), None)
+    if plain and chance and chance.difference >= 0:
+        verdict += f", and as many tokens drawn at random do no worse ({_above(chance)})"
     return verdict
 
 
-def _above(difference: float, name: str) -> str:
-    return f"{abs(difference):.2g} nats {'above' if difference > 0 else 'below'} `{name}`"
+def _above(rival: _Rival) -> str:
+    return f"{abs(rival.difference):.2g} nats {'above' if rival.difference > 0 else 'below'} `{rival.name}`"
 
 
 def dropping(main: Run, total: StepFigures, kinds: KindFigures, texts: Mapping[int, str]) -> str:

@@ -86,11 +86,17 @@ def test_shown_samples_are_read_at_their_steps_and_cut(tmp_path):
     for step in (10, 20, 30):
         write_file(tmp_path / "watched" / f"step_{step:07d}.parquet", [(1, long), (2, short)])
         write_file(tmp_path / "records" / f"step_{step:07d}.parquet", [(1, short), (step, short), (99, short)])
+    write_file(tmp_path / "watched" / "step_0000025.parquet", [(7, short)])  # by a start of the run that watched others
     files = find_records(tmp_path / "watched", watched=True) + find_records(tmp_path / "records")
     files.sort(key=lambda file: (file.step, not file.watched))
-    shown = figures([1, 2, 20], num_tokens=[100, 2, 2], first_response=[51, 1, 1], step=[30, 30, 20])
+    shown = figures([1, 2, 20, 7], num_tokens=[100, 2, 2, 2], first_response=[51, 1, 1, 1], step=[30, 30, 20, 25])
     loaded = load(files, shown, 16, [10, 30])
-    assert {sample: list(steps) for sample, steps in loaded.items()} == {1: [10, 20, 30], 2: [10, 30], 20: [20]}
+    assert {sample: list(steps) for sample, steps in loaded.items()} == {
+        1: [10, 20, 30],
+        2: [10, 30],
+        20: [20],
+        7: [25],
+    }
     assert loaded[1][10]["token"].tolist() == list(range(47, 63))
     assert loaded[20][20]["loss"].tolist() == pytest.approx([np.nan, 3.0], nan_ok=True)
 

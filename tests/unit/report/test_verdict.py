@@ -31,7 +31,16 @@ MAIN = run(validation=[(0, 2.5), (20, 1.5), (40, 1.204)])
         ),
         (MAIN, [run("all", "full", [(40, 1.3)])], "`all` has 1.3: selection helps here (0.096 nats below `all`)."),
         (MAIN, [run("full", "full", [(40, 1.2)])], "no difference that one seed could show (0.004 nats above `full`)."),
-        (MAIN, [run("full", "full", [(20, 1.4)])], "`full` has 1.4 after 20 steps: "),
+        (
+            MAIN,
+            [run("full", "full", [(20, 1.4)])],
+            "`full` has 1.4 after 20 steps (this run: 1.5): selection does not help here (0.1 nats above `full`).",
+        ),
+        (
+            MAIN,
+            [run("full", "full", [(0, 2.5), (60, 0.9)])],
+            "`full` has 0.9 after 60 steps and was not validated at a step of this run: it cannot be compared with.",
+        ),
         (MAIN, [run("full", "full", [(40, 1.1), (60, 1.0)])], "`full` has 1.1: "),
         (
             MAIN,
@@ -54,9 +63,10 @@ def test_whether_selection_helps(main, compared, says):
     assert says in helps(main, compared)
 
 
-def test_a_run_on_other_data_decides_nothing():
-    main = run(validation=[(40, 1.0)], data={"validation_fingerprint": "a"})
-    said = helps(main, [run("full", "full", [(40, 0.5)], data={"validation_fingerprint": "b"})])
+@pytest.mark.parametrize(("step", "data"), [(40, "b"), (60, "a")])
+def test_a_run_on_other_data_or_of_other_length_decides_nothing(step, data):
+    main = run(validation=[(0, 2.0), (40, 1.0)], data={"validation_fingerprint": "a"})
+    said = helps(main, [run("full", "full", [(0, 2.0), (step, 0.5)], data={"validation_fingerprint": data})])
     assert "helps here" not in said and "does not help" not in said
 
 
