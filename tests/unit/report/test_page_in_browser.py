@@ -204,10 +204,10 @@ def test_filters_order_search_and_pages(show):
     page.locator("#search").fill("zebraF")
     sync_api.expect(page.locator(".sample")).to_have_count(1)
     assert page.locator(".hit").all_text_contents() == [" Zebra", "fish"]
-    assert page.locator("p[role=status]").text_content() == "1 of 23 samples"
+    assert page.locator("#samples p[role=status]").text_content() == "1 of 23 samples"
     page.locator("#search").fill("not there")
     sync_api.expect(page.locator(".sample")).to_have_count(0)
-    assert page.locator("p[role=status]").text_content() == "No sample of 23 fits."
+    assert page.locator("#samples p[role=status]").text_content() == "No sample of 23 fits."
 
 
 def test_a_token_tells_its_figures_to_pointer_and_keys(show):
