@@ -95,6 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
         _say(f"error: {problem}")
         return MISTAKE
     _set_environment()
+    if options.nproc_per_node != "1":  # torchrun's own value, without its lines about it
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     if "LOGLEVEL" not in os.environ:  # torch's own variable: the agent tells of every signal and exit code
         _silence("torch.distributed.elastic")
     if options.logs is not None:

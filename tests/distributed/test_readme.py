@@ -33,6 +33,8 @@ def check_what_it_leaves(root: Path, said: str) -> None:
     assert np.nanmax(moved) > 1e-3, "the losses are the trained model's, the history is not"
     assert len((runs / "answers.jsonl").read_text("utf-8").splitlines()) == min(8, len(validation))
     assert (runs / "adapters" / "adapter_config.json").is_file() and (runs / "merged" / "config.json").is_file()
+    assert (root / "quickstart" / "report.html").is_file() and (runs / "first" / "report.html").is_file()
+    assert (runs / "first" / "dropped.jsonl").is_file()
     for name in ("runs/first-hf", "runs/smollm2-hf"):
         assert re.search(rf"^{name}: \d+ of \d+ right", said, re.MULTILINE), name
 
@@ -76,6 +78,15 @@ def test_the_commands_that_a_run_ends_with_run_as_well(done):
     script = "\n".join(["source .venv/bin/activate", *others])
     result = shell.run(script.replace("--limit 100", "--limit 4 --max_new_tokens 8"), timeout=60)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_command_that_fails_ends_it(tmp_path):
+    script = "source .venv/bin/activate\npython tools/evaluate.py --model nowhere --data rows.jsonl\ntouch reached"
+    result = Shell(tmp_path).run(script, timeout=60)
+    assert result.returncode == 2 and not (tmp_path / "reached").exists()
+    assert (
+        "error: --model nowhere is no folder" in result.stderr and "failed: python tools/evaluate.py" in result.stderr
+    )
 
 
 @pytest.mark.slow

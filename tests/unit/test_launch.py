@@ -135,6 +135,18 @@ def test_memory_segments_grow_unless_the_user_says_otherwise(program, monkeypatc
     assert "None max_split_size_mb:512 None" in start(program, "environment").stdout
 
 
+@pytest.mark.parametrize(
+    ("processes", "given", "threads"), [("2", None, "1"), ("2", "4", "4"), ("1", None, None), ("auto", None, "1")]
+)
+def test_several_processes_share_the_cores_unless_the_user_says_otherwise(monkeypatch, processes, given, threads):
+    environment = {"LOGLEVEL": "INFO"} | ({"OMP_NUM_THREADS": given} if given else {})
+    monkeypatch.setattr(launch.os, "environ", environment)
+    monkeypatch.setattr(launch.launcher, "LocalElasticAgent", None)
+    monkeypatch.setattr(launch.torchrun, "run", lambda options: None)
+    assert launch.main(["--standalone", f"--nproc-per-node={processes}", "program.py"]) == 0
+    assert environment.get("OMP_NUM_THREADS") == threads
+
+
 def test_processes_without_gpus_are_refused(monkeypatch, capsys):
     monkeypatch.delenv("SSTOKEN_DEVICE", raising=False)
     monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 1)
