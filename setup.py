@@ -51,6 +51,7 @@ setup(
         "matplotlib>=3.8",
         "xxhash>=3.4",
     ],
+    entry_points={"console_scripts": ["megatron-sstoken = megatron_sstoken.__main__:main"]},
     extras_require={
         "te": [f"{line.transformer_engine}; {line.python}" for line in LINES],
         "dev": [

@@ -24,9 +24,11 @@ import yaml  # noqa: E402
 from megatron_sstoken import score  # noqa: E402
 from megatron_sstoken.command_line import parse_settings  # noqa: E402
 from megatron_sstoken.config import Settings  # noqa: E402
+from megatron_sstoken.ending import run_to_exit_code  # noqa: E402
 from megatron_sstoken.model.backend import numerics_of  # noqa: E402
-from megatron_sstoken.parallel import reset_layout, stop_processes  # noqa: E402
+from megatron_sstoken.parallel import reset_layout  # noqa: E402
 from megatron_sstoken.training.records import read_records  # noqa: E402
+from megatron_sstoken.validate.first import first_problems  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,12 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder for the records")
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results" / "numerics_shift.csv")
     options, rest = parser.parse_known_args()
-    settings, _ = parse_settings(rest, program="numerics_shift.py", description=__doc__ or "")
+    settings, _ = parse_settings(rest, program="numerics_shift.py", description=__doc__ or "", check=first_problems)
+    return run_to_exit_code(lambda: _measure(settings, options))
+
+
+def _measure(settings: Settings, options: argparse.Namespace) -> None:
     row = asdict(shift_between(settings, changed(settings, options.other), options.work))
-    stop_processes()
     new = not options.csv.exists()
     with open(options.csv, "a", newline="") as file:
         writer = csv.DictWriter(file, row)
@@ -104,7 +109,6 @@ def main() -> int:
             writer.writeheader()
         writer.writerow(row)
     print("\n".join(f"{name:<21} {value}" for name, value in row.items()))
-    return 0
 
 
 if __name__ == "__main__":

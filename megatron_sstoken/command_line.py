@@ -1,19 +1,19 @@
-"""Settings from YAML files and the command line."""
+"""Settings from YAML files and the command line, read before anything heavy is imported."""
 
+import argparse
 import os
 import sys
 import time
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from collections.abc import Callable
 from typing import Any
 
 import jsonargparse
-import yaml
 
-from megatron_sstoken.config import RENAMED, Settings
+from megatron_sstoken.config import Settings
+from megatron_sstoken.given import OF_PARSER, AllGiven, Given, problem_of_value
 from megatron_sstoken.tool import DEBUG
 
-PARSER_MODE = "settings"
-"""jsonargparse's name for our reader of YAML."""
+PRINT_SCHEMA = "print_schema"
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -22,65 +22,99 @@ class _Parser(jsonargparse.ArgumentParser):
 
 
 def parse_settings(
-    arguments: list[str] | None = None, *, program: str, description: str, extra: dict[str, dict] | None = None
+    arguments: list[str] | None = None,
+    *,
+    program: str,
+    description: str,
+    extra: dict[str, dict] | None = None,
+    check: Callable[[Settings], list[str]] | None = None,
 ) -> tuple[Settings, dict]:
     """Read settings from `--config FILE.yaml` and `--section.key=value`, later ones winning.
 
-    `extra` adds plain options of the program (name → argparse keywords). Returns the settings and the values of the
-    extra options. On a mistake jsonargparse prints the reason and exits with code 2; under torchrun only the first
-    process of each node prints.
+    `extra` adds plain options of the program (name → argparse keywords). `check` tells which rules the settings break, as far
+    as that takes no time. Returns the settings and the values of the extra options. All mistakes are printed, then the program
+    ends with exit code 2; under torchrun only the first process of each node prints.
     """
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    jsonargparse.set_loader(PARSER_MODE, _load_yaml, (yaml.YAMLError,))
-    parser = _Parser(prog=program, description=description, exit_on_error=True, parser_mode=PARSER_MODE)
-    parser.add_argument("--config", action="config", help="YAML file with settings; may be given more than once.")
     extra = (extra or {}) | {"debug": DEBUG}
-    for name, keywords in extra.items():
-        parser.add_argument(f"--{name}", **keywords)
-    parser.add_class_arguments(Settings, as_group=False)
-    with ExitStack() as stack:
-        if not is_first_of_node():
-            silence = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(redirect_stdout(silence))
-            stack.enter_context(redirect_stderr(silence))
-            # torchrun ends all processes as soon as one fails: let the first print its message.
-            stack.callback(lambda: time.sleep(3) if sys.exc_info()[0] is SystemExit else None)
-        given = sys.argv[1:] if arguments is None else arguments
-        namespace = parser.parse_args([_with_new_name(argument) for argument in given])
+    parser = _parser(program, description, extra)
+    found = AllGiven(extra).read(sys.argv[1:] if arguments is None else arguments)
+    for note in found.notes if is_first_of_node() else ():
+        print(note, file=sys.stderr)
+    namespace, problems = _parse(parser, found)
     objects = parser.instantiate(namespace)
-    sections = {name: objects[name] for name in Settings.__dataclass_fields__}
-    return Settings(**sections), {name: objects[name] for name in extra}
+    settings = Settings(**{name: objects[name] for name in Settings.__dataclass_fields__})
+    for name, keywords in extra.items():
+        if keywords.get("required") and objects[name] is None:
+            problems.append(f"--{name} is not given: {keywords['help']}")
+    if check is not None and found.is_whole:
+        problems += check(settings)
+    if problems:
+        _refuse(problems)
+    return settings, {name: objects[name] for name in extra}
+
+
+def _parser(program: str, description: str, extra: dict[str, dict]) -> _Parser:
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(prog=program, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with settings; may be given more than once.")
+    parser.add_argument(
+        f"--{PRINT_SCHEMA}", action=_PrintSchema, help="Print the JSON schema of such files, for editors."
+    )
+    for name, keywords in extra.items():  # what is required and missing is told with all else
+        parser.add_argument(f"--{name}", **{key: value for key, value in keywords.items() if key != "required"})
+    parser.add_class_arguments(Settings, as_group=False)
+    return parser
+
+
+class _PrintSchema(argparse.Action):
+    def __init__(self, option_strings: list[str], dest: str, **keywords: Any):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=keywords.get("help"))
+
+    def __call__(self, *_: Any) -> None:
+        from megatron_sstoken.config.schema import schema_text
+
+        print(schema_text())
+        sys.exit(0)
+
+
+def _parse(parser: _Parser, found: AllGiven) -> tuple[Any, list[str]]:
+    """The namespace of all that can be taken, and what cannot."""
+
+    def words(given: list[Given]) -> list[str]:
+        return [word for one in given for word in one.arguments]
+
+    def refusal(one: Given) -> str | None:
+        try:
+            parser.parse_args([*one.arguments])
+        except argparse.ArgumentError as error:
+            return " ".join(str(error).split())
+        return None
+
+    # --print_config and its like end the program, as if all were well: they wait until it is.
+    given = [one for one in found.given if not _prints(one)]
+    try:
+        namespace = parser.parse_args(words(given))
+    except argparse.ArgumentError:  # it names the first mistake alone
+        refused = {one: problem_of_value(one, refusal(one)) for one in given}
+        taken = [one for one in given if refused[one] is None]
+        return parser.parse_args(words(taken)), found.problems + [one for one in refused.values() if one is not None]
+    return namespace if found.problems else parser.parse_args(words(found.given)), found.problems
+
+
+def _prints(one: Given) -> bool:
+    return bool(one.arguments) and one.arguments[0].removeprefix("--").partition("=")[0] in OF_PARSER
+
+
+def _refuse(problems: list[str]) -> None:
+    """Print the problems and end with exit code 2."""
+    if is_first_of_node():
+        for problem in dict.fromkeys(problems):
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)  # torchrun ends all processes as soon as one fails: let the first print its message
+    sys.exit(2)
 
 
 def is_first_of_node() -> bool:
     """Whether this process speaks for those of its node, each of which has its own output."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0
-
-
-def _with_new_name(argument: str) -> str:
-    """An argument that names a setting as one version ago, with its name of today."""
-    for (section, old), new in RENAMED.items():
-        name, equals, value = argument.partition("=")
-        if name == f"--{section}.{old}":
-            _tell_renamed(section, old, new)
-            return f"--{section}.{new}{equals}{value}"
-    return argument
-
-
-def _load_yaml(text: str) -> Any:
-    """What YAML holds, settings under their names of today. A file with both names keeps them: the old one is refused."""
-    loaded = jsonargparse.get_loader("yaml")(text)
-    for (section, old), new in RENAMED.items():
-        values = loaded.get(section) if isinstance(loaded, dict) else None
-        if isinstance(values, dict) and old in values and new not in values:
-            loaded[section] = {new if name == old else name: value for name, value in values.items()}
-            _tell_renamed(section, old, new)
-    return loaded
-
-
-def _tell_renamed(section: str, old: str, new: str) -> None:
-    """Under torchrun heard of the first process of a node: the others' stderr is silent while they parse."""
-    print(
-        f"note: {section}.{old} is now {section}.{new}: the old name will be removed in the next version",
-        file=sys.stderr,
-    )

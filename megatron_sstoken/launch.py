@@ -8,6 +8,7 @@ signal's number, or `--stopped-code`.
 """
 
 import argparse
+import errno
 import logging
 import os
 import signal
@@ -109,7 +110,15 @@ def main(arguments: list[str] | None = None) -> int:
     except SignalException as error:
         _say(f"stopped by {error.sigval.name}")
         return 128 + error.sigval if options.stopped_code is None else options.stopped_code
-    except RendezvousError as error:
+    except (RendezvousError, torch.distributed.DistNetworkError) as error:
+        if (port := _port(options)) is not None and _is_in_use(port):
+            _say(
+                f"error: port {port} of {socket.gethostname()} is in use, by another run perhaps: set MASTER_PORT (of the "
+                "launchers), --master-port or --rdzv-endpoint to another one, the same on every machine"
+            )
+            return MISTAKE
+        if not isinstance(error, RendezvousError):
+            raise
         _say(
             f"error: {socket.gethostname()} did not meet the other machines at {options.rdzv_endpoint} "
             f"({type(error).__name__}: {error}): start the same line on every machine, with an address and a port of machine 0 "
@@ -117,6 +126,27 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     return 0
+
+
+def _port(options: argparse.Namespace) -> int | None:
+    """The port that this machine listens on for the others; None where another machine does, or torch chooses one."""
+    if options.standalone:
+        return None
+    if options.rdzv_backend == "static":
+        return options.master_port if options.node_rank == 0 else None
+    port = options.rdzv_endpoint.rpartition(":")[2]
+    is_host = "is_host=true" in options.rdzv_conf.replace(" ", "").lower() or options.nnodes == "1"
+    return int(port) if is_host and port.isdigit() else None
+
+
+def _is_in_use(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what waits for its end only is free, as for torch
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 def gpu_problem(processes: int) -> str | None:

@@ -6,16 +6,9 @@ from dataclasses import replace
 
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import CheckpointSettings, LoggingSettings, Settings, SettingsError
-from megatron_sstoken.ending import run_to_exit_code
-from megatron_sstoken.history.source import open_history, source_of
-from megatron_sstoken.parallel import agree_on_problems, create_layout, start_processes
-from megatron_sstoken.training.known import open_known
-from megatron_sstoken.training.loop import model_to_train
-from megatron_sstoken.training.records import texts_for, write_records
-from megatron_sstoken.training.selector import selector_of
-from megatron_sstoken.validate.agree import agreed_plan
-from megatron_sstoken.validate.run import writing_problem
-from megatron_sstoken.validate.whole import RunFiles
+from megatron_sstoken.folders import writing_problem
+from megatron_sstoken.tool import say_interrupted
+from megatron_sstoken.validate.first import first_problems
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,17 +19,30 @@ def main(arguments: list[str] | None = None) -> int:
         description="Scores data.train with the starting weights, forward only, and writes one Parquet row per token. Of the "
         "settings of checkpoints and logs it uses logging.entropy, .context_loss and .record_text alone: it writes neither.",
         extra={"output": {"type": str, "required": True, "help": "Parquet file to write."}},
+        check=lambda settings: first_problems(_of_scoring(settings)),
     )
+    try:  # torch and megatron take seconds
+        from megatron_sstoken.ending import run_to_exit_code
+    except KeyboardInterrupt:
+        return say_interrupted()
+
     return run_to_exit_code(lambda: run(settings, options["output"]), debug=options["debug"])
 
 
 def run(settings: Settings, output: str) -> None:
     """History → model → records. Nothing else is written: what the settings say of checkpoints and logs is not used."""
+    from megatron_sstoken.history.source import open_history
+    from megatron_sstoken.parallel import agree_on_problems, create_layout, start_processes
+    from megatron_sstoken.training.known import open_known
+    from megatron_sstoken.training.loop import model_to_train
+    from megatron_sstoken.training.records import texts_for, write_records
+    from megatron_sstoken.training.selector import selector_of
+    from megatron_sstoken.validate.agree import agreed_plan
+    from megatron_sstoken.validate.whole import RunFiles
+
     if moving := history_that_moves(settings):
         raise SettingsError([moving])
-    said = settings.logging
-    logging = LoggingSettings(entropy=said.entropy, context_loss=said.context_loss, record_text=said.record_text)
-    settings = replace(settings, checkpoint=CheckpointSettings(), logging=logging)
+    settings = _of_scoring(settings)
     start_processes(settings.training.timeout_minutes)
     problem = writing_problem("output", output)
     if os.path.isdir(output):
@@ -58,8 +64,17 @@ def run(settings: Settings, output: str) -> None:
         print(f"token records: {output}", flush=True)
 
 
+def _of_scoring(settings: Settings) -> Settings:
+    """The settings without those of what is not written."""
+    said = settings.logging
+    logging = LoggingSettings(entropy=said.entropy, context_loss=said.context_loss, record_text=said.record_text)
+    return replace(settings, checkpoint=CheckpointSettings(), logging=logging)
+
+
 def history_that_moves(settings: Settings) -> str | None:
     """Why there are no history losses without training."""
+    from megatron_sstoken.history.source import source_of
+
     name = settings.history.source
     try:
         moves = source_of(settings).needs_training

@@ -25,6 +25,12 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", **DEBUG)
 
 
+def say_interrupted(what: str = "interrupted") -> int:
+    """What a program says and returns after Ctrl-C."""
+    print(what, file=sys.stderr, flush=True)
+    return 130
+
+
 def run_tool(body: Callable[[], int], *, debug: bool, interrupted: str = "interrupted") -> int:
     """The exit code of `body`; 2 where what the user gave cannot work, 130 for Ctrl-C."""
     try:
@@ -35,5 +41,4 @@ def run_tool(body: Callable[[], int], *, debug: bool, interrupted: str = "interr
         print(f"error: {describe_os_error(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
+        return say_interrupted(interrupted)

@@ -52,11 +52,24 @@ install_package() {
     torch="$(grep '^torch==' "$ROOT/constraints.txt")"
     echo "Python $(version_of "$VENV/bin/python"): installing $torch (about 200 MB for CPUs, 3 GB for GPUs) ..."
     # torch first and alone: whichever build (CPU or CUDA) the machine offers for this version stays.
-    "${pip[@]}" "$torch" | without_what_is_there
+    telling_the_time "$torch" "${pip[@]}" "$torch"
     echo "installing megatron-sstoken, megatron-core and what else they need ..."
-    "${pip[@]}" --constraint "$ROOT/constraints.txt" --editable "${ROOT}[dev]" | without_what_is_there
+    telling_the_time megatron-sstoken "${pip[@]}" --constraint "$ROOT/constraints.txt" --editable "${ROOT}[dev]"
     "$VENV/bin/python" -m pip list --disable-pip-version-check 2>/dev/null |
         grep -E '^(torch|megatron-core|transformers) ' || true
+}
+
+# pip is silent while it downloads and unpacks: a line every 20 seconds tells that it is at work.
+telling_the_time() {
+    local what="$1" start=$SECONDS code=0 clock
+    shift
+    while sleep 20 >/dev/null 2>&1; do echo "  ... installing $what for $((SECONDS - start)) s"; done 9>&- &
+    clock=$!
+    "$@" | without_what_is_there || code=$?
+    kill "$clock"
+    wait "$clock" 2>/dev/null || true
+    ((code == 0)) && echo "$what: installed in $((SECONDS - start)) s"
+    return "$code"
 }
 
 without_what_is_there() { grep --line-buffered -v '^Requirement already satisfied\|^  Preparing\|^  Getting' || true; }

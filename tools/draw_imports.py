@@ -14,9 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 ORDER = (
-    "supported gpus files integrity lock tool selection config command_line device compat watchdog parallel ending data model "
-    "checkpoint run_plan passes history validate training conversion planner doctor preflight report talk chat "
-    "evaluate score train launch".split()
+    "supported words gpus files folders integrity lock tool selection config given command_line device compat watchdog "
+    "parallel ending data model checkpoint run_plan passes history validate training conversion planner doctor preflight "
+    "report talk chat evaluate commands score train launch __main__".split()
 )
 """Rooms in the order of the data's way: each imports rooms before it only."""
 PICTURE = re.compile(r"```mermaid\n.*?```", re.DOTALL)

@@ -12,7 +12,7 @@ from typing import Any
 from torch.distributed.checkpoint import Metadata
 
 from megatron_sstoken.checkpoint.harmless import read_metadata
-from megatron_sstoken.config import RENAMED, LoraSettings, SettingsError
+from megatron_sstoken.config import RENAMED, LoraSettings, Settings, SettingsError
 from megatron_sstoken.files import delete_old, write_durably
 from megatron_sstoken.integrity import CHECKSUMS, checksum_of, differing, read_checksums, write_checksums
 
@@ -69,6 +69,8 @@ class RunState:
     """None for a conversion, which no run made."""
     hf_path: str
     """Hugging Face folder that the architecture and the tokenizer came from."""
+    train: str = ""
+    """Folder of the training data; empty where it is not known."""
     num_packs: int = 0
     """Packs of the whole run; the last batch may be filled up with empty ones."""
     lag: int = 0
@@ -236,9 +238,9 @@ def require_description(folder: Path) -> None:
         raise ValueError(f"{problems[0]}: name another checkpoint")
 
 
-def check_identity(checkpoint: Checkpoint, expected: RunIdentity, lora: LoraSettings) -> None:
+def check_identity(checkpoint: Checkpoint, expected: RunIdentity, settings: Settings) -> None:
     """Raise SettingsError if the checkpoint was made on other data or in another order, naming what differs."""
-    folder, state = checkpoint.folder, checkpoint.state
+    folder, state, lora = checkpoint.folder, checkpoint.state, settings.lora
     identity = state.identity
     if identity is None:
         raise SettingsError(
@@ -246,7 +248,6 @@ def check_identity(checkpoint: Checkpoint, expected: RunIdentity, lora: LoraSett
         )
     found = asdict(identity)
     setting = {
-        "data_fingerprint": "data.train",
         "sequence_length": "data.sequence_length",
         "too_long": "data.too_long",
         "packing": "data.packing",
@@ -254,11 +255,19 @@ def check_identity(checkpoint: Checkpoint, expected: RunIdentity, lora: LoraSett
         "seed": "training.seed",
         "global_batch_size": "training.global_batch_size",
     }
-    differing = [
+    differing = []
+    if found["data_fingerprint"] != expected.data_fingerprint:
+        before, now = state.train or "another folder", settings.data.train
+        again = " as it was before it was prepared anew" if before == os.path.abspath(now or "") else ""
+        differing.append(
+            f"cannot resume from {folder}: it was trained on the data of {before}{again}, and data.train={now} holds other "
+            "data: name another checkpoint.directory for it, or that data to go on"
+        )
+    differing += [
         f"cannot resume from {folder}: it was made with {setting[name]}={found[name]}, now {value}: "
         "use the same, or another checkpoint.directory"
         for name, value in asdict(expected).items()
-        if found[name] != value
+        if name in setting and found[name] != value
     ]
     differing += adapter_problems(f"cannot resume: {folder}", state.adapters, lora)
     if lora.rank and state.adapters is None:

@@ -158,6 +158,8 @@ class DataSettings:
         return rules.broken
 
 
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer, which `lora.targets` may be."""
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -175,7 +177,8 @@ class LoraSettings:
     """Share of the adapters' inputs that is set to zero while training."""
 
     targets: list[LoraTarget] = field(default_factory=lambda: list(get_args(LoraTarget)))
-    """The linears that get adapters, by their names in the Hugging Face model (PEFT's target_modules); default: all."""
+    """The linears that get adapters, by their names in the Hugging Face model (PEFT's target_modules); default: all, which
+    `all-linear` says, too."""
 
     def problems(self) -> list[str]:
         """Rules that need this section alone."""

@@ -160,7 +160,7 @@ class TrainingSettings:
         )
         for name in ("micro_batch_size", "global_batch_size", "epochs"):
             rules.at_least(name, 1)
-        rules.at_least("seed", 0)
+        rules.in_range("seed", 0, 2**32 - 1)  # what numpy and torch take, and room for the offsets of ranks
         if self.steps is not None:
             rules.at_least("steps", 1)
         layers_choose = self.precision == "fp8" and self.fp8_recipe != "delayed"

@@ -6,7 +6,6 @@ from decimal import Decimal
 from typing import Literal
 
 from megatron_sstoken.config.rules import Rules
-from megatron_sstoken.selection.methods import find_method
 from megatron_sstoken.selection.rho import parse_rho
 
 _RHO_STEP = Decimal("0.1")
@@ -142,11 +141,16 @@ class SelectionSettings:
     @property
     def rule_or_default(self) -> str:
         """What is to become of scores, of `selection.methods.RULES`. Raises ValueError for an unknown method."""
+        # With torch, which reading settings does not wait for.
+        from megatron_sstoken.selection.methods import find_method
+
         return self.rule or find_method(self.method).rule
 
     @property
     def rule_in_force(self) -> str:
         """What becomes of scores in a step: what is ranked over all data was chosen before. Raises as `rule_or_default`."""
+        from megatron_sstoken.selection.methods import find_method
+
         rule = self.rule_or_default
         return "chosen" if rule == "top" and self.scope == "dataset" and find_method(self.method).selects else rule
 

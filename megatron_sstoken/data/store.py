@@ -20,6 +20,7 @@ import numpy as np
 
 from megatron_sstoken import __version__
 from megatron_sstoken.files import read_json, require_size, write_json
+from megatron_sstoken.folders import data_folder_problem
 from megatron_sstoken.integrity import checksum_of, write_checksums
 
 
@@ -83,9 +84,8 @@ class StoreManifest:
     def load(cls, path: str | Path) -> "StoreManifest":
         """Read the manifest of a prepared folder. ValueError if there is none or it has another format."""
         file = Path(path) / MANIFEST
-        if not Path(path).is_dir() or not file.is_file():
-            problem = "is incomplete: it has no manifest.json" if Path(path).is_dir() else "does not exist"
-            raise ValueError(f"prepared data: {path} {problem}: make it with tools/prepare_data.py")
+        if problem := data_folder_problem(str(path)):
+            raise ValueError(f"prepared data: {problem}")
         content = read_json(file)
         found = (content.get("format"), content.get("format_version"))
         names = {entry.name for entry in fields(cls)}

@@ -30,6 +30,7 @@ from megatron_sstoken.data.text.limits import MEMORY, BadTemplate, size_limit, t
 from megatron_sstoken.data.text.marks import has_generation_marks
 from megatron_sstoken.data.text.template_style import TemplateStyle, find_style
 from megatron_sstoken.data.text.verbatim import is_verbatim
+from megatron_sstoken.folders import missing
 
 END_OF_TURN = (
     "<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>", "</s>", "<|endoftext|>",
@@ -392,6 +393,8 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> TextTo
         return HuggingFaceTokenizer(path, chat_template)
     if Path(path).is_file() and Path(path).suffix == ".model":
         return SentencePieceTokenizer(path, chat_template)
+    if not Path(path).exists():
+        raise ValueError(f"tokenizer: {missing(str(path), 'name a Hugging Face folder, or a .model file', 'model')}")
     raise ValueError(f"tokenizer: {path} is neither a Hugging Face folder nor a sentencepiece .model file: give either")
 
 

@@ -4,6 +4,8 @@ import importlib
 from collections.abc import Mapping
 from typing import TypeVar
 
+from megatron_sstoken.words import did_you_mean
+
 Entry = TypeVar("Entry")
 
 
@@ -17,8 +19,8 @@ def named(setting: str, name: str, registry: Mapping[str, Entry], kind: type[Ent
     module, _, attribute = name.rpartition(".")
     if not module:
         raise ValueError(
-            f"{setting}={name} is unknown: use one of {', '.join(registry)}, or the import path of a {kind.__name__} of "
-            "your own"
+            f"{setting}={name} is unknown: {did_you_mean(name, registry)}use one of {', '.join(registry)}, or the import path "
+            f"of a {kind.__name__} of your own"
         )
     try:
         found = getattr(importlib.import_module(module), attribute, None)

@@ -9,7 +9,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
 from megatron_sstoken import watchdog
-from megatron_sstoken.checkpoint.manifest import AdapterIdentity, RunState, differences, renamed
+from megatron_sstoken.checkpoint.manifest import AdapterIdentity, RunState
 from megatron_sstoken.checkpoint.save_load import holds_copy, load_checkpoint
 from megatron_sstoken.checkpoint.weights_source import adapter_identity, require_base, starting_weights
 from megatron_sstoken.config import Settings
@@ -31,7 +31,7 @@ from megatron_sstoken.training.interrupt import StopRequest
 from megatron_sstoken.training.known import NOTHING, Known
 from megatron_sstoken.training.logger import StepLogger
 from megatron_sstoken.training.metrics import StepMetrics, begin_summary
-from megatron_sstoken.training.resume import ResumePoint, identity_of, objective_of
+from megatron_sstoken.training.resume import ResumePoint, changes_since, identity_of, objective_of
 from megatron_sstoken.training.run_folder import RunFolder
 from megatron_sstoken.training.saving import Saver
 from megatron_sstoken.training.selector import Selector, selector_of, train_on_selected
@@ -175,7 +175,7 @@ def create_trainer(
         follow_settings(optimizer, scheduler, plan.settings.optimizer)
         trainer.step, saver.newest, trainer.branch = state.step, state.step, resume.branch
         logger.say(f"resumed from {newest.folder}: {trainer.step} of {plan.num_steps} steps are done")
-        for change in differences(renamed(state.objective), objective_of(plan, known.digests)):
+        for change in changes_since(newest, plan, known.digests):
             logger.say(f"note: the run goes on with other settings: {change}")
         if history.weights_copy() and not copy:
             logger.say(f"note: {newest.folder} holds no weights of the history: they are the starting weights")
@@ -372,6 +372,7 @@ def save(trainer: Trainer, *, stopping: bool = False, wait: bool = True) -> None
         step=trainer.step,
         identity=identity_of(plan),
         hf_path=os.path.abspath(settings.model.hf_path or ""),
+        train=os.path.abspath(settings.data.train or ""),
         num_packs=plan.num_packs,
         lag=plan.lag,
         branch=trainer.branch,

@@ -11,15 +11,18 @@ from megatron_sstoken.checkpoint.manifest import (
     RunIdentity,
     check_identity,
     checkpoint_steps,
+    differences,
     has_diverged,
     open_checkpoint,
     read_run_state,
+    renamed,
     set_aside,
     without_description,
 )
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.parallel import Layout, agree_on_problems, broadcast_object
 from megatron_sstoken.run_plan import RunPlan
+from megatron_sstoken.validate.checkpoint_model import other_model
 from megatron_sstoken.validate.whole import checkpoint_files
 
 _NOT_OF_RESULTS = ("validate_every", "micro_batch_size", "timeout_minutes", "verify", "on_nonfinite")
@@ -59,6 +62,11 @@ def objective_of(plan: RunPlan, known: Mapping[str, str]) -> dict:
         "optimizer": asdict(settings.optimizer),
         "training": {name: value for name, value in asdict(settings.training).items() if name not in _NOT_OF_RESULTS},
     }
+
+
+def changes_since(checkpoint: Checkpoint, plan: RunPlan, known: Mapping[str, str] | None = None) -> list[str]:
+    """What of `objective_of` a resumed run changes, as 'selection.rho: 0.6 → 0.9'; `known` is left out where it is None."""
+    return differences(renamed(checkpoint.state.objective), objective_of(plan, known or {}))
 
 
 def resumable_checkpoint(plan: RunPlan) -> Checkpoint | None:
@@ -105,7 +113,12 @@ def _search(plan: RunPlan, damaged: dict[int, str]) -> _Search:
             damaged[step] = str(error)
             continue
         _refuse_diverged(found, step == wanted and wanted is not True, steps)
-        check_identity(found, identity_of(plan), plan.settings.lora)
+        hf_path = plan.settings.model.hf_path or ""
+        if problem := other_model(found, plan.architecture, hf_path):
+            raise SettingsError(
+                [f"cannot resume from {found.folder}: {problem}: use it, or another checkpoint.directory"]
+            )
+        check_identity(found, identity_of(plan), plan.settings)
         return _Search(found, damaged)
     if damaged:
         raise _damaged(directory, "all checkpoints are damaged: " + "; ".join(damaged.values()))

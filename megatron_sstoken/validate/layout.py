@@ -173,11 +173,33 @@ def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None
         f"parallel.tensor={tensor} does not divide model.num_key_value_heads={a.num_query_groups}, which "
         f"adapters on {', '.join(fused)} need: use {divisors(a.num_query_groups)}, or leave them out of lora.targets",
     )
+    _check_rank(settings, a, found)
     of_experts = [name for name in lora.targets if name in ("gate_proj", "up_proj", "down_proj")]
     found.require(
         not a.num_experts or not of_experts,
         f"lora.targets={lora.targets} names linears of experts, which take no adapters: leave out {', '.join(of_experts)}",
     )
+
+
+def _check_rank(settings: Settings, a: Architecture, found: Findings) -> None:
+    """A product of matrices of a rank above the smaller side of a weight is no better than the weight, and larger."""
+    heads, groups = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+    attention = {"q_proj": heads, "k_proj": groups, "v_proj": groups, "o_proj": heads}
+    rank = settings.lora.rank
+    sides = {name: min(attention.get(name, a.ffn_hidden_size), a.hidden_size) for name in settings.lora.targets}
+    below = {name: side for name, side in sides.items() if side < rank}
+    if len(below) == len(sides):
+        most = max(sides.values())
+        found.problems.append(
+            f"lora.rank={rank} is above the smaller side of every weight in lora.targets (at most {most}): use {most} or less, "
+            "8 to 128 being customary, or lora.rank=0 to train the weights themselves"
+        )
+    elif below:
+        name, side = min(below.items(), key=lambda one: one[1])
+        found.notes.append(
+            f"lora.rank={rank} is above the smaller side of {', '.join(below)} ({side} of {name}): more numbers than the "
+            "weights themselves, for no higher rank"
+        )
 
 
 def check_fp8(settings: Settings, a: Architecture, found: Findings) -> None:

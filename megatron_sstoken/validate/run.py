@@ -3,6 +3,7 @@
 Everything that cannot work is found here and told at once; nothing here needs process groups or a GPU.
 """
 
+import glob
 import json
 import os
 from contextlib import suppress
@@ -17,13 +18,15 @@ from megatron_sstoken.data.external import open_external
 from megatron_sstoken.data.store import SampleStore, StoreManifest
 from megatron_sstoken.data.token_text import texts_of_data
 from megatron_sstoken.data.tokenizer import load_tokenizer
-from megatron_sstoken.files import existing_above
 from megatron_sstoken.model.backend import backend_of, machine_problems, passed_over, preferred_backend
 from megatron_sstoken.model.families import Architecture, read_architecture
 from megatron_sstoken.model.weights import HuggingFaceWeights, NoWeights, check_weights
 from megatron_sstoken.run_plan import DataPlan, RunPlan
 from megatron_sstoken.selection.methods import find_method
 from megatron_sstoken.selection.weights import find_weight
+from megatron_sstoken.validate.amounts import check_amounts
+from megatron_sstoken.validate.checkpoint_model import other_model
+from megatron_sstoken.validate.first import writing_problems
 from megatron_sstoken.validate.layout import (
     Findings,
     batch_shape_of,
@@ -77,9 +80,10 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
                 f"data.train={settings.data.train}: prepare both with the same",
             )
             found.notes += _differing_templates(settings, train.store.manifest, validation.store.manifest)
-    shape = batch_shape_of(settings, data_size, found) if data_size else None
+    has_enough = train is None or check_amounts(settings, train, found)
+    shape = batch_shape_of(settings, data_size, found) if data_size and has_enough else None
     found.notes += _notes(settings, dry_run)
-    _check_checkpoint(settings, found)
+    _check_checkpoint(settings, architecture, found)
     if found.problems or not (architecture and train and shape):
         raise SettingsError(found.problems)
     num_packs = train.order.num_packs(settings.training.epochs)
@@ -231,6 +235,11 @@ def _check_tokenizer(setting: str, path: str | None, store: SampleStore, setting
     folder = settings.model.hf_path or ""
     present = [os.path.join(folder, name) for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
     if not any(map(os.path.isfile, present)):
+        if setting == "data.train" and glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
+            found.notes.append(
+                f"model.hf_path={folder} has no tokenizer, and neither will an export: copy tokenizer.json and "
+                f"tokenizer_config.json of {store.manifest.tokenizer_path} there"
+            )
         return
     if problem := _damaged_tokenizer(folder):
         found.problems.append(f"model.hf_path={folder}: {problem}: take another copy")
@@ -268,11 +277,15 @@ def _damaged_tokenizer(folder: str) -> str | None:
     return None
 
 
-def _check_checkpoint(settings: Settings, found: Findings) -> None:
+def _check_checkpoint(settings: Settings, architecture: Architecture | None, found: Findings) -> None:
     directory, start = settings.checkpoint.directory, settings.model.checkpoint
+    opened = None if start is None else found.attempt("model.checkpoint", lambda: open_checkpoint(start))
+    if opened is not None:
+        found.problems += adapter_problems(f"model.checkpoint={start}", opened.state.adapters, settings.lora)
+        hf_path = settings.model.hf_path or ""
+        if architecture and (problem := other_model(opened, architecture, hf_path)):
+            found.problems.append(f"model.checkpoint={start}: {problem}: name the folder of that model")
     if start is not None:
-        saved = found.attempt("model.checkpoint", lambda: open_checkpoint(start).state.adapters)
-        found.problems += adapter_problems(f"model.checkpoint={start}", saved, settings.lora)
         found.require(
             directory is None or os.path.realpath(start) != os.path.realpath(directory),
             f"model.checkpoint={start} is checkpoint.directory: the start would move with every checkpoint; name one "
@@ -283,17 +296,7 @@ def _check_checkpoint(settings: Settings, found: Findings) -> None:
             f"checkpoint.directory={directory} holds checkpoints of another run (step {max(steps)}), which "
             "checkpoint.resume=false would mix with new ones: name another directory, or remove them"
         )
-    for setting, path in (("checkpoint.directory", directory), ("logging.directory", settings.logging.directory)):
-        if path is not None and (problem := writing_problem(setting, path)):
-            found.problems.append(problem)
-
-
-def writing_problem(setting: str, path: str) -> str | None:
-    """Why nothing can be made at `path`, or None: its nearest existing parent is not a writable folder."""
-    existing = existing_above(path)
-    if os.path.isdir(existing) and os.access(existing, os.W_OK):
-        return None
-    return f"{setting}={path} cannot be written: {existing} is not a writable folder"
+    found.problems += writing_problems(settings)
 
 
 def frozen_models(settings: Settings) -> list[tuple[str, str]]:

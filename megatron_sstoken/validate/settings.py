@@ -6,6 +6,7 @@ from megatron_sstoken.model.backend import preferred_backend
 from megatron_sstoken.selection.methods import METHODS, find_method
 from megatron_sstoken.selection.signals import PREDICTION_SIGNALS
 from megatron_sstoken.selection.weights import WEIGHTS, find_weight
+from megatron_sstoken.words import did_you_mean
 
 
 def problems_of(settings: Settings) -> list[str]:
@@ -106,7 +107,7 @@ def _rule_problems(settings: Settings) -> list[str]:
 def _history_problems(settings: Settings) -> list[str]:
     source, sources = settings.history.source, history_sources()
     if source not in sources:
-        return [f"history.source={source} is unknown: use one of {', '.join(sources)}"]
+        return [f"history.source={source} is unknown: {did_you_mean(source, sources)}use one of {', '.join(sources)}"]
     return sources[source].problems(settings)
 
 

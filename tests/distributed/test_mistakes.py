@@ -35,15 +35,13 @@ def assert_refused(result, *messages):
 
 
 def test_several_mistakes_are_told_together_by_all_ranks(folder):
-    settings = make_settings(
-        str(folder / "model"),
-        str(folder / "data"),
+    result = train(
+        folder,
         parallel__tensor=2,
         data__sequence_length=4096,
         training__global_batch_size=9,
         training__micro_batch_size=2,
     )
-    result = cli.run(cli.launch_command(2, "megatron_sstoken.train", *cli.settings_arguments(settings)))
     assert_refused(
         result,
         "data.sequence_length=4096 is longer than the model's max_position_embeddings=512: use 512 or less",

@@ -288,7 +288,7 @@ def test_inspect_tells_numbers(folder, found):
 
 def run_tool(*arguments: str) -> tuple[int, str]:
     """Exit code and what the program says on standard error."""
-    from tools.convert_checkpoint import main
+    from megatron_sstoken.commands.convert_checkpoint import main
 
     said = io.StringIO()
     with contextlib.redirect_stderr(said):

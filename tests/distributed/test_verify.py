@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_sstoken.commands.convert_checkpoint import main
 from megatron_sstoken.conversion import verify as verify_module
 from megatron_sstoken.conversion.hf import from_hf
 from megatron_sstoken.model import weights
@@ -17,7 +18,6 @@ from megatron_sstoken.parallel import reset_layout
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.toy import make_tokenizer
 from tests.helpers.workbench import FAMILIES, MIXTURES, make_model
-from tools.convert_checkpoint import main
 
 LAYOUTS = {
     "single": (1, [], []),

@@ -5,13 +5,13 @@ import json
 import pytest
 
 from megatron_sstoken.checkpoint.manifest import checkpoint_steps
+from megatron_sstoken.commands.convert_checkpoint import main
 from megatron_sstoken.conversion.check import check_folders
 from megatron_sstoken.conversion.hf import from_hf, reshard, to_hf
 from megatron_sstoken.conversion.work import ConversionOptions
 from megatron_sstoken.integrity import CHECKSUMS, damage
 from tests.helpers.flip import flip_bit
 from tests.helpers.workbench import make_model, make_samples, make_store
-from tools.convert_checkpoint import main
 
 
 @pytest.fixture(scope="module")

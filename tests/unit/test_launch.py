@@ -3,11 +3,14 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from megatron_sstoken import launch
 from tests.helpers import cli
@@ -166,3 +169,42 @@ def test_machines_that_do_not_meet_are_told(program):
         result.returncode == 1 and " did not meet the other machines at 127.0.0.1:9 " in result.stderr.splitlines()[-1]
     )
     assert "Traceback" not in result.stderr and os.path.basename(program) not in result.stdout
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:{}"],
+        ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:{}", "--rdzv-conf=is_host=true"],
+        ["--master-addr=127.0.0.1", "--master-port={}"],
+    ],
+)
+@pytest.mark.parametrize("error", [RendezvousConnectionError, torch.distributed.DistNetworkError])
+def test_a_port_in_use_is_said(monkeypatch, capsys, options, error):
+    def fail(_):
+        raise error("torch's own words")
+
+    monkeypatch.setattr(launch.torchrun, "run", fail)
+    monkeypatch.setattr(launch, "_set_environment", lambda: None)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert launch.main([*(one.format(port) for one in options), "program.py"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: port {port} of ") and "is in use" in told and told.count("\n") == 1
+
+
+def test_a_port_that_another_machine_listens_on_is_not_looked_at(monkeypatch, capsys):
+    def fail(_):
+        raise RendezvousConnectionError("no route")
+
+    monkeypatch.setattr(launch.torchrun, "run", fail)
+    monkeypatch.setattr(launch, "_set_environment", lambda: None)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        endpoint = f"node0:{other.getsockname()[1]}"
+        options = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-conf=is_host=false"]
+        assert launch.main([*options, "program.py"]) == 1
+    assert "did not meet the other machines at node0:" in capsys.readouterr().err

@@ -13,12 +13,12 @@ import yaml
 
 from megatron_sstoken import launch, supported
 from megatron_sstoken.command_line import parse_settings
+from megatron_sstoken.commands.make_config import make_config, make_stand_in_data
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.model.presets import MODELS
 from megatron_sstoken.validate.describe import describe
 from megatron_sstoken.validate.run import plan_run
 from tests.helpers import cli
-from tools.make_config import make_config, make_stand_in_data
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's own
 CONFIGS = cli.ROOT / "pretrain_scripts" / "configs"

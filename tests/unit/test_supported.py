@@ -10,11 +10,11 @@ import torch
 from packaging.markers import Marker
 
 from megatron_sstoken import supported
+from megatron_sstoken.commands.plan import CHOICES
 from megatron_sstoken.config import ModelSettings, OptimizerSettings, SelectionSettings, Settings, TrainingSettings
 from megatron_sstoken.doctor import REQUIRED, Machine, fp8_recipes
 from megatron_sstoken.model import backend
 from tests.helpers.cli import ROOT
-from tools.plan import CHOICES
 
 
 @pytest.mark.parametrize("cuda", ["12.4", "12.9", "13.0"])

@@ -5,16 +5,18 @@ import pickle
 from dataclasses import asdict
 
 import pytest
+import torch
 from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties, TensorStorageMetadata
 
 from megatron_sstoken.train import main
-from megatron_sstoken.training.loop import identity_of
+from megatron_sstoken.training.resume import identity_of, objective_of
 from megatron_sstoken.validate.describe import describe
 from megatron_sstoken.validate.run import plan_run
 from tests.helpers.cli import settings_arguments
 from tests.helpers.plans import problems_of
+from tests.helpers.workbench import make_samples, make_store
 
 # `main` reads the settings with what jsonargparse 4.49 renamed; the old name goes with its version 5.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -73,6 +75,54 @@ def test_dry_run_of_a_resumable_run(settings, tmp_path, capsys):
     run.checkpoint.resume = False
     assert dry_run(run, "--world_size=1") == 2
     assert "holds checkpoints of another run (step 3)" in capsys.readouterr().err
+
+
+def write_checkpoint(folder, run, metadata=None, **changes):
+    """What describes a checkpoint of step 3 of a run, and nothing else."""
+    state = {"step": 3, "identity": asdict(identity_of(plan_run(run, 1))), "hf_path": "model", "num_rows": 80}
+    newest = folder / "step_0000003"
+    newest.mkdir()
+    (newest / "sstoken.json").write_text(json.dumps(state | changes))
+    (newest / ".metadata").write_bytes(pickle.dumps(metadata or Metadata({})))
+    return newest
+
+
+def test_a_directory_of_a_run_on_other_data_names_both(settings, folder, tmp_path, capsys):
+    make_store(folder / "others", make_samples(30, seed=9))
+    run = settings(checkpoint__directory=str(tmp_path))
+    newest = write_checkpoint(tmp_path, run, train="/data/first")
+    run.data.train = str(folder / "others")
+    assert dry_run(run) == 2
+    assert capsys.readouterr().err == (
+        f"error: cannot resume from {newest}: it was trained on the data of /data/first, and data.train={run.data.train} holds "
+        "other data: name another checkpoint.directory for it, or that data to go on\n"
+    )
+
+
+def test_a_directory_of_a_run_with_another_method_is_told_in_the_dry_run(settings, tmp_path, capsys):
+    run = settings(checkpoint__directory=str(tmp_path))
+    newest = write_checkpoint(tmp_path, run, objective=objective_of(plan_run(run, 1), {}))
+    run.selection.method = "full"
+    assert dry_run(run) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[-2:] == [
+        f"would resume from {newest}",
+        f"note: the run would go on with other settings: selection.method: {settings().selection.method} → full; another "
+        "checkpoint.directory begins anew",
+    ]
+
+
+@pytest.mark.parametrize("use", ["checkpoint.directory", "model.checkpoint"])
+def test_a_checkpoint_of_another_model_names_both(settings, tmp_path, capsys, use):
+    name = "decoder.layers.self_attention.linear_qkv.weight"
+    sizes = {name: TensorStorageMetadata(TensorProperties(), torch.Size([30, 960, 576]), [])}
+    plain, key = settings(), use.replace(".", "__")
+    newest = write_checkpoint(tmp_path, plain, Metadata(sizes), hf_path="/models/SmolLM2-135M")
+    assert dry_run(settings(**{key: str(tmp_path)})) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {f'cannot resume from {newest}' if 'directory' in use else f'{use}={tmp_path}'}: ")
+    assert f"of another model (/models/SmolLM2-135M): {name} is 30 × 960 × 576 there, and 4 × " in told
+    assert f" in model.hf_path={plain.model.hf_path}: " in told and len(told.splitlines()) == 1
 
 
 @pytest.mark.parametrize("content", ['{"step": 3', '{"step": 3, "of_a_later_version": 1}'])

@@ -5,6 +5,7 @@ import os
 from collections.abc import Hashable
 from typing import Any
 
+from megatron_sstoken.folders import model_folder_problem
 from megatron_sstoken.model.families.architecture import Architecture
 from megatron_sstoken.model.families.registry import Config, Family, family_names, family_of
 from megatron_sstoken.model.families.rope import read_rope
@@ -32,8 +33,8 @@ def read_architecture(hf_path: str) -> Architecture:
     model's output and is not supported, each by name.
     """
     path = os.path.join(hf_path, "config.json")
-    if not os.path.isfile(path):
-        raise ValueError(f"{hf_path} has no config.json: name the folder of a Hugging Face checkpoint")
+    if problem := model_folder_problem(hf_path):
+        raise ValueError(problem)
     with open(path, encoding="utf-8") as file:
         try:
             config = json.load(file)

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_sstoken.commands import prepare_data
 from megatron_sstoken.data import output as output_module
 from megatron_sstoken.data import prepare as prepare_module
 from megatron_sstoken.data import store
@@ -27,7 +28,6 @@ from megatron_sstoken.data.summary import summary
 from megatron_sstoken.files import describe_os_error
 from tests.helpers.preparation import run
 from tests.helpers.toy import make_tokenizer, random_conversations, write_rows
-from tools import prepare_data
 
 ROWS = [{"messages": messages} for messages in random_conversations(40, seed=1)]
 TOOL = Path(__file__).parents[3] / "tools" / "prepare_data.py"

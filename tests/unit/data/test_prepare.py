@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_sstoken.commands.prepare_data import main
 from megatron_sstoken.data.conversation import Conversation
 from megatron_sstoken.data.inputs import chunks
 from megatron_sstoken.data.recipe import FieldNames, Recipe
@@ -30,7 +31,6 @@ from tests.helpers.toy import (
     random_conversations,
     write_rows,
 )
-from tools.prepare_data import main
 
 ROWS = [{"messages": messages} for messages in random_conversations(40, seed=1)]
 TOOL = Path(__file__).parents[3] / "tools" / "prepare_data.py"

@@ -393,7 +393,7 @@ def test_configurations_that_transformers_writes(tmp_path):
 
 
 def test_missing_and_broken_files(tmp_path):
-    with pytest.raises(ValueError, match="absent has no config.json: name the folder of a Hugging Face checkpoint"):
+    with pytest.raises(ValueError, match="absent does not exist: name the folder of a Hugging Face checkpoint"):
         read_architecture(str(tmp_path / "absent"))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is not JSON"):

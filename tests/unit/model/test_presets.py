@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_sstoken.commands.make_config import main
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.model.families import read_architecture
 from megatron_sstoken.model.presets import MODELS, model_config
-from tools.make_config import main
 
 PARAMETERS = {
     "Llama-3.2-1B": 1_235_814_400,

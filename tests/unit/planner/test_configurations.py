@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sstoken.command_line import parse_settings
+from megatron_sstoken.commands.plan import main
 from megatron_sstoken.config import HardwareSettings, Settings
 from megatron_sstoken.gpus import GPUS
 from megatron_sstoken.model.presets import MODELS, find_architecture
@@ -22,7 +23,6 @@ from megatron_sstoken.planner.hardware import Assumptions
 from megatron_sstoken.planner.search import estimate, propose
 from megatron_sstoken.planner.workload import Workload
 from tests.helpers import cli
-from tools.plan import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's own
 FOLDER = cli.ROOT / "pretrain_scripts" / "configs"

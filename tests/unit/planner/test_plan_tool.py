@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import plan_check
+from megatron_sstoken.commands.plan import main
 from megatron_sstoken.gpus import GPUS
 from megatron_sstoken.model.presets import find_architecture
 from megatron_sstoken.planner.communication import Traffic
@@ -16,7 +17,6 @@ from megatron_sstoken.planner.memory import adapter_parameters, chunks_in_flight
 from megatron_sstoken.planner.search import estimate, propose
 from megatron_sstoken.planner.workload import Workload, problems_of_workload
 from tests.helpers.workbench import make_model
-from tools.plan import main
 
 EIGHT = find_architecture("Llama-3.1-8B")
 SEVENTY = find_architecture("Llama-3.1-70B")

@@ -136,7 +136,7 @@ LAYOUT_PROBLEMS = {
     "no model": (
         {"model__hf_path": "/nowhere/model"},
         1,
-        "model.hf_path: /nowhere/model has no config.json: name the folder of a Hugging Face checkpoint",
+        "model.hf_path: /nowhere/model does not exist: name the folder of a Hugging Face checkpoint",
     ),
     "no checkpoint": (
         {"model__checkpoint": "/nowhere/step"},
@@ -147,7 +147,7 @@ LAYOUT_PROBLEMS = {
     "no history model": (
         {"history__hf_path": "/nowhere/old"},
         1,
-        "history.hf_path: /nowhere/old has no config.json: name the folder of a Hugging Face checkpoint",
+        "history.hf_path: /nowhere/old does not exist: name the folder of a Hugging Face checkpoint",
     ),
 }
 

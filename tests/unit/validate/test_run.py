@@ -273,7 +273,7 @@ def test_weights_that_lack_a_layer(settings, tmp_path, folder):
 
 
 def test_numbers_that_cannot_be(settings):
-    assert only_problem(settings(training__seed=-1)) == "training.seed=-1 is too small: use 0 or more"
+    assert only_problem(settings(training__seed=-1)) == "training.seed=-1 is outside [0, 4294967295]: use a value in it"
     with pytest.raises(SettingsError, match="world_size=-2 is too small"):
         plan_run(settings(), -2)
 

@@ -43,8 +43,8 @@ BROKEN = {
     ),
     "weights that do not exist": (
         {"weights__method": "dft"},
-        "weights.method=dft is unknown: use one of none, power, deft, entropy, external, or the import path of a TokenWeight "
-        "of your own",
+        "weights.method=dft is unknown: did you mean deft? use one of none, power, deft, entropy, external, or the import path "
+        "of a TokenWeight of your own",
     ),
     "exponent below 0": (
         {"weights__method": "power", "weights__alpha": -0.5},

@@ -1,0 +1,99 @@
+"""What a path that a user named is, where it is not what it should be; nothing heavy is imported to tell it."""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from megatron_sstoken.files import existing_above
+from megatron_sstoken.words import did_you_mean
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_OF_A_MACHINE = frozenset(
+    "data datasets model models run runs checkpoints out output outputs work quickstart tmp".split()
+)
+"""First parts of relative paths that no one takes for a name on the hub."""
+_ROWS = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".gz", ".zst", ".bz2", ".xz")
+_CHECKPOINT, _MANIFEST = "sstoken.json", "manifest.json"
+
+
+def model_folder_problem(path: str) -> str | None:
+    """Why `path` is no Hugging Face folder, and what to name instead; None if it has a config.json."""
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return None
+    if folder.is_file():
+        what = "a GGUF file" if path.endswith(".gguf") else "a file"
+        return f"{path} is {what}: name a Hugging Face folder (config.json, *.safetensors, tokenizer.json)"
+    if not folder.is_dir():
+        return missing(path, "name the folder of a Hugging Face checkpoint", "model")
+    if found := sorted(folder.glob("snapshots/*/config.json")):
+        return f"{path} is a folder of the hub's cache: name {found[-1].parent}"
+    if _is_checkpoint(folder):
+        return (
+            f"{path} has no config.json, it holds checkpoints of a run: name it with model.checkpoint, and here the Hugging "
+            "Face folder that the run started from"
+        )
+    if found := sorted(folder.glob("*/config.json")):
+        return f"{path} has no config.json: did you mean {found[0].parent}?"
+    return f"{path} has no config.json: name the folder of a Hugging Face checkpoint"
+
+
+def data_folder_problem(path: str) -> str | None:
+    """Why `path` is no prepared folder, and the command that makes one; None if it has a manifest."""
+    folder = Path(path)
+    if (folder / _MANIFEST).is_file():
+        return None
+    if folder.is_file():
+        return f"{path} is not a prepared folder: {_prepare(path)}"
+    if not folder.is_dir():
+        return missing(path, "make it with tools/prepare_data.py", "dataset")
+    if (folder / "train" / _MANIFEST).is_file():
+        return f"{path} holds several prepared folders: name one, as {folder / 'train'}"
+    if any(one.suffix in _ROWS for one in folder.iterdir() if one.is_file()):
+        return f"{path} is not a prepared folder: {_prepare(path)}"
+    return f"{path} is incomplete: it has no {_MANIFEST}: make it with tools/prepare_data.py"
+
+
+def missing(path: str, remedy: str, kind: str) -> str:
+    """What to do about a path that does not exist; `kind`: what the hub calls it, model or dataset."""
+    first = path.partition("/")[0]
+    if _HUB_NAME.fullmatch(path) and first not in _OF_A_MACHINE and not os.path.exists(first):
+        option = "" if kind == "model" else f" --repo-type {kind}"
+        place = f"{kind}s/{path.rpartition('/')[2]}"
+        then = "and name that folder" if kind == "model" else f"then {_prepare(place)}"
+        return (
+            f"{path} does not exist here, and looks like a name on the Hugging Face hub: "
+            f"`hf download {path}{option} --local-dir {place}`, {then}"
+        )
+    beside = os.path.dirname(os.path.normpath(path))
+    near = did_you_mean(os.path.basename(os.path.normpath(path)), _names(beside or "."))
+    return f"{path} does not exist: {near}{remedy}"
+
+
+def writing_problem(setting: str, path: str) -> str | None:
+    """Why nothing can be made at `path`, or None. Nothing is left there: a file without a name is tried."""
+    existing = existing_above(path)
+    if os.path.isfile(path):
+        return f"{setting}={path} is a file that exists: remove it, or name another place"
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return f"{setting}={path} cannot be written: {existing} is not a writable folder"
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return None
+    except OSError as error:
+        return f"{setting}={path} cannot be written: {existing}: {error.strerror}: name another folder"
+
+
+def _prepare(path: str) -> str:
+    return (
+        f"make one with `python tools/prepare_data.py --input {path} --tokenizer MODEL --output FOLDER`, and name that"
+    )
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / _CHECKPOINT).is_file() or any(folder.glob(f"step_*/{_CHECKPOINT}"))
+
+
+def _names(folder: str) -> list[str]:
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
