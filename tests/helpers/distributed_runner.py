@@ -20,6 +20,9 @@ _PRELOADED = [
     "megatron_sstoken.training.loop",
     "megatron_sstoken.conversion.hf",
     "megatron_sstoken.train",
+    "megatron_sstoken.ending",  # and what else the programs import once the settings are read
+    "megatron_sstoken.validate.agree",
+    "megatron_sstoken.training.next_commands",
 ]
 
 

@@ -203,7 +203,7 @@ def test_a_tokenizer_that_vanishes_before_the_workers_load_it(tmp_path, monkeypa
         return loaded
 
     monkeypatch.setattr(prepare_module, "load_tokenizer", vanish)
-    with pytest.raises(ValueError, match="tokenizer: .* is neither a Hugging Face folder nor"):
+    with pytest.raises(ValueError, match="tokenizer: .* does not exist: name a Hugging Face folder"):
         run([path], tmp_path / "tokenizer", tmp_path / "out", workers=2)
     assert names(tmp_path) == ["moved", "rows.jsonl"]
 
