@@ -53,6 +53,7 @@ setup(
     ],
     entry_points={"console_scripts": ["megatron-sstoken = megatron_sstoken.__main__:main"]},
     extras_require={
+        "evidence": ["gguf>=0.10"],  # benchmarks/evidence reads its model from a GGUF file
         "te": [f"{line.transformer_engine}; {line.python}" for line in LINES],
         "dev": [
             "pytest>=8",

