@@ -23,6 +23,8 @@ def smollm2(folder: Path) -> Path:
     partial = folder.with_name(folder.name + ".partial")
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(partial)
     as_numbers = GgufConfig(dequantize=True)
-    AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, quantization_config=as_numbers).save_pretrained(partial)
+    AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, quantization_config=as_numbers).save_pretrained(
+        partial
+    )
     partial.rename(folder)
     return folder
