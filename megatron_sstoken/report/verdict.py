@@ -56,7 +56,7 @@ def helps(main: Run, compared: Sequence[Run]) -> str:
     rivals, problems = _rivals(main, compared)
     if rivals:
         told = [
-            f"`{one.name}` has {one.loss:.4g}"
+            f"“{one.name}” has {one.loss:.4g}"
             + ("" if one.step == step else f" after {_steps(one.step)} (this run: {one.own:.4g})")
             for one in rivals
         ]
@@ -74,12 +74,12 @@ def _rivals(main: Run, compared: Sequence[Run]) -> tuple[list[_Rival], list[str]
         other = run.data.get("validation_fingerprint")
         common = max((step for step in losses if step in own and step > 0), default=None)
         if not losses:
-            problems.append(f"`{run.name}` has no validation loss to compare with")
+            problems.append(f"“{run.name}” has no validation loss to compare with")
         elif of_data and other and of_data != other:
-            problems.append(f"`{run.name}` was validated on other data: it cannot be compared with")
+            problems.append(f"“{run.name}” was validated on other data: it cannot be compared with")
         elif common is None:
             last = max(losses)
-            told = f"`{run.name}` has {losses[last]:.4g} after {_steps(last)}"
+            told = f"“{run.name}” has {losses[last]:.4g} after {_steps(last)}"
             problems.append(f"{told} and was not validated at a step of this run: it cannot be compared with")
         else:
             rivals.append(_Rival(run.name, run.method, common, losses[common], own[common]))
@@ -97,7 +97,7 @@ def _conclusion(main: Run, rivals: Sequence[_Rival]) -> str:
         does = "helps here" if against.difference < 0 else "does not help here"
         verdict = f"selection {does} ({_above(against)})"
     else:
-        verdict = f"the loss is {_above(against)}; a run of method `full` would say whether selection helps"
+        verdict = f"the loss is {_above(against)}; a run of method “full” would say whether selection helps"
     chance = next((one for one in rivals if one.method == "random"), None)
     if plain and chance and chance.difference >= 0:
         verdict += f", and as many tokens drawn at random do no worse ({_above(chance)})"
@@ -105,13 +105,13 @@ def _conclusion(main: Run, rivals: Sequence[_Rival]) -> str:
 
 
 def _above(rival: _Rival) -> str:
-    return f"{abs(rival.difference):.2g} nats {'above' if rival.difference > 0 else 'below'} `{rival.name}`"
+    return f"{abs(rival.difference):.2g} nats {'above' if rival.difference > 0 else 'below'} “{rival.name}”"
 
 
 def dropping(main: Run, total: StepFigures, kinds: KindFigures, texts: Mapping[int, str]) -> str:
     """What is dropped, by kinds of tokens; `texts` has those of `KindFigures.notable`."""
     if main.method == "full" and not total.num_dropped:
-        return "Nothing is dropped: method `full` trains on every response token."
+        return "Nothing is dropped: method “full” trains on every response token."
     if not total.num_response:
         share = main.curves.get("selection/share")
         known = f"; {_percent(1 - share[-1][1])} were dropped at step {share[-1][0]}" if share else ""

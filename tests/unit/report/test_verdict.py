@@ -26,36 +26,36 @@ MAIN = run(validation=[(0, 2.5), (20, 1.5), (40, 1.204)])
         (
             MAIN,
             [run("full", "full", [(40, 1.187)])],
-            "Validation loss is 1.204 after 40 steps (2.5 before training); `full` has 1.187: selection does not help here "
-            "(0.017 nats above `full`).",
+            "Validation loss is 1.204 after 40 steps (2.5 before training); “full” has 1.187: selection does not help here "
+            "(0.017 nats above “full”).",
         ),
-        (MAIN, [run("all", "full", [(40, 1.3)])], "`all` has 1.3: selection helps here (0.096 nats below `all`)."),
-        (MAIN, [run("full", "full", [(40, 1.2)])], "no difference that one seed could show (0.004 nats above `full`)."),
+        (MAIN, [run("all", "full", [(40, 1.3)])], "“all” has 1.3: selection helps here (0.096 nats below “all”)."),
+        (MAIN, [run("full", "full", [(40, 1.2)])], "no difference that one seed could show (0.004 nats above “full”)."),
         (
             MAIN,
             [run("full", "full", [(20, 1.4)])],
-            "`full` has 1.4 after 20 steps (this run: 1.5): selection does not help here (0.1 nats above `full`).",
+            "“full” has 1.4 after 20 steps (this run: 1.5): selection does not help here (0.1 nats above “full”).",
         ),
         (
             MAIN,
             [run("full", "full", [(0, 2.5), (60, 0.9)])],
-            "`full` has 0.9 after 60 steps and was not validated at a step of this run: it cannot be compared with.",
+            "“full” has 0.9 after 60 steps and was not validated at a step of this run: it cannot be compared with.",
         ),
-        (MAIN, [run("full", "full", [(40, 1.1), (60, 1.0)])], "`full` has 1.1: "),
+        (MAIN, [run("full", "full", [(40, 1.1), (60, 1.0)])], "“full” has 1.1: "),
         (
             MAIN,
             [run("full", "full", [(40, 1.1)]), run("random", "random", [(40, 1.15)])],
-            "and as many tokens drawn at random do no worse (0.054 nats above `random`).",
+            "and as many tokens drawn at random do no worse (0.054 nats above “random”).",
         ),
-        (MAIN, [run("random", "random", [(40, 1.3)])], "a run of method `full` would say whether selection helps."),
+        (MAIN, [run("random", "random", [(40, 1.3)])], "a run of method “full” would say whether selection helps."),
         (MAIN, [], "cannot be said: no run to compare with was given (--compare)."),
-        (MAIN, [run("full", "full")], "`full` has no validation loss to compare with."),
+        (MAIN, [run("full", "full")], "“full” has no validation loss to compare with."),
         (run(), [], "the run has no validation loss (data.validation)"),
         (run(method="full", validation=[(40, 1.0)]), [MAIN], "this run trains on every token"),
         (
             run(validation=[(40, 1.0)], data={"validation_fingerprint": "a"}),
             [run("full", "full", [(40, 0.5)], data={"validation_fingerprint": "b"})],
-            "`full` was validated on other data: it cannot be compared with.",
+            "“full” was validated on other data: it cannot be compared with.",
         ),
     ],
 )  # fmt: skip
@@ -99,7 +99,7 @@ def test_what_is_dropped():
 
 def test_a_run_that_selects_nothing_drops_nothing():
     full = run(method="full", drift=[(10, 1.0)])
-    assert "method `full` trains on every response token" in dropping(full, StepFigures(), KindFigures(), {})
+    assert "method “full” trains on every response token" in dropping(full, StepFigures(), KindFigures(), {})
     assert drifting(full, {}) == "No token is dropped, so none can drift."
 
 
