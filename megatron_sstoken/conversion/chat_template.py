@@ -1,9 +1,13 @@
-"""The chat template of an exported folder: the one that the data was prepared with, or the one that is there."""
+"""The chat template of an exported folder: the one that the data was prepared with, or the one that is there; and where an
+answer stops."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
+from megatron_sstoken.data.text.end_of_turn import end_of_turn
 from megatron_sstoken.data.text.templates import without_marks
 from megatron_sstoken.files import read_json
 
@@ -11,6 +15,7 @@ FILE = "chat_template.jinja"
 _LEGACY = "chat_template.json"
 _CONFIG = "tokenizer_config.json"
 _NAMED = "additional_chat_templates"
+_GENERATION = "generation_config.json"
 
 
 def own_template(folder: Path) -> str | None:
@@ -50,6 +55,31 @@ def export_template(folder: Path, template: str | None) -> str:
         ", in place of the tokenizer's own, another one (--chat_template own keeps that)" if own is not None else ""
     )
     return f"chat template: the one that the data was prepared with{instead}"
+
+
+def export_stop(folder: Path) -> str | None:
+    """Have answers of a folder's model stop where its chat template ends a turn; returns what was done, in words.
+
+    Of a base model that was tuned with a template, generation_config.json names the end of a text alone: programs that
+    go by it (transformers, vLLM) would let the model talk on, in the user's place too. None where nothing was to be done.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError):  # no tokenizer, or one whose code is not run
+        return None
+    stop = end_of_turn(tokenizer) if own_template(folder) is not None else None
+    if stop is None:
+        return None
+    config = read_json(folder / "config.json")
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    generation: dict[str, Any] = {name: config[name] for name in names if name in config}
+    generation |= read_json(folder / _GENERATION) if (folder / _GENERATION).is_file() else {}
+    named = generation.get("eos_token_id")
+    stops = named if isinstance(named, list) else [] if named is None else [named]
+    if stop in stops:
+        return None
+    _write(folder / _GENERATION, generation | {"eos_token_id": [*stops, stop]})
+    return f"generation: stops at {tokenizer.convert_ids_to_tokens(stop)}, too, which ends a turn in the chat template"
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from megatron_sstoken.checkpoint.manifest import Checkpoint, RunState, open_chec
 from megatron_sstoken.checkpoint.weights_source import WeightsSource
 from megatron_sstoken.config import ModelSettings
 from megatron_sstoken.conversion.adapters import AdapterCheckpoint
-from megatron_sstoken.conversion.chat_template import export_template
+from megatron_sstoken.conversion.chat_template import export_stop, export_template
 from megatron_sstoken.conversion.contents import Parameter, checkpoint_contents
 from megatron_sstoken.conversion.folder import FolderReader, copy_companions
 from megatron_sstoken.conversion.output import write_checkpoint, write_safetensors
@@ -108,6 +108,8 @@ def to_hf(
         write_safetensors(place, reader, contents, dtype, costs, options, adapters)
         copy_companions(Path(source), place.folder, dtype=dtype)
         tell(export_template(place.folder, template))
+        if template is not None and (stop := export_stop(place.folder)):
+            tell(stop)
         return place.publish()
 
 

@@ -5,10 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sstoken.data.conversation import Message
+from megatron_sstoken.data.text.end_of_turn import end_of_turn
 from megatron_sstoken.talk.loading import ModelFolder
-
-_PROBE = "answer"
-"""What an assistant says in the conversation that shows how the template ends a turn."""
 
 
 @dataclass(frozen=True)
@@ -171,18 +169,6 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     named = model.generation_config.eos_token_id
     found = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id, end_of_turn(tokenizer)]
     return list(dict.fromkeys(token for token in found if token is not None))
-
-
-def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template writes right after what an assistant says; None where there is none."""
-    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}]
-    try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except Exception:  # the template wants another conversation: the other stop tokens have to do
-        return None
-    ids = tokenizer(text.rpartition(_PROBE)[2].lstrip(), add_special_tokens=False)["input_ids"]
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    return ids[0] if ids and ids[0] in special else None
 
 
 def _streamer(tokenizer: Any, show: Callable[[str], None]) -> Any:

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
-from megatron_sstoken.conversion.chat_template import export_template, own_template
+from megatron_sstoken.conversion.chat_template import export_stop, export_template, own_template
 from megatron_sstoken.data.text.templates import find_template, without_marks
 from tests.helpers.toy import CHAT_TEMPLATES, exchange, make_tokenizer
 
@@ -90,3 +90,23 @@ def test_marks_alone_are_no_difference(folder):
 
 def test_none_at_all(folder):
     assert export_template(folder, None) == "chat template: none"
+
+
+@pytest.mark.parametrize("named", [None, 1, [1]], ids=["not there", "a number", "a list"])
+def test_generation_stops_at_the_end_of_a_turn(folder, named):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.save_pretrained(folder)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1}))
+    generation = folder / "generation_config.json"
+    if named is not None:
+        generation.write_text(json.dumps({"eos_token_id": named, "temperature": 0.6}))
+    assert export_stop(folder) is None  # without a template nothing says where a turn ends
+    export_template(folder, find_template("chatml"))
+    assert "stops at <|im_end|>, too" in export_stop(folder)
+    kept = {"bos_token_id": 0, "eos_token_id": [1, end]} | ({} if named is None else {"temperature": 0.6})
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == [1, end]
+    assert json.loads(generation.read_text()) == kept
+    before = contents(folder)
+    assert export_stop(folder) is None and contents(folder) == before

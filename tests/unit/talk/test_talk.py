@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_sstoken import chat, evaluate
-from megatron_sstoken.talk.generation import Decoding, Request, Talker, end_of_turn, load_talker
+from megatron_sstoken.data.text.end_of_turn import end_of_turn
+from megatron_sstoken.talk.generation import Decoding, Request, Talker, load_talker
 from megatron_sstoken.talk.loading import ModelFolder
 from megatron_sstoken.talk.questions import question_of, read_questions
 from tests.helpers.toy import CHAT_TEMPLATES, exchange, write_rows
