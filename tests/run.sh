@@ -10,5 +10,10 @@ if (($# == 0)); then
     ruff check
     ruff format --check
     mypy
+    # Unit tests often wait, so two at a time; the others start processes of their own.
+    passed=0
+    python -m pytest --quiet --numprocesses 2 --dist loadfile tests/unit || passed=$?
+    python -m pytest --quiet --ignore tests/unit || passed=$?
+    exit "$passed"
 fi
 exec python -m pytest --quiet "$@"

@@ -85,7 +85,10 @@ def test_files_that_are_gone_or_short_are_named(step):
     assert missing_parts(step, read_metadata(step)) == sorted({data[0].name, data[-1].name})
 
 
-@pytest.mark.parametrize("command", [pytest.param("inspect", marks=pytest.mark.slow), "to-hf", "reshard"])
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param("inspect", marks=pytest.mark.slow), "to-hf", pytest.param("reshard", marks=pytest.mark.slow)],
+)
 def test_the_programs_run_none_of_it(step, tmp_path, command):
     code = Code(tmp_path / "proof")
     (step / ".metadata").write_bytes(pickle.dumps(Metadata({"weight": code})))

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_sstoken import evaluate
+from megatron_sstoken.commands import convert_checkpoint
 from megatron_sstoken.config import Settings
 from megatron_sstoken.training.next_commands import describe_commands, next_commands
 from tests.helpers.workbench import make_settings
-from tools import convert_checkpoint
 
 
 def prepared(*paths: Path) -> Any:

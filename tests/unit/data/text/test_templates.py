@@ -5,7 +5,6 @@ folder with the models' own templates (`NAME.jinja`, `NAME+VARIANT.jinja`), rand
 """
 
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from megatron_sstoken.commands.prepare_data import parse_arguments
 from megatron_sstoken.data.conversation import Conversation
 from megatron_sstoken.data.prepare import prepare
 from megatron_sstoken.data.store import StoreManifest
@@ -383,9 +383,8 @@ def test_data_is_prepared_by_name(tmp_path):
 
 
 def test_help_lists_the_names(capsys):
-    tool = runpy.run_path(str(Path(__file__).parents[4] / "tools" / "prepare_data.py"))
     with pytest.raises(SystemExit):
-        tool["parse_arguments"](["--help"])
+        parse_arguments(["--help"])
     shown = "".join(capsys.readouterr().out.split())  # argparse breaks lines at hyphens too
     assert all(name in shown for name in NAMES)
     assert "(default:error)" in shown and "default:None" not in shown and "default:()" not in shown
