@@ -104,7 +104,7 @@ def hold_back_on_the_second(rank):
         write_when_told("/nowhere/at/all")
 
 
-@pytest.mark.parametrize("victim", ["writer", "its own process"])
+@pytest.mark.parametrize("victim", ["writer", pytest.param("its own process", marks=pytest.mark.slow)])
 def test_a_killed_writer_is_told_on_both_processes(folder, tmp_path, victim):
     """While the others are done, and train."""
     directory = tmp_path / "run"

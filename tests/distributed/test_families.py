@@ -90,6 +90,7 @@ def test_sharded_runs_equal_the_unsharded(bench, layout):
         assert largest_difference(gradients, wanted_gradients) < 1e-4, family
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_mixture_resumes_on_another_layout(bench, tmp_path):
     """Two steps with experts on two ranks, two more on one: the losses and norms of four steps on one."""

@@ -19,7 +19,7 @@ def folder(request, tmp_path):
     return shutil.copytree(request.param, tmp_path / "copy")
 
 
-@pytest.mark.parametrize(("num_ranks", "tensor"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("num_ranks", "tensor"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2)])
 def test_a_run_goes_on(folder, num_ranks, tensor):
     whole = {int(step): loss for step, loss in json.loads((folder / "losses.json").read_text()).items()}
     losses = train(run_settings(folder, folder / "run", parallel__tensor=tensor), num_ranks)

@@ -183,7 +183,7 @@ def test_passes_through_the_model_a_step(bench, tmp_path):
         assert np.isnan(values).sum() == len(values) - len(visit["loss"])
 
 
-@pytest.mark.parametrize("first", ["full", pytest.param("frozen", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first", [pytest.param(one, marks=pytest.mark.slow) for one in ("full", "frozen")])
 def test_a_killed_run_goes_on_bit_for_bit(bench, tmp_path, first):
     """Killed in epoch 3, with losses of epochs 2 and 3 that came after the checkpoint of step 9, in epoch 2."""
     whole, killed = (

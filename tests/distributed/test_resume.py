@@ -106,7 +106,7 @@ def test_every_sample_is_seen_as_often_as_in_the_whole_run(case, resumed):
     assert len(set(seen[2 * NUM_SAMPLES :])) == NUM_STEPS * GLOBAL_BATCH - 2 * NUM_SAMPLES
 
 
-@pytest.mark.parametrize("layout", OTHERS)
+@pytest.mark.parametrize("layout", ["single", "pp2", pytest.param("dp2", marks=pytest.mark.slow)])
 def test_another_layout_continues_closely(case, tmp_path, layout):
     num_ranks, parallel = OTHERS[layout]
     whole, rest = losses(case / "whole"), resume(case, tmp_path / "run", num_ranks, **parallel)

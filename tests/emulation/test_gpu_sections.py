@@ -41,6 +41,9 @@ def records(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+pytestmark = pytest.mark.slow  # whole sections
+
+
 @pytest.mark.timeout(300)
 def test_nothing_fails(records):
     for name, written in records.items():

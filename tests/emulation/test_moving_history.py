@@ -34,6 +34,7 @@ def both(rank, settings):
     return run_training(rank, settings), follow(rank, settings[:1])
 
 
+@pytest.mark.slow
 def test_each_pass_waits_for_its_own_weights(folder):
     settings = [settings_of(folder), settings_of(folder, selection__scope="batch")]
     wanted, [(*_, other_copies)] = run_distributed(both, 1, settings)[0]

@@ -58,7 +58,7 @@ def train(rank, settings, saves=False):
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_steps_are_the_same_wherever_the_state_lies(folder, tmp_path, ranks):
     runs = [settings_of(folder, fraction, tmp_path / f"{fraction}") for fraction in (0.0, 0.5, 1.0)]
     (plain, none), (some_steps, some), (all_steps, everything) = (run_pretended(train, ranks, one)[0] for one in runs)

@@ -56,7 +56,7 @@ def train_with_bad_steps(rank, settings, bad):
     return sums, None
 
 
-@pytest.mark.parametrize("clip", [1.0, 0.0], ids=["clipped", "unclipped"])
+@pytest.mark.parametrize("clip", [1.0, pytest.param(0.0, marks=pytest.mark.slow)], ids=["clipped", "unclipped"])
 def test_bad_steps_are_skipped_and_counted(folder, tmp_path, clip):
     settings = settings_in(
         folder, tmp_path / "run", training__on_nonfinite="skip", training__steps=5, optimizer__clip_grad=clip

@@ -111,9 +111,7 @@ def test_arithmetics_of_a_gpu(config, tmp_path, pair):
     assert_within_bounds(found)
 
 
-@pytest.mark.parametrize(
-    "pair", [pytest.param(pair, marks=pytest.mark.slow) if "packed" in pair else pair for pair in ON_CPU]
-)
+@pytest.mark.parametrize("pair", [pytest.param(pair, marks=pytest.mark.slow) for pair in ON_CPU])
 def test_arithmetics_of_a_cpu(config, tmp_path, pair):
     found = shift(config, tmp_path, *ON_CPU[pair], device="cpu")
     assert ("bf16" in found["other"]) == (found["loss_mean"] > 1e-4), "two arithmetics, and not one twice"
