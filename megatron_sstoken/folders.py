@@ -1,4 +1,4 @@
-"""What a path that a user named is, where it is not what it should be; nothing heavy is imported to tell it."""
+"""What lies in folders of ours, and what a path is that is not what it should be; nothing heavy is imported to tell it."""
 
 import os
 import re
@@ -14,7 +14,13 @@ _OF_A_MACHINE = frozenset(
 )
 """First parts of relative paths that no one takes for a name on the hub."""
 _ROWS = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".gz", ".zst", ".bz2", ".xz")
-_CHECKPOINT, _MANIFEST = "sstoken.json", "manifest.json"
+_MANIFEST = "manifest.json"
+STATE_FILE = "sstoken.json"
+"""In every checkpoint: what it is of."""
+SETTINGS_FILE, RUN_FILE = "settings.yaml", "run.json"
+"""In the folder of a run, and in each of its checkpoints: what the run is, for people."""
+METRICS, RECORDS, WATCHED = "metrics.jsonl", "records", "watched"
+"""In the folder of a run's logs: its figures by step, and folders of token records."""
 
 
 def model_folder_problem(path: str) -> str | None:
@@ -29,7 +35,7 @@ def model_folder_problem(path: str) -> str | None:
         return missing(path, "name the folder of a Hugging Face checkpoint", "model")
     if found := sorted(folder.glob("snapshots/*/config.json")):
         return f"{path} is a folder of the hub's cache: name {found[-1].parent}"
-    if _is_checkpoint(folder):
+    if holds_checkpoints(folder):
         return (
             f"{path} has no config.json, it holds checkpoints of a run: name it with model.checkpoint, and here the Hugging "
             "Face folder that the run started from"
@@ -91,8 +97,9 @@ def _prepare(path: str) -> str:
     )
 
 
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / _CHECKPOINT).is_file() or any(folder.glob(f"step_*/{_CHECKPOINT}"))
+def holds_checkpoints(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, or holds those of a run."""
+    return (folder / STATE_FILE).is_file() or any(folder.glob(f"step_*/{STATE_FILE}"))
 
 
 def _names(folder: str) -> list[str]:

@@ -14,11 +14,9 @@ from torch.distributed.checkpoint import Metadata
 from megatron_sstoken.checkpoint.harmless import read_metadata
 from megatron_sstoken.config import RENAMED, LoraSettings, Settings, SettingsError
 from megatron_sstoken.files import delete_old, write_durably
+from megatron_sstoken.folders import RUN_FILE, SETTINGS_FILE, STATE_FILE
 from megatron_sstoken.integrity import CHECKSUMS, checksum_of, differing, read_checksums, write_checksums
 
-STATE_FILE = "sstoken.json"
-SETTINGS_FILE, RUN_FILE = "settings.yaml", "run.json"
-"""What a folder of a run, and each of its checkpoints, says of the run, for people: nothing here reads it."""
 PROBE = ".seen-by-all-"
 """Beginning of the name of a file that process 0 shows the others for a moment."""
 _NUM_PACKS = "num_rows"  # what files call it since the first version

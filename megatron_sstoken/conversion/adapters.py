@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_sstoken.checkpoint.manifest import STATE_FILE, AdapterIdentity, Checkpoint
+from megatron_sstoken.checkpoint.manifest import AdapterIdentity, Checkpoint
 from megatron_sstoken.checkpoint.weights_source import WeightsSource
 from megatron_sstoken.conversion.torch_dist import CheckpointReader
+from megatron_sstoken.folders import STATE_FILE
 from megatron_sstoken.model.fingerprint import fingerprint_files
 from megatron_sstoken.model.lora import TARGETS
 

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from megatron_sstoken.folders import METRICS, RECORDS, RUN_FILE, STATE_FILE, WATCHED
 from megatron_sstoken.report.record_files import RecordFile, find_records
+from megatron_sstoken.training.metrics_file import metrics_lines
 
 Curve: TypeAlias = list[tuple[int, float]]
 """Steps, ascending, and values."""
@@ -57,7 +59,7 @@ class Run:
     def records(self) -> list[RecordFile]:
         """Its token records and watched samples, ascending by step, watched ones first; [] where it wrote none."""
         found = []
-        for name, watched in (("watched", True), ("records", False)):
+        for name, watched in ((WATCHED, True), (RECORDS, False)):
             if any((self.logs / name).glob("*.parquet")):
                 found += find_records(self.logs / name, watched=watched)
         return sorted(found, key=lambda one: (one.step, not one.watched))
@@ -79,7 +81,7 @@ def _open(given: Path) -> Run:
         raise ValueError(f"--run: {given} is not there: name the folder of a run, or its logs")
     folder, logs = _places(given)
     run = Run(name=folder.resolve().name, folder=folder, logs=logs)
-    described = folder / "run.json"
+    described = folder / RUN_FILE
     if described.is_file():
         _describe(run, _json(described))
         elsewhere = run.setting("logging", "directory")
@@ -87,11 +89,11 @@ def _open(given: Path) -> Run:
             run.logs = run.path(str(elsewhere))
     else:
         _describe_from_checkpoint(run)
-    if (run.logs / "metrics.jsonl").is_file():
-        run.curves = _read_metrics(run.logs / "metrics.jsonl", run.notes)
+    if (run.logs / METRICS).is_file():
+        run.curves = _read_metrics(run.logs / METRICS, run.notes)
     elif any(run.logs.glob("*tfevents*")):
         run.curves = _read_events(run.logs)
-    has_records = any(any((run.logs / name).glob("*.parquet")) for name in ("records", "watched"))
+    has_records = any(any((run.logs / name).glob("*.parquet")) for name in (RECORDS, WATCHED))
     if not (run.curves or has_records or described.is_file()):
         raise ValueError(
             f"--run: {given} holds no log of a run (metrics.jsonl, TensorBoard events, records): name the folder of a run"
@@ -134,7 +136,7 @@ def _describe(run: Run, content: dict[str, Any]) -> None:
 def _describe_from_checkpoint(run: Run) -> None:
     """Runs of versions that wrote no run.json: their newest checkpoint has the settings that shape what is learnt."""
     folders = [path for path in run.folder.glob("step_*") if path.name[5:].isdigit()]
-    states = sorted((path / "sstoken.json" for path in folders), key=lambda path: int(path.parent.name[5:]))
+    states = sorted((path / STATE_FILE for path in folders), key=lambda path: int(path.parent.name[5:]))
     if not states or not states[-1].is_file():
         return
     state = _json(states[-1])
@@ -153,17 +155,13 @@ def _read_metrics(path: Path, notes: list[str]) -> dict[str, Curve]:
     """The figures of metrics.jsonl; of a step that stands there twice, the later."""
     found: dict[str, dict[int, float]] = {}
     damaged = 0
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                values = json.loads(line)
-                step = int(values["step"])
-            except (ValueError, KeyError, TypeError):
-                damaged += bool(line.strip())
-                continue
-            for name, value in values.items():
-                if name.startswith(FAMILIES) and isinstance(value, int | float) and math.isfinite(value):
-                    found.setdefault(name, {})[step] = float(value)
+    for line in metrics_lines(path):
+        if line is None:
+            damaged += 1
+            continue
+        for name, value in line.items():
+            if name.startswith(FAMILIES) and isinstance(value, int | float) and math.isfinite(value):
+                found.setdefault(name, {})[line["step"]] = float(value)
     if damaged:
         notes.append(f"{path}: {damaged} lines cannot be read and are left out")
     return {name: sorted(values.items()) for name, values in found.items()}

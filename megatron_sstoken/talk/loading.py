@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron_sstoken.folders import holds_checkpoints
+
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 """What the weights are computed in; auto: as they are stored."""
 ADAPTERS = "adapter_config.json"
@@ -101,7 +103,7 @@ def _require_model(folder: Path) -> None:
         raise ValueError(f"--model {folder} is no folder: {remedy}")
     if (folder / "config.json").is_file():
         return
-    if (folder / "sstoken.json").is_file() or any(folder.glob("step_*/sstoken.json")):
+    if holds_checkpoints(folder):
         command = (
             f"python tools/convert_checkpoint.py to-hf --checkpoint {folder} --output {str(folder).rstrip('/')}-hf"
         )

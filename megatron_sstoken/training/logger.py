@@ -13,9 +13,10 @@ from torch.utils.tensorboard.summary import hparams
 
 from megatron_sstoken.device import peak_memory_bytes
 from megatron_sstoken.files import write_failure
+from megatron_sstoken.folders import METRICS
 from megatron_sstoken.parallel import Layout
 from megatron_sstoken.training.metrics import QUANTILES, StepMetrics
-from megatron_sstoken.training.metrics_file import METRICS, MetricsFile
+from megatron_sstoken.training.metrics_file import MetricsFile
 from megatron_sstoken.training.tags import tag_of
 
 

@@ -2,14 +2,11 @@
 
 import json
 import math
-from datetime import datetime, timezone
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_sstoken.files import write_durably
-
-METRICS = "metrics.jsonl"
-"""In the folder of the logs."""
+from megatron_sstoken.files import timestamp, write_durably
 
 
 class MetricsFile:
@@ -29,8 +26,7 @@ class MetricsFile:
         if self._line and self._line["step"] != step:
             self.write()
         if not self._line:
-            now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-            self._line = {"step": step, "time": now.replace("+00:00", "Z")}
+            self._line = {"step": step, "time": timestamp("milliseconds")}
         self._line |= {name: value for name, value in points.items() if math.isfinite(value)}
 
     def write(self) -> None:
@@ -43,12 +39,15 @@ class MetricsFile:
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """All lines but those that are not whole, as a killed run may leave its last."""
-    found = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict) and isinstance(content.get("step"), int):
-            found.append(content)
-    return found
+    return [line for line in metrics_lines(path) if line is not None]
+
+
+def metrics_lines(path: str | Path) -> Iterator[dict[str, Any] | None]:
+    """The lines, one at a time; None for one that is not whole."""
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for line in filter(str.strip, lines):
+            try:
+                content = json.loads(line)
+            except ValueError:
+                content = None
+            yield content if isinstance(content, dict) and isinstance(content.get("step"), int) else None

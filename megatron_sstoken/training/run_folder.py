@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -24,10 +23,10 @@ import torch
 import yaml
 
 import megatron_sstoken
-from megatron_sstoken.checkpoint.manifest import RUN_FILE, SETTINGS_FILE
 from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.device import device_name
-from megatron_sstoken.files import describe_os_error, json_text, read_json, write_durably
+from megatron_sstoken.files import describe_os_error, json_text, read_json, timestamp, write_durably
+from megatron_sstoken.folders import RUN_FILE, SETTINGS_FILE
 from megatron_sstoken.lock import Lock
 from megatron_sstoken.parallel import Layout, broadcast_object
 from megatron_sstoken.run_plan import RunPlan
@@ -82,7 +81,7 @@ class RunFolder:
             ended = "done" if self.step >= self._num_steps else "stopped"
             if error is not None and not isinstance(error, KeyboardInterrupt):
                 ended = f"error: {_told(error)}"
-            self._starts[-1] |= {"end": _now(), "to_step": self.step, "ended": ended}
+            self._starts[-1] |= {"end": timestamp(), "to_step": self.step, "ended": ended}
             self._write()
 
     def files(self) -> dict[str, str]:
@@ -166,7 +165,7 @@ def _describe_start(plan: RunPlan, from_step: int) -> dict[str, Any]:
         "versions": versions(),
         "settings": json.loads(json.dumps(asdict(settings), default=str)),
         "data": data,
-        "start": _now(),
+        "start": timestamp(),
         "end": None,
         "from_step": from_step,
         "to_step": None,
@@ -204,10 +203,6 @@ def _told(error: BaseException) -> str:
         return describe_os_error(error)
     text = (str(error).splitlines() or [""])[0]
     return text if isinstance(error, SettingsError | FloatingPointError) else f"{type(error).__name__}: {text}"
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _code(text: str) -> str:

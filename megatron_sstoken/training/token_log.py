@@ -13,6 +13,7 @@ import numpy as np
 from megatron_sstoken import watchdog
 from megatron_sstoken.data.batches import BatchLoader, BatchShape
 from megatron_sstoken.data.token_text import TokenTexts
+from megatron_sstoken.folders import RECORDS, WATCHED
 from megatron_sstoken.history.source import HistorySource
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.parallel import Layout, broadcast_object, writer_rank
@@ -26,8 +27,6 @@ from megatron_sstoken.training.records import RecordWriter, texts_for
 from megatron_sstoken.training.sample_text import marked_sample
 from megatron_sstoken.training.selector import Selector, score_and_select
 
-RECORDS, WATCHED = "records", "watched"
-"""Folders of the logs."""
 _Columns = dict[str, np.ndarray]
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_sstoken.checkpoint.manifest import RUN_FILE, SETTINGS_FILE
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.data.store import SampleStore, StoreWriter
 from megatron_sstoken.files import read_json
+from megatron_sstoken.folders import RUN_FILE, SETTINGS_FILE
 from megatron_sstoken.training.metrics_file import read_metrics
 from megatron_sstoken.training.records import read_records
 from tests.helpers.cli import scalars

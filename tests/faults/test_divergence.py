@@ -4,9 +4,10 @@ import math
 
 import pytest
 
-from megatron_sstoken.checkpoint.manifest import RUN_FILE, checkpoint_steps, open_checkpoint, read_run_state
+from megatron_sstoken.checkpoint.manifest import checkpoint_steps, open_checkpoint, read_run_state
 from megatron_sstoken.conversion.hf import to_hf
 from megatron_sstoken.files import read_json
+from megatron_sstoken.folders import RUN_FILE
 from megatron_sstoken.integrity import damage
 from tests.helpers import cli
 from tests.helpers.distributed_runner import run_distributed

@@ -5,8 +5,9 @@ import time
 
 import pytest
 
-from megatron_sstoken.checkpoint.manifest import RUN_FILE, checkpoint_steps
+from megatron_sstoken.checkpoint.manifest import checkpoint_steps
 from megatron_sstoken.files import read_json
+from megatron_sstoken.folders import RUN_FILE
 from tests.helpers import cli, programs
 from tests.helpers.workbench import make_model, make_samples, make_settings, make_store
 

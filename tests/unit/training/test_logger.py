@@ -8,9 +8,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from megatron_sstoken.folders import METRICS
 from megatron_sstoken.training.logger import StepLogger
 from megatron_sstoken.training.metrics import StepMetrics
-from megatron_sstoken.training.metrics_file import METRICS, MetricsFile, read_metrics
+from megatron_sstoken.training.metrics_file import MetricsFile, read_metrics
 from megatron_sstoken.training.tags import GROUPS, metric_of, tag_of
 from tests.helpers.cli import scalars
 
