@@ -10,9 +10,7 @@ again.
 
 import argparse
 import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.intervals import Interval  # noqa: E402
 from pretrain_scripts.quickstart_report import read_scalars  # noqa: E402
 
 CONFIG = ROOT / "pretrain_scripts" / "configs" / "quickstart.yaml"
-STUDENT_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-"""Number of seeds → two-sided 95 % point of Student's t."""
 
 
 def run(*command: str) -> str:
@@ -65,14 +62,6 @@ def validation_loss(folder: Path, name: str, seed: int, settings: list[str]) -> 
     return json.loads(result.read_text())
 
 
-def interval(values: list[float]) -> str:
-    """Mean ± half of the 95 % confidence interval."""
-    if len(values) < 2:
-        return f"{values[0]:.4f}"
-    half = STUDENT_95.get(len(values), 1.96) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.4f} ± {half:.4f}"
-
-
 def main() -> None:
     """Train what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,11 +90,13 @@ def main() -> None:
     )
     for name, results in found.items():
         losses = [one["validation"] for one in results]
-        print(f"| {name} | {interval(losses)} | {', '.join(f'{loss:.4f}' for loss in losses)} |")
+        print(f"| {name} | {Interval.of(losses)} | {', '.join(f'{loss:.4f}' for loss in losses)} |")
     for rho in options.rho:
         pairs = zip(found[f"sstoken {rho}"], found[f"random {rho}"], strict=True)
         differences = [ours["validation"] - theirs["validation"] for ours, theirs in pairs]
-        print(f"| sstoken − random, {rho} | {interval(differences)} | {', '.join(f'{d:+.4f}' for d in differences)} |")
+        print(
+            f"| sstoken − random, {rho} | {Interval.of(differences)} | {', '.join(f'{d:+.4f}' for d in differences)} |"
+        )
 
 
 if __name__ == "__main__":

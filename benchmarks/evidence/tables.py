@@ -11,8 +11,9 @@ from pathlib import Path
 from matplotlib.figure import Figure as Plot
 
 from benchmarks.evidence.arms import ARMS
-from benchmarks.evidence.figures import Figures, Interval
+from benchmarks.evidence.figures import Figures
 from benchmarks.evidence.recovery import RHO, SCORES, TIMES
+from benchmarks.intervals import Interval
 
 LOSSES = ("clean all", "clean digits", "clean operators", "clean words", "prose all")
 

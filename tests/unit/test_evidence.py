@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from benchmarks.evidence.arms import ARMS, REFERENCE, Task
 from benchmarks.evidence.faults import FAULTS, another_answer, boilerplate, random_words, with_faults, wrong_digits
-from benchmarks.evidence.figures import Figure, Figures, Interval
+from benchmarks.evidence.figures import Figure, Figures
 from benchmarks.evidence.recovery import auc
+from benchmarks.intervals import Interval
 
 ANSWER = "Tom has 12 + 3 = <<12+3=15>>15 apples and gives 5 away.\nSo he has 15 - 5 = <<15-5=10>>10.\n#### 10"
 OTHERS = ["Anna ate 2 pears, which leaves <<7-2=5>>5.\n#### 5", "The rabbit runs 9 miles.\n#### 9"]
