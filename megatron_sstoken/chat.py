@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict
 
 from megatron_sstoken.tool import HelpFormatter, add_debug, run_tool
 
@@ -14,7 +13,7 @@ question alone; of a conversation the last answer is left out and given anew."""
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    from megatron_sstoken.talk.options import add_model, add_prompt
+    from megatron_sstoken.talk.options import add_model, add_prompt, add_questions
 
     parser = argparse.ArgumentParser(
         prog="python -m megatron_sstoken.chat", description=__doc__, epilog=EPILOG, formatter_class=HelpFormatter
@@ -23,11 +22,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     asking = parser.add_argument_group("questions")
     asking.add_argument("--prompt", nargs="+", metavar="TEXT", help="questions, each in a conversation of its own")
     asking.add_argument("--file", metavar="PATH", help="file of questions, as JSON lines")
-    asking.add_argument("--fields", help="columns of --file, as in prepare_data.py: prompt=question,response=answer")
-    asking.add_argument("--limit", type=int, help="first rows of --file")
-    asking.add_argument("--output", metavar="PATH", help="JSON lines with the answers to --file; run again to go on")
-    asking.add_argument("--overwrite", action="store_true", help="answer everything again that --output holds")
-    asking.add_argument("--batch_size", type=int, default=8, help="questions of --file at a time")
+    add_questions(asking, "--file")
     add_prompt(parser)
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (greedy)")
@@ -78,26 +73,14 @@ def _require_one_place(options: argparse.Namespace) -> None:
 
 
 def _answer_file(options: argparse.Namespace, folder, decoding) -> None:
-    from megatron_sstoken.talk.answers import AnswerFile, answer_all, identity_of
-    from megatron_sstoken.talk.options import load
+    from megatron_sstoken.talk.options import asking
     from megatron_sstoken.talk.questions import read_questions
 
     questions = [
         question.with_system(options.system)
         for question in read_questions(options.file, fields=options.fields, limit=options.limit)
     ]
-    identity = identity_of(
-        weights=folder.state(), decoding=asdict(decoding), system=options.system, template=options.chat_template
-    )
-    file = AnswerFile(options.output, identity, overwrite=options.overwrite)
-    file.require(questions)
-    lines = answer_all(
-        lambda: load(options, folder, decoding),
-        questions,
-        file,
-        batch_size=options.batch_size,
-        title=str(folder.name),
-    )
+    lines = asking(options, folder, decoding, questions, options.output)()
     if options.output is None:
         for line in lines:
             print(json.dumps(line, ensure_ascii=False))

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 
 from megatron_sstoken.tool import HelpFormatter, add_debug, run_tool
 
@@ -15,7 +14,7 @@ commas, and zeros at the end of decimals do not count."""
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     from megatron_sstoken.talk.marking import MATCHES
-    from megatron_sstoken.talk.options import add_model, add_prompt
+    from megatron_sstoken.talk.options import add_model, add_prompt, add_questions
 
     parser = argparse.ArgumentParser(
         prog="python -m megatron_sstoken.evaluate", description=__doc__, epilog=EPILOG, formatter_class=HelpFormatter
@@ -23,12 +22,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add_model(parser)
     group = parser.add_argument_group("questions")
     group.add_argument("--data", required=True, metavar="PATH", help="rows with question and answer, as JSON lines")
-    group.add_argument("--fields", help="columns, as in prepare_data.py: prompt=problem,response=solution")
-    group.add_argument("--limit", type=int, help="first rows only")
+    add_questions(group, "--data")
     group.add_argument("--match", choices=tuple(MATCHES), default="final", help="what of an answer is compared")
-    group.add_argument("--batch_size", type=int, default=8, help="questions at a time")
-    group.add_argument("--output", metavar="PATH", help="JSON lines with the answers; run again to go on")
-    group.add_argument("--overwrite", action="store_true", help="answer everything again that --output holds")
     group.add_argument(
         "--compare", metavar="FOLDER", help="another model on the same questions, as the one before training"
     )
@@ -48,7 +43,8 @@ def evaluate(options: argparse.Namespace) -> int:
     """Ask, mark and print."""
     from megatron_sstoken.talk.generation import Decoding
     from megatron_sstoken.talk.loading import ModelFolder
-    from megatron_sstoken.talk.options import next_to, require_batch_size
+    from megatron_sstoken.talk.marking import MATCHES
+    from megatron_sstoken.talk.options import asking, next_to, require_batch_size
 
     decoding = Decoding(max_new_tokens=options.max_new_tokens)
     require_batch_size(options.batch_size)
@@ -56,7 +52,19 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.compare:
         sides.append((ModelFolder(options.compare), next_to(options.output, "compare") if options.output else None))
     questions = _questions(options)
-    asked = [_asking(options, decoding, questions, folder, output) for folder, output in sides]  # mistakes come first
+    compared = MATCHES[options.match]
+    asked = [  # mistakes come first
+        asking(
+            options,
+            folder,
+            decoding,
+            questions,
+            output,
+            lambda question, answer: _mark(answer.text, question.reference or "", compared),
+            match=options.match,
+        )
+        for folder, output in sides
+    ]
     found = []
     for (folder, _), ask in zip(sides, asked, strict=True):
         found.append(ask())
@@ -79,31 +87,6 @@ def _questions(options: argparse.Namespace) -> list:
             says = "is empty" if options.match == "text" else "holds no number: use --match text"
             raise ValueError(f"{options.data}: the answer of row {question.row} {says}")
     return [question.with_system(options.system) for question in read]
-
-
-def _asking(options: argparse.Namespace, decoding, questions: list, folder, output) -> Callable[[], list[dict]]:
-    """Check what an output holds; returns what asks the model and returns the lines of all questions."""
-    from megatron_sstoken.talk.answers import AnswerFile, answer_all, identity_of
-    from megatron_sstoken.talk.marking import MATCHES
-    from megatron_sstoken.talk.options import load
-
-    identity = identity_of(
-        weights=folder.state(),
-        decoding=asdict(decoding),
-        system=options.system,
-        template=options.chat_template,
-        match=options.match,
-    )
-    file = AnswerFile(output, identity, overwrite=options.overwrite)
-    file.require(questions)
-    return lambda: answer_all(
-        lambda: load(options, folder, decoding),
-        questions,
-        file,
-        batch_size=options.batch_size,
-        title=str(folder.name),
-        more=lambda question, answer: _mark(answer.text, question.reference or "", MATCHES[options.match]),
-    )
 
 
 def _mark(output: str, reference: str, compared: Callable[[str], str | None]) -> dict:
