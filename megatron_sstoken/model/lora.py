@@ -254,11 +254,17 @@ def adapt_layer(layer: TransformerLayerSubmodules, config: TransformerConfig, lo
         mlp.linear_fc2 = ModuleSpec(row, params={"lora": lora, "target": "down_proj"})
 
 
+def other_sides(a: Architecture) -> dict[str, int]:
+    """Target → the side of its weight that is not the hidden size."""
+    queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+    widths = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}
+    return {name: widths.get(name, a.ffn_hidden_size) for name in TARGETS}
+
+
 def num_adapter_parameters(a: Architecture, lora: LoraSettings) -> int:
     """Parameters of all adapters of a model."""
-    queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    widths = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}  # and hidden_size on the other side
-    return a.num_layers * lora.rank * sum(a.hidden_size + widths.get(name, a.ffn_hidden_size) for name in lora.targets)
+    sides = other_sides(a)
+    return a.num_layers * lora.rank * sum(a.hidden_size + sides[name] for name in lora.targets)
 
 
 def describe_trained(a: Architecture, lora: LoraSettings) -> str:

@@ -10,6 +10,7 @@ from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import BatchShape, batch_shape
 from megatron_sstoken.model.backend import Backend, preferred_backend, token_multiple
 from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.model.lora import other_sides
 from megatron_sstoken.parallel import processes_problem
 
 T = TypeVar("T")
@@ -183,10 +184,8 @@ def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None
 
 def _check_rank(settings: Settings, a: Architecture, found: Findings) -> None:
     """A product of matrices of a rank above the smaller side of a weight is no better than the weight, and larger."""
-    heads, groups = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    attention = {"q_proj": heads, "k_proj": groups, "v_proj": groups, "o_proj": heads}
-    rank = settings.lora.rank
-    sides = {name: min(attention.get(name, a.ffn_hidden_size), a.hidden_size) for name in settings.lora.targets}
+    rank, others = settings.lora.rank, other_sides(a)
+    sides = {name: min(others[name], a.hidden_size) for name in settings.lora.targets}
     below = {name: side for name, side in sides.items() if side < rank}
     if len(below) == len(sides):
         most = max(sides.values())
