@@ -53,6 +53,16 @@ _MEGATRON_MODEL = (
         (_BUILD,),
         "The weight of a tied head.",
     ),
+    *(
+        PrivateName(
+            _MEGATRON + "models.common.embeddings.yarn_rotary_pos_embedding",
+            name,
+            ("model/rotary.py",),
+            "Set on the configuration from outside: what attention multiplies by where it turns queries and keys.",
+            in_text=True,
+        )
+        for name in ("yarn_rotary_scaling_factor", "yarn_mscale", "yarn_mscale_all_dim")
+    ),
     PrivateName(
         _MEGATRON + "models.common.embeddings.rotary_pos_embedding",
         "inv_freq",

@@ -116,7 +116,7 @@ def verify(
     result = Verification(len(tensors.names()), compare_tensors(model, tensors), tolerance=tolerance)
     if positions is None:
         positions = max(256, (architecture.sliding_window or 0) + 64)
-    positions = min(positions, architecture.max_positions)
+    positions = min(positions, architecture.longest_sequence)
     reference = _reference(hf_path) if layout.rank == 0 else None
     for name, tokens in _texts(hf_path, architecture.vocabulary_size, positions, text).items():
         found = compare_logits(model, reference, tokens, tolerance)

@@ -25,7 +25,7 @@ from megatron_sstoken.model.dtypes import weight_dtype
 from megatron_sstoken.model.families import Architecture, Split, rope_inverse_frequencies
 from megatron_sstoken.model.head import IGNORE_INDEX, HeadOptions, selective_head, vocabulary_parallel_loss
 from megatron_sstoken.model.lora import adapted_linears, base_parameters, prepare_adapters
-from megatron_sstoken.model.rotary import PackedRotary
+from megatron_sstoken.model.rotary import PackedRotary, multiply_rotated
 from megatron_sstoken.model.rows import HeadRows, head_rows
 from megatron_sstoken.model.spec import block_spec
 from megatron_sstoken.model.weights import HuggingFaceWeights, load_hugging_face, rules_of_chunk
@@ -183,12 +183,14 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
     a, parallel, training = architecture, settings.parallel, settings.training
     dtype = weight_dtype(training.precision)
     backend = backend_of(settings)
+    # Transformer Engine's kernel knows of angles alone.
+    attention_factor = a.rope_scaling.attention_factor if a.rope_scaling else 1.0
     recompute_settings: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=a.num_layers,
         hidden_size=a.hidden_size,
         num_attention_heads=a.num_attention_heads,
@@ -225,7 +227,7 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
         perform_initialization=False,
         use_cpu_initialization=not have_cuda(),
         transformer_impl="local" if backend == "torch" else backend,
-        **fusion_options(backend),
+        **(fusion_options(backend) | ({} if attention_factor == 1.0 else {"apply_rope_fusion": False})),
         **fp8_options(training),
         # Σ over selected ÷ number selected in the global batch: megatron divides once, after the last micro-batch.
         calculate_per_token_loss=True,
@@ -240,6 +242,8 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
         batch_p2p_sync=False,  # for old versions of torch
         **recompute_settings[training.recompute],
     )
+    multiply_rotated(config, attention_factor)
+    return config
 
 
 def _mixture_config(a: Architecture, layout: Layout, backend: Backend) -> dict[str, Any]:
@@ -325,7 +329,7 @@ def _build_chunk(model: Model, settings: Settings, head: HeadOptions, index: int
     return TokenLossModel(
         config=config,
         transformer_layer_spec=block_spec(
-            config, model.captured_layers, model.captures[index], vp_stage, layout, settings.lora, last
+            config, architecture, model.captured_layers, model.captures[index], vp_stage, layout, settings.lora, last
         ),
         vocab_size=architecture.padded_vocabulary(settings.model.vocabulary_multiple, layout.tensor_size),
         max_sequence_length=architecture.max_positions,

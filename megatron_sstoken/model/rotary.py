@@ -1,8 +1,10 @@
 """Rotary embedding of packed samples without fused kernels: each token is turned by its position, all at once."""
 
 import copy
+import math
 
 import torch
+from megatron.core.transformer import TransformerConfig
 
 from megatron_sstoken.model.attention import SampleBounds
 
@@ -34,3 +36,16 @@ class PackedRotary(torch.nn.Module):
         """The angles of every token, fp32 [tokens, 1, dim]."""
         assert self.positions is not None
         return self.table(*args, **kwargs)[:, 0].index_select(0, self.positions)
+
+
+def multiply_rotated(config: TransformerConfig, factor: float) -> None:
+    """Let megatron's attention multiply what it has turned of queries and keys by `factor`, as YaRN and LongRoPE want it.
+
+    megatron computes the factor as 0.1 · mscale · ln(scaling) + 1 from three fields, which its TransformerConfig gets from
+    outside; without them it is 1.
+    """
+    if factor == 1.0:
+        return
+    fields = {"yarn_rotary_scaling_factor": math.e, "yarn_mscale": 10 * (factor - 1), "yarn_mscale_all_dim": 0.0}
+    for name, value in fields.items():
+        setattr(config, name, value)

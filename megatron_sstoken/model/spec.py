@@ -15,6 +15,8 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_sstoken.config import LoraSettings
 from megatron_sstoken.model.attention import AttentionCapture, TorchCoreAttention, core_attention_builder
+from megatron_sstoken.model.biases import add_biases
+from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.last_layer import LastLayer
 from megatron_sstoken.model.lora import adapt_layer
 from megatron_sstoken.model.norm import RMSNorm
@@ -23,6 +25,7 @@ from megatron_sstoken.parallel import Layout
 
 def block_spec(
     config: TransformerConfig,
+    architecture: Architecture,
     captured_layers: tuple[int, ...],
     capture: AttentionCapture,
     vp_stage: int | None,
@@ -57,6 +60,7 @@ def block_spec(
     attention.core_attention = core_attention_builder(core_attention, frozenset(captured_layers), capture)
     if lora.rank:
         adapt_layer(spec.submodules, config, lora)
+    add_biases(spec.submodules, architecture)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=layout.pipeline_rank)
     layers = [spec] * num_layers
     # Not in a mixture, whose experts take tokens of many ranks, nor in FP8, whose tiles want certain numbers of rows.

@@ -147,6 +147,8 @@ def expected_shape(name: str, architecture: Architecture) -> list[int]:
         return [outputs[module]] + ([a.hidden_size] if kind == "weight" else [])
     if module in ("q_norm", "k_norm"):
         return [a.head_dim]
+    if kind == "bias":  # of what is not in `outputs`
+        return [a.hidden_size]
     inputs = {"o_proj": queries, "down_proj": a.ffn_hidden_size, "w2": a.ffn_hidden_size}
     return [a.hidden_size, inputs[module]] if module in inputs else [a.hidden_size]
 

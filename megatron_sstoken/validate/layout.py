@@ -108,10 +108,17 @@ def check_split(name: str, a: Architecture, settings: Settings, found: Findings)
     _check_experts(name, a, settings, found)
     owner = "the model" if name == "model" else f"the {name} model"
     found.require(
-        settings.data.sequence_length <= a.max_positions,
-        f"data.sequence_length={settings.data.sequence_length} is longer than {owner}'s "
-        f"max_position_embeddings={a.max_positions}: use {a.max_positions} or less",
+        settings.data.sequence_length <= a.longest_sequence,
+        f"data.sequence_length={settings.data.sequence_length} is longer than {owner}'s {_longest(a)}: use "
+        f"{a.longest_sequence} or less",
     )
+
+
+def _longest(a: Architecture) -> str:
+    """What bounds a sequence, in the words of config.json."""
+    if a.longest_sequence == a.max_positions:
+        return f"max_position_embeddings={a.max_positions}"
+    return f"original_max_position_embeddings={a.longest_sequence}, beyond which longrope has other frequencies for all tokens"
 
 
 def _check_stages(name: str, a: Architecture, settings: Settings, found: Findings) -> None:

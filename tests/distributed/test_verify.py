@@ -26,6 +26,26 @@ LAYOUTS = {
     "tp2-pp2": (4, ["--tensor=2", "--pipeline=2"], ["--expert=2"]),
 }
 """Name → processes, options, and what is added for a mixture of experts."""
+ORIGINAL = {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
+VARIANTS = {
+    "yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **ORIGINAL}}),
+    "longrope": (
+        "qwen3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "factor": 8.0,
+                "short_factor": [1.0 + 0.2 * number for number in range(8)],
+                "long_factor": [4.0] * 8,
+                **ORIGINAL,
+            }
+        },
+    ),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "attention-bias": ("qwen3_moe", {"attention_bias": True}),
+}
+"""Name → family, and what its config says more."""
+MODELS = {family: (family, {}) for family in FAMILIES} | VARIANTS
 
 
 def run_program(*arguments):
@@ -37,21 +57,21 @@ def run_program(*arguments):
     return code, output.getvalue()
 
 
-def verify_all(rank, folder, options, for_mixtures):
-    """Every family on this layout."""
+def verify_all(rank, folder, names, options, for_mixtures):
+    """Models on this layout."""
     return {
-        family: run_program(
-            "verify", f"--hf={folder}/{family}", *options, *(for_mixtures if family in MIXTURES else [])
+        name: run_program(
+            "verify", f"--hf={folder}/{name}", *options, *(for_mixtures if MODELS[name][0] in MIXTURES else [])
         )
-        for family in FAMILIES
+        for name in names
     }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("verify")
-    for number, family in enumerate(FAMILIES):
-        make_model(path / family, family, seed=number, vocab_size=384)
+    for number, (name, (family, changes)) in enumerate(MODELS.items()):
+        make_model(path / name, family, seed=number, vocab_size=384, **changes)
     make_tokenizer(path / "llama", vocab_size=384)
     return path
 
@@ -60,7 +80,8 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_family_passes(folder, layout):
     num_ranks, options, for_mixtures = LAYOUTS[layout]
-    results = run_distributed(verify_all, num_ranks, str(folder), options, for_mixtures, timeout=180)
+    names = MODELS if layout in ("single", "tp2-pp2") else FAMILIES
+    results = run_distributed(verify_all, num_ranks, str(folder), tuple(names), options, for_mixtures, timeout=180)
     for family, (code, printed) in results[0].items():
         assert code == 0 and printed.endswith("verified\n"), (family, printed)
         (same, number) = re.search(r"tensors +(\d+) of (\d+) bit-identical", printed).groups()

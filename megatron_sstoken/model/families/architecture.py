@@ -11,13 +11,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's frequency scaling (`llama3`) or plain interpolation (`linear`)."""
+    """How RoPE's frequencies are changed for long texts; the numbers are transformers' (`modeling_rope_utils`)."""
 
     kind: str
-    factor: float
+    """`linear`, `llama3`, `yarn`, or `longrope` as far as the model was trained before it was made longer."""
+    factor: float = 1.0
+    """What slow frequencies are divided by; in `longrope` each has its own."""
+    original_max_positions: int = 8192
+    """Tokens that the model was trained for before."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+    """Of `llama3`: wavelengths of so many parts of the original length bound the frequencies between both ways."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """Of `yarn`: turns within the original length that bound the dimensions between both ways; whether to whole ones."""
+    short_factors: tuple[float, ...] = ()
+    """Of `longrope`: what each frequency is divided by in sequences within the original length."""
+    attention_factor: float = 1.0
+    """Of `yarn` and `longrope`: what queries and keys are multiplied by where they are turned."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,13 @@ class Architecture:
     rope_base: float
     rope_scaling: RopeScaling | None
     tied_embeddings: bool
+    rotary_fraction: float = 1.0
+    """The part of each head, from its beginning, that RoPE turns."""
     qkv_bias: bool = False
+    output_bias: bool = False
+    """Whether the projection of attention's output has a bias."""
+    mlp_bias: bool = False
+    """Whether gate, up and down projection have biases; of a dense model."""
     qk_norm: bool = False
     """Whether every head of q and k is normalised before RoPE."""
     sliding_window: int | None = None
@@ -51,6 +69,22 @@ class Architecture:
     """Whether the weights of a token's experts are made to sum to 1."""
     transformer_options: tuple[tuple[str, Hashable], ...] = ()
     """What the family adds to megatron's TransformerConfig, as (field, value), lists as tuples."""
+
+    @property
+    def rotary_dim(self) -> int:
+        """Numbers of each head that RoPE turns."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that is computed as transformers does it.
+
+        LongRoPE has other frequencies for whole sequences beyond the original length: samples of a pack share theirs.
+        """
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "longrope":
+            return min(self.max_positions, scaling.original_max_positions)
+        return self.max_positions
 
     def padded_vocabulary(self, multiple: int, tensor: int) -> int:
         """Vocabulary rows once padded to a multiple of both numbers.
@@ -74,6 +108,8 @@ class Architecture:
         layer = self.hidden_size * (heads + self.num_attention_heads * self.head_dim)
         layer += num_experts * 3 * self.hidden_size * self.ffn_hidden_size + self.num_experts * self.hidden_size
         layer += 2 * self.hidden_size + (heads if self.qkv_bias else 0) + (2 * self.head_dim if self.qk_norm else 0)
+        layer += self.hidden_size if self.output_bias else 0
+        layer += 2 * self.ffn_hidden_size + self.hidden_size if self.mlp_bias else 0
         embeddings = self.vocabulary_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 

@@ -1,11 +1,12 @@
 """Llama 2, 3, 3.1 and 3.2, and what shares their config."""
 
-from megatron_sstoken.model.families.registry import Family, register
+from megatron_sstoken.model.families.registry import ATTENTION_BIAS, MLP_BIAS, Family, register
 
 register(
     Family(
         "llama",
-        fixed={"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "sliding_window": None},
+        fixed={"use_sliding_window": False, "sliding_window": None},
+        biases=ATTENTION_BIAS | MLP_BIAS,
         tiny={
             "rope_parameters": {
                 "rope_type": "llama3",

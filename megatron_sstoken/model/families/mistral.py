@@ -8,8 +8,8 @@ MISTRAL_DEFAULTS = {"num_key_value_heads": 8, "max_position_embeddings": 4096 * 
 register(
     Family(
         "mistral",
-        fixed={"layer_types": None},
         absent=MISTRAL_DEFAULTS | {"sliding_window": 4096},
+        one_kind_of_layer=True,
         tiny={"sliding_window": 12},
     )
 )

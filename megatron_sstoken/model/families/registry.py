@@ -43,6 +43,11 @@ class Experts:
         return self.understood | {self.feed_forward, self.chosen, *self.count}
 
 
+ATTENTION_BIAS = {"attention_bias": frozenset({"qkv_bias", "output_bias"})}
+MLP_BIAS = {"mlp_bias": frozenset({"mlp_bias"})}
+"""The usual fields that switch biases on."""
+
+
 @dataclass(frozen=True)
 class Family:
     """What a `model_type` of Hugging Face means: everything that is particular to it.
@@ -60,10 +65,17 @@ class Family:
     absent: Config = field(default_factory=dict)
     """What fields mean where they are absent: transformers' defaults, where they are not Llama's."""
     qkv_bias: bool = False
+    """Whether q, k and v have biases whatever the config says."""
+    biases: dict[str, frozenset[str]] = field(default_factory=dict)
+    """Field of the config → which biases of an `Architecture` it switches on (`qkv_bias`, `output_bias`, `mlp_bias`)."""
+    partial_rotary: bool = False
+    """Whether `partial_rotary_factor` is heeded; elsewhere transformers' model turns whole heads."""
     qk_norm: bool = False
     experts: Experts | None = None
     optional_window: bool = False
     """Whether `use_sliding_window` switches the window on."""
+    one_kind_of_layer: bool = False
+    """Whether transformers' model does without `layer_types`: a window holds in all layers."""
     layer_kinds: Callable[[Config, int], list[str]] = listed_kinds
     """Config and number of layers → for each layer `full_attention` or `sliding_attention`, where there is a window."""
     transformer_options: Callable[[Config], dict[str, Any]] = nothing_added
@@ -73,7 +85,7 @@ class Family:
     @property
     def own_fields(self) -> frozenset[str]:
         """Fields that are understood here and not in every family."""
-        return self.understood | (self.experts.fields if self.experts else frozenset())
+        return self.understood | self.biases.keys() | (self.experts.fields if self.experts else frozenset())
 
 
 _FAMILIES: dict[str, Family] = {}

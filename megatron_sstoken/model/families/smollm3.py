@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_sstoken.model.families.registry import Config, Family, register
+from megatron_sstoken.model.families.registry import ATTENTION_BIAS, MLP_BIAS, Config, Family, register
 
 
 def rope_layers(config: Config) -> list[int]:
@@ -41,7 +41,7 @@ def transformer_options(config: Config) -> dict[str, Any]:
 register(
     Family(
         "smollm3",
-        fixed={"attention_bias": False, "mlp_bias": False},
+        biases=ATTENTION_BIAS | MLP_BIAS,
         understood=frozenset({"no_rope_layers", "no_rope_layer_interval"}),
         absent={
             "num_key_value_heads": 4,

@@ -42,18 +42,15 @@ LAYER = "decoder.layers.{layer}."
 HF = "model.layers.{layer}."
 """How the names of a layer begin, megatron's and Hugging Face's."""
 
+_QKV = WeightRule(
+    LAYER + "self_attention.linear_qkv.weight", tuple(HF + f"self_attn.{name}_proj.weight" for name in "qkv"), Split.QKV
+)
+_OUTPUT = WeightRule(LAYER + "self_attention.linear_proj.weight", (HF + "self_attn.o_proj.weight",), Split.COLUMNS)
 _LAYER_RULES = (
     WeightRule(LAYER + "input_layernorm.weight", (HF + "input_layernorm.weight",), Split.WHOLE),
-    WeightRule(
-        LAYER + "self_attention.linear_qkv.weight",
-        tuple(HF + f"self_attn.{name}_proj.weight" for name in "qkv"),
-        Split.QKV,
-    ),
-    WeightRule(LAYER + "self_attention.linear_proj.weight", (HF + "self_attn.o_proj.weight",), Split.COLUMNS),
+    _QKV,
+    _OUTPUT,
     WeightRule(LAYER + "pre_mlp_layernorm.weight", (HF + "post_attention_layernorm.weight",), Split.WHOLE),
-)
-_QKV_BIAS = WeightRule(
-    LAYER + "self_attention.linear_qkv.bias", tuple(HF + f"self_attn.{name}_proj.bias" for name in "qkv"), Split.QKV
 )
 _QK_NORMS = tuple(
     WeightRule(LAYER + f"self_attention.{name}_layernorm.weight", (HF + f"self_attn.{name}_norm.weight",), Split.WHOLE)
@@ -78,7 +75,15 @@ def gated_mlp(megatron: str, hugging_face: str, names: tuple[str, str, str], exp
 
 def dense_mlp(architecture: Architecture) -> list[WeightRule]:
     """One feed-forward part, as in Llama."""
-    return gated_mlp(LAYER + "mlp.", HF + "mlp.", LLAMA_NAMES, expert=None)
+    rules = gated_mlp(LAYER + "mlp.", HF + "mlp.", LLAMA_NAMES, expert=None)
+    return rules + [_bias_of(rule) for rule in rules] if architecture.mlp_bias else rules
+
+
+def _bias_of(weight: WeightRule) -> WeightRule:
+    """The rule of the bias beside a weight: split as its rows are, whole where the weight is split by columns."""
+    names = (name.replace(".weight", ".bias") for name in (weight.megatron, *weight.hugging_face))
+    split = Split.WHOLE if weight.split is Split.COLUMNS else weight.split
+    return WeightRule(next(names), tuple(names), split, weight.expert)
 
 
 def mixture(block: str, names: tuple[str, str, str]) -> MlpRules:
@@ -98,7 +103,9 @@ def decoder_rules(architecture: Architecture, mlp: MlpRules = dense_mlp) -> list
     """The rules of a decoder with Llama's names: attention, feed-forward part, embedding, final norm and head."""
     rules = list(_LAYER_RULES)
     if architecture.qkv_bias:
-        rules.append(_QKV_BIAS)
+        rules.append(_bias_of(_QKV))
+    if architecture.output_bias:
+        rules.append(_bias_of(_OUTPUT))
     if architecture.qk_norm:
         rules += _QK_NORMS
     rules += mlp(architecture)

@@ -48,6 +48,13 @@ LLAMA3 = LLAMA2 | {
 LLAMA3_NEW = {name: value for name, value in LLAMA3.items() if name not in ("rope_theta", "rope_scaling")} | {
     "rope_parameters": LLAMA3_SCALING | {"rope_theta": 500000.0}
 }
+YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 8192}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + number / 8 for number in range(16)],
+    "long_factor": [8.0 + number for number in range(16)],
+    "original_max_position_embeddings": 4096,
+}
 QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -112,6 +119,27 @@ CONFIGS = {
     "qwen3-moe": QWEN3_MOE,
     "llama2": LLAMA2,
     "llama2-linear": LLAMA2 | {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "llama2-both": LLAMA2
+    | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    },
+    "llama2-biases": LLAMA2 | {"attention_bias": True, "mlp_bias": True},
+    "llama2-dynamic": LLAMA2 | {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "llama3-without-length": LLAMA3
+    | {
+        "rope_scaling": {
+            name: value for name, value in LLAMA3_SCALING.items() if name != "original_max_position_embeddings"
+        }
+    },
+    "llama3-length-outside": LLAMA3 | {"original_max_position_embeddings": 64},
+    "llama3-yarn": LLAMA3 | {"rope_scaling": YARN},
+    "llama3-yarn-bounds": LLAMA3 | {"rope_scaling": YARN | {"beta_fast": 8, "beta_slow": 2.0, "truncate": False}},
+    "llama3-yarn-scales": LLAMA3 | {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}},
+    "llama3-yarn-attention": LLAMA3 | {"rope_scaling": YARN | {"attention_factor": 1.3}},
+    "llama3-yarn-ratio": LLAMA3 | {"rope_scaling": YARN | {"factor": None}},
+    "llama3-longrope": LLAMA3 | {"rope_scaling": LONGROPE},
+    "llama3-longrope-factor": LLAMA3 | {"rope_scaling": LONGROPE | {"factor": 2.0}},
     "llama3-old": LLAMA3,
     "llama3-new": LLAMA3_NEW,
     "qwen2": QWEN2,
@@ -154,7 +182,12 @@ def test_numbers_are_those_of_transformers(folder, name):
     )
     assert (a.vocabulary_size, a.max_positions) == (theirs.vocab_size, theirs.max_position_embeddings)
     assert (a.norm_epsilon, a.rope_base) == (theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"])
-    assert a.tied_embeddings is theirs.tie_word_embeddings and a.qkv_bias is (theirs.model_type == "qwen2")
+    assert a.tied_embeddings is theirs.tie_word_embeddings
+    assert a.qkv_bias is (theirs.model_type == "qwen2" or getattr(theirs, "attention_bias", False))
+    assert (a.output_bias, a.mlp_bias) == (
+        getattr(theirs, "attention_bias", False),
+        getattr(theirs, "mlp_bias", False),
+    )
     assert a.qk_norm is theirs.model_type.startswith("qwen3")
 
 
@@ -233,10 +266,13 @@ def test_old_and_new_rope_are_one(folder):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rope_frequencies_are_those_of_transformers(folder, name):
     path = folder(CONFIGS[name])
-    found = rope_inverse_frequencies(read_architecture(path))
-    wanted = LlamaRotaryEmbedding(AutoConfig.from_pretrained(path)).inv_freq
+    architecture = read_architecture(path)
+    found = rope_inverse_frequencies(architecture)
+    theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(path))
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, theirs.inv_freq, rtol=1e-6, atol=0)
+    scaling = architecture.rope_scaling
+    assert (scaling.attention_factor if scaling else 1.0) == pytest.approx(theirs.attention_scaling, rel=1e-12)
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.0, 4.0), (2.0, 8.0)])
@@ -298,19 +334,14 @@ def test_padded_vocabulary(folder, words, multiple, tensor, padded):
 @pytest.mark.parametrize(
     ("base", "changes", "message"),
     [
-        (LLAMA2, {"attention_bias": True}, "attention_bias=True is not supported: only False is"),
-        (LLAMA2, {"mlp_bias": True}, "mlp_bias=True is not supported: only False is"),
         (LLAMA2, {"use_sliding_window": True}, "use_sliding_window=True is not supported: only False is"),
         (LLAMA2, {"sliding_window": 64}, "sliding_window=64 is not supported: only None is"),
-        (QWEN3, {"attention_bias": True}, "attention_bias=True is not supported: only False is"),
         (QWEN3_MOE, {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] is not supported: only \[\] is"),
         (QWEN3_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported: only 1 is"),
         (QWEN3_MOE, {"num_experts_per_tok": 9}, "num_experts_per_tok=9 of num_experts=8 is not possible"),
         (QWEN3_MOE, {"n_shared_experts": 1}, "the field n_shared_experts=1 is not known"),
         (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported: only 0.0 is"),
         (LLAMA2, {"num_local_experts": 4}, "the field num_local_experts=4 is not known"),
-        (SMOLLM3, {"attention_bias": True}, "attention_bias=True is not supported: only False is"),
-        (SMOLLM3, {"mlp_bias": True}, "mlp_bias=True is not supported: only False is"),
         (SMOLLM3, {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\] is not supported: a 1 \(RoPE\) or 0 for each"),
         (SMOLLM3, {"no_rope_layers": [2] * 5}, r"no_rope_layers=\[2, 2, 2, 2, 2\] is not supported"),
         (SMOLLM3, {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0 is not supported: use a number from 1 on"),
@@ -327,23 +358,62 @@ def test_padded_vocabulary(folder, words, multiple, tensor, padded):
             r"layer_types=\['full_attention', 'chunked_attention'\] is not supported: one of full_attention and",
         ),
         (LLAMA2, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported: only silu is"),
-        (LLAMA2, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported"),
         (
             LLAMA2,
-            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            "rope type 'dynamic' is not supported",
+            {"rope_scaling": {"rope_type": "mrope"}},
+            "rope type 'mrope' is not supported: use one of default, dyn",
         ),
-        (LLAMA2, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (LLAMA2, {"rope_scaling": {"type": "yarn"}, "rope_theta": 0}, "rope_theta=0 is not possible"),
+        (LLAMA2, {"rope_scaling": [8]}, r"rope_scaling=\[8\] is not supported: only an object of parameters is"),
+        (LLAMA2, {"rope_scaling": {"type": "linear"}}, "the rope scaling 'linear' lacks a number for 'factor'"),
+        (LLAMA2, {"rope_scaling": {"type": "linear", "alpha": 2}}, "rope_scaling has the unknown parameters alpha=2"),
+        (
+            LLAMA2,
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
+            "rope_parameters has parameters of its own for full_attention, sliding_attention: only one RoPE",
+        ),
+        (
+            LLAMA3,
+            {"rope_scaling": LONGROPE | {"short_factor": [1.0]}},
+            "short_factor has 1 numbers: one for each of 16",
+        ),
+        (
+            LLAMA2,
+            {"partial_rotary_factor": 0.5},
+            "partial_rotary_factor=0.5 is not supported: transformers' llama does not",
+        ),
         (
             LLAMA2,
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
-            "partial_rotary_factor is not supported: only 1.0 is",
+            "partial_rotary_factor=0.25 is not supported",
+        ),
+        (MISTRAL, {"attention_bias": True}, "the field attention_bias=True is not known"),
+        (
+            MISTRAL,
+            {"layer_types": ["full_attention"] * 3},
+            "with sliding_window=4096 computes sliding_attention in all layers",
+        ),
+        (
+            MIXTRAL,
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            "with sliding_window=None computes full_attention in all layers",
+        ),
+        (LLAMA2, {"activation": "gelu"}, "activation='gelu' is not supported: only swiglu is"),
+        (LLAMA2, {"num_attention_heads": 0}, "num_attention_heads=0 is not possible: only a number above 0 is"),
+        (LLAMA2, {"vocab_size": "320"}, "vocab_size='320' is not possible"),
+        (MIXTRAL, {"num_experts_per_tok": 1}, "num_experts_per_tok=1 is not supported where the weights"),
+        (QWEN3_MOE, {"num_experts_per_tok": 1}, "num_experts_per_tok=1 is not supported where the weights"),
+        (
+            LLAMA2,
+            {"alibi": True, "use_sliding_window": True, "logit_scale": [0.5] * 60},
+            r"use_sliding_window=True is not supported: only False is; the fields alibi=True, logit_scale=\[0.5, .*\.\.\. are "
+            "not known and might change what the model computes: remove those that do not",
         ),
         (LLAMA2, {"query_pre_attn_scalar": 144}, "the field query_pre_attn_scalar=144 is not known"),
         (
             LLAMA2,
             {"quantization_config": {"bits": 4}},
-            "the field quantization_config={'bits': 4} is not known",
+            "quantization_config: weights quantised by 'unknown' are not read: name the folder of the BF16 weights",
         ),
         (LLAMA2, {"qk_layernorm": True}, "the field qk_layernorm=True is not known"),
         (LLAMA2, {"logit_scale": 0.0625}, "the field logit_scale=0.0625 is not known"),
@@ -369,7 +439,12 @@ def test_unsupported_fields_are_named(folder, base, changes, message):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"attention_bias": False, "mlp_bias": None},
+        {"attention_bias": False, "mlp_bias": None, "partial_rotary_factor": None},
+        # SmolLM2, Falcon3, and what transformers 4.35 to 4.51 and generation leave behind.
+        {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}},
+        {"activation": "swiglu", "_attn_implementation_autoset": True, "_flash_attn_2_enabled": True},
+        {"max_length": 4096, "temperature": 0.9, "top_p": 0.6, "do_sample": True, "neftune_noise_alpha": 5.0},
+        {"original_max_position_embeddings": 2048, "n_ctx": 4096, "unsloth_version": "2026.1", "hidden_act": "swish"},
         {"some_new_switch": False, "some_new_list": [], "some_new_number": 0, "some_new_name": None},
         {"attention_dropout": 0.1, "bos_token_id": 1, "eos_token_id": [2, 3]},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}},
@@ -426,3 +501,9 @@ def test_layers_without_rope_and_their_windows_are_those_of_transformers(folder,
 def test_a_family_is_registered_once():
     with pytest.raises(ValueError, match="the model family 'llama' is registered twice: remove one"):
         register(family_of("llama"))
+
+
+def test_longrope_is_computed_within_the_original_length(folder):
+    a = read_architecture(folder(LLAMA3 | {"rope_scaling": LONGROPE}))
+    assert (a.max_positions, a.longest_sequence) == (131072, 4096)
+    assert read_architecture(folder(LLAMA3)).longest_sequence == 131072

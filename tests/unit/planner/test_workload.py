@@ -69,8 +69,9 @@ LAYOUTS = [
 
 
 def architectures() -> list[Architecture]:
-    """Presets, with and without tied embeddings and biases, and one with norms of queries and keys."""
-    return [*map(find_architecture, MODELS), replace(EIGHT, family="qwen3", qk_norm=True, tied_embeddings=True)]
+    """Presets, with and without tied embeddings and biases, one with norms of queries and keys, one with all biases."""
+    biased = replace(EIGHT, qkv_bias=True, output_bias=True, mlp_bias=True)
+    return [*map(find_architecture, MODELS), replace(EIGHT, family="qwen3", qk_norm=True, tied_embeddings=True), biased]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -83,8 +84,9 @@ def test_parameters_of_all_ranks_are_the_models(layout):
         stages = [parameter_sizes(w, stage) for stage in range(w.pipeline)]
         split = sum(w.tensor * (sizes["linear"] + sizes["embedding"] + sizes["head"]) for sizes in stages)
         whole = sum(sizes["vector"] for sizes in stages)
-        if a.qkv_bias:  # the one vector that is split
+        if a.qkv_bias:  # the vectors that are split
             biases = a.num_layers * (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim
+            biases += a.num_layers * 2 * a.ffn_hidden_size if a.mlp_bias else 0
             split, whole = split + biases, whole - biases // w.tensor
         copies = 2 if not a.tied_embeddings or w.pipeline > 1 else 1
         padding = copies * (w.vocabulary * w.tensor - a.vocabulary_size) * a.hidden_size
