@@ -29,7 +29,8 @@ import torch  # noqa: E402
 
 from megatron_sstoken.conversion.safetensors_files import INDEX, ShardWriter, index_text, plan_shards  # noqa: E402
 from megatron_sstoken.model.families import read_architecture  # noqa: E402
-from megatron_sstoken.model.weights import HuggingFaceWeights, expected_shape  # noqa: E402
+from megatron_sstoken.model.weight_files import HuggingFaceWeights  # noqa: E402
+from megatron_sstoken.model.weights import expected_shape  # noqa: E402
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

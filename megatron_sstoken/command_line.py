@@ -10,6 +10,7 @@ from typing import Any
 import jsonargparse
 
 from megatron_sstoken.config import Settings
+from megatron_sstoken.folders import local_model
 from megatron_sstoken.given import OF_PARSER, AllGiven, Given, problem_of_value
 from megatron_sstoken.tool import DEBUG
 
@@ -46,11 +47,18 @@ def parse_settings(
     for name, keywords in extra.items():
         if keywords.get("required") and objects[name] is None:
             problems.append(f"--{name} is not given: {keywords['help']}")
+    settings.model.hf_path = _local(settings.model.hf_path)
+    settings.history.hf_path = _local(settings.history.hf_path)
+    settings.history.reference_hf_path = _local(settings.history.reference_hf_path)
     if check is not None and found.is_whole:
         problems += check(settings)
     if problems:
         _refuse(problems)
     return settings, {name: objects[name] for name in extra}
+
+
+def _local(path: str | None) -> str | None:
+    return None if path is None else local_model(path)
 
 
 def _parser(program: str, description: str, extra: dict[str, dict]) -> _Parser:

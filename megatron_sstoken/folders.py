@@ -9,6 +9,7 @@ from megatron_sstoken.files import existing_above
 from megatron_sstoken.words import did_you_mean
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_IN_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+$")
 _OF_A_MACHINE = frozenset(
     "data datasets model models run runs checkpoints out output outputs work quickstart tmp".split()
 )
@@ -23,16 +24,46 @@ METRICS, RECORDS, WATCHED = "metrics.jsonl", "records", "watched"
 """In the folder of a run's logs: its figures by step, and folders of token records."""
 
 
+def local_model(path: str) -> str:
+    """`path`; where it is the name of a model on the hub that is in this machine's cache, the folder of its newest snapshot.
+
+    Nothing is asked of the hub.
+    """
+    if os.path.exists(path) or not _is_hub_name(path):
+        return path
+    from huggingface_hub.file_download import try_to_load_from_cache
+
+    for name in ("config.json", "adapter_config.json", "tokenizer_config.json"):
+        found = try_to_load_from_cache(path, name)
+        if isinstance(found, str):
+            return os.path.dirname(found)
+    return path
+
+
+def hub_name(path: str) -> str | None:
+    """The name on the hub of a folder of its cache; None of others."""
+    found = _IN_CACHE.search(os.path.abspath(path))
+    return f"{found[1]}/{found[2]}" if found else None
+
+
+def _is_hub_name(path: str) -> bool:
+    first = path.partition("/")[0]
+    return _HUB_NAME.fullmatch(path) is not None and first not in _OF_A_MACHINE and not os.path.exists(first)
+
+
 def model_folder_problem(path: str) -> str | None:
     """Why `path` is no Hugging Face folder, and what to name instead; None if it has a config.json."""
     folder = Path(path)
     if (folder / "config.json").is_file():
         return None
     if folder.is_file():
-        what = "a GGUF file" if path.endswith(".gguf") else "a file"
-        return f"{path} is {what}: name a Hugging Face folder (config.json, *.safetensors, tokenizer.json)"
+        if path.endswith(".gguf"):
+            return f"{path} is a GGUF file: {_from_gguf(path)}"
+        return f"{path} is a file: name a Hugging Face folder (config.json, *.safetensors, tokenizer.json)"
     if not folder.is_dir():
         return missing(path, "name the folder of a Hugging Face checkpoint", "model")
+    if found := sorted(folder.glob("*.gguf")):
+        return f"{path} has no config.json, it holds {found[0].name}: {_from_gguf(str(found[0]))}"
     if found := sorted(folder.glob("snapshots/*/config.json")):
         return f"{path} is a folder of the hub's cache: name {found[-1].parent}"
     if holds_checkpoints(folder):
@@ -63,8 +94,7 @@ def data_folder_problem(path: str) -> str | None:
 
 def missing(path: str, remedy: str, kind: str) -> str:
     """What to do about a path that does not exist; `kind`: what the hub calls it, model or dataset."""
-    first = path.partition("/")[0]
-    if _HUB_NAME.fullmatch(path) and first not in _OF_A_MACHINE and not os.path.exists(first):
+    if _is_hub_name(path):
         option = "" if kind == "model" else f" --repo-type {kind}"
         place = f"{kind}s/{path.rpartition('/')[2]}"
         then = "and name that folder" if kind == "model" else f"then {_prepare(place)}"
@@ -89,6 +119,13 @@ def writing_problem(setting: str, path: str) -> str | None:
             return None
     except OSError as error:
         return f"{setting}={path} cannot be written: {existing}: {error.strerror}: name another folder"
+
+
+def _from_gguf(path: str) -> str:
+    return (
+        f"make a Hugging Face folder of it with `python tools/convert_checkpoint.py from-gguf --gguf {path} --output FOLDER`, "
+        "and name that"
+    )
 
 
 def _prepare(path: str) -> str:

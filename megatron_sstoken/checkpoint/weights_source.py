@@ -15,7 +15,7 @@ from megatron_sstoken.checkpoint.save_load import load_checkpoint
 from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.model.build import Model, load_weights
 from megatron_sstoken.model.fingerprint import fingerprint_files
-from megatron_sstoken.model.weights import HuggingFaceWeights
+from megatron_sstoken.model.weight_files import HuggingFaceWeights
 from megatron_sstoken.parallel import Layout, broadcast_object
 
 

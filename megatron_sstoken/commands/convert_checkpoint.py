@@ -12,10 +12,14 @@ from pathlib import Path
 
 from megatron_sstoken.config import ModelSettings, ParallelSettings
 from megatron_sstoken.conversion.check import check_folders
+from megatron_sstoken.conversion.gguf import from_gguf
 from megatron_sstoken.conversion.hf import from_hf, reshard, to_hf
 from megatron_sstoken.conversion.inspection import describe_checkpoint, format_description
 from megatron_sstoken.conversion.verify import REAL_TEXT, verify
 from megatron_sstoken.conversion.work import ConversionOptions, parse_bytes
+from megatron_sstoken.folders import local_model
+from megatron_sstoken.model.dtypes import DTYPES
+from megatron_sstoken.model.weight_files import HuggingFaceWeights
 from megatron_sstoken.parallel import processes_problem
 from megatron_sstoken.tool import add_debug, run_tool
 
@@ -26,10 +30,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
 
     importing = commands.add_parser("from-hf", help="Hugging Face folder → megatron checkpoint, for any layout")
-    importing.add_argument("--hf", required=True, help="Hugging Face folder with safetensors")
+    importing.add_argument("--hf", type=local_model, required=True, help="Hugging Face folder")
     importing.set_defaults(run=_from_hf)
     _add_conversion_arguments(importing, dtypes="fp32 or bf16", shard_size="2GB")
     _add_vocabulary_argument(importing)
+
+    unpacking = commands.add_parser("from-gguf", help="GGUF file → Hugging Face folder, by transformers")
+    unpacking.add_argument("--gguf", required=True, metavar="FILE", help="GGUF file of a supported family")
+    unpacking.add_argument("--output", required=True, help="folder to write")
+    unpacking.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="type of the weights (default: fp32)")
+    unpacking.add_argument("--overwrite", action="store_true", help="replace a folder that a conversion made")
+    unpacking.set_defaults(run=_from_gguf)
 
     export = commands.add_parser("to-hf", help="megatron checkpoint → Hugging Face folder")
     _add_checkpoint_arguments(export)
@@ -77,7 +88,7 @@ def _add_verify(commands) -> None:
         description="Proves that a folder and megatron's model of it are the same: every tensor bit for bit, and the logits "
         "at every position. With several processes: torchrun --nproc-per-node N tools/convert_checkpoint.py verify …",
     )
-    proof.add_argument("--hf", required=True, help="Hugging Face folder")
+    proof.add_argument("--hf", type=local_model, required=True, help="Hugging Face folder")
     proof.add_argument(
         "--checkpoint", help="megatron checkpoint that must hold the same weights (default: --hf converted)"
     )
@@ -95,7 +106,9 @@ def _add_verify(commands) -> None:
 
 def _add_checkpoint_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--checkpoint", required=True, help="checkpoint folder, or a directory of them (the newest)")
-    command.add_argument("--hf", help="folder to take config and tokenizer from (default: where training started)")
+    command.add_argument(
+        "--hf", type=local_model, help="folder to take config and tokenizer from (default: where training started)"
+    )
 
 
 def _add_vocabulary_argument(command: argparse.ArgumentParser) -> None:
@@ -134,6 +147,14 @@ def _options(arguments: argparse.Namespace) -> ConversionOptions:
 def _from_hf(arguments: argparse.Namespace) -> int:
     multiple = arguments.vocabulary_multiple
     written = from_hf(arguments.hf, arguments.output, options=_options(arguments), vocabulary_multiple=multiple)
+    print(f"written: {written}")
+    if note := HuggingFaceWeights(arguments.hf).note():
+        print(f"note: {note}")
+    return 0
+
+
+def _from_gguf(arguments: argparse.Namespace) -> int:
+    written = from_gguf(arguments.gguf, arguments.output, dtype=arguments.dtype, overwrite=arguments.overwrite)
     print(f"written: {written}")
     return 0
 

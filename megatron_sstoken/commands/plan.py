@@ -18,6 +18,7 @@ from typing import Any, get_args, get_type_hints
 
 from megatron_sstoken.command_line import parse_settings
 from megatron_sstoken.config import Settings
+from megatron_sstoken.folders import local_model
 from megatron_sstoken.gpus import GPU, GPUS
 from megatron_sstoken.model.presets import MODELS
 from megatron_sstoken.planner.configuration import (
@@ -65,7 +66,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     """The command line, with those options of a workload that are given, and settings to read beside `--config`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help=f"Hugging Face folder, or one of {', '.join(MODELS)}")
+    what.add_argument("--model", type=local_model, help=f"Hugging Face folder, or one of {', '.join(MODELS)}")
     what.add_argument("--config", help="YAML file with the settings of a run")
     parser.add_argument("--gpu", choices=GPUS, help="GPU type (default: h100, or hardware.gpu of the configuration)")
     defaults = {field.name: field.default for field in fields(Workload)}

@@ -16,6 +16,7 @@ from megatron_sstoken.data.show import show
 from megatron_sstoken.data.summary import summary
 from megatron_sstoken.data.text.templates import template_names
 from megatron_sstoken.data.workers import default_workers
+from megatron_sstoken.folders import local_model
 from megatron_sstoken.tool import HelpFormatter, add_debug, run_tool
 
 ROWS = """input rows: messages or conversations (role and content, or from and value), prompt and completion (texts, or
@@ -67,7 +68,9 @@ def _add_input(group: Any) -> None:
 
 def _add_samples(group: Any) -> None:
     group.add_argument(
-        "--tokenizer", help="Hugging Face folder, or sentencepiece .model file (needed, except to --show a folder)"
+        "--tokenizer",
+        type=local_model,
+        help="Hugging Face folder, or sentencepiece .model file (needed, except to --show a folder)",
     )
     group.add_argument(
         "--chat_template",

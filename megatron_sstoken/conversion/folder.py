@@ -11,7 +11,8 @@ import torch
 from megatron_sstoken.conversion.contents import Contents, Parameter
 from megatron_sstoken.model.dtypes import SAFETENSORS_DTYPES
 from megatron_sstoken.model.families import read_architecture
-from megatron_sstoken.model.weights import HuggingFaceWeights, check_weights, read_shard
+from megatron_sstoken.model.weight_files import HuggingFaceWeights
+from megatron_sstoken.model.weights import check_weights, read_shard
 
 _WEIGHT_FILES = (
     ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", "safetensors.index.json", "bin.index.json",
@@ -62,12 +63,7 @@ class FolderReader:
 
 
 def _types(weights: HuggingFaceWeights) -> set[torch.dtype]:
-    names = {weights.slice(name).get_dtype() for name in weights.names()}
-    if not names <= set(SAFETENSORS_DTYPES):
-        raise ValueError(
-            f"{weights.path} holds tensors of type {', '.join(sorted(names))}: only F32, BF16 and F16 are read"
-        )
-    return {SAFETENSORS_DTYPES[name] for name in names}
+    return {SAFETENSORS_DTYPES[weights.slice(name).get_dtype()] for name in weights.names()}
 
 
 def copy_companions(source: Path, target: Path, *, dtype: torch.dtype) -> None:

@@ -20,8 +20,8 @@ from megatron_sstoken.device import compute_device
 from megatron_sstoken.model.attention import sample_bounds
 from megatron_sstoken.model.build import Model, build_model, load_weights
 from megatron_sstoken.model.families import Split, read_architecture
+from megatron_sstoken.model.weight_files import HuggingFaceWeights
 from megatron_sstoken.model.weights import (
-    HuggingFaceWeights,
     join_shards,
     rules_of_chunk,
     superfluous_tensors,
@@ -98,6 +98,7 @@ def verify(
     the whole model of transformers in fp32. Raises ValueError for input that cannot be read.
     """
     architecture, tensors = read_architecture(hf_path), HuggingFaceWeights(hf_path)
+    tensors.check_files()
     stored = None if checkpoint is None else open_checkpoint(checkpoint)
     if stored is not None and stored.state.adapters is not None:
         raise ValueError(

@@ -28,7 +28,8 @@ from megatron_sstoken.model.lora import adapted_linears, base_parameters, prepar
 from megatron_sstoken.model.rotary import PackedRotary, multiply_rotated
 from megatron_sstoken.model.rows import HeadRows, head_rows
 from megatron_sstoken.model.spec import block_spec
-from megatron_sstoken.model.weights import HuggingFaceWeights, load_hugging_face, rules_of_chunk
+from megatron_sstoken.model.weight_files import HuggingFaceWeights
+from megatron_sstoken.model.weights import load_hugging_face, rules_of_chunk
 from megatron_sstoken.parallel import Layout
 
 

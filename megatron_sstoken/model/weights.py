@@ -1,87 +1,20 @@
-"""Hugging Face safetensors ↔ the slices of megatron's parameters that one rank holds.
+"""Hugging Face tensors ↔ the slices of megatron's parameters that one rank holds.
 
 Every rank opens the files memory-mapped and reads its own slices only, whatever the size of the model.
 """
 
-import json
-import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from megatron_sstoken.model.families import Architecture, Split, WeightRule
 from megatron_sstoken.model.lora import base_parameters
+from megatron_sstoken.model.weight_files import HuggingFaceWeights
 
 _OF_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.weight$")
 _EMBEDDING_NAME, _HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
-
-
-class NoWeights(ValueError):
-    """A folder holds no safetensors at all."""
-
-
-class HuggingFaceWeights:
-    """The tensors of a Hugging Face folder, by name, read lazily.
-
-    Raises ValueError where the folder has no safetensors (`NoWeights`), a file of the index is missing or a tensor is
-    unknown.
-    """
-
-    def __init__(self, hf_path: str):
-        self.path = hf_path
-        index = os.path.join(hf_path, "model.safetensors.index.json")
-        single = os.path.join(hf_path, "model.safetensors")
-        self._open: dict[str, safe_open] = {}
-        if os.path.isfile(index):
-            with open(index, encoding="utf-8") as file:
-                self._file_of = dict(json.load(file)["weight_map"])
-        elif os.path.isfile(single):
-            self._file_of = dict.fromkeys(self._opened("model.safetensors").keys(), "model.safetensors")
-        else:
-            raise NoWeights(
-                f"{hf_path} has neither model.safetensors nor model.safetensors.index.json: save the model with "
-                "save_pretrained (pickled .bin weights are not read)"
-            )
-        for name in sorted(set(self._file_of.values())):
-            if os.path.basename(name) != name:  # links of the hub's cache have plain names, too
-                raise ValueError(
-                    f"{hf_path}: the index names {name}, which is not in that folder: download the model again"
-                )
-            if not os.path.isfile(os.path.join(hf_path, name)):
-                raise ValueError(f"{hf_path}: the file {name} named by the index is missing")
-
-    def _opened(self, file_name: str):
-        if file_name not in self._open:
-            path = os.path.join(self.path, file_name)
-            try:
-                self._open[file_name] = safe_open(path, framework="pt", device="cpu")
-            except Exception as error:
-                raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-        return self._open[file_name]
-
-    def close(self) -> None:
-        """Unmap the files, so that the pages read so far leave memory; they are opened again when next read."""
-        self._open.clear()
-
-    def names(self) -> list[str]:
-        """All tensor names, sorted."""
-        return sorted(self._file_of)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def files(self) -> list[str]:
-        """Paths of the safetensors files, sorted."""
-        return [os.path.join(self.path, name) for name in sorted(set(self._file_of.values()))]
-
-    def slice(self, name: str):
-        """The safetensors slice object of a tensor: index it to read."""
-        if name not in self._file_of:
-            raise ValueError(f"{self.path}: the tensor {name} is missing")
-        return self._opened(self._file_of[name]).get_slice(name)
 
 
 def hugging_face_weight(tensors: HuggingFaceWeights, rule: WeightRule, layer: int, architecture: Architecture):
@@ -98,10 +31,12 @@ def hugging_face_weight(tensors: HuggingFaceWeights, rule: WeightRule, layer: in
 
 
 def check_weights(tensors: HuggingFaceWeights, architecture: Architecture) -> None:
-    """Raise ValueError unless the tensors of the architecture are there, each with its shape, and no others.
+    """Raise ValueError unless the tensors of the architecture are there, each once and with its shape, and no others.
 
-    Reads headers only. A tensor too many (a bias, an adapter) would be a part of the model that is left out.
+    Reads headers only, and of a tied model that has a head all the same both tensors. A tensor too many (a bias, an adapter)
+    would be a part of the model that is left out.
     """
+    tensors.check_files()
     known = superfluous_tensors(tensors, architecture)
     for rule in architecture.weight_rules():
         for layer in range(architecture.num_layers if "{layer}" in rule.megatron else 1):
@@ -121,18 +56,21 @@ def superfluous_tensors(tensors: HuggingFaceWeights, architecture: Architecture)
     """
     found = {name for name in tensors.names() if name.endswith("rotary_emb.inv_freq")}
     if architecture.tied_embeddings and (head := _HEAD_NAME) in tensors:
-        if not _same_start(tensors, head, _EMBEDDING_NAME):
+        if not _same(tensors, head, _EMBEDDING_NAME):
             raise ValueError(
-                f"{tensors.path}: {head} differs from {_EMBEDDING_NAME}, though config.json says tie_word_embeddings=true"
+                f"{tensors.path}: {head} differs from {_EMBEDDING_NAME}, though config.json says tie_word_embeddings=true: "
+                "write false there, for transformers then keeps both apart"
             )
         found.add(head)
     return found
 
 
-def _same_start(tensors: HuggingFaceWeights, first: str, second: str) -> bool:
-    """Whether two tensors agree in shape and in up to 1,024 rows of their beginning."""
+def _same(tensors: HuggingFaceWeights, first: str, second: str) -> bool:
+    """Whether two matrices agree in type, shape and all numbers; read by some rows at a time."""
     a, b = tensors.slice(first), tensors.slice(second)
-    return list(a.get_shape()) == list(b.get_shape()) and torch.equal(a[:1024], b[:1024])
+    if (a.get_dtype(), list(a.get_shape())) != (b.get_dtype(), list(b.get_shape())):
+        return False
+    return all(torch.equal(a[row : row + 4096], b[row : row + 4096]) for row in range(0, a.get_shape()[0], 4096))
 
 
 def expected_shape(name: str, architecture: Architecture) -> list[int]:

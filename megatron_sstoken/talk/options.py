@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_sstoken.folders import local_model
 from megatron_sstoken.talk.answers import AnswerFile, Line, answer_all, identity_of
 from megatron_sstoken.talk.generation import Answer, Decoding, Talker, load_talker
 from megatron_sstoken.talk.loading import DTYPES, ModelFolder
@@ -14,7 +15,9 @@ from megatron_sstoken.talk.questions import Question
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The model, and where and how it is computed."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, help="Hugging Face folder (of to-hf), or a PEFT folder")
+    group.add_argument(
+        "--model", type=local_model, required=True, help="Hugging Face folder (of to-hf), or a PEFT folder"
+    )
     group.add_argument("--adapter", metavar="FOLDER", help="PEFT folder of adapters of --model")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; auto: the GPUs, if there are any")
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="type of the weights; auto: as they are stored")

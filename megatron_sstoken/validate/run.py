@@ -20,7 +20,8 @@ from megatron_sstoken.data.token_text import texts_of_data
 from megatron_sstoken.data.tokenizer import load_tokenizer
 from megatron_sstoken.model.backend import backend_of, machine_problems, passed_over, preferred_backend
 from megatron_sstoken.model.families import Architecture, read_architecture
-from megatron_sstoken.model.weights import HuggingFaceWeights, NoWeights, check_weights
+from megatron_sstoken.model.weight_files import HuggingFaceWeights, NoWeights
+from megatron_sstoken.model.weights import check_weights
 from megatron_sstoken.run_plan import DataPlan, RunPlan
 from megatron_sstoken.selection.methods import find_method
 from megatron_sstoken.selection.weights import find_weight
@@ -183,6 +184,8 @@ def _check_weights(setting: str, path: str, a: Architecture, found: Findings) ->
         found.problems.append(f"{setting}: {error}")
     else:
         found.attempt(setting, lambda: check_weights(weights, a))
+        if note := weights.note():
+            found.notes.append(f"{setting}: {note}")
 
 
 def _open_data(

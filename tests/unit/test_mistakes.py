@@ -44,6 +44,8 @@ def made(tmp_path_factory) -> Path:
     (path / "rows" / "part.jsonl").write_text("{}\n")
     (path / "cache" / "snapshots" / "a1").mkdir(parents=True)
     (path / "cache" / "snapshots" / "a1" / "config.json").write_text("{}")
+    (path / "gguf").mkdir()
+    (path / "gguf" / "model.gguf").write_bytes(b"GGUF")
     (path / "run" / "step_0000001").mkdir(parents=True)
     (path / "run" / "step_0000001" / "sstoken.json").write_text("{}")
     (path / "split" / "train").mkdir(parents=True)
@@ -131,6 +133,10 @@ def test_files_that_are_no_configurations(here, capsys):
 
 
 PREPARE = "make one with `python tools/prepare_data.py --input {} --tokenizer MODEL --output FOLDER`, and name that"
+FROM_GGUF = (
+    "make a Hugging Face folder of it with `python tools/convert_checkpoint.py from-gguf --gguf gguf/model.gguf "
+    "--output FOLDER`, and name that"
+)
 PATHS = {
     ("model.hf_path", "meta/Llama-1B"): "does not exist here, and looks like a name on the Hugging Face hub: "
     "`hf download meta/Llama-1B --local-dir models/Llama-1B`, and name that folder",
@@ -143,6 +149,8 @@ PATHS = {
     ): "has no config.json, it holds checkpoints of a run: name it with model.checkpoint, and here the "
     "Hugging Face folder that the run started from",
     ("model.hf_path", "."): "has no config.json: did you mean model?",
+    ("model.hf_path", "gguf/model.gguf"): f"is a GGUF file: {FROM_GGUF}",
+    ("model.hf_path", "gguf"): f"has no config.json, it holds model.gguf: {FROM_GGUF}",
     (
         "history.hf_path",
         "good.yaml",

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sstoken.model.families import Architecture, WeightRule, read_architecture
+from megatron_sstoken.model.weight_files import HuggingFaceWeights
 from megatron_sstoken.model.weights import (
-    HuggingFaceWeights,
     load_hugging_face,
     read_shard,
     rules_of_chunk,
@@ -315,7 +315,9 @@ def test_missing_files(folder, tmp_path):
     load_model(folder / "llama").save_pretrained(tmp_path, max_shard_size="60KB")
     gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
     gone.unlink()
-    with pytest.raises(ValueError, match=f"{tmp_path}: the file {gone.name} named by the index is missing"):
+    with pytest.raises(
+        ValueError, match=f"{tmp_path}: {gone.name}, named by model.safetensors.index.json, is missing: download the"
+    ):
         HuggingFaceWeights(str(tmp_path))
     for outside in ("../outside.safetensors", str(tmp_path / "single" / "outside.safetensors")):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": outside}}))
