@@ -12,24 +12,28 @@ from megatron_sstoken.checkpoint.manifest import AdapterIdentity, Checkpoint
 from megatron_sstoken.checkpoint.weights_source import WeightsSource
 from megatron_sstoken.conversion.torch_dist import CheckpointReader
 from megatron_sstoken.folders import STATE_FILE
+from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
-from megatron_sstoken.model.lora import TARGETS
+from megatron_sstoken.model.lora import FUSED, TARGETS, hugging_face_linears, other_sides
 
-_WEIGHT = re.compile(r"model\.layers\.(\d+)\.\w+\.(\w+)\.weight")
+_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(\w+\.\w+)\.weight")
 
 
 class AdapterCheckpoint:
     """The adapters in a checkpoint of a LoRA run, read matrix by matrix as they are asked for.
 
-    Raises ValueError where `folder` holds whole weights.
+    A linear that fuses several (Phi's `qkv_proj`) gets one adapter for PEFT: their A above one another, their B along a
+    diagonal, and a rank and an alpha as many times as large. Raises ValueError where `folder` holds whole weights.
     """
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture):
         folder, state = checkpoint.folder, checkpoint.state
         if state.adapters is None:
             raise ValueError(f"{folder} holds whole weights, no adapters: export it without --merge")
         self.folder = folder
+        self.architecture = architecture
         self.identity: AdapterIdentity = state.adapters
+        self.linears = hugging_face_linears(architecture, state.adapters.targets)
         self._reader = CheckpointReader(folder)
 
     @property
@@ -51,10 +55,19 @@ class AdapterCheckpoint:
     def merged_delta(self, name: str) -> torch.Tensor | None:
         """What the adapters add to the Hugging Face tensor `name`: alpha / rank · B·A, fp32; None if nothing."""
         match = _WEIGHT.fullmatch(name)
-        if match is None or match[2] not in self.identity.targets:
+        if match is None or match[2] not in self.linears:
             return None
-        a, b = self.matrices(match[2], int(match[1]))
+        a, b = self.linear_matrices(match[2], int(match[1]))
         return (b.float() @ a.float()) * (self.identity.alpha / self.identity.rank)
+
+    def linear_matrices(self, path: str, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of one Hugging Face linear, `path` in layer `layer`, with all the targets that lie in it."""
+        found = {target: self.matrices(target, layer) for target in self.linears[path]}
+        parts = FUSED.get(path.rpartition(".")[2], self.linears[path])
+        first = next(b for _, b in found.values())
+        rows = other_sides(self.architecture)
+        blocks = [found[part][1] if part in found else first.new_zeros(rows[part], 0) for part in parts]
+        return torch.cat([found[part][0] for part in parts if part in found]), torch.block_diag(*blocks)
 
     def merged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The Hugging Face tensor `name` of the base → that of the tuned model, summed in fp32 and rounded once."""
@@ -64,13 +77,17 @@ class AdapterCheckpoint:
     def peft_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All matrices by the names that PEFT gives them."""
         for layer in range(self.num_layers):
-            for target in self.identity.targets:
-                path = f"base_model.model.model.layers.{layer}.{TARGETS[target].hugging_face}"
-                for name, matrix in zip(("lora_A", "lora_B"), self.matrices(target, layer), strict=True):
-                    yield f"{path}.{name}.weight", matrix.contiguous()
+            for path in self.linears:
+                for name, matrix in zip(("lora_A", "lora_B"), self.linear_matrices(path, layer), strict=True):
+                    yield f"base_model.model.model.layers.{layer}.{path}.{name}.weight", matrix.contiguous()
 
     def peft_config(self, base: str) -> dict:
         """PEFT's adapter_config.json; `base` is the Hugging Face folder of the weights that the adapters belong to."""
+        fused = {path.rpartition(".")[2]: len(parts) for path, parts in self.linears.items() if len(parts) > 1}
+        patterns = {
+            "rank_pattern": {name: number * self.identity.rank for name, number in fused.items()},
+            "alpha_pattern": {name: number * self.identity.alpha for name, number in fused.items()},
+        }
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -78,7 +95,8 @@ class AdapterCheckpoint:
             "r": self.identity.rank,
             "lora_alpha": self.identity.alpha,
             "lora_dropout": self.identity.dropout,
-            "target_modules": self.identity.targets,
+            "target_modules": [path.rpartition(".")[2] for path in self.linears],
+            **(patterns if fused else {}),
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,

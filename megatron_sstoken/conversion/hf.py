@@ -90,10 +90,11 @@ def to_hf(
     opened = open_checkpoint(checkpoint)
     folder, source = opened.folder, _architecture_folder(opened, hf_path)
     template = opened.state.chat_template if chat_template == "data" else None
-    adapters = AdapterCheckpoint(opened) if merge or opened.state.adapters else None
+    architecture = read_architecture(source)
+    adapters = AdapterCheckpoint(opened, architecture) if merge or opened.state.adapters else None
     if adapters is not None and not merge:
         return _write_adapters(adapters, source, hf_path, output, options, template, tell)
-    contents = checkpoint_contents(read_architecture(source))  # unpadded
+    contents = checkpoint_contents(architecture)  # unpadded
     reader = _reader_of(WeightsSource(source, str(folder)) if adapters is None else adapters.base(source))
     reader.check(contents)
     stored = reader.dtype(contents.parameters[0])

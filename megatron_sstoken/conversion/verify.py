@@ -260,11 +260,15 @@ def _forward(chunk: Any, tokens: list[int], device: torch.device) -> torch.Tenso
 def _reference_states(reference: Any, tokens: list[int]) -> dict[str, torch.Tensor]:
     """The same from transformers, in the order of computation."""
     inner = reference.model
-    modules = {"the embedding": inner.embed_tokens}
-    modules |= {f"layer {number}": layer for number, layer in enumerate(inner.layers)}
+    modules = {f"layer {number}": layer for number, layer in enumerate(inner.layers)}
     modules["the final norm"] = inner.norm
+    embedded: list[torch.Tensor] = []
+    # What the first layer is given: some families multiply what the embedding's module returns.
+    handle = inner.layers[0].register_forward_pre_hook(lambda _layer, inputs: embedded.append(inputs[0]))
     output, states = _recorded(modules, lambda: reference(torch.tensor([tokens]), use_cache=False))
-    return {name: states[name] for name in modules} | {"the vocabulary head": output.logits[0]}
+    handle.remove()
+    states["the embedding"] = embedded[0].float().cpu().squeeze(0)
+    return {name: states[name] for name in ("the embedding", *modules)} | {"the vocabulary head": output.logits[0]}
 
 
 def _recorded(modules: dict[str, torch.nn.Module], run: Callable[[], Any]) -> tuple[Any, dict]:

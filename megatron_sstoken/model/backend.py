@@ -141,8 +141,9 @@ def fp8_options(training: TrainingSettings) -> dict[str, Any]:
     }
 
 
-def fusion_options(backend: Backend) -> dict[str, bool]:
-    """Which of megatron's fused kernels are there.
+def fusion_options(backend: Backend, *, fused_activation: bool = True, fused_rope: bool = True) -> dict[str, bool]:
+    """Which of megatron's fused kernels are there; `fused_activation`: whether there is one for the model's activation,
+    `fused_rope`: for its RoPE.
 
     `gradient_accumulation_fusion` is for megatron's own linears, and needs apex's extension. Transformer Engine's have their
     own (`accumulate_in_products`).
@@ -152,10 +153,10 @@ def fusion_options(backend: Backend) -> dict[str, bool]:
     return {
         "gradient_accumulation_fusion": have_cuda() and extension,
         "masked_softmax_fusion": False,
-        "bias_activation_fusion": is_te,
+        "bias_activation_fusion": is_te and fused_activation,
         "bias_dropout_fusion": is_te,
         "persist_layer_norm": False,
-        "apply_rope_fusion": is_te,
+        "apply_rope_fusion": is_te and fused_rope,
     }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from megatron_sstoken.device import compute_device, have_cuda
 from megatron_sstoken.model.attention import AttentionCapture
 from megatron_sstoken.model.backend import Backend, accumulate_in_products, backend_of, fp8_options, fusion_options
 from megatron_sstoken.model.dtypes import weight_dtype
-from megatron_sstoken.model.families import Architecture, Split, rope_inverse_frequencies
+from megatron_sstoken.model.families import Architecture, Split, table_frequencies
 from megatron_sstoken.model.head import IGNORE_INDEX, HeadOptions, selective_head, vocabulary_parallel_loss
 from megatron_sstoken.model.lora import adapted_linears, base_parameters, prepare_adapters
 from megatron_sstoken.model.rotary import PackedRotary, multiply_rotated
@@ -60,6 +61,8 @@ class TokenLossModel(GPTModel):
 
     def _postprocess(self, hidden_states, *, labels=None, packed_seq_params=None, **options):
         """megatron's last step of the forward pass; with the selective head, losses take the place of logits."""
+        if self.post_process and self.head.logits_divisor != 1.0:
+            hidden_states = hidden_states / self.head.logits_divisor
         if not self.head.selective or labels is None or not self.post_process:
             return super()._postprocess(hidden_states, labels=labels, packed_seq_params=packed_seq_params, **options)
         # The head stands in for the output layer, whose weight may still be on its way from the other data-parallel ranks.
@@ -200,10 +203,11 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
         ffn_hidden_size=a.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=a.norm_epsilon,
-        activation_func=torch.nn.functional.silu,
+        activation_func=_ACTIVATIONS[a.activation],
         gated_linear_unit=True,
         add_bias_linear=False,
         add_qkv_bias=a.qkv_bias,
+        layernorm_zero_centered_gamma=a.zero_centered_norms,
         qk_layernorm=a.qk_norm,
         window_size=None if a.sliding_window is None else (a.sliding_window - 1, 0),
         window_attn_skip_freq=[int(windowed) for windowed in a.windowed_layers] or None,
@@ -228,7 +232,7 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
         perform_initialization=False,
         use_cpu_initialization=not have_cuda(),
         transformer_impl="local" if backend == "torch" else backend,
-        **(fusion_options(backend) | ({} if attention_factor == 1.0 else {"apply_rope_fusion": False})),
+        **fusion_options(backend, fused_activation=a.activation == "silu", fused_rope=attention_factor == 1.0),
         **fp8_options(training),
         # Σ over selected ÷ number selected in the global batch: megatron divides once, after the last micro-batch.
         calculate_per_token_loss=True,
@@ -245,6 +249,12 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
     )
     multiply_rotated(config, attention_factor)
     return config
+
+
+_ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu_pytorch_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+}
 
 
 def _mixture_config(a: Architecture, layout: Layout, backend: Backend) -> dict[str, Any]:
@@ -294,14 +304,16 @@ def build_model(
         needs_calibration=bool(config.fp8) and config.fp8_recipe == "delayed",
     )
     selective, compiled = settings.model.head == "selective", settings.model.compiled_head
-    head = HeadOptions(architecture.vocabulary_size, selective, signals, compiled)
+    head = HeadOptions(architecture.vocabulary_size, selective, signals, compiled, architecture.logits_divisor)
     for index in range(layout.virtual_pipeline):
         model.captures.append(AttentionCapture())
         with torch.device("meta") if shapes_only else nullcontext():
             chunk = _build_chunk(model, settings, head, index)
         rotary = chunk.rotary_pos_emb
         table = rotary.table if isinstance(rotary, PackedRotary) else rotary
-        table.inv_freq = rope_inverse_frequencies(architecture).to(compute_device())
+        table.inv_freq = table_frequencies(architecture).to(compute_device())
+        if architecture.embedding_multiplier != 1.0 and chunk.pre_process:
+            chunk.embedding.register_forward_hook(partial(_multiplied, architecture.embedding_multiplier))
         if not shapes_only:
             chunk.to(compute_device())
         _mark_tensor_parallel(chunk, architecture)
@@ -343,6 +355,11 @@ def _build_chunk(model: Model, settings: Settings, head: HeadOptions, index: int
         vp_stage=vp_stage,
         head=head,
     )
+
+
+def _multiplied(factor: float, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    """A forward hook: the output times `factor`, rounded to its type first, as transformers does."""
+    return output * torch.tensor(factor, dtype=output.dtype)
 
 
 def _mark_tensor_parallel(chunk: TokenLossModel, architecture: Architecture) -> None:

@@ -35,6 +35,8 @@ class HeadOptions:
     """What the selective head tells beside the loss, of `PREDICTION_SIGNALS`."""
     compiled: bool = False
     """Whether the selective head's elementwise steps are compiled."""
+    logits_divisor: float = 1.0
+    """What hidden states are divided by before the vocabulary head, and logits with them."""
 
     @property
     def told(self) -> tuple[str, ...]:

@@ -57,6 +57,9 @@ TARGETS = {
     "down_proj": Target("mlp.linear_fc2", "mlp.down_proj"),
 }
 
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Linear of Hugging Face models that fuse some → the targets in it, in the order of its rows."""
+
 
 class Adapter(torch.nn.Module):
     """This rank's slices of one target's A and B.
@@ -236,9 +239,9 @@ def adapt_layer(layer: TransformerLayerSubmodules, config: TransformerConfig, lo
     column: type[AdaptedColumns] = AdaptedColumnParallelLinear
     row: type[AdaptedRows] = AdaptedRowParallelLinear
     if config.transformer_impl == "transformer_engine":
-        from megatron_sstoken.model.lora_transformer_engine import AdaptedTELinear, AdaptedTENormAndLinear
+        from megatron_sstoken.model.lora_transformer_engine import AdaptedTELinear, adapted_columns
 
-        column, row = AdaptedTENormAndLinear, AdaptedTELinear
+        column, row = adapted_columns(layer.self_attention.submodules.linear_qkv), AdaptedTELinear
     attention = layer.self_attention.submodules
     heads_per_group = config.num_attention_heads // config.num_query_groups
     if {"q_proj", "k_proj", "v_proj"} & set(lora.targets):
@@ -259,6 +262,19 @@ def other_sides(a: Architecture) -> dict[str, int]:
     queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
     widths = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}
     return {name: widths.get(name, a.ffn_hidden_size) for name in TARGETS}
+
+
+def hugging_face_linears(a: Architecture, targets: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Linears of a Hugging Face layer of `a` that have adapters, by their paths → which of `targets` lie in each."""
+    tensors = {name.removesuffix(".weight") for rule in a.weight_rules() for name in rule.hugging_face}
+    fused_in = {part: name for name, parts in FUSED.items() for part in parts}
+    found: dict[str, tuple[str, ...]] = {}
+    for target in targets:
+        path = TARGETS[target].hugging_face
+        if not any(name.endswith(path) for name in tensors):
+            path = f"{path.rpartition('.')[0]}.{fused_in[target]}"
+        found[path] = (*found.get(path, ()), target)
+    return found
 
 
 def num_adapter_parameters(a: Architecture, lora: LoraSettings) -> int:

@@ -1,6 +1,10 @@
 """Adapters on Transformer Engine's linears. Imported only where it is installed (model/lora.py)."""
 
-from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
+from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelLinear,
+    TELayerNormColumnParallelLinear,
+    TERowParallelLinear,
+)
 
 from megatron_sstoken.config import LoraSettings
 from megatron_sstoken.model.lora import AdaptedColumns, AdaptedRows, Blocks
@@ -27,6 +31,26 @@ class AdaptedTENormAndLinear(AdaptedColumns, TELayerNormColumnParallelLinear):
             return output, bias
         output, normalised = output
         return output + self.adapter_output(normalised), bias
+
+
+class AdaptedTEColumns(AdaptedColumns, TEColumnParallelLinear):
+    """A column-parallel linear without a norm before it."""
+
+    out_features: int
+
+    def __init__(self, input_size: int, output_size: int, *, lora: LoraSettings, blocks: Blocks, **kwargs):
+        super().__init__(input_size, output_size, **kwargs)
+        self.input_size = input_size
+        self.add_column_adapters(lora, blocks, self.out_features)
+
+    def forward(self, x):
+        output, bias = super().forward(x)
+        return (output + self.adapter_output(x), bias) if self.adapters_on else (output, bias)
+
+
+def adapted_columns(linear: type) -> type[AdaptedColumns]:
+    """What takes the place of `linear` where it gets adapters."""
+    return AdaptedTEColumns if linear is TEColumnParallelLinear else AdaptedTENormAndLinear
 
 
 class AdaptedTELinear(AdaptedRows, TERowParallelLinear):

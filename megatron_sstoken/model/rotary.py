@@ -5,8 +5,12 @@ import math
 
 import torch
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_sstoken.model.attention import SampleBounds
+
+_FACTOR_FIELDS = frozenset({"yarn_rotary_scaling_factor", "yarn_mscale", "yarn_mscale_all_dim"})
 
 
 class PackedRotary(torch.nn.Module):
@@ -46,6 +50,45 @@ def multiply_rotated(config: TransformerConfig, factor: float) -> None:
     """
     if factor == 1.0:
         return
-    fields = {"yarn_rotary_scaling_factor": math.e, "yarn_mscale": 10 * (factor - 1), "yarn_mscale_all_dim": 0.0}
-    for name, value in fields.items():
+    values = {"yarn_rotary_scaling_factor": math.e, "yarn_mscale": 10 * (factor - 1), "yarn_mscale_all_dim": 0.0}
+    for name, value in values.items():
         setattr(config, name, value)
+
+
+class TwoRotariesSelfAttention(SelfAttention):
+    """Attention in a model whose layers with a window turn queries and keys otherwise than its other layers.
+
+    The table of angles has both, made of the frequencies of one and then of the other (`table_frequencies`).
+    """
+
+    def __init__(self, config: TransformerConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)
+        if self.windowed:  # the factor belongs to the scaling
+            self.config = copy.copy(config)
+            for name in _FACTOR_FIELDS & vars(config).keys():
+                delattr(self.config, name)
+
+    def forward(self, hidden_states, attention_mask, *args, rotary_pos_emb, **kwargs):
+        """Angles [..., 2 · (half of the one, half of the other)], as megatron repeats frequencies for both halves of a head."""
+        own = rotary_pos_emb.unflatten(-1, (2, 2, -1))[..., int(self.windowed), :].flatten(-2)
+        return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=own, **kwargs)
+
+
+def turning_pairs(rotary_dim: int) -> type[SelfAttention]:
+    """Attention that turns neighbouring numbers of each head as pairs, in its first `rotary_dim` numbers.
+
+    megatron's own option for it (`rotary_interleaved`) does not take packed samples. Here queries and keys are put into the
+    order that the usual way wants; their products do not depend on the order.
+    """
+
+    class PairsSelfAttention(SelfAttention):
+        def get_query_key_value_tensors(self, *args, **kwargs):
+            query, key, *others = super().get_query_key_value_tensors(*args, **kwargs)
+            return _halves(query), _halves(key), *others
+
+    def _halves(heads: torch.Tensor) -> torch.Tensor:
+        turned, passed = heads[..., :rotary_dim], heads[..., rotary_dim:]
+        return torch.cat([turned.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), passed], dim=-1)
+
+    return PairsSelfAttention

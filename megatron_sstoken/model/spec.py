@@ -9,17 +9,22 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.transformer.utils import is_layer_window_attention
 
+from megatron_sstoken.compat import dense_mlp
 from megatron_sstoken.config import LoraSettings
 from megatron_sstoken.model.attention import AttentionCapture, TorchCoreAttention, core_attention_builder
 from megatron_sstoken.model.biases import add_biases
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.last_layer import LastLayer
 from megatron_sstoken.model.lora import adapt_layer
-from megatron_sstoken.model.norm import RMSNorm
+from megatron_sstoken.model.norm import RMSNorm, norm_over_heads
+from megatron_sstoken.model.residual import ResidualAdd
+from megatron_sstoken.model.rotary import TwoRotariesSelfAttention, turning_pairs
 from megatron_sstoken.parallel import Layout
 
 
@@ -56,6 +61,11 @@ def block_spec(
             spec.submodules.self_attention.submodules.q_layernorm = norm
             spec.submodules.self_attention.submodules.k_layernorm = norm
         core_attention = TorchCoreAttention
+    if architecture.window_rope_base is not None:
+        spec.submodules.self_attention.module = TwoRotariesSelfAttention
+    elif architecture.rotary_pairs:
+        spec.submodules.self_attention.module = turning_pairs(architecture.rotary_dim)
+    _arrange_norms(spec.submodules, config, architecture, norm, layout)
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = core_attention_builder(core_attention, frozenset(captured_layers), capture)
     if lora.rank:
@@ -67,6 +77,27 @@ def block_spec(
     if with_last_layer and not config.num_moe_experts and not config.fp8:
         layers[-1] = replace(spec, module=LastLayer)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _arrange_norms(
+    layer: TransformerLayerSubmodules, config: TransformerConfig, a: Architecture, norm: Any, layout: Layout
+) -> None:
+    """Put norms where the architecture has them, in a spec that has them before attention and feed-forward part."""
+    attention, mlp = layer.self_attention.submodules, dense_mlp(layer)
+    if a.norms.before_attention is None and a.norms.before_mlp is None:
+        layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
+        if norm is not RMSNorm:  # Transformer Engine's, which are part of the linears
+            from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+            assert mlp is not None
+            attention.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
+    for place, name in (("self_attn_bda", a.norms.after_attention), ("mlp_bda", a.norms.after_mlp)):
+        if name is not None or a.residual_multiplier != 1.0:
+            params = {"config": config, "norm": norm if name else None, "multiplier": a.residual_multiplier}
+            setattr(layer, place, ModuleSpec(ResidualAdd, params=params))
+    if a.qk_norm_over_heads:
+        attention.q_layernorm = norm_over_heads(a.num_attention_heads, layout.groups.tp)
+        attention.k_layernorm = norm_over_heads(a.num_query_groups, layout.groups.tp)
 
 
 def _with_heads_dealt_out(attention: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:

@@ -5,6 +5,8 @@ Every rank opens the files memory-mapped and reads its own slices only, whatever
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -79,12 +81,13 @@ def expected_shape(name: str, architecture: Architecture) -> list[int]:
     queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
     outputs = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": a.ffn_hidden_size}
     outputs |= {"up_proj": a.ffn_hidden_size, "embed_tokens": a.vocabulary_size, "lm_head": a.vocabulary_size}
+    outputs |= {"qkv_proj": queries + 2 * keys, "gate_up_proj": 2 * a.ffn_hidden_size}
     outputs |= {"w1": a.ffn_hidden_size, "w3": a.ffn_hidden_size, "gate": a.num_experts}
     module, kind = name.split(".")[-2:]
     if module in outputs:
         return [outputs[module]] + ([a.hidden_size] if kind == "weight" else [])
     if module in ("q_norm", "k_norm"):
-        return [a.head_dim]
+        return [a.head_dim if not a.qk_norm_over_heads else queries if module == "q_norm" else keys]
     if kind == "bias":  # of what is not in `outputs`
         return [a.hidden_size]
     inputs = {"o_proj": queries, "down_proj": a.ffn_hidden_size, "w2": a.ffn_hidden_size}
@@ -102,6 +105,8 @@ def read_shard(
 ) -> torch.Tensor:
     """The slice of one megatron parameter that tensor rank `tensor_rank` of `tensor_size` holds, of `shape`."""
     sources = hugging_face_weight(tensors, rule, layer, architecture)
+    if rule.fused:
+        sources = _parts(sources[0], rule, architecture)
     if rule.split is Split.WHOLE:
         return sources[0][:]
     if rule.split is Split.COLUMNS:
@@ -118,6 +123,29 @@ def read_shard(
         real = sources[0][min(first, architecture.vocabulary_size) : min(last, architecture.vocabulary_size)]
         return torch.cat([real, real.new_zeros(rows - real.shape[0], *real.shape[1:])])
     return _read_qkv(sources, architecture, first, last)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows `first` to `last` of a tensor's slice object, read like one."""
+
+    tensor: Any
+    first: int
+    last: int
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        start, stop, _ = rows.indices(self.last - self.first)
+        return self.tensor[self.first + start : self.first + stop]
+
+
+def _parts(fused: Any, rule: WeightRule, architecture: Architecture) -> list[_Rows]:
+    """The parts of a fused tensor's slice object."""
+    if rule.split is Split.GATED:
+        rows = [fused.get_shape()[0] // 2] * 2
+    else:
+        rows = [block * architecture.num_query_groups for block in _qkv_group(architecture)[1]]
+    borders = [0, *accumulate(rows)]
+    return [_Rows(fused, first, last) for first, last in pairwise(borders)]
 
 
 def _read_qkv(sources, architecture: Architecture, first: int, last: int) -> torch.Tensor:
@@ -158,6 +186,8 @@ def to_hugging_face(
         parts = [parameter[: architecture.vocabulary_size]]
     else:
         parts = [parameter]
+    if rule.fused:
+        parts = [torch.cat(parts)]
     for name, part in zip(names, parts, strict=True):
         yield name, part.contiguous()
 

@@ -58,7 +58,7 @@ def parameter_sizes(w: Workload, stage: int) -> dict[str, int]:
     a, layers = w.architecture, w.stage_layers[stage]
     qkv = (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim // w.tensor
     linear = a.hidden_size * (qkv + w.query_width + 3 * w.ffn_width)
-    vector = 2 * a.hidden_size + (qkv if a.qkv_bias else 0) + (2 * a.head_dim if a.qk_norm else 0)
+    vector = a.norm_parameters() + (qkv if a.qkv_bias else 0)
     vector += (a.hidden_size if a.output_bias else 0) + (2 * w.ffn_width + a.hidden_size if a.mlp_bias else 0)
     first, last = stage == 0, stage == w.pipeline - 1
     words = w.vocabulary * a.hidden_size

@@ -98,6 +98,11 @@ def check_split(name: str, a: Architecture, settings: Settings, found: Findings)
         f"parallel.tensor={tensor} neither divides nor is a multiple of {name}.num_key_value_heads={groups}: "
         f"use {divisors(groups)}",
     )
+    found.require(
+        not a.qk_norm_over_heads or groups % tensor == 0,
+        f"parallel.tensor={tensor} does not divide {name}.num_key_value_heads={groups}, over all of which "
+        f"{name}.model_type={a.family} normalises: use {divisors(groups)}",
+    )
     _check_stages(name, a, settings, found)
     offloaded = settings.training.offload_layers
     found.require(

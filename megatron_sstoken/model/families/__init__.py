@@ -10,7 +10,7 @@ import pkgutil
 from megatron_sstoken.model.families.architecture import Architecture, RopeScaling
 from megatron_sstoken.model.families.reading import parse_architecture, read_architecture
 from megatron_sstoken.model.families.registry import Experts, Family, family_names, family_of, register
-from megatron_sstoken.model.families.rope import rope_inverse_frequencies
+from megatron_sstoken.model.families.rope import rope_inverse_frequencies, table_frequencies
 from megatron_sstoken.model.families.weight_map import Split, WeightRule
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "read_architecture",
     "register",
     "rope_inverse_frequencies",
+    "table_frequencies",
 ]
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):

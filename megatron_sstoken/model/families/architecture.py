@@ -33,6 +33,23 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class LayerNorms:
+    """The norms of a layer, as Hugging Face calls them; None where there is none."""
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    """Of what attention adds to the residual stream, before it is added."""
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+    """The same for the feed-forward part."""
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return sum(name is not None for name in vars(self).values())
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What a decoder computes, in numbers. `vocabulary_size` is the unpadded one."""
 
@@ -58,6 +75,22 @@ class Architecture:
     """Whether gate, up and down projection have biases; of a dense model."""
     qk_norm: bool = False
     """Whether every head of q and k is normalised before RoPE."""
+    qk_norm_over_heads: bool = False
+    """Whether such a norm goes over all heads at once."""
+    norms: LayerNorms = LayerNorms()
+    embedding_multiplier: float = 1.0
+    """What the embedding is multiplied by."""
+    residual_multiplier: float = 1.0
+    """What attention and feed-forward part are multiplied by before they are added to the residual stream."""
+    logits_divisor: float = 1.0
+    activation: str = "silu"
+    """Of the gate: `silu`, or `gelu_pytorch_tanh`."""
+    zero_centered_norms: bool = False
+    """Whether norms multiply by 1 + weight."""
+    window_rope_base: float | None = None
+    """In layers with a window RoPE has this base and no scaling; None: what it has in the others."""
+    rotary_pairs: bool = False
+    """Whether RoPE turns neighbouring numbers as pairs, not those of the first and the second half."""
     sliding_window: int | None = None
     """In the layers of `windowed_layers` a token attends to this many tokens, itself included."""
     windowed_layers: tuple[bool, ...] = ()
@@ -103,11 +136,16 @@ class Architecture:
         """Parameters that one token meets: of the experts, those it is sent to."""
         return self._parameters_with(max(self.experts_per_token, 1))
 
+    def norm_parameters(self) -> int:
+        """Weights of a layer's norms."""
+        heads = self.num_attention_heads + self.num_query_groups if self.qk_norm_over_heads else 2
+        return self.norms.number * self.hidden_size + (heads * self.head_dim if self.qk_norm else 0)
+
     def _parameters_with(self, num_experts: int) -> int:
         heads = (self.num_attention_heads + 2 * self.num_query_groups) * self.head_dim
         layer = self.hidden_size * (heads + self.num_attention_heads * self.head_dim)
         layer += num_experts * 3 * self.hidden_size * self.ffn_hidden_size + self.num_experts * self.hidden_size
-        layer += 2 * self.hidden_size + (heads if self.qkv_bias else 0) + (2 * self.head_dim if self.qk_norm else 0)
+        layer += self.norm_parameters() + (heads if self.qkv_bias else 0)
         layer += self.hidden_size if self.output_bias else 0
         layer += 2 * self.ffn_hidden_size + self.hidden_size if self.mlp_bias else 0
         embeddings = self.vocabulary_size * self.hidden_size * (1 if self.tied_embeddings else 2)

@@ -88,7 +88,12 @@ def parse_architecture(config: Config, path: str) -> Architecture:
     groups = number("num_key_value_heads", heads)
     if heads % groups:
         raise ValueError(f"{path}: num_key_value_heads={groups} does not divide num_attention_heads={heads}")
-    base, scaling = read_rope(path, config)
+    try:
+        rope_config = family.full_rope(config)
+        base, scaling = read_rope(path, rope_config)
+        further = family.further(config)
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(path) else f"{path}: {error}") from error
     num_layers = number("num_hidden_layers")
     window, windowed = _sliding_window(path, config, family, num_layers)
     architecture = Architecture(
@@ -105,19 +110,21 @@ def parse_architecture(config: Config, path: str) -> Architecture:
         rope_base=base,
         rope_scaling=scaling,
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        rotary_fraction=_rotary_fraction(path, config, family),
+        rotary_fraction=_rotary_fraction(path, rope_config, family),
         **_biases(config, family),
         qk_norm=family.qk_norm,
+        norms=family.norms,
         sliding_window=window,
         windowed_layers=windowed,
         transformer_options=_transformer_options(path, config, family),
         **_mixture_of_experts(path, config, family),
+        **further,
     )
     _check_rope(path, architecture)
     return architecture
 
 
-def _biases(config: Config, family: Family) -> dict[str, bool]:
+def _biases(config: Config, family: Family) -> dict[str, Any]:
     """The fields of an `Architecture` that speak of biases."""
     switched = {name for field, names in family.biases.items() if config.get(field) for name in names}
     return dict.fromkeys(switched | ({"qkv_bias"} if family.qkv_bias else set()), True)

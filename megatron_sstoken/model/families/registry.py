@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sstoken.model.families.architecture import Architecture
+from megatron_sstoken.model.families.architecture import Architecture, LayerNorms
 from megatron_sstoken.model.families.weight_map import WeightRule, decoder_rules
 
 Config = dict[str, Any]
@@ -15,6 +15,25 @@ def listed_kinds(config: Config, num_layers: int) -> list[str]:
     """The attention of each layer as `layer_types` lists it; in all layers the window (if there is one) without a list."""
     kinds = config.get("layer_types")
     return ["sliding_attention"] * num_layers if kinds is None else kinds
+
+
+def windows_but_every(interval: int) -> Callable[[Config, int], list[str]]:
+    """Layers as `layer_types` lists them; without it every `interval`-th has no window (or as `sliding_window_pattern` says).
+
+    For families whose RoPE goes by where the window holds: without one they are refused.
+    """
+
+    def kinds(config: Config, num_layers: int) -> list[str]:
+        if config.get("sliding_window") is None:
+            raise ValueError(
+                "sliding_window=None is not supported: a number is, for RoPE goes by where the window holds"
+            )
+        if (listed := config.get("layer_types")) is not None:
+            return listed
+        every = config.get("sliding_window_pattern", interval)
+        return ["full_attention" if (layer + 1) % every == 0 else "sliding_attention" for layer in range(num_layers)]
+
+    return kinds
 
 
 def nothing_added(config: Config) -> dict[str, Any]:
@@ -71,6 +90,7 @@ class Family:
     partial_rotary: bool = False
     """Whether `partial_rotary_factor` is heeded; elsewhere transformers' model turns whole heads."""
     qk_norm: bool = False
+    norms: LayerNorms = LayerNorms()
     experts: Experts | None = None
     optional_window: bool = False
     """Whether `use_sliding_window` switches the window on."""
@@ -80,6 +100,10 @@ class Family:
     """Config and number of layers → for each layer `full_attention` or `sliding_attention`, where there is a window."""
     transformer_options: Callable[[Config], dict[str, Any]] = nothing_added
     """What the family adds to megatron's TransformerConfig: numbers, strings, and lists of them."""
+    full_rope: Callable[[Config], Config] = lambda config: config
+    """The config with RoPE of layers without a window in the fields where other families have it."""
+    further: Callable[[Config], dict[str, Any]] = nothing_added
+    """Fields of the `Architecture` that only families of this kind have."""
     weight_rules: Callable[[Architecture], list[WeightRule]] = decoder_rules
 
     @property

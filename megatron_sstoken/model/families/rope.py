@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -121,6 +122,42 @@ def _yarn_attention_factor(factor: float, parameters: dict[str, Any]) -> float:
 
     numerator, denominator = parameters.get("mscale"), parameters.get("mscale_all_dim")
     return grown(numerator) / grown(denominator) if numerator and denominator else grown(1.0)
+
+
+def rope_by_kind(config: dict[str, Any], default_base: float, default_window_base: float) -> tuple[dict, dict]:
+    """The rope parameters of layers without and with a window, from transformers 5's dictionary of both or from older fields.
+
+    As `Gemma3TextConfig` reads them: `rope_scaling` and `rope_theta` are those of the former, `rope_local_base_freq` is of the
+    latter. Raises ValueError where layers with a window would be scaled.
+    """
+    given = config.get("rope_parameters") or {}
+    if given and not given.keys() <= {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"rope_parameters={given!r} is not supported: only one of full_attention and sliding_attention is"
+        )
+    full = dict(given.get("full_attention") or {}) | (config.get("rope_scaling") or {})
+    window = dict(given.get("sliding_attention") or {})
+    full.setdefault("rope_theta", config.get("rope_theta") or default_base)
+    window.setdefault("rope_theta", config.get("rope_local_base_freq") or default_window_base)
+    kind = window.get("rope_type") or window.get("type") or "default"
+    if kind != "default":
+        raise ValueError(f"rope type {kind!r} of sliding_attention is not supported: only 'default' is")
+    return full, window
+
+
+def with_full_rope(config: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
+    """The config with these rope parameters and no others."""
+    others = {name: value for name, value in config.items() if name not in ("rope_scaling", "rope_theta")}
+    return others | {"rope_parameters": full}
+
+
+def table_frequencies(architecture: Architecture) -> torch.Tensor:
+    """What megatron's table of angles is made of, fp32: `rope_inverse_frequencies`, then windowed layers'."""
+    frequencies = rope_inverse_frequencies(architecture)
+    if architecture.window_rope_base is None:
+        return frequencies
+    plain = replace(architecture, rope_base=architecture.window_rope_base, rope_scaling=None)
+    return torch.cat([frequencies, rope_inverse_frequencies(plain)])
 
 
 def rope_inverse_frequencies(architecture: Architecture) -> torch.Tensor:

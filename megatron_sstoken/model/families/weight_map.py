@@ -4,7 +4,7 @@ A family whose tensors differ puts its own list together from these and others.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from megatron_sstoken.model.families.architecture import Architecture
@@ -33,6 +33,8 @@ class WeightRule:
     hugging_face: tuple[str, ...]
     split: Split
     expert: int | None = None
+    fused: bool = False
+    """Whether one Hugging Face tensor holds the parts (q, k and v, or gate and up) one after another by rows."""
 
 
 MlpRules = Callable[[Architecture], list[WeightRule]]
@@ -47,11 +49,16 @@ _QKV = WeightRule(
 )
 _OUTPUT = WeightRule(LAYER + "self_attention.linear_proj.weight", (HF + "self_attn.o_proj.weight",), Split.COLUMNS)
 _LAYER_RULES = (
-    WeightRule(LAYER + "input_layernorm.weight", (HF + "input_layernorm.weight",), Split.WHOLE),
     _QKV,
     _OUTPUT,
-    WeightRule(LAYER + "pre_mlp_layernorm.weight", (HF + "post_attention_layernorm.weight",), Split.WHOLE),
 )
+_NORMS = {
+    "before_attention": "input_layernorm",
+    "after_attention": "self_attn_bda.norm",
+    "before_mlp": "pre_mlp_layernorm",
+    "after_mlp": "mlp_bda.norm",
+}
+"""Field of `LayerNorms` → where megatron's layer has the norm (`model/residual.py`)."""
 _QK_NORMS = tuple(
     WeightRule(LAYER + f"self_attention.{name}_layernorm.weight", (HF + f"self_attn.{name}_norm.weight",), Split.WHOLE)
     for name in "qk"
@@ -71,6 +78,22 @@ def gated_mlp(megatron: str, hugging_face: str, names: tuple[str, str, str], exp
         WeightRule(megatron + "linear_fc1.weight", (gate, up), Split.GATED, expert),
         WeightRule(megatron + "linear_fc2.weight", (down,), Split.COLUMNS, expert),
     ]
+
+
+def fuse(rules: list[WeightRule], suffix: str, module: str) -> list[WeightRule]:
+    """`rules`, those for megatron parameters that end so with their tensors fused in the Hugging Face linear `module`."""
+    return [
+        replace(rule, hugging_face=(_sibling(rule.hugging_face[0], module),), fused=True)
+        if rule.megatron.endswith((f"{suffix}.weight", f"{suffix}.bias"))
+        else rule
+        for rule in rules
+    ]
+
+
+def _sibling(name: str, module: str) -> str:
+    """The name of a tensor of the linear `module` beside that of tensor `name`."""
+    parent, _, kind = name.rsplit(".", 2)
+    return f"{parent}.{module}.{kind}"
 
 
 def dense_mlp(architecture: Architecture) -> list[WeightRule]:
@@ -102,6 +125,9 @@ def mixture(block: str, names: tuple[str, str, str]) -> MlpRules:
 def decoder_rules(architecture: Architecture, mlp: MlpRules = dense_mlp) -> list[WeightRule]:
     """The rules of a decoder with Llama's names: attention, feed-forward part, embedding, final norm and head."""
     rules = list(_LAYER_RULES)
+    for field, megatron in _NORMS.items():
+        if name := getattr(architecture.norms, field):
+            rules.append(WeightRule(f"{LAYER}{megatron}.weight", (f"{HF}{name}.weight",), Split.WHOLE))
     if architecture.qkv_bias:
         rules.append(_bias_of(_QKV))
     if architecture.output_bias:
