@@ -56,6 +56,9 @@ def save_random_model(folder: str | Path, config: PretrainedConfig, *, seed: int
                 parameter.normal_(std=0.3)
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("bias"):
+                buffer.normal_(std=0.3)
     model.save_pretrained(str(folder))
     return str(folder)
 

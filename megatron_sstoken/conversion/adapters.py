@@ -39,7 +39,7 @@ class AdapterCheckpoint:
     @property
     def num_layers(self) -> int:
         """Layers of the model."""
-        return self._reader.tensors[_key(self.identity.targets[0], "lora_A")].size[0]
+        return self.architecture.num_layers
 
     @property
     def fingerprint(self) -> str:

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron_sstoken.config import Settings
 from megatron_sstoken.model.build import build_model
 from megatron_sstoken.model.families import Architecture, WeightRule
-from megatron_sstoken.model.weights import rules_of_chunk, to_hugging_face
+from megatron_sstoken.model.weights import held_weights, rules_of_chunk, to_hugging_face
 from megatron_sstoken.parallel import create_layout, reset_layout, start_processes
 
 
@@ -96,7 +96,7 @@ def checkpoint_contents(architecture: Architecture, *, vocabulary_multiple: int 
         stored = chunk.sharded_state_dict(metadata={"dp_cp_group": layout.groups.dp_cp})
         rules = rules_of_chunk(chunk, architecture)
         parameters = tuple(
-            Parameter(name, *rules[name], parameter.shape, stored[name]) for name, parameter in chunk.named_parameters()
+            Parameter(name, *rules[name], parameter.shape, stored[name]) for name, parameter in held_weights(chunk)
         )
     finally:
         reset_layout()

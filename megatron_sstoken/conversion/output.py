@@ -23,12 +23,14 @@ from megatron_sstoken.conversion.work import (
     run_tasks,
 )
 from megatron_sstoken.files import naming, write_durably
+from megatron_sstoken.model.dtypes import stored_dtype
 
 _OBJECTS_FILE = "__0_0.distcp"
 
 
 def convert_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor.to(dtype)`. Raises ValueError where fp16 cannot hold a value."""
+    """`tensor` as a model of `dtype` has one of this name. Raises ValueError where fp16 cannot hold a value."""
+    dtype = stored_dtype(name, dtype)
     if dtype is torch.float16 and tensor.dtype is not dtype:
         low, high = torch.aminmax(tensor)
         if max(-low.item(), high.item()) > torch.finfo(dtype).max:
@@ -102,14 +104,14 @@ def write_checkpoint(
     """
     check_memory(options.max_memory, costs)
     files = _data_files(contents, dtype, options.shard_size)
-    total = sum(one.numel for one in contents.parameters) * dtype.itemsize
+    total = sum(one.numel * stored_dtype(one.name, dtype).itemsize for one in contents.parameters)
     budget = MemoryBudget(options.max_memory)
 
     def convert(parameter: Parameter, file: Any) -> list[dict[str, Any]]:
         with budget.hold(costs[parameter.name]), torch.no_grad():
             places = write_parameter(file, parameter, convert_dtype(parameter.name, read(parameter), dtype))
             release()
-        bar.update(parameter.numel * dtype.itemsize)
+        bar.update(parameter.numel * stored_dtype(parameter.name, dtype).itemsize)
         return places
 
     with Workplace(output, identity, sources) as place:
@@ -144,7 +146,7 @@ def _data_files(contents: Contents, dtype: torch.dtype, shard_size: int) -> dict
     groups: list[list[Parameter]] = [[], []]
     filled = 0
     for parameter in contents.parameters:
-        size = parameter.numel * dtype.itemsize
+        size = parameter.numel * stored_dtype(parameter.name, dtype).itemsize
         if groups[-1] and filled + size > shard_size:
             groups.append([])
             filled = 0

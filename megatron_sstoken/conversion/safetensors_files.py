@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_sstoken.model.dtypes import SAFETENSORS_NAMES
+from megatron_sstoken.model.dtypes import SAFETENSORS_NAMES, stored_dtype
 
 INDEX = "model.safetensors.index.json"
 _LARGEST_WRITE = 1 << 30  # the system writes at most 2 GiB at once
@@ -37,7 +37,7 @@ def plan_shards(shapes: dict[str, torch.Size], dtype: torch.dtype, shard_size: i
     groups: list[dict[str, torch.Size]] = [{}]
     filled = 0
     for name, shape in shapes.items():
-        size = shape.numel() * dtype.itemsize
+        size = shape.numel() * stored_dtype(name, dtype).itemsize
         if groups[-1] and filled + size > shard_size:
             groups.append({})
             filled = 0
@@ -55,8 +55,9 @@ def _plan(file_name: str, shapes: dict[str, torch.Size], dtype: torch.dtype) -> 
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     places, end = {}, 0
     for name, shape in shapes.items():
-        start, end = end, end + shape.numel() * dtype.itemsize
-        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        stored = stored_dtype(name, dtype)
+        start, end = end, end + shape.numel() * stored.itemsize
+        header[name] = {"dtype": SAFETENSORS_NAMES[stored], "shape": list(shape), "data_offsets": [start, end]}
         places[name] = (start, end - start)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8

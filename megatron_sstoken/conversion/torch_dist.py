@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_sstoken.checkpoint.harmless import needed_lengths, read_metadata
 from megatron_sstoken.conversion.contents import Contents, Parameter, Piece
 from megatron_sstoken.files import write_failure
+from megatron_sstoken.model.dtypes import stored_dtype
 
 _fake_mode_is_not_thread_safe = threading.Lock()
 
@@ -79,7 +80,15 @@ class CheckpointReader:
         return tensor
 
     def read_layer(self, key: str, layer: int) -> torch.Tensor:
-        """The entry `layer` (from 0) of the stored tensor `key`, whose first axis is layers, in its stored type."""
+        """What the checkpoint holds of `key` for `layer` (from 0), in its stored type.
+
+        A tensor of that name has the layers as its first axis; where layers are not alike, each has one of its own.
+        """
+        if (own := key.replace(".layers.", f".layers.{layer}.")) in self.tensors:
+            stored = self.tensors[own]
+            tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+            self._fill(Piece(own, (0,) * tensor.dim(), tuple(stored.size), False, tensor))
+            return tensor
         if key not in self.tensors:
             raise ValueError(f"{self.folder} holds no {key}")
         shape, dtype = self.tensors[key].size, self.tensors[key].properties.dtype
@@ -185,7 +194,8 @@ def write_metadata(
     described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for parameter in contents.parameters:
         for piece in parameter.pieces(parameter.meta_tensor()):
-            empty = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(piece.global_shape), [])
+            properties = TensorProperties(dtype=stored_dtype(parameter.name, dtype))
+            empty = TensorStorageMetadata(properties, torch.Size(piece.global_shape), [])
             entry = described.setdefault(piece.key, empty)
             assert isinstance(entry, TensorStorageMetadata)
             entry.chunks.append(ChunkStorageMetadata(torch.Size(piece.offset), piece.data.shape))

@@ -22,6 +22,7 @@ from megatron_sstoken.model.build import Model, build_model, load_weights
 from megatron_sstoken.model.families import Split, read_architecture
 from megatron_sstoken.model.weight_files import HuggingFaceWeights
 from megatron_sstoken.model.weights import (
+    held_weights,
     join_shards,
     rules_of_chunk,
     superfluous_tensors,
@@ -136,7 +137,7 @@ def compare_tensors(model: Model, tensors: HuggingFaceWeights) -> list[str]:
     found: dict[str, str | None] = {}
     rules = rules_of_chunk(chunk, architecture)
     with torch.no_grad():
-        for name, parameter in chunk.named_parameters():
+        for name, parameter in held_weights(chunk):
             rule, layer = rules[name]
             whole = parameter.detach()
             if rule.expert is None and rule.split is not Split.WHOLE and layout.tensor_size > 1:

@@ -22,7 +22,7 @@ from megatron_sstoken.config import Settings
 from megatron_sstoken.device import compute_device, have_cuda
 from megatron_sstoken.model.attention import AttentionCapture
 from megatron_sstoken.model.backend import Backend, accumulate_in_products, backend_of, fp8_options, fusion_options
-from megatron_sstoken.model.dtypes import weight_dtype
+from megatron_sstoken.model.dtypes import is_router_bias, weight_dtype
 from megatron_sstoken.model.families import Architecture, Split, table_frequencies
 from megatron_sstoken.model.head import IGNORE_INDEX, HeadOptions, selective_head, vocabulary_parallel_loss
 from megatron_sstoken.model.lora import adapted_linears, base_parameters, prepare_adapters
@@ -200,7 +200,7 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
         num_attention_heads=a.num_attention_heads,
         num_query_groups=a.num_query_groups,
         kv_channels=a.head_dim,
-        ffn_hidden_size=a.ffn_hidden_size,
+        ffn_hidden_size=a.dense_ffn_hidden_size or a.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=a.norm_epsilon,
         activation_func=_ACTIVATIONS[a.activation],
@@ -265,6 +265,12 @@ def _mixture_config(a: Architecture, layout: Layout, backend: Backend) -> dict[s
         "num_moe_experts": a.num_experts,
         "moe_ffn_hidden_size": a.ffn_hidden_size,
         "moe_router_topk": a.experts_per_token,
+        "moe_layer_freq": [int(layer >= a.num_dense_layers) for layer in range(a.num_layers)]
+        if a.num_dense_layers
+        else 1,
+        "moe_shared_expert_intermediate_size": a.shared_ffn_hidden_size or None,
+        "moe_router_enable_expert_bias": a.router_bias,
+        "moe_router_bias_update_rate": 0.0,  # what balances experts in pretraining
         # The softmax over all experts, unless it is taken over the chosen ones, which is the same as renormalising.
         "moe_router_pre_softmax": not a.router_renormalizes,
         "moe_router_load_balancing_type": "none",
@@ -322,6 +328,10 @@ def build_model(
             prepare_adapters(chunk, settings.training.seed, full_recompute=full_recompute)
         model.unwrapped.append(chunk)
     model.chunks = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in model.unwrapped]
+    for chunk in model.unwrapped:
+        for name, buffer in chunk.named_buffers():
+            if is_router_bias(name):  # not in bf16, as the wrapper has made all tensors
+                buffer.data = buffer.data.float()
     if trainable:
         for chunk in model.unwrapped:
             accumulate_in_products(chunk.decoder)

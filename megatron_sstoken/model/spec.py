@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_sstoken.compat import dense_mlp
@@ -44,13 +45,40 @@ def block_spec(
     place of those that need apex or refuse packs. Either with adapters where `lora` asks for them. `with_last_layer`: whether
     the model ends in this chunk.
     """
-    kind = {"num_experts": config.num_moe_experts, "qk_layernorm": config.qk_layernorm}
+    make_core = partial(core_attention_builder, captured_layers=frozenset(captured_layers), capture=capture)
+    make_layer = partial(_layer_spec, config, architecture, layout, lora, make_core)
+    first = get_transformer_layer_offset(config, vp_stage, layout.pipeline_rank)
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=layout.pipeline_rank))
+    dense = architecture.num_dense_layers if architecture.num_experts else architecture.num_layers
+    kinds = {mixed: make_layer(mixed=mixed) for mixed in {number >= dense for number in numbers}}
+    layers = [kinds[number >= dense] for number in numbers]
+    # Not in a mixture, whose experts take tokens of many ranks, nor in FP8, whose tiles want certain numbers of rows.
+    if with_last_layer and not config.num_moe_experts and not config.fp8:
+        layers[-1] = replace(layers[-1], module=LastLayer)
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _layer_spec(
+    config: TransformerConfig,
+    architecture: Architecture,
+    layout: Layout,
+    lora: LoraSettings,
+    make_core: Callable[..., Any],
+    *,
+    mixed: bool,
+) -> ModuleSpec:
+    """A layer, with a mixture of experts if `mixed`. `make_core`: core attention of a spec → what takes its place."""
+    kind = {"num_experts": config.num_moe_experts if mixed else None, "qk_layernorm": config.qk_layernorm}
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
         spec = get_gpt_layer_with_transformer_engine_spec(**kind, moe_grouped_gemm=config.moe_grouped_gemm)
         norm = TENorm
-        if config.num_moe_experts:
+        if mixed:
             # Before experts, too, the norm is stored under the key that megatron's spec for torch gives it.
             spec.submodules.sharded_state_dict_keys_map |= {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
         core_attention = _with_heads_dealt_out(spec.submodules.self_attention.submodules.core_attention)
@@ -67,16 +95,11 @@ def block_spec(
         spec.submodules.self_attention.module = turning_pairs(architecture.rotary_dim)
     _arrange_norms(spec.submodules, config, architecture, norm, layout)
     attention = spec.submodules.self_attention.submodules
-    attention.core_attention = core_attention_builder(core_attention, frozenset(captured_layers), capture)
+    attention.core_attention = make_core(core_attention)
     if lora.rank:
         adapt_layer(spec.submodules, config, lora)
     add_biases(spec.submodules, architecture)
-    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=layout.pipeline_rank)
-    layers = [spec] * num_layers
-    # Not in a mixture, whose experts take tokens of many ranks, nor in FP8, whose tiles want certain numbers of rows.
-    if with_last_layer and not config.num_moe_experts and not config.fp8:
-        layers[-1] = replace(spec, module=LastLayer)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+    return spec
 
 
 def _arrange_norms(

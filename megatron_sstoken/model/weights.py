@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_sstoken.model.dtypes import is_router_bias
 from megatron_sstoken.model.families import Architecture, Split, WeightRule
 from megatron_sstoken.model.lora import base_parameters
 from megatron_sstoken.model.weight_files import HuggingFaceWeights
@@ -41,7 +42,7 @@ def check_weights(tensors: HuggingFaceWeights, architecture: Architecture) -> No
     tensors.check_files()
     known = superfluous_tensors(tensors, architecture)
     for rule in architecture.weight_rules():
-        for layer in range(architecture.num_layers if "{layer}" in rule.megatron else 1):
+        for layer in rule.layers(architecture):
             hugging_face_weight(tensors, rule, layer, architecture)
             known.update(pattern.format(layer=layer) for pattern in rule.hugging_face)
     if unknown := [name for name in tensors.names() if name not in known]:
@@ -52,11 +53,13 @@ def check_weights(tensors: HuggingFaceWeights, architecture: Architecture) -> No
 
 
 def superfluous_tensors(tensors: HuggingFaceWeights, architecture: Architecture) -> set[str]:
-    """Tensors of a folder that say nothing new: rotary frequencies of old checkpoints, and a tied head's copy.
+    """Tensors of a folder that say nothing new: rotary frequencies of old checkpoints, a tied head's copy, ignored layers.
 
     Raises ValueError where the copy of a tied head is not one.
     """
     found = {name for name in tensors.names() if name.endswith("rotary_emb.inv_freq")}
+    for layer in range(architecture.num_layers, architecture.num_layers + architecture.ignored_layers):
+        found |= {name for name in tensors.names() if name.startswith(f"model.layers.{layer}.")}
     if architecture.tied_embeddings and (head := _HEAD_NAME) in tensors:
         if not _same(tensors, head, _EMBEDDING_NAME):
             raise ValueError(
@@ -78,19 +81,26 @@ def _same(tensors: HuggingFaceWeights, first: str, second: str) -> bool:
 def expected_shape(name: str, architecture: Architecture) -> list[int]:
     """Shape that config.json gives the Hugging Face tensor `name`."""
     a = architecture
+    width = a.ffn_hidden_size
+    if ".shared_experts." in name:
+        width = a.shared_ffn_hidden_size
+    elif a.num_dense_layers and ".experts." not in name:
+        width = a.dense_ffn_hidden_size
     queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    outputs = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": a.ffn_hidden_size}
-    outputs |= {"up_proj": a.ffn_hidden_size, "embed_tokens": a.vocabulary_size, "lm_head": a.vocabulary_size}
-    outputs |= {"qkv_proj": queries + 2 * keys, "gate_up_proj": 2 * a.ffn_hidden_size}
+    outputs = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": width}
+    outputs |= {"up_proj": width, "embed_tokens": a.vocabulary_size, "lm_head": a.vocabulary_size}
+    outputs |= {"qkv_proj": queries + 2 * keys, "gate_up_proj": 2 * width}
     outputs |= {"w1": a.ffn_hidden_size, "w3": a.ffn_hidden_size, "gate": a.num_experts}
     module, kind = name.split(".")[-2:]
+    if kind == "e_score_correction_bias":
+        return [a.num_experts]
     if module in outputs:
         return [outputs[module]] + ([a.hidden_size] if kind == "weight" else [])
     if module in ("q_norm", "k_norm"):
         return [a.head_dim if not a.qk_norm_over_heads else queries if module == "q_norm" else keys]
     if kind == "bias":  # of what is not in `outputs`
         return [a.hidden_size]
-    inputs = {"o_proj": queries, "down_proj": a.ffn_hidden_size, "w2": a.ffn_hidden_size}
+    inputs = {"o_proj": queries, "down_proj": width, "w2": a.ffn_hidden_size}
     return [a.hidden_size, inputs[module]] if module in inputs else [a.hidden_size]
 
 
@@ -202,20 +212,29 @@ def join_shards(rule: WeightRule, shards: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(shards, dim=1 if rule.split is Split.COLUMNS else 0)
 
 
+def held_weights(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a model chunk that come from the Hugging Face model: the base's parameters, and biases of routers,
+    which are buffers in megatron."""
+    yield from base_parameters(chunk)
+    yield from ((name, buffer) for name, buffer in chunk.named_buffers() if is_router_bias(name))
+
+
 def rules_of_chunk(model: Any, architecture: Architecture) -> dict[str, tuple[WeightRule, int]]:
     """For a model chunk (an unwrapped GPTModel): its parameter names → (rule, number of the layer from 0)."""
     layers = model.decoder.layers
     first_layer = layers[0].layer_number - 1 if len(layers) else 0
-    first_expert = layers[0].mlp.local_expert_indices[0] if architecture.num_experts and len(layers) else 0
-    held = {name for name, _ in model.named_parameters()}
+    numbers = [layer.mlp.local_expert_indices for layer in layers if hasattr(layer.mlp, "local_expert_indices")]
+    first_expert = numbers[0][0] if numbers else 0
+    held = {name for name, _ in held_weights(model)} | {name for name, _ in model.named_parameters()}
     table: dict[str, tuple[WeightRule, int]] = {}
     for rule in architecture.weight_rules():
         name = rule.megatron
         if rule.expert is not None:  # experts are numbered within their rank
             name = name.replace(f".local_experts.{rule.expert}.", f".local_experts.{rule.expert - first_expert}.")
         if "{layer}" in name:
-            for local in range(len(layers)):
-                table[name.format(layer=local)] = (rule, first_layer + local)
+            for layer in rule.layers(architecture):
+                if first_layer <= layer < first_layer + len(layers):
+                    table[name.format(layer=layer - first_layer)] = (rule, layer)
         else:
             table[name] = (rule, 0)
     if architecture.tied_embeddings:  # the last of several pipeline stages holds a copy of the embedding as its head
@@ -244,7 +263,7 @@ def load_hugging_face(
     Adapters stay as they are. Raises ValueError where a tensor is missing or has another shape than config.json says.
     """
     table = rules_of_chunk(model, architecture)
-    for name, parameter in base_parameters(model):
+    for name, parameter in held_weights(model):
         rule, layer = table[name]
         place = (tensor_rank, tensor_size) if rule.expert is None else (0, 1)
         shard = read_shard(tensors, rule, layer, architecture, parameter.shape, *place)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sstoken.commands.convert_checkpoint import main
 from megatron_sstoken.conversion import verify as verify_module
-from megatron_sstoken.conversion.hf import from_hf
+from megatron_sstoken.conversion.hf import from_hf, to_hf
 from megatron_sstoken.model import weights
 from megatron_sstoken.model.families import reading, registry
 from megatron_sstoken.parallel import reset_layout
@@ -26,6 +26,7 @@ LAYOUTS = {
     "tp2-pp2": (4, ["--tensor=2", "--pipeline=2"], ["--expert=2"]),
 }
 """Name → processes, options, and what is added for a mixture of experts."""
+CONVERTED = ("phi3", "glm4_moe")  # fused tensors; a bias that stays in fp32, layers that are not alike or left out
 ORIGINAL = {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
 VARIANTS = {
     "yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **ORIGINAL}}),
@@ -86,10 +87,45 @@ def test_every_family_passes(folder, layout):
         assert code == 0 and printed.endswith("verified\n"), (family, printed)
         (same, number) = re.search(r"tensors +(\d+) of (\d+) bit-identical", printed).groups()
         assert same == number and int(number) > 30
-        assert ("real text" in printed) is (family == "llama"), "only its folder has a tokenizer"
+        if family != "gemma3_text":  # for which transformers makes a tokenizer out of nothing
+            assert ("real text" in printed) is (family == "llama"), "only its folder has a tokenizer"
         differences = [float(value) for value in re.findall(r"differ by (\S+) at most", printed)]
-        assert differences and max(differences) < 2e-5, printed
+        # Norms that multiply by 1 + weight leave larger logits.
+        assert differences and max(differences) < (5e-5 if family == "gemma3_text" else 2e-5), printed
     assert all(code == 0 for result in results for code, _ in result.values()), "on all ranks"
+
+
+def write_both_ways(rank, folder):
+    """Folders of families whose conversion has something of its own, in bf16, to megatron and back."""
+    for family in CONVERTED:
+        make_model(f"{folder}/{family}-bf16", family, vocab_size=384)
+        tensors = load_file(f"{folder}/{family}-bf16/model.safetensors")
+        tensors = {name: t if name.endswith("correction_bias") else t.bfloat16() for name, t in tensors.items()}
+        further = (
+            {"model.layers.4.eh_proj.weight": torch.ones(2, 2, dtype=torch.bfloat16)} if family in MIXTURES else {}
+        )
+        save_file(tensors | further, f"{folder}/{family}-bf16/model.safetensors", metadata={"format": "pt"})
+        from_hf(f"{folder}/{family}-bf16", f"{folder}/{family}-megatron")
+        reset_layout()
+        to_hf(f"{folder}/{family}-megatron", f"{folder}/{family}-back")
+        reset_layout()
+        code, printed = run_program(
+            "verify", f"--hf={folder}/{family}-bf16", f"--checkpoint={folder}/{family}-megatron"
+        )
+        assert code == 0, printed
+        # A layer that predicts further tokens is left out, as transformers leaves it out.
+        assert_same(load_file(f"{folder}/{family}-back/model.safetensors"), tensors)
+
+
+def assert_same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype is tensor.dtype and torch.equal(found[name], tensor), name
+
+
+@pytest.mark.timeout(200)
+def test_conversion_both_ways_gives_the_bits_back(tmp_path):
+    run_distributed(write_both_ways, 1, str(tmp_path), timeout=180)
 
 
 LAYER = 2

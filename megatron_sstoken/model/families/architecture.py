@@ -100,6 +100,15 @@ class Architecture:
     experts_per_token: int = 0
     router_renormalizes: bool = True
     """Whether the weights of a token's experts are made to sum to 1."""
+    router_bias: bool = False
+    """Whether a bias, which is not trained, decides with the scores which experts a token is sent to."""
+    num_dense_layers: int = 0
+    """Leading layers of a mixture that have one feed-forward part, of `dense_ffn_hidden_size`."""
+    dense_ffn_hidden_size: int = 0
+    shared_ffn_hidden_size: int = 0
+    """Of what every token meets beside its experts; 0 is nothing."""
+    ignored_layers: int = 0
+    """Layers behind the last that folders hold and transformers does not compute (they predict further tokens)."""
     transformer_options: tuple[tuple[str, Hashable], ...] = ()
     """What the family adds to megatron's TransformerConfig, as (field, value), lists as tuples."""
 
@@ -144,12 +153,15 @@ class Architecture:
     def _parameters_with(self, num_experts: int) -> int:
         heads = (self.num_attention_heads + 2 * self.num_query_groups) * self.head_dim
         layer = self.hidden_size * (heads + self.num_attention_heads * self.head_dim)
-        layer += num_experts * 3 * self.hidden_size * self.ffn_hidden_size + self.num_experts * self.hidden_size
         layer += self.norm_parameters() + (heads if self.qkv_bias else 0)
         layer += self.hidden_size if self.output_bias else 0
         layer += 2 * self.ffn_hidden_size + self.hidden_size if self.mlp_bias else 0
         embeddings = self.vocabulary_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        feed_forward = num_experts * self.ffn_hidden_size + self.shared_ffn_hidden_size
+        mixed = 3 * self.hidden_size * feed_forward + self.num_experts * self.hidden_size
+        dense = 3 * self.hidden_size * self.dense_ffn_hidden_size
+        mlps = (self.num_layers - self.num_dense_layers) * mixed + self.num_dense_layers * dense
+        return self.num_layers * layer + mlps + embeddings + self.hidden_size
 
     def weight_rules(self) -> "tuple[WeightRule, ...]":
         """The weight map, without the rules for tensors that this architecture lacks; a rule for every expert."""

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 from megatron_sstoken.folders import model_folder_problem
@@ -118,8 +119,8 @@ def parse_architecture(config: Config, path: str) -> Architecture:
         windowed_layers=windowed,
         transformer_options=_transformer_options(path, config, family),
         **_mixture_of_experts(path, config, family),
-        **further,
     )
+    architecture = replace(architecture, **further)
     _check_rope(path, architecture)
     return architecture
 

@@ -103,7 +103,7 @@ class Family:
     full_rope: Callable[[Config], Config] = lambda config: config
     """The config with RoPE of layers without a window in the fields where other families have it."""
     further: Callable[[Config], dict[str, Any]] = nothing_added
-    """Fields of the `Architecture` that only families of this kind have."""
+    """Fields of the `Architecture` that only families of this kind have, or set by the config."""
     weight_rules: Callable[[Architecture], list[WeightRule]] = decoder_rules
 
     @property

@@ -35,6 +35,15 @@ class WeightRule:
     expert: int | None = None
     fused: bool = False
     """Whether one Hugging Face tensor holds the parts (q, k and v, or gate and up) one after another by rows."""
+    from_layer: int = 0
+    to_layer: int | None = None
+    """The layers that have it: from this one on (from 0), to before that one (None: the model's end)."""
+
+    def layers(self, architecture: Architecture) -> range:
+        """The layers that have it; 0 for what lies outside of layers."""
+        if "{layer}" not in self.megatron:
+            return range(1)
+        return range(self.from_layer, architecture.num_layers if self.to_layer is None else self.to_layer)
 
 
 MlpRules = Callable[[Architecture], list[WeightRule]]
@@ -117,17 +126,27 @@ def mixture(block: str, names: tuple[str, str, str]) -> MlpRules:
         for expert in range(architecture.num_experts):
             megatron = f"{LAYER}mlp.experts.local_experts.{expert}."
             found += gated_mlp(megatron, f"{HF}{block}.experts.{expert}.", names, expert)
-        return found
+        if architecture.router_bias:
+            bias = (f"{HF}{block}.gate.e_score_correction_bias",)
+            found.append(WeightRule(LAYER + "mlp.router.expert_bias", bias, Split.WHOLE))
+        if architecture.shared_ffn_hidden_size:
+            found += gated_mlp(f"{LAYER}mlp.shared_experts.", f"{HF}{block}.shared_experts.", names, expert=None)
+        if not (first := architecture.num_dense_layers):
+            return found
+        dense = gated_mlp(LAYER + "mlp.", f"{HF}{block}.", names, expert=None)
+        return [replace(rule, to_layer=first) for rule in dense] + [replace(rule, from_layer=first) for rule in found]
 
     return rules
 
 
 def decoder_rules(architecture: Architecture, mlp: MlpRules = dense_mlp) -> list[WeightRule]:
     """The rules of a decoder with Llama's names: attention, feed-forward part, embedding, final norm and head."""
-    rules = list(_LAYER_RULES)
-    for field, megatron in _NORMS.items():
-        if name := getattr(architecture.norms, field):
-            rules.append(WeightRule(f"{LAYER}{megatron}.weight", (f"{HF}{name}.weight",), Split.WHOLE))
+    rules = [
+        WeightRule(f"{LAYER}{megatron}.weight", (f"{HF}{name}.weight",), Split.WHOLE)
+        for field, megatron in _NORMS.items()
+        if (name := getattr(architecture.norms, field))
+    ]
+    rules += _LAYER_RULES
     if architecture.qkv_bias:
         rules.append(_bias_of(_QKV))
     if architecture.output_bias:

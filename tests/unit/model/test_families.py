@@ -7,7 +7,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from megatron_sstoken.model.families import family_of, read_architecture, register, rope_inverse_frequencies
+from megatron_sstoken.model.families import (
+    family_of,
+    read_architecture,
+    register,
+    rope_inverse_frequencies,
+    table_frequencies,
+)
 from tests.helpers.workbench import FAMILIES, names_on_disk, tiny_config
 
 LLAMA2 = {
@@ -112,7 +118,73 @@ SMOLLM3 = LLAMA2 | {
     "use_sliding_window": False,
     "tie_word_embeddings": True,
 }
+PHI4_MINI = LLAMA2 | {
+    "model_type": "phi3",
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 1024,
+    "rope_scaling": {"type": "su", "short_factor": [1.0, 1.5, 2, 3, 4, 5], "long_factor": [1.0, 2, 3, 4, 5, 6]},
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
+    "lm_head_bias": False,
+    "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.1,
+    "sliding_window": 262144,
+    "tie_word_embeddings": True,
+    "pad_token_id": None,
+}
+GRANITE = LLAMA2 | {
+    "model_type": "granite",
+    "attention_multiplier": 0.015625,
+    "embedding_multiplier": 12.0,
+    "logits_scaling": 16.0,
+    "residual_multiplier": 0.22,
+}
+GEMMA3 = {name: value for name, value in LLAMA2.items() if name not in ("hidden_act", "rope_scaling")} | {
+    "model_type": "gemma3_text",
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 168,
+    "rope_local_base_freq": 20000,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "rope_theta": 500000,
+    "sliding_window": 1024,
+    "sliding_window_pattern": 2,
+    "pad_token_id": 0,
+}
+OLMO3 = LLAMA2 | {
+    "model_type": "olmo3",
+    "rope_theta": 500000,
+    "rope_scaling": YARN,
+    "pad_token_id": 0,
+    "sliding_window": 64,
+}
+GLM4_MOE = LLAMA2 | {
+    "model_type": "glm4_moe",
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "attention_bias": True,
+    "use_qk_norm": False,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 48,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 2,
+    "num_nextn_predict_layers": 1,
+    "partial_rotary_factor": 0.5,
+}
 CONFIGS = {
+    "phi4-mini": PHI4_MINI,
+    "granite": GRANITE,
+    "gemma3": GEMMA3,
+    "olmo3": OLMO3,
+    "glm4-moe": GLM4_MOE,
     "mistral": MISTRAL,
     "qwen3": QWEN3,
     "mixtral": MIXTRAL,
@@ -160,6 +232,16 @@ def folder(tmp_path):
     return write
 
 
+def num_experts(config):
+    """Of a transformers configuration."""
+    return getattr(config, "n_routed_experts", getattr(config, "num_experts", 0))
+
+
+def full_rope(config):
+    """The rope parameters of layers without a window."""
+    return config.rope_parameters.get("full_attention", config.rope_parameters)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_numbers_are_those_of_transformers(folder, name):
     path = folder(CONFIGS[name])
@@ -171,7 +253,7 @@ def test_numbers_are_those_of_transformers(folder, name):
         getattr(theirs, "moe_intermediate_size", theirs.intermediate_size),
     )
     assert (a.num_experts, a.experts_per_token) == (
-        getattr(theirs, "num_experts", 0),
+        num_experts(theirs),
         getattr(theirs, "num_experts_per_tok", 0),
     )
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
@@ -181,14 +263,15 @@ def test_numbers_are_those_of_transformers(folder, name):
         head_dim,
     )
     assert (a.vocabulary_size, a.max_positions) == (theirs.vocab_size, theirs.max_position_embeddings)
-    assert (a.norm_epsilon, a.rope_base) == (theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"])
+    assert (a.norm_epsilon, a.rope_base) == (theirs.rms_norm_eps, full_rope(theirs)["rope_theta"])
     assert a.tied_embeddings is theirs.tie_word_embeddings
     assert a.qkv_bias is (theirs.model_type == "qwen2" or getattr(theirs, "attention_bias", False))
     assert (a.output_bias, a.mlp_bias) == (
-        getattr(theirs, "attention_bias", False),
+        getattr(theirs, "attention_bias", False) and "glm4" not in theirs.model_type,
         getattr(theirs, "mlp_bias", False),
     )
-    assert a.qk_norm is theirs.model_type.startswith(("qwen3", "olmo", "gemma"))
+    normalised = theirs.model_type.startswith(("qwen3", "olmo", "gemma"))
+    assert a.qk_norm is (normalised or getattr(theirs, "use_qk_norm", False))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -202,7 +285,7 @@ def test_each_family_has_its_own_meaning_of_absent_fields(folder, family):
     a, theirs = read_architecture(path), AutoConfig.from_pretrained(path)
     assert (a.num_query_groups, a.max_positions) == (theirs.num_key_value_heads, theirs.max_position_embeddings)
     assert a.head_dim == (getattr(theirs, "head_dim", None) or 2)
-    assert (a.norm_epsilon, a.rope_base) == (theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"])
+    assert (a.norm_epsilon, a.rope_base) == (theirs.rms_norm_eps, full_rope(theirs)["rope_theta"])
     assert (a.sliding_window, a.tied_embeddings) == (
         getattr(theirs, "sliding_window", None),
         theirs.tie_word_embeddings,
@@ -211,7 +294,7 @@ def test_each_family_has_its_own_meaning_of_absent_fields(folder, family):
     assert a.router_renormalizes is getattr(theirs, "norm_topk_prob", True)
     if a.num_experts:
         assert (a.num_experts, a.ffn_hidden_size) == (
-            theirs.num_experts,
+            num_experts(theirs),
             getattr(theirs, "moe_intermediate_size", theirs.intermediate_size),
         )
 
@@ -267,12 +350,17 @@ def test_old_and_new_rope_are_one(folder):
 def test_rope_frequencies_are_those_of_transformers(folder, name):
     path = folder(CONFIGS[name])
     architecture = read_architecture(path)
-    found = rope_inverse_frequencies(architecture)
-    theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(path))
+    found = table_frequencies(architecture)
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config).model.rotary_emb)
+    theirs = vars(buffers := kind(config)) | dict(buffers.named_buffers())
+    prefixes = ("full_attention_", "sliding_attention_") if architecture.window_rope_base else ("",)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, theirs.inv_freq, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, torch.cat([theirs[f"{one}inv_freq"] for one in prefixes]), rtol=1e-6, atol=0)
     scaling = architecture.rope_scaling
-    assert (scaling.attention_factor if scaling else 1.0) == pytest.approx(theirs.attention_scaling, rel=1e-12)
+    factors = [scaling.attention_factor if scaling else 1.0, 1.0][: len(prefixes)]
+    assert factors == pytest.approx([theirs[f"{one}attention_scaling"] for one in prefixes], rel=1e-12)
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.0, 4.0), (2.0, 8.0)])
@@ -306,9 +394,10 @@ def test_every_tensor_has_one_rule(folder, name):
         pattern.format(layer=layer)
         for rule in a.weight_rules()
         for pattern in rule.hugging_face
-        for layer in range(a.num_layers if "{layer}" in pattern else 1)
+        for layer in rule.layers(a)
     ]
-    assert sorted(covered) == sorted(names_on_disk(path, dict(model.named_parameters())))
+    buffers = [name for name, _ in model.named_buffers() if name.endswith("bias")]
+    assert sorted(covered) == sorted([*names_on_disk(path, dict(model.named_parameters())), *buffers])
 
 
 @pytest.mark.parametrize(
@@ -351,6 +440,21 @@ def test_padded_vocabulary(folder, words, multiple, tensor, padded):
             "layer_types names sliding_attention without a window: set use_sliding_window",
         ),
         (LLAMA2, {"no_rope_layers": [1, 0, 1]}, "the field no_rope_layers=.* is not known"),
+        (GRANITE, {"logit_scale": 2.0}, "the field logit_scale=2.0 is not known"),
+        (GEMMA3, {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported: only None is"),
+        (GEMMA3, {"sliding_window": None}, "sliding_window=None is not supported: a number is"),
+        (
+            GEMMA3,
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            "rope_parameters=.* is not supported: only one of full_attention and sliding_attention is",
+        ),
+        (
+            OLMO3,
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}},
+            "rope type 'linear' of sliding_attention is not supported: only 'default' is",
+        ),
+        (GLM4_MOE, {"n_group": 2}, "n_group=2 is not supported: only 1 is"),
+        (GLM4_MOE, {"norm_topk_prob": False}, "norm_topk_prob=False is not supported: only True is"),
         (QWEN2, {"use_mrope": True}, "use_mrope=True is not supported: only False is"),
         (
             QWEN2,
