@@ -40,6 +40,9 @@ class SampleBounds(PackedSeqParams):
     head_rows: HeadRows | None = None
     """Which rows the head reads, where it reads some only."""
 
+    complete: "SampleBounds | None" = None
+    """The same with cumulative lengths, where rotary embedding must not see them (`PackedRotary`)."""
+
 
 def sample_bounds(lengths: list[int], context_size: int = 1, context_rank: int = 0) -> SampleBounds:
     """Bounds of samples with these padded lengths, for every layer of every stage, on the compute device."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -28,7 +29,8 @@ class PackedRotary(torch.nn.Module):
     def take_positions(self, position_ids: torch.Tensor, bounds: SampleBounds) -> SampleBounds:
         """Note the positions int64 [1, tokens] of this rank for the next forward pass; returns the bounds for its layers."""
         self.positions = position_ids[0]
-        bounds = copy.copy(bounds)
+        complete, bounds = bounds, copy.copy(bounds)
+        bounds.complete = complete
         bounds.cu_seqlens_q = bounds.cu_seqlens_kv = None
         return bounds
 
@@ -73,6 +75,12 @@ class TwoRotariesSelfAttention(SelfAttention):
         """Angles [..., 2 · (half of the one, half of the other)], as megatron repeats frequencies for both halves of a head."""
         own = rotary_pos_emb.unflatten(-1, (2, 2, -1))[..., int(self.windowed), :].flatten(-2)
         return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=own, **kwargs)
+
+
+def give_lengths(attention: torch.nn.Module, inputs: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A pre-hook of Transformer Engine's attention, which wants the cumulative lengths that `PackedRotary` hides."""
+    bounds = options["packed_seq_params"]
+    return inputs, options | {"packed_seq_params": bounds.complete or bounds}
 
 
 def turning_pairs(rotary_dim: int) -> type[SelfAttention]:

@@ -25,7 +25,7 @@ from megatron_sstoken.model.last_layer import LastLayer
 from megatron_sstoken.model.lora import adapt_layer
 from megatron_sstoken.model.norm import RMSNorm, norm_over_heads
 from megatron_sstoken.model.residual import ResidualAdd
-from megatron_sstoken.model.rotary import TwoRotariesSelfAttention, turning_pairs
+from megatron_sstoken.model.rotary import TwoRotariesSelfAttention, give_lengths, turning_pairs
 from megatron_sstoken.parallel import Layout
 
 
@@ -134,6 +134,9 @@ def _with_heads_dealt_out(attention: Callable[..., torch.nn.Module]) -> Callable
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         if windowed and config.context_parallel_size > 1:
             options["cp_comm_type"] = "a2a"
-        return attention(config=config, layer_number=layer_number, **options)
+        built = attention(config=config, layer_number=layer_number, **options)
+        if not config.apply_rope_fusion:
+            built.register_forward_pre_hook(give_lengths, with_kwargs=True)
+        return built
 
     return build

@@ -123,7 +123,7 @@ PHI4_MINI = LLAMA2 | {
     "num_key_value_heads": 2,
     "partial_rotary_factor": 0.75,
     "original_max_position_embeddings": 1024,
-    "rope_scaling": {"type": "su", "short_factor": [1.0, 1.5, 2, 3, 4, 5], "long_factor": [1.0, 2, 3, 4, 5, 6]},
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5, 2, 3, 4, 5], "long_factor": [1.0, 2, 3, 4, 5, 6]},
     "full_attn_mod": 1,
     "interpolate_factor": 1,
     "lm_head_bias": False,
@@ -156,6 +156,7 @@ GEMMA3 = {name: value for name, value in LLAMA2.items() if name not in ("hidden_
 }
 OLMO3 = LLAMA2 | {
     "model_type": "olmo3",
+    "num_hidden_layers": 4,
     "rope_theta": 500000,
     "rope_scaling": YARN,
     "pad_token_id": 0,
@@ -181,6 +182,8 @@ GLM4_MOE = LLAMA2 | {
 }
 CONFIGS = {
     "phi4-mini": PHI4_MINI,
+    "phi3-su": PHI4_MINI
+    | {"rope_scaling": PHI4_MINI["rope_scaling"] | {"type": "su", "original_max_position_embeddings": 1024}},
     "granite": GRANITE,
     "gemma3": GEMMA3,
     "olmo3": OLMO3,
@@ -277,14 +280,14 @@ def test_numbers_are_those_of_transformers(folder, name):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_has_its_own_meaning_of_absent_fields(folder, family):
     essential = {"vocab_size": 320, "num_hidden_layers": 3, "intermediate_size": 172}
-    wide = {"hidden_size": 128, "num_attention_heads": 64}  # what their defaults of groups divide
+    wide = {"hidden_size": 256, "num_attention_heads": 64}  # what their defaults of groups divide
     experts = family_of(family).experts
     # transformers has a default for the number of experts; where ours has none, the config names it.
     named = {} if experts is None or set(experts.count) & family_of(family).absent.keys() else {"num_experts": 8}
     path = folder({"model_type": family} | essential | wide | named)
     a, theirs = read_architecture(path), AutoConfig.from_pretrained(path)
     assert (a.num_query_groups, a.max_positions) == (theirs.num_key_value_heads, theirs.max_position_embeddings)
-    assert a.head_dim == (getattr(theirs, "head_dim", None) or 2)
+    assert a.head_dim == (getattr(theirs, "head_dim", None) or 4)
     assert (a.norm_epsilon, a.rope_base) == (theirs.rms_norm_eps, full_rope(theirs)["rope_theta"])
     assert (a.sliding_window, a.tied_embeddings) == (
         getattr(theirs, "sliding_window", None),
