@@ -14,7 +14,7 @@ from megatron_sstoken.config import ModelSettings, ParallelSettings
 from megatron_sstoken.conversion.check import check_folders
 from megatron_sstoken.conversion.hf import from_hf, reshard, to_hf
 from megatron_sstoken.conversion.inspection import describe_checkpoint, format_description
-from megatron_sstoken.conversion.verify import REAL_TEXT, verify
+from megatron_sstoken.conversion.verify import FACTOR, REAL_TEXT, verify
 from megatron_sstoken.conversion.work import ConversionOptions, parse_bytes
 from megatron_sstoken.parallel import processes_problem
 from megatron_sstoken.tool import add_debug, run_tool
@@ -85,7 +85,18 @@ def _add_verify(commands) -> None:
         proof.add_argument(
             f"--{name}", type=int, default=1, help=f"{name} parallel size of the layout to prove (default: 1)"
         )
-    proof.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of logits (default: 1e-4)")
+    proof.add_argument(
+        "--factor",
+        type=float,
+        default=FACTOR,
+        help=f"differences allowed, as a multiple of the noise of transformers' own fp32 (default: {FACTOR:g})",
+    )
+    proof.add_argument("--layers", action="store_true", help="print the relative difference of every layer")
+    proof.add_argument(
+        "--stream",
+        action="store_true",
+        help="read transformers' model layer by layer from the disk, if it does not fit into memory (needs accelerate)",
+    )
     proof.add_argument(
         "--positions", type=int, help="tokens of each text (default: 256, or more than the sliding window)"
     )
@@ -189,11 +200,14 @@ def _verify(arguments: argparse.Namespace) -> int:
         arguments.hf,
         checkpoint=arguments.checkpoint,
         parallel=parallel,
-        tolerance=arguments.tolerance,
+        factor=arguments.factor,
         positions=arguments.positions,
         text=arguments.text.read_text(encoding="utf-8") if arguments.text else REAL_TEXT,
+        stream=arguments.stream,
     )
     if rank == 0:
+        if arguments.layers:
+            print("\n".join(comparison.table() for comparison in result.comparisons))
         print(result.describe())
         print("verified" if result.passed else "NOT THE SAME: see above", flush=True)
     return 0 if result.passed else 1
