@@ -85,6 +85,25 @@ class ParallelSettings:
         found = [own.get(stage, left // max(others, 1)) for stage in range(self.pipeline)]
         return None if any(layers % self.virtual_pipeline for layers in found) else found
 
+    def uneven_ends(self, num_layers: int) -> tuple[int, int] | None:
+        """Layers of the first and the last stage that leave the others equal; None where no uneven stages do.
+
+        The others are longer by as little as can be, since the ends have the embedding and the head, too; where there are too
+        few layers for that, the ends are longer.
+        """
+        stages, chunks = self.pipeline, self.virtual_pipeline
+        if num_layers % chunks or stages == 1:
+            return None
+        units = num_layers // chunks  # layers that a stage gains or loses together, one a chunk
+        for other in (units // stages + 1, units // stages):
+            ends = units - (stages - 2) * other
+            first, last = (ends + 1) // 2, ends // 2
+            if stages == 2 and first == last:
+                first, last = first + 1, last - 1
+            if last > 0 and other > 0 and (first, last) != (other, other):
+                return first * chunks, last * chunks
+        return None
+
     def problems(self) -> list[str]:
         """Rules that need this section alone."""
         rules = Rules("parallel", self)

@@ -6,7 +6,7 @@ of every layer tell where differences begin.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -90,7 +90,17 @@ def verify(
         raise ValueError(
             f"{stored.folder} holds adapters alone: export it with to-hf --merge, and verify what comes out"
         )
-    settings = Settings(parallel=parallel or ParallelSettings())
+    parallel = parallel or ParallelSettings()
+    if parallel.stage_layers(architecture.num_layers) is None and (
+        ends := parallel.uneven_ends(architecture.num_layers)
+    ):
+        parallel = replace(parallel, first_stage_layers=ends[0], last_stage_layers=ends[1])
+    if parallel.stage_layers(architecture.num_layers) is None:
+        raise ValueError(
+            f"--pipeline={parallel.pipeline} is too much for the {architecture.num_layers} layers of {hf_path}: "
+            f"use {architecture.num_layers} or less"
+        )
+    settings = Settings(parallel=parallel)
     settings.training.precision = "fp32"
     start_processes()
     layout = create_layout(settings.parallel, seed=0)

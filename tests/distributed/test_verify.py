@@ -71,6 +71,16 @@ def test_every_family_passes(folder, layout):
     assert all(code == 0 for result in results for code, _ in result.values()), "on all ranks"
 
 
+def verify_llama(rank, folder, *options):
+    return run_program("verify", f"--hf={folder}/llama", *options)
+
+
+def test_stages_may_be_uneven(folder):
+    """Four layers on three stages."""
+    results = run_distributed(verify_llama, 3, str(folder), "--pipeline=3", timeout=100)
+    assert all(code == 0 for code, _ in results) and results[0][1].endswith("verified\n"), results
+
+
 LAYER = 2
 ATTENTION, MLP = f"model.layers.{LAYER}.self_attn.", f"model.layers.{LAYER}.mlp."
 
