@@ -49,12 +49,12 @@ class AdapterCheckpoint:
         return read(_key(target, "lora_A"), layer), read(_key(target, "lora_B"), layer)
 
     def merged_delta(self, name: str) -> torch.Tensor | None:
-        """What the adapters add to the Hugging Face tensor `name`: alpha / rank · B·A, fp32; None if nothing."""
+        """What the adapters add to the Hugging Face tensor `name`: scale · B·A, fp32; None if nothing."""
         match = _WEIGHT.fullmatch(name)
         if match is None or match[2] not in self.identity.targets:
             return None
         a, b = self.matrices(match[2], int(match[1]))
-        return (b.float() @ a.float()) * (self.identity.alpha / self.identity.rank)
+        return (b.float() @ a.float()) * self.identity.scale
 
     def merged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The Hugging Face tensor `name` of the base → that of the tuned model, summed in fp32 and rounded once."""
@@ -77,6 +77,7 @@ class AdapterCheckpoint:
             "base_model_name_or_path": base,
             "r": self.identity.rank,
             "lora_alpha": self.identity.alpha,
+            "use_rslora": self.identity.rank_stabilized,
             "lora_dropout": self.identity.dropout,
             "target_modules": self.identity.targets,
             "bias": "none",
