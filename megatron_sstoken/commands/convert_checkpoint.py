@@ -14,6 +14,7 @@ from megatron_sstoken.config import ModelSettings, ParallelSettings
 from megatron_sstoken.conversion.check import check_folders
 from megatron_sstoken.conversion.hf import from_hf, reshard, to_hf
 from megatron_sstoken.conversion.inspection import describe_checkpoint, format_description
+from megatron_sstoken.conversion.peft import from_peft
 from megatron_sstoken.conversion.verify import FACTOR, REAL_TEXT, verify
 from megatron_sstoken.conversion.work import ConversionOptions, parse_bytes
 from megatron_sstoken.parallel import processes_problem
@@ -42,6 +43,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     export.set_defaults(run=_to_hf)
     _add_conversion_arguments(export, dtypes="fp32, bf16 or fp16", shard_size="5GB")
+
+    starting = commands.add_parser(
+        "from-peft", help="PEFT folder → checkpoint of adapters, which a LoRA run starts from"
+    )
+    starting.add_argument("--adapter", required=True, help="PEFT folder with safetensors")
+    starting.add_argument("--hf", help="Hugging Face folder of the base (default: the one that the adapters name)")
+    starting.add_argument("--output", required=True, help="folder to write; it appears when it is complete")
+    starting.add_argument("--overwrite", action="store_true", help="replace an output that a conversion made")
+    starting.set_defaults(run=_from_peft)
 
     resharding = commands.add_parser("reshard", help="weights of a checkpoint → one with other padding or type")
     _add_checkpoint_arguments(resharding)
@@ -146,6 +156,17 @@ def _from_hf(arguments: argparse.Namespace) -> int:
     multiple = arguments.vocabulary_multiple
     written = from_hf(arguments.hf, arguments.output, options=_options(arguments), vocabulary_multiple=multiple)
     print(f"written: {written}")
+    return 0
+
+
+def _from_peft(arguments: argparse.Namespace) -> int:
+    options = ConversionOptions(overwrite=arguments.overwrite)
+    written, lora = from_peft(arguments.adapter, arguments.output, hf_path=arguments.hf, options=options)
+    print(
+        f"written: {written}; train with --model.checkpoint={written} --lora.rank={lora.rank} --lora.alpha={lora.alpha:g} "
+        f"--lora.rank_stabilized={str(lora.rank_stabilized).lower()} --lora.dropout={lora.dropout:g} "
+        f"'--lora.targets=[{', '.join(lora.targets)}]'"
+    )
     return 0
 
 

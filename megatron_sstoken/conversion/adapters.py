@@ -13,7 +13,7 @@ from megatron_sstoken.checkpoint.weights_source import WeightsSource
 from megatron_sstoken.conversion.torch_dist import CheckpointReader
 from megatron_sstoken.folders import STATE_FILE
 from megatron_sstoken.model.fingerprint import fingerprint_files
-from megatron_sstoken.model.lora import TARGETS
+from megatron_sstoken.model.lora import TARGETS, peft_name
 
 _WEIGHT = re.compile(r"model\.layers\.(\d+)\.\w+\.(\w+)\.weight")
 
@@ -65,9 +65,8 @@ class AdapterCheckpoint:
         """All matrices by the names that PEFT gives them."""
         for layer in range(self.num_layers):
             for target in self.identity.targets:
-                path = f"base_model.model.model.layers.{layer}.{TARGETS[target].hugging_face}"
                 for name, matrix in zip(("lora_A", "lora_B"), self.matrices(target, layer), strict=True):
-                    yield f"{path}.{name}.weight", matrix.contiguous()
+                    yield peft_name(layer, target, name), matrix.contiguous()
 
     def peft_config(self, base: str) -> dict:
         """PEFT's adapter_config.json; `base` is the Hugging Face folder of the weights that the adapters belong to."""

@@ -278,6 +278,11 @@ def describe_trained(a: Architecture, lora: LoraSettings) -> str:
     )
 
 
+def peft_name(layer: int, target: str, matrix: str) -> str:
+    """PEFT's name of a matrix, lora_A or lora_B, in layer `layer` (from 0)."""
+    return f"base_model.model.model.layers.{layer}.{TARGETS[target].hugging_face}.{matrix}.weight"
+
+
 def is_adapter(name: str) -> bool:
     """Whether a parameter of this name belongs to an adapter."""
     return _MARK in name
