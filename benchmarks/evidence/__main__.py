@@ -84,9 +84,9 @@ def all_tasks(rate: float, seeds: int) -> list[Task]:
     tasks = [Task(arm, 0.2, seed, rate, "chosen") for seed in range(seeds) for arm in ARMS.values()]
     others = [(0.0, "chosen", AT_OTHER_NOISE), (0.2, "large", AT_LARGE_RATE)]
     others += [(0.1, "chosen", AT_OTHER_NOISE), (0.0, "large", AT_LARGE_RATE)]
-    for noise, name, arms in others:
-        called = {"learning_rate": 3 * rate if name == "large" else rate, "rate": name}
-        tasks += [Task(ARMS[arm], noise, seed, **called) for seed in range(seeds) for arm in arms]
+    for noise, called, arms in others:
+        learning_rate = 3 * rate if called == "large" else rate
+        tasks += [Task(ARMS[arm], noise, seed, learning_rate, called) for seed in range(seeds) for arm in arms]
     return tasks
 
 
