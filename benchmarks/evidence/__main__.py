@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.evidence.arms import ARMS, AT_LARGE_RATE, AT_OTHER_NOISE, Task
+from benchmarks.evidence.arms import ARMS, AT_LARGE_RATE, AT_OTHER_NOISE, NOISIEST, Task
 from benchmarks.evidence.data import Sizes
 from benchmarks.evidence.figures import collect
 from benchmarks.evidence.runs import OutOfBudget, Runs
@@ -46,7 +46,7 @@ def main() -> int:
     try:
         rate = choose_rate(runs)
         tasks = all_tasks(rate, options.seeds)
-        full = Task(ARMS["full"], 0.2, 0, rate, "chosen")
+        full = Task(ARMS["full"], NOISIEST, 0, rate, "chosen")
         compare_with_random(runs, full)
         if options.device == "cpu":
             compare_with_transformers(runs, full)
@@ -81,8 +81,8 @@ def all_tasks(rate: float, seeds: int) -> list[Task]:
 
     The seeds come before the arms, so that a part of them says something of all arms.
     """
-    tasks = [Task(arm, 0.2, seed, rate, "chosen") for seed in range(seeds) for arm in ARMS.values()]
-    others = [(0.0, "chosen", AT_OTHER_NOISE), (0.2, "large", AT_LARGE_RATE)]
+    tasks = [Task(arm, NOISIEST, seed, rate, "chosen") for seed in range(seeds) for arm in ARMS.values()]
+    others = [(0.0, "chosen", AT_OTHER_NOISE), (NOISIEST, "large", AT_LARGE_RATE)]
     others += [(0.1, "chosen", AT_OTHER_NOISE), (0.0, "large", AT_LARGE_RATE)]
     for noise, called, arms in others:
         learning_rate = 3 * rate if called == "large" else rate

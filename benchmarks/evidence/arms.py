@@ -20,7 +20,7 @@ class Arm:
     rate_of: str | None = None
     """Arm whose mean weight its learning rate is multiplied by."""
     is_probed: bool = False
-    """Whether it scores the probe at its start, middle and end."""
+    """Whether it scores the probe at its start, middle and end, on the noisiest data at the chosen rate."""
     measures_before: bool = False
     """Whether it measures the losses before training too: they are the same for all arms."""
     needs_reference: bool = False
@@ -32,6 +32,9 @@ def _selects(method: str, rho: float | str = 0.6, **changes: Any) -> Changes:
     return {"selection.method": method, "selection.rho": rho} | sections
 
 
+NOISIEST = 0.2
+"""Share of faulty answers in the data on which all arms are run."""
+TIMES = ("start", "middle", "end")
 _TWICE = ("full_2", "random_2")
 ARMS = {
     arm.name: arm
@@ -97,6 +100,13 @@ class Task:
     def reference(self) -> "Task | None":
         """The run whose weights are this one's reference."""
         return self.tuned_on_clean if self.arm.needs_reference else None
+
+    @property
+    def probes(self) -> tuple[str, ...]:
+        """When it scores the probe: of `TIMES`."""
+        if self.arm is REFERENCE:
+            return TIMES[-1:]
+        return TIMES if self.arm.is_probed and (self.noise, self.rate) == (NOISIEST, "chosen") else ()
 
     @property
     def prerequisites(self) -> list["Task"]:

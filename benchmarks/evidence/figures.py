@@ -97,6 +97,6 @@ def _measures(runs: Runs, task: Task) -> Iterator[tuple[str, float]]:
     yield "share", statistics.mean(step["share"] for step in steps)
     if all("dropped_minus_history" in step for step in steps):
         yield "dropped - history at the end", statistics.mean(step["dropped_minus_history"] for step in steps[-5:])
-    if task.arm.is_probed:
+    if task.probes:
         reference = runs.probes(task.tuned_on_clean)
         yield from recovery_of(runs.probes(task), reference[-1:] if reference else [], runs.folders(task).probe)

@@ -52,8 +52,8 @@ class Runs:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def probes(self, task: Task) -> list[Path]:
-        """The probe's tokens at the start, in the middle and at the end."""
-        return sorted(self._folder(task).glob("probe_*.parquet"), key=lambda path: int(path.stem.partition("_")[2]))
+        """The probe's tokens at the times at which the task scores it."""
+        return [self._folder(task) / f"probe_{time}.parquet" for time in task.probes]
 
     def folders(self, task: Task) -> Folders:
         """The data of a task, made if need be."""
@@ -119,7 +119,7 @@ class Runs:
             "checkpoint.directory": str(folder / "run"),
             "checkpoint.save_every": 0,
             "logging.directory": str(folder / "logs"),
-            "logging.entropy": task.arm.is_probed,
+            "logging.entropy": bool(task.probes),
             **task.arm.changes,
             **reference,
         }
@@ -130,7 +130,8 @@ class Runs:
             "changes": self.changes(task),
             "measured": {} if is_reference else {"clean": str(data.validation), "prose": str(data.prose)},
             "before": task.arm.measures_before,
-            "probe": str(data.probe) if task.arm.is_probed or is_reference else None,
+            "probe": str(data.probe),
+            "probes": task.probes,
             "tokenizer": str(self.model),
             "export": str(self.weights_of(task)) if is_reference else None,
             "threads": max(1, (os.cpu_count() or 1) // self.jobs),
