@@ -10,6 +10,7 @@ tells noise from clean tokens. What is done is not done again: run it as often a
 """
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -39,6 +40,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="of data, faults and order (default: 3)")
     parser.add_argument("--docs", type=Path, help="folder for the tables and plots")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end too
     deadline = time.monotonic() + 60 * options.budget
     sizes = Sizes(train=options.problems)
     runs = Runs(options.work.resolve(), options.gsm8k.resolve(), sizes, options.device, options.jobs, deadline)
