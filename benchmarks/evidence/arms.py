@@ -64,10 +64,8 @@ REFERENCE = Arm("reference", {"selection.method": "full"}, epochs=3)
 """Trained on the clean tenth, at the same learning rate, to be RHO-1's reference."""
 ALL_AT_RANDOM = Arm("random_of_all", _selects("random", 1.0))
 """Must end with the very weights of `full`."""
-AT_LARGE_RATE = ("full", "random", "sstoken")
-"""Arms that are also run at three times the learning rate."""
-AT_OTHER_NOISE = ("full", "random", "sstoken", "rel", "attention", "rho1", "probability")
-"""Arms that are also run where no answer is faulty, and where one in ten is."""
+MAIN_ARMS = ("full", "random", "sstoken", "rel", "attention", "rho1", "probability")
+"""Arms that are also run where fewer answers are faulty, and the first three at three times the learning rate."""
 
 
 @dataclass(frozen=True)
