@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.evidence.arms import ARMS, MAIN_ARMS, NOISIEST, Task
+from benchmarks.evidence.arms import ARMS, KEY_ARMS, MAIN_ARMS, NOISIEST, Task
 from benchmarks.evidence.data import Sizes
 from benchmarks.evidence.figures import collect
 from benchmarks.evidence.runs import OutOfBudget, Runs
@@ -79,18 +79,16 @@ def choose_rate(runs: Runs) -> float:
 
 
 def all_tasks(rate: float, seeds: int) -> list[Task]:
-    """Every run, those that answer most first: the main arms with all seeds on the noisiest data, then the other arms, then data
-    with less noise and the large rate.
-    """
+    """Every run, those that answer most first: the main arms with all seeds on the noisiest data, then what that leaves open."""
     tasks: list[Task] = []
     others = [arm for arm in ARMS if arm not in MAIN_ARMS]
-    parts = [(NOISIEST, "chosen", MAIN_ARMS), (0.0, "chosen", MAIN_ARMS[:3]), (NOISIEST, "chosen", others)]
-    parts += [(NOISIEST, "large", MAIN_ARMS[:3]), (0.0, "chosen", MAIN_ARMS[3:]), (0.1, "chosen", MAIN_ARMS)]
-    parts += [(0.0, "large", MAIN_ARMS[:3])]
+    parts = [(NOISIEST, "chosen", MAIN_ARMS), (0.0, "chosen", KEY_ARMS), (NOISIEST, "chosen", others)]
+    parts += [(NOISIEST, "large", KEY_ARMS), (0.0, "chosen", MAIN_ARMS), (0.1, "chosen", MAIN_ARMS)]
+    parts += [(0.0, "large", KEY_ARMS)]
     for noise, called, arms in parts:
         learning_rate = 3 * rate if called == "large" else rate
         tasks += [Task(ARMS[arm], noise, seed, learning_rate, called) for seed in range(seeds) for arm in arms]
-    return tasks
+    return list(dict.fromkeys(tasks))
 
 
 if __name__ == "__main__":

@@ -64,8 +64,10 @@ REFERENCE = Arm("reference", {"selection.method": "full"}, epochs=3)
 """Trained on the clean tenth, at the same learning rate, to be RHO-1's reference."""
 ALL_AT_RANDOM = Arm("random_of_all", _selects("random", 1.0))
 """Must end with the very weights of `full`."""
-MAIN_ARMS = ("full", "random", "sstoken", "rel", "attention", "rho1", "probability")
-"""Arms that are also run where fewer answers are faulty, and the first three at three times the learning rate."""
+KEY_ARMS = ("full", "random", "sstoken")
+"""Arms that are also run at three times the learning rate."""
+MAIN_ARMS = (*KEY_ARMS, "rel", "attention", "rho1", "probability")
+"""Arms that are also run where fewer answers are faulty."""
 
 
 @dataclass(frozen=True)
