@@ -79,7 +79,7 @@ def choose_rate(runs: Runs) -> float:
 
 
 def all_tasks(rate: float, seeds: int) -> list[Task]:
-    """Every run, those that answer most first: the main arms with all seeds on the noisiest data, then what that leaves open."""
+    """Every run; first the main arms with all seeds on the noisiest data, for these answer most."""
     tasks: list[Task] = []
     others = [arm for arm in ARMS if arm not in MAIN_ARMS]
     parts = [(NOISIEST, "chosen", MAIN_ARMS), (0.0, "chosen", KEY_ARMS), (NOISIEST, "chosen", others)]
