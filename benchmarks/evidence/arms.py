@@ -20,7 +20,9 @@ class Arm:
     rate_of: str | None = None
     """Arm whose mean weight its learning rate is multiplied by."""
     is_probed: bool = False
-    """Whether it scores the probe at its start, middle and end."""
+    """Whether it scores the probe at its start, middle and end, on the noisiest data at the chosen rate."""
+    measures_before: bool = False
+    """Whether it measures the losses before training too: they are the same for all arms."""
     needs_reference: bool = False
     """Whether it compares with a model that was tuned on clean problems."""
 
@@ -30,11 +32,14 @@ def _selects(method: str, rho: float | str = 0.6, **changes: Any) -> Changes:
     return {"selection.method": method, "selection.rho": rho} | sections
 
 
+NOISIEST = 0.2
+"""Share of faulty answers in the data on which all arms are run."""
+TIMES = ("start", "middle", "end")
 _TWICE = ("full_2", "random_2")
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("full", {"selection.method": "full"}, is_probed=True),
+        Arm("full", {"selection.method": "full"}, is_probed=True, measures_before=True),
         Arm("random", _selects("random")),
         Arm("sstoken", _selects("sstoken"), is_probed=True),
         Arm("rel", _selects("rel")),
@@ -59,10 +64,10 @@ REFERENCE = Arm("reference", {"selection.method": "full"}, epochs=3)
 """Trained on the clean tenth, at the same learning rate, to be RHO-1's reference."""
 ALL_AT_RANDOM = Arm("random_of_all", _selects("random", 1.0))
 """Must end with the very weights of `full`."""
-LARGE_RATE = ("full", "random", "sstoken")
+KEY_ARMS = ("full", "random", "sstoken")
 """Arms that are also run at three times the learning rate."""
-TEN_PERCENT = ("full", "random", "sstoken", "rel", "attention", "rho1", "probability")
-"""Arms that are also run where one answer in ten is faulty."""
+MAIN_ARMS = (*KEY_ARMS, "rel", "attention", "rho1", "probability")
+"""Arms that are also run where fewer answers are faulty."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,13 @@ class Task:
     def reference(self) -> "Task | None":
         """The run whose weights are this one's reference."""
         return self.tuned_on_clean if self.arm.needs_reference else None
+
+    @property
+    def probes(self) -> tuple[str, ...]:
+        """When it scores the probe: of `TIMES`."""
+        if self.arm is REFERENCE:
+            return TIMES[-1:]
+        return TIMES if self.arm.is_probed and (self.noise, self.rate) == (NOISIEST, "chosen") else ()
 
     @property
     def prerequisites(self) -> list["Task"]:

@@ -24,10 +24,10 @@ a token the largest counts, so that a token with any character of noise is noise
 class Sizes:
     """Numbers of problems."""
 
-    train: int = 200
-    validation: int = 100
-    probe: int = 100
-    prose: int = 40
+    train: int = 100
+    validation: int = 80
+    probe: int = 80
+    prose: int = 30
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,8 @@ def _measures(runs: Runs, task: Task) -> Iterator[tuple[str, float]]:
     for name, losses in found["measures"][last].items():
         for kind, loss in losses.items():
             yield f"{name} {kind}", loss
-            yield f"{name} {kind} at the start", found["measures"]["0"][name][kind]
+            if "0" in found["measures"]:
+                yield f"{name} {kind} at the start", found["measures"]["0"][name][kind]
     steps = found["train"]
     yield "steps", found["steps"]
     yield "seconds", found["seconds"]
@@ -96,6 +97,6 @@ def _measures(runs: Runs, task: Task) -> Iterator[tuple[str, float]]:
     yield "share", statistics.mean(step["share"] for step in steps)
     if all("dropped_minus_history" in step for step in steps):
         yield "dropped - history at the end", statistics.mean(step["dropped_minus_history"] for step in steps[-5:])
-    if task.arm.is_probed:
+    if task.probes:
         reference = runs.probes(task.tuned_on_clean)
         yield from recovery_of(runs.probes(task), reference[-1:] if reference else [], runs.folders(task).probe)

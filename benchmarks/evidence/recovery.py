@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks.evidence.arms import TIMES
 from benchmarks.evidence.data import kinds_of, noise_of
 from megatron_sstoken.config import SelectionSettings
 from megatron_sstoken.selection.methods import score_tokens, select_tokens
@@ -15,7 +16,6 @@ from megatron_sstoken.selection.signals import TokenSignals
 
 SCORES = ("sstoken", "rel", "attention", "rho1", "probability", "entropy", "random")
 RHO = 0.6
-TIMES = ("start", "middle", "end")
 
 
 def recovery_of(probes: Sequence[Path], reference: Sequence[Path], folder: Path) -> Iterator[tuple[str, float]]:

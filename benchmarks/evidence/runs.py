@@ -18,11 +18,12 @@ from benchmarks.evidence.data import Folders, Sizes, make_data
 from benchmarks.evidence.model import smollm2
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LONGEST = 500
-"""Characters of question and answer together: what fits a pack of `SEQUENCE_LENGTH`."""
-SEQUENCE_LENGTH = 256
-PACKS = 4
-"""Of an optimizer step."""
+LONGEST = 400
+"""Characters of question and answer together."""
+SEQUENCE_LENGTH = 512
+"""Tokens of a pack: about four problems, so that little of it is padding."""
+PACKS = {"cpu": 1, "cuda": 4}
+"""Of an optimizer step: small ones on a CPU, where there are few problems, so that there are steps enough to learn."""
 
 
 class OutOfBudget(Exception):
@@ -51,8 +52,8 @@ class Runs:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def probes(self, task: Task) -> list[Path]:
-        """The probe's tokens at the start, in the middle and at the end."""
-        return sorted(self._folder(task).glob("probe_*.parquet"), key=lambda path: int(path.stem.partition("_")[2]))
+        """The probe's tokens at the times at which the task scores it."""
+        return [self._folder(task) / f"probe_{time}.parquet" for time in task.probes]
 
     def folders(self, task: Task) -> Folders:
         """The data of a task, made if need be."""
@@ -111,14 +112,14 @@ class Runs:
             "optimizer.learning_rate": self._rate(task),
             "optimizer.warmup_fraction": 0.1,
             "training.precision": "fp32" if on_cpu else "bf16",
-            "training.micro_batch_size": 1 if on_cpu else PACKS,
-            "training.global_batch_size": PACKS,
+            "training.micro_batch_size": PACKS[self.device],
+            "training.global_batch_size": PACKS[self.device],
             "training.epochs": task.arm.epochs,
             "training.seed": 1234 + task.seed,
             "checkpoint.directory": str(folder / "run"),
             "checkpoint.save_every": 0,
             "logging.directory": str(folder / "logs"),
-            "logging.entropy": task.arm.is_probed,
+            "logging.entropy": bool(task.probes),
             **task.arm.changes,
             **reference,
         }
@@ -128,7 +129,9 @@ class Runs:
         description = {
             "changes": self.changes(task),
             "measured": {} if is_reference else {"clean": str(data.validation), "prose": str(data.prose)},
-            "probe": str(data.probe) if task.arm.is_probed or is_reference else None,
+            "before": task.arm.measures_before,
+            "probe": str(data.probe),
+            "probes": task.probes,
             "tokenizer": str(self.model),
             "export": str(self.weights_of(task)) if is_reference else None,
             "threads": max(1, (os.cpu_count() or 1) // self.jobs),

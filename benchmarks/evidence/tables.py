@@ -10,9 +10,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure as Plot
 
-from benchmarks.evidence.arms import ARMS
+from benchmarks.evidence.arms import ARMS, TIMES
 from benchmarks.evidence.figures import Figures
-from benchmarks.evidence.recovery import RHO, SCORES, TIMES
+from benchmarks.evidence.recovery import RHO, SCORES
 from benchmarks.intervals import Interval
 
 LOSSES = ("clean all", "clean digits", "clean operators", "clean words", "prose all")

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks.evidence.arms import TIMES
 from benchmarks.evidence.kinds import KINDS, kind_of_tokens
 from megatron_sstoken.config import Settings
 from megatron_sstoken.history.source import open_history
@@ -43,18 +44,19 @@ def main(path: Path) -> None:
     probed = plan.captured_layers or (plan.architecture.num_layers,)
     history = open_history(plan, layout)
     known = open_known(plan, layout, history)
-    model = model_to_train(replace(plan, captured_layers=probed) if task["probe"] else plan, layout)
+    model = model_to_train(replace(plan, captured_layers=probed) if task["probes"] else plan, layout)
     trained = replace(model, captured_layers=plan.captured_layers)
     trainer = create_trainer(plan, layout, trained, history, known=known)
     data = {name: _data(settings, folder) for name, folder in task["measured"].items()}
-    marks = sorted({0, plan.num_steps // 2, plan.num_steps})
+    marks = dict(zip((0, plan.num_steps // 2, plan.num_steps), TIMES, strict=True))
     found: dict = {"steps": plan.num_steps, "measures": {}, "train": []}
     seconds = tokens = 0.0
     for step in range(plan.num_steps + 1):
         if step in marks:
-            if task["probe"]:
-                _write_probe(model, _data(settings, task["probe"]), plan, layout, path.parent / f"probe_{step}.parquet")
-            if step in (0, plan.num_steps):
+            if marks[step] in task["probes"]:
+                into = path.parent / f"probe_{marks[step]}.parquet"
+                _write_probe(model, _data(settings, task["probe"]), plan, layout, into)
+            if step == plan.num_steps or (step == 0 and task["before"]):
                 found["measures"][step] = {
                     name: _losses(trained, one, plan, layout, task["tokenizer"]) for name, one in data.items()
                 }

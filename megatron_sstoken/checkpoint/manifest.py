@@ -12,7 +12,7 @@ from typing import Any
 from torch.distributed.checkpoint import Metadata
 
 from megatron_sstoken.checkpoint.harmless import read_metadata
-from megatron_sstoken.config import RENAMED, LoraSettings, Settings, SettingsError
+from megatron_sstoken.config import RENAMED, LoraSettings, Settings, SettingsError, adapter_scale
 from megatron_sstoken.files import delete_old, write_durably
 from megatron_sstoken.folders import RUN_FILE, SETTINGS_FILE, STATE_FILE
 from megatron_sstoken.integrity import CHECKSUMS, checksum_of, differing, read_checksums, write_checksums
@@ -55,6 +55,12 @@ class AdapterIdentity:
     """megatron checkpoint that the base weights came from; None: the run's `hf_path`."""
     base_fingerprint: str
     """Of the files of the base weights."""
+    rank_stabilized: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What the product B·A is multiplied by."""
+        return adapter_scale(self.alpha, self.rank, rank_stabilized=self.rank_stabilized)
 
 
 @dataclass(frozen=True)
@@ -317,12 +323,14 @@ def adapter_problems(owner: str, saved: AdapterIdentity | None, lora: LoraSettin
         return []
     if lora.rank == 0:
         return [
-            f"{owner} holds adapters, and lora.rank=0 makes none: set lora.rank={saved.rank}, lora.alpha={saved.alpha:g} and "
-            f"lora.targets=[{', '.join(saved.targets)}], or merge them with tools/convert_checkpoint.py to-hf --merge"
+            f"{owner} holds adapters, and lora.rank=0 makes none: set lora.rank={saved.rank}, lora.alpha={saved.alpha:g}"
+            f"{', lora.rank_stabilized=true' * saved.rank_stabilized} and lora.targets=[{', '.join(saved.targets)}], or merge "
+            "them with tools/convert_checkpoint.py to-hf --merge"
         ]
     pairs = {
         "rank": (saved.rank, lora.rank),
         "alpha": (saved.alpha, lora.alpha),
+        "rank_stabilized": (saved.rank_stabilized, lora.rank_stabilized),
         "targets": (sorted(saved.targets), sorted(lora.targets)),
     }
     return [

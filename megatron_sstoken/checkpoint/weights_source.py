@@ -96,5 +96,6 @@ def adapter_identity(settings: Settings, layout: Layout) -> AdapterIdentity | No
         dropout=lora.dropout,
         targets=list(lora.targets),
         base_checkpoint=str(resolve_checkpoint(base.checkpoint).resolve()) if base.checkpoint else None,
+        rank_stabilized=lora.rank_stabilized,
         base_fingerprint=broadcast_object(base.fingerprint() if layout.rank == 0 else "", source=0),
     )

@@ -15,7 +15,8 @@ from megatron_sstoken.conversion.check import check_folders
 from megatron_sstoken.conversion.gguf import from_gguf
 from megatron_sstoken.conversion.hf import from_hf, reshard, to_hf
 from megatron_sstoken.conversion.inspection import describe_checkpoint, format_description
-from megatron_sstoken.conversion.verify import REAL_TEXT, verify
+from megatron_sstoken.conversion.peft import from_peft
+from megatron_sstoken.conversion.verify import FACTOR, REAL_TEXT, verify
 from megatron_sstoken.conversion.work import ConversionOptions, parse_bytes
 from megatron_sstoken.folders import local_model
 from megatron_sstoken.model.dtypes import DTYPES
@@ -53,6 +54,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     export.set_defaults(run=_to_hf)
     _add_conversion_arguments(export, dtypes="fp32, bf16 or fp16", shard_size="5GB")
+
+    starting = commands.add_parser(
+        "from-peft", help="PEFT folder → checkpoint of adapters, which a LoRA run starts from"
+    )
+    starting.add_argument("--adapter", required=True, help="PEFT folder with safetensors")
+    starting.add_argument("--hf", help="Hugging Face folder of the base (default: the one that the adapters name)")
+    starting.add_argument("--output", required=True, help="folder to write; it appears when it is complete")
+    starting.add_argument("--overwrite", action="store_true", help="replace an output that a conversion made")
+    starting.set_defaults(run=_from_peft)
 
     resharding = commands.add_parser("reshard", help="weights of a checkpoint → one with other padding or type")
     _add_checkpoint_arguments(resharding)
@@ -96,7 +106,18 @@ def _add_verify(commands) -> None:
         proof.add_argument(
             f"--{name}", type=int, default=1, help=f"{name} parallel size of the layout to prove (default: 1)"
         )
-    proof.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of logits (default: 1e-4)")
+    proof.add_argument(
+        "--factor",
+        type=float,
+        default=FACTOR,
+        help=f"differences allowed, as a multiple of the noise of transformers' own fp32 (default: {FACTOR:g})",
+    )
+    proof.add_argument("--layers", action="store_true", help="print the relative difference of every layer")
+    proof.add_argument(
+        "--stream",
+        action="store_true",
+        help="read transformers' model layer by layer from the disk, if it does not fit into memory (needs accelerate)",
+    )
     proof.add_argument(
         "--positions", type=int, help="tokens of each text (default: 256, or more than the sliding window)"
     )
@@ -159,6 +180,17 @@ def _from_gguf(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _from_peft(arguments: argparse.Namespace) -> int:
+    options = ConversionOptions(overwrite=arguments.overwrite)
+    written, lora = from_peft(arguments.adapter, arguments.output, hf_path=arguments.hf, options=options)
+    print(
+        f"written: {written}; train with --model.checkpoint={written} --lora.rank={lora.rank} --lora.alpha={lora.alpha:g} "
+        f"--lora.rank_stabilized={str(lora.rank_stabilized).lower()} --lora.dropout={lora.dropout:g} "
+        f"'--lora.targets=[{', '.join(lora.targets)}]'"
+    )
+    return 0
+
+
 def _to_hf(arguments: argparse.Namespace) -> int:
     written = to_hf(
         arguments.checkpoint,
@@ -210,11 +242,14 @@ def _verify(arguments: argparse.Namespace) -> int:
         arguments.hf,
         checkpoint=arguments.checkpoint,
         parallel=parallel,
-        tolerance=arguments.tolerance,
+        factor=arguments.factor,
         positions=arguments.positions,
         text=arguments.text.read_text(encoding="utf-8") if arguments.text else REAL_TEXT,
+        stream=arguments.stream,
     )
     if rank == 0:
+        if arguments.layers:
+            print("\n".join(comparison.table() for comparison in result.comparisons))
         print(result.describe())
         print("verified" if result.passed else "NOT THE SAME: see above", flush=True)
     return 0 if result.passed else 1

@@ -14,6 +14,7 @@ from megatron_sstoken.config.model import (
     LoraTarget,
     ModelSettings,
     ParallelSettings,
+    adapter_scale,
 )
 from megatron_sstoken.config.rules import RENAMED, SettingsError
 from megatron_sstoken.config.run import CheckpointSettings, LoggingSettings, OptimizerSettings, TrainingSettings
@@ -23,7 +24,7 @@ __all__ = [
     "RENAMED",
     "CheckpointSettings", "DataSettings", "HardwareSettings", "HistorySettings", "LoggingSettings", "LoraSettings",
     "LoraTarget", "ModelSettings", "OptimizerSettings", "ParallelSettings", "SelectionSettings", "Settings",
-    "SettingsError", "TrainingSettings", "WeightSettings",
+    "SettingsError", "TrainingSettings", "WeightSettings", "adapter_scale",
 ]  # fmt: skip
 
 

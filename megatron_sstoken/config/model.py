@@ -1,5 +1,6 @@
 """Settings of what is computed, on what, and from which data."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -85,6 +86,25 @@ class ParallelSettings:
         found = [own.get(stage, left // max(others, 1)) for stage in range(self.pipeline)]
         return None if any(layers % self.virtual_pipeline for layers in found) else found
 
+    def uneven_ends(self, num_layers: int) -> tuple[int, int] | None:
+        """Layers of the first and the last stage that leave the others equal; None where no uneven stages do.
+
+        The others are longer by as little as can be, since the ends have the embedding and the head, too; where there are too
+        few layers for that, the ends are longer.
+        """
+        stages, chunks = self.pipeline, self.virtual_pipeline
+        if num_layers % chunks or stages == 1:
+            return None
+        units = num_layers // chunks  # layers that a stage gains or loses together, one a chunk
+        for other in (units // stages + 1, units // stages):
+            ends = units - (stages - 2) * other
+            first, last = (ends + 1) // 2, ends // 2
+            if stages == 2 and first == last:
+                first, last = first + 1, last - 1
+            if last > 0 and other > 0 and (first, last) != (other, other):
+                return first * chunks, last * chunks
+        return None
+
     def problems(self) -> list[str]:
         """Rules that need this section alone."""
         rules = Rules("parallel", self)
@@ -163,6 +183,11 @@ ALL_LINEAR = "all-linear"
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def adapter_scale(alpha: float, rank: int, *, rank_stabilized: bool) -> float:
+    """LoRA's scale, alpha / rank; or rsLoRA's, alpha / √rank."""
+    return alpha / math.sqrt(rank) if rank_stabilized else alpha / rank
+
+
 @dataclass
 class LoraSettings:
     """LoRA: training of low-rank adapters beside frozen weights."""
@@ -171,7 +196,10 @@ class LoraSettings:
     """Rank of the adapters; 0 trains the weights themselves."""
 
     alpha: float = 16.0
-    """The adapters' output is multiplied by alpha / rank."""
+    """The adapters' output is multiplied by alpha / rank; with `rank_stabilized` by alpha / √rank."""
+
+    rank_stabilized: bool = False
+    """rsLoRA (arXiv 2312.03732; PEFT's use_rslora): a scale that high ranks learn as well with."""
 
     dropout: float = 0.0
     """Share of the adapters' inputs that is set to zero while training."""
@@ -179,6 +207,11 @@ class LoraSettings:
     targets: list[LoraTarget] = field(default_factory=lambda: list(get_args(LoraTarget)))
     """The linears that get adapters, by their names in the Hugging Face model (PEFT's target_modules); default: all, which
     `all-linear` says, too."""
+
+    @property
+    def scale(self) -> float:
+        """What the product B·A is multiplied by."""
+        return adapter_scale(self.alpha, self.rank, rank_stabilized=self.rank_stabilized)
 
     def problems(self) -> list[str]:
         """Rules that need this section alone."""

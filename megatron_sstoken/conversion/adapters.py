@@ -1,6 +1,7 @@
 """Adapters of a LoRA run → a PEFT folder, or merged into the weights they belong to tensor by tensor."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,12 +54,12 @@ class AdapterCheckpoint:
         return read(_key(target, "lora_A"), layer), read(_key(target, "lora_B"), layer)
 
     def merged_delta(self, name: str) -> torch.Tensor | None:
-        """What the adapters add to the Hugging Face tensor `name`: alpha / rank · B·A, fp32; None if nothing."""
+        """What the adapters add to the Hugging Face tensor `name`: scale · B·A, fp32; None if nothing."""
         match = _WEIGHT.fullmatch(name)
         if match is None or match[2] not in self.linears:
             return None
         a, b = self.linear_matrices(match[2], int(match[1]))
-        return (b.float() @ a.float()) * (self.identity.alpha / self.identity.rank)
+        return (b.float() @ a.float()) * self.identity.scale
 
     def linear_matrices(self, path: str, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of one Hugging Face linear, `path` in layer `layer`, with all the targets that lie in it."""
@@ -86,7 +87,7 @@ class AdapterCheckpoint:
         fused = {path.rpartition(".")[2]: len(parts) for path, parts in self.linears.items() if len(parts) > 1}
         patterns = {
             "rank_pattern": {name: number * self.identity.rank for name, number in fused.items()},
-            "alpha_pattern": {name: number * self.identity.alpha for name, number in fused.items()},
+            "alpha_pattern": {name: self._alpha_of(number) for name, number in fused.items()},
         }
         return {
             "peft_type": "LORA",
@@ -94,6 +95,7 @@ class AdapterCheckpoint:
             "base_model_name_or_path": base,
             "r": self.identity.rank,
             "lora_alpha": self.identity.alpha,
+            "use_rslora": self.identity.rank_stabilized,
             "lora_dropout": self.identity.dropout,
             "target_modules": [path.rpartition(".")[2] for path in self.linears],
             **(patterns if fused else {}),
@@ -101,6 +103,10 @@ class AdapterCheckpoint:
             "fan_in_fan_out": False,
             "inference_mode": True,
         }
+
+    def _alpha_of(self, number: int) -> float:
+        """The alpha that scales an adapter of `number` times the rank as the others are scaled."""
+        return self.identity.alpha * (math.sqrt(number) if self.identity.rank_stabilized else number)
 
     def write_peft(self, folder: Path, base: str) -> None:
         """Write adapter_config.json and adapter_model.safetensors into `folder`."""

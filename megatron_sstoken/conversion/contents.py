@@ -6,15 +6,18 @@ those that training saves and loads, for every family.
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
-from megatron_sstoken.config import Settings
+from megatron_sstoken.config import LoraSettings, Settings
 from megatron_sstoken.model.build import build_model
-from megatron_sstoken.model.families import Architecture, WeightRule
+from megatron_sstoken.model.families import Architecture, Split, WeightRule
+from megatron_sstoken.model.lora import AdaptedLinear, peft_name
 from megatron_sstoken.model.weights import held_weights, rules_of_chunk, to_hugging_face
 from megatron_sstoken.parallel import create_layout, reset_layout, start_processes
 
@@ -84,21 +87,42 @@ def checkpoint_contents(architecture: Architecture, *, vocabulary_multiple: int 
 
     Creates and gives up the layout of one process: not to be called while a model is there. Needs no GPU.
     """
-    os.environ.setdefault("SSTOKEN_DEVICE", "cpu")
-    start_processes()
     settings = Settings()
     settings.model.vocabulary_multiple = vocabulary_multiple
-    settings.training.precision = "fp32"
-    layout = create_layout(settings.parallel, seed=0)
-    try:
-        model = build_model(architecture, settings, layout, trainable=False, shapes_only=True)
-        (chunk,) = model.unwrapped
-        stored = chunk.sharded_state_dict(metadata={"dp_cp_group": layout.groups.dp_cp})
+    with _chunk_of(architecture, settings) as (chunk, stored):
         rules = rules_of_chunk(chunk, architecture)
         parameters = tuple(
             Parameter(name, *rules[name], parameter.shape, stored[name]) for name, parameter in held_weights(chunk)
         )
-    finally:
-        reset_layout()
     objects = tuple(value for value in nested_values(stored) if isinstance(value, ShardedObject))
     return Contents(architecture, parameters, objects)
+
+
+def adapter_contents(architecture: Architecture, lora: LoraSettings) -> Contents:
+    """What a checkpoint of the adapters of `architecture` holds, each under PEFT's name; as `checkpoint_contents`."""
+    parameters = []
+    with _chunk_of(architecture, Settings(lora=lora)) as (chunk, stored):
+        for number, layer in enumerate(chunk.decoder.layers):
+            for path, linear in layer.named_modules():
+                if not isinstance(linear, AdaptedLinear):
+                    continue
+                for target, adapter in linear.named_adapters().items():
+                    for matrix, parameter in adapter.named_parameters():
+                        name = f"decoder.layers.{number}.{path}.adapters.{target}.{matrix}"
+                        rule = WeightRule(name, (peft_name(number, target, matrix),), Split.WHOLE)
+                        parameters.append(Parameter(name, rule, number, parameter.shape, stored[name]))
+    return Contents(architecture, tuple(parameters), objects=())
+
+
+@contextmanager
+def _chunk_of(architecture: Architecture, settings: Settings) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The model on one process, without memory for its weights, and what megatron says about their storing."""
+    os.environ.setdefault("SSTOKEN_DEVICE", "cpu")
+    start_processes()
+    settings.training.precision = "fp32"
+    layout = create_layout(settings.parallel, seed=0)
+    try:
+        (chunk,) = build_model(architecture, settings, layout, trainable=False, shapes_only=True).unwrapped
+        yield chunk, chunk.sharded_state_dict(metadata={"dp_cp_group": layout.groups.dp_cp})
+    finally:
+        reset_layout()

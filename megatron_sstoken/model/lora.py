@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on parallel linears, megatron's and Transformer Engine's, as PEFT computes them.
 
-A linear with weight W that is named in `lora.targets` computes W·x + alpha / rank · B·(A·dropout(x)), with A [rank, in]
+A linear with weight W that is named in `lora.targets` computes W·x + scale · B·(A·dropout(x)), with A [rank, in]
 and B [out, rank]; W is frozen. megatron fuses q, k and v into one linear and gate and up into another; each of them keeps
 an A and a B of its own, in the row order of the Hugging Face model, and its own dropout mask. Adapters are parameters
 `<linear>.adapters.<target>.lora_A` and `.lora_B`; the names of the base stay what they are.
@@ -127,7 +127,7 @@ class AdaptedLinear(torch.nn.Module):
             small = torch.cat(parts, dim=-1)
         else:  # one product, which reads the inputs once
             small = F.linear(inputs, torch.cat(matrices))
-        return small * (self.lora.alpha / self.lora.rank)
+        return small * self.lora.scale
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """megatron's own entry for the base, and one for each adapter matrix."""
@@ -287,10 +287,16 @@ def describe_trained(a: Architecture, lora: LoraSettings) -> str:
     """What a run trains, for people."""
     if lora.rank == 0:
         return "all weights"
+    stabilized = " (rank-stabilized)" if lora.rank_stabilized else ""
     return (
-        f"{num_adapter_parameters(a, lora):,} parameters in adapters of rank {lora.rank}, alpha {lora.alpha:g}, "
+        f"{num_adapter_parameters(a, lora):,} parameters in adapters of rank {lora.rank}, alpha {lora.alpha:g}{stabilized}, "
         f"dropout {lora.dropout:g}, on {', '.join(lora.targets)}"
     )
+
+
+def peft_name(layer: int, target: str, matrix: str) -> str:
+    """PEFT's name of a matrix, lora_A or lora_B, in layer `layer` (from 0)."""
+    return f"base_model.model.model.layers.{layer}.{TARGETS[target].hugging_face}.{matrix}.weight"
 
 
 def is_adapter(name: str) -> bool:

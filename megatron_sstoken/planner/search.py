@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from megatron_sstoken.config import ParallelSettings
 from megatron_sstoken.gpus import GPU
 from megatron_sstoken.planner.communication import Traffic, traffic_of
 from megatron_sstoken.planner.hardware import Assumptions
@@ -119,12 +120,5 @@ def _stages(layers: int, pipeline: int, chunks: int) -> Iterator[tuple[int | Non
     """Layers of the first and last stage: as many as the others, and fewer by as little as can be."""
     if layers % (pipeline * chunks) == 0:
         yield None, None
-    if layers % chunks or pipeline == 1:
-        return
-    units = layers // chunks  # layers that a stage gains or loses together, one a chunk
-    ends = units - (pipeline - 2) * (units // pipeline + 1)
-    first, last = (ends + 1) // 2, ends // 2
-    if pipeline == 2 and first == last:
-        first, last = first + 1, last - 1
-    if last > 0:
-        yield first * chunks, last * chunks
+    if ends := ParallelSettings(pipeline=pipeline, virtual_pipeline=chunks).uneven_ends(layers):
+        yield ends

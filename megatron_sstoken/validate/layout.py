@@ -146,10 +146,13 @@ def _check_stages(name: str, a: Architecture, settings: Settings, found: Finding
         )
         return
     product = parallel.pipeline * parallel.virtual_pipeline
+    ends = parallel.uneven_ends(a.num_layers)
+    uneven = ""
+    if ends is not None:
+        uneven = f", or parallel.first_stage_layers={ends[0]} and parallel.last_stage_layers={ends[1]}"
     found.problems.append(
         f"parallel.pipeline={parallel.pipeline} × parallel.virtual_pipeline={parallel.virtual_pipeline} = {product} "
-        f"does not divide {name}.num_hidden_layers={a.num_layers}: use a product of {divisors(a.num_layers)}, or set "
-        "parallel.first_stage_layers"
+        f"does not divide {name}.num_hidden_layers={a.num_layers}: use a product of {divisors(a.num_layers)}{uneven}"
     )
 
 

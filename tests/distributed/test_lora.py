@@ -43,6 +43,8 @@ CASES = {
     "qwen2, full recompute": ("qwen2", ALL, "full", True),
 }
 FUSED_TARGETS = {"all": ALL, "some": ["v_proj", "q_proj", "up_proj"]}
+STABILIZED = {"qwen2, full recompute"}
+"""The cases of rsLoRA; the run that is exported is one, too."""
 NUM_STEPS, SAVED_AT = 4, 2
 
 
@@ -156,6 +158,7 @@ def measure_gradients(folder, adapters, parallel):
     for case in cases_of(parallel):
         family, targets, recompute, packed = CASES[case]
         changes = {"training__recompute": recompute, "data__packing": packed, **parallel}
+        changes["lora__rank_stabilized"] = case in STABILIZED
         settings = lora_settings(folder, family, targets, **changes)
         trainer = make_trainer(settings)
         model, layout = trainer.model, trainer.layout
@@ -289,7 +292,7 @@ def train_and_resume(folder):
             shutil.copytree(f"{source}/step_{SAVED_AT:07d}", f"{target}/step_{SAVED_AT:07d}")
         torch.distributed.barrier()
 
-    dropped = {"lora__dropout": 0.3, "parallel__tensor": 2}
+    dropped = {"lora__dropout": 0.3, "lora__rank_stabilized": True, "parallel__tensor": 2}
     found = {"dropout": run(f"{folder}/dropout", **dropped)}
     copy(f"{folder}/dropout", f"{folder}/dropout-again")
     found["dropout, resumed"] = run(f"{folder}/dropout-again", **dropped)
@@ -324,7 +327,10 @@ def bench(tmp_path_factory):
     adapters, expected = {}, {}
     for case, (family, targets, *_) in CASES.items():
         torch.manual_seed(7)
-        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
+        stabilized = case in STABILIZED
+        config = LoraConfig(
+            r=RANK, lora_alpha=ALPHA, use_rslora=stabilized, target_modules=targets, task_type="CAUSAL_LM"
+        )
         model = get_peft_model(load_model(folder / family), config)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for parameter in parameters.values():
@@ -466,15 +472,21 @@ def test_adapters_do_not_load_where_they_do_not_fit(exported):
     for changes, message in {
         "rank": ({"lora__rank": 4}, "lora.rank=3, now 4: use the same"),
         "targets": ({"lora__targets": SOME}, "lora.targets=.* now .*: use the same"),
-        "none": ({"lora__rank": 0}, "holds adapters, and lora.rank=0 makes none: set lora.rank=3, lora.alpha=5 and"),
+        "none": (
+            {"lora__rank": 0},
+            "and lora.rank=0 makes none: set lora.rank=3, lora.alpha=5, lora.rank_stabilized=true and",
+        ),
+        "scale": ({"lora__rank_stabilized": False}, "lora.rank_stabilized=True, now False: use the same"),
     }.values():
+        changes = {"lora__rank_stabilized": True} | changes
         started = lora_settings(folder, **({"model__checkpoint": checkpoint} | changes))
         with pytest.raises(SettingsError, match=f"model.checkpoint={checkpoint} .*{message}"):
             plan_run(started, 1)
         resumed = lora_settings(folder, **({"checkpoint__directory": f"{folder}/dropout"} | changes))
         with pytest.raises(SettingsError, match=message):
             resumable_checkpoint(plan_run(resumed, 1))
-    assert plan_run(lora_settings(folder, model__checkpoint=checkpoint), 1).settings.lora.rank == RANK
+    fitting = lora_settings(folder, model__checkpoint=checkpoint, lora__rank_stabilized=True)
+    assert plan_run(fitting, 1).settings.lora.rank == RANK
     other = dataclasses.replace(lora_settings(folder), parallel=dataclasses.replace(started.parallel, tensor=4))
     with pytest.raises(
         SettingsError, match="parallel.tensor=4 does not divide model.num_key_value_heads=2, which adapters"

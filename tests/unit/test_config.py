@@ -2,7 +2,11 @@
 
 import dataclasses
 
-from megatron_sstoken.config import CheckpointSettings, Settings
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sstoken.config import CheckpointSettings, ParallelSettings, Settings
 
 # Other tools rely on these names.
 FIXED_NAMES = {
@@ -29,6 +33,7 @@ MORE_NAMES = {
     "first_moment_dtype second_moment_dtype offload_fraction",
     "training": "recompute validate_every offload_layers",
     "parallel": "expert first_stage_layers last_stage_layers",
+    "lora": "rank_stabilized",
 }
 
 
@@ -50,3 +55,25 @@ def test_logging_directory_follows_the_checkpoints():
     assert settings.logging_directory == "runs/1/logs"
     settings.logging.directory = "here"
     assert settings.logging_directory == "here"
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "ends"),
+    [(28, 8, (2, 2)), (94, 4, (23, 23)), (126, 16, (7, 7)), (80, 8, (7, 7)), (9, 8, (2, 1)), (3, 4, None)],
+)
+def test_layers_of_the_ends(layers, stages, ends):
+    """Qwen2.5-1.5B, Qwen3-235B, Llama 3.1 405B and 70B, and models with few layers."""
+    assert ParallelSettings(pipeline=stages).uneven_ends(layers) == ends
+
+
+@given(st.integers(1, 128), st.integers(2, 16), st.integers(1, 4))
+def test_uneven_stages_hold_all_layers(layers, stages, chunks):
+    parallel = ParallelSettings(pipeline=stages, virtual_pipeline=chunks)
+    ends = parallel.uneven_ends(layers)
+    if ends is None:
+        assert layers % chunks or layers // chunks <= stages
+        return
+    parallel.first_stage_layers, parallel.last_stage_layers = ends
+    found = parallel.stage_layers(layers)
+    assert sum(found) == layers and len(set(found[1:-1])) <= 1 and min(found) > 0
+    assert found != [layers // stages] * stages, "even stages need no numbers"

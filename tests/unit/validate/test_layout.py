@@ -66,13 +66,13 @@ LAYOUT_PROBLEMS = {
         {"parallel__pipeline": 3},
         3,
         "parallel.pipeline=3 × parallel.virtual_pipeline=1 = 3 does not divide model.num_hidden_layers=4: "
-        "use a product of 1, 2 or 4, or set parallel.first_stage_layers",
+        "use a product of 1, 2 or 4, or parallel.first_stage_layers=1 and parallel.last_stage_layers=1",
     ),
     "layers and chunks": (
         {"parallel__pipeline": 2, "parallel__virtual_pipeline": 3},
         2,
         "parallel.pipeline=2 × parallel.virtual_pipeline=3 = 6 does not divide model.num_hidden_layers=4: "
-        "use a product of 1, 2 or 4, or set parallel.first_stage_layers",
+        "use a product of 1, 2 or 4",
     ),
     "first stage": (
         {"parallel__pipeline": 4, "parallel__first_stage_layers": 2},

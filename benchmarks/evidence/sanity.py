@@ -1,6 +1,7 @@
-"""`full` as a plain loop with transformers: the same batches and learning rates, torch's AdamW, one sample at a time."""
+"""Is `full` what it should be? As `random` that keeps all tokens, and as a plain loop with transformers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from benchmarks.evidence.arms import Task
-from benchmarks.evidence.runs import PACKS, SEQUENCE_LENGTH, Runs
+from benchmarks.evidence.arms import ALL_AT_RANDOM, Task
+from benchmarks.evidence.runs import SEQUENCE_LENGTH, Runs
 from benchmarks.evidence.train import settings_of
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.validate.run import plan_run
@@ -20,8 +21,20 @@ LIMIT = 1e-3
 """Largest difference of the losses on clean held-out problems, in nats."""
 
 
+def compare_with_random(runs: Runs, task: Task) -> None:
+    """Show that `random` with ρ = 1 ends with the very weights of `task`, which is `full`. Raises RuntimeError if not."""
+    both = [task, replace(task, arm=ALL_AT_RANDOM)]
+    runs.run(both)
+    digests = [(runs.result(one) or {})["weights"] for one in both]
+    if digests[0] != digests[1]:
+        raise RuntimeError(f"the weights of `full` and of `random` with ρ = 1 differ: SHA-256 {digests}")
+
+
 def compare_with_transformers(runs: Runs, task: Task) -> dict[str, float]:
-    """Losses of both on the clean held-out problems, once. `task` is `full`; in fp32. Raises RuntimeError if they differ."""
+    """Losses of both on the clean held-out problems, once. `task` is `full`, in fp32. Raises RuntimeError if they differ.
+
+    The plain loop takes the same batches and learning rates, and torch's AdamW, one sample at a time.
+    """
     path = runs.work / "plain_loop.json"
     if not path.is_file():
         runs.run([task])
@@ -46,9 +59,10 @@ def _train(changes: dict[str, Any], validation: Path, rates: list[float]) -> flo
     optimizer = torch.optim.AdamW(model.parameters(), betas=betas, eps=settings.optimizer.epsilon, weight_decay=0.0)
     model.train()
     store, order = plan.train.store, plan.train.order
+    size = settings.training.global_batch_size
     packs = [order.pack(number) for number in range(plan.num_packs)]
     for step, rate in enumerate(tqdm(rates, "transformers")):
-        samples = np.concatenate(packs[PACKS * step : PACKS * (step + 1)])
+        samples = np.concatenate(packs[size * step : size * (step + 1)])
         losses = [_losses(model, store, int(index)) for index in samples]
         count = sum(len(one) for one in losses)
         (torch.cat(losses).sum() / count).backward()
