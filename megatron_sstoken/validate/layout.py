@@ -123,7 +123,8 @@ def _longest(a: Architecture) -> str:
     """What bounds a sequence, in the words of config.json."""
     if a.longest_sequence == a.max_positions:
         return f"max_position_embeddings={a.max_positions}"
-    return f"original_max_position_embeddings={a.longest_sequence}, beyond which longrope has other frequencies for all tokens"
+    beyond = "queries grow" if a.queries_grow else "longrope has other frequencies for all tokens"
+    return f"original_max_position_embeddings={a.longest_sequence}, beyond which {beyond}"
 
 
 def _check_stages(name: str, a: Architecture, settings: Settings, found: Findings) -> None:

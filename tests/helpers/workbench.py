@@ -13,6 +13,8 @@ from tests.reference.hf_reference import Sample
 
 __all__ = ["VOCABULARY", "make_settings", "make_store"]  # for tests, which find here what a tiny run needs
 FAMILIES = family_names()
+EVERYWHERE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm3")
+"""Families that every run of the tests looks at on all layouts; the others' layouts are slow tests but for one."""
 MIXTURES = tuple(name for name in FAMILIES if family_of(name).experts)
 
 

@@ -89,6 +89,8 @@ class Architecture:
     """Whether norms multiply by 1 + weight."""
     window_rope_base: float | None = None
     """In layers with a window RoPE has this base and no scaling; None: what it has in the others."""
+    queries_grow: bool = False
+    """Whether queries beyond the original length are multiplied by more than 1, which is not computed."""
     rotary_pairs: bool = False
     """Whether RoPE turns neighbouring numbers as pairs, not those of the first and the second half."""
     sliding_window: int | None = None
@@ -124,7 +126,7 @@ class Architecture:
         LongRoPE has other frequencies for whole sequences beyond the original length: samples of a pack share theirs.
         """
         scaling = self.rope_scaling
-        if scaling is not None and scaling.kind == "longrope":
+        if scaling is not None and (scaling.kind == "longrope" or self.queries_grow):
             return min(self.max_positions, scaling.original_max_positions)
         return self.max_positions
 

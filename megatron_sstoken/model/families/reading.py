@@ -44,6 +44,18 @@ _UNDERSTOOD = frozenset(
     "layer_types".split()
 )
 
+_LACKING = {
+    "gemma2": "it caps attention scores by tanh",
+    "gemma3": "it reads images, too: gemma3_text, a model of text alone, is",
+    "mistral3": "it reads images, too: its text model alone is, as mistral or ministral3",
+    "gpt_oss": "it has attention sinks, and biases of routers and experts",
+    "deepseek_v3": "it has multi-head latent attention",
+    "kimi_k2": "it has multi-head latent attention",
+    "qwen3_next": "it has gated delta nets in place of most attention",
+    "granitemoe": "its experts come in fused tensors of all experts",
+}
+"""Models that people have → what they need and is not computed."""
+
 
 def read_architecture(hf_path: str) -> Architecture:
     """The architecture that `hf_path`/config.json describes.
@@ -71,7 +83,10 @@ def parse_architecture(config: Config, path: str) -> Architecture:
     """
     name = config.get("model_type")
     if name not in family_names():
-        raise ValueError(f"{path}: model_type={name!r} is not supported: use one of {', '.join(family_names())}")
+        lacking = f", for {_LACKING[name]}" if name in _LACKING else ""
+        raise ValueError(
+            f"{path}: model_type={name!r} is not supported{lacking}: use one of {', '.join(family_names())}"
+        )
     family = family_of(name)
     _refuse_unknown(path, config, family)
     config = family.absent | config

@@ -456,6 +456,21 @@ def test_padded_vocabulary(folder, words, multiple, tensor, padded):
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}},
             "rope type 'linear' of sliding_attention is not supported: only 'default' is",
         ),
+        (
+            LLAMA2,
+            {"model_type": "gpt_oss"},
+            "model_type='gpt_oss' is not supported, for it has attention sinks, and biases of routers and experts: use one",
+        ),
+        (
+            LLAMA2,
+            {"model_type": "ministral3", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            "rope type 'default' is not supported: only 'yarn' is",
+        ),
+        (
+            LLAMA2,
+            {"model_type": "ministral3", "rope_parameters": YARN | {"rope_theta": 1e4}},
+            "llama_4_scaling_beta=None is not supported: a number",
+        ),
         (GLM4_MOE, {"n_group": 2}, "n_group=2 is not supported: only 1 is"),
         (GLM4_MOE, {"norm_topk_prob": False}, "norm_topk_prob=False is not supported: only True is"),
         (QWEN2, {"use_mrope": True}, "use_mrope=True is not supported: only False is"),
@@ -527,7 +542,7 @@ def test_padded_vocabulary(folder, words, multiple, tensor, padded):
         (
             LLAMA2,
             {"model_type": "gemma2"},
-            "model_type='gemma2' is not supported: use one of .*llama, mistral, mixtral, ",
+            "model_type='gemma2' is not supported, for it caps attention scores by tanh: use one of .*llama, ",
         ),
         (LLAMA2, {"model_type": None}, "model_type=None is not supported"),
         (LLAMA2, {"vocab_size": None}, "vocab_size is missing"),
