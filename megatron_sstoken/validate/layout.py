@@ -87,7 +87,12 @@ def check_split(name: str, a: Architecture, settings: Settings, found: Findings)
     """Whether the layout and the sequence length fit `a`; `name` is what messages call it: model or history."""
     parallel = settings.parallel
     tensor = parallel.tensor
-    for field, number in (("num_attention_heads", a.num_attention_heads), ("intermediate_size", a.ffn_hidden_size)):
+    widths = [("num_attention_heads", a.num_attention_heads), ("intermediate_size", a.ffn_hidden_size)]
+    if a.shared_ffn_hidden_size:
+        widths.append(("n_shared_experts × moe_intermediate_size", a.shared_ffn_hidden_size))
+    if a.num_dense_layers:
+        widths.append(("intermediate_size", a.dense_ffn_hidden_size))
+    for field, number in widths:
         found.require(
             number % tensor == 0,
             f"parallel.tensor={tensor} does not divide {name}.{field}={number}: use {divisors(number)}",

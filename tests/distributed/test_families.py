@@ -107,21 +107,22 @@ def check_sharded(bench, layout, families):
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_mixture_resumes_on_another_layout(bench, tmp_path):
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+def test_a_mixture_resumes_on_another_layout(bench, tmp_path, family):
     """Two steps with experts on two ranks, two more on one: the losses and norms of four steps on one."""
     folder = bench[0]
 
-    (expected,) = run_distributed(run_training, 1, [four_steps(folder)])[0]
+    (expected,) = run_distributed(run_training, 1, [four_steps(folder, family)])[0]
     directory = str(tmp_path / "run")
-    run_distributed(train_and_save, 2, four_steps(folder, checkpoint__directory=directory, parallel__expert=2))
-    resumed = run_distributed(resume, 1, four_steps(folder, checkpoint__directory=directory))[0]
+    run_distributed(train_and_save, 2, four_steps(folder, family, checkpoint__directory=directory, parallel__expert=2))
+    resumed = run_distributed(resume, 1, four_steps(folder, family, checkpoint__directory=directory))[0]
     for found, wanted in zip(resumed, expected[2:], strict=True):
         assert found["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
         assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
 
 
-def four_steps(folder, **changes):
-    settings = settings_of(folder, "qwen3_moe", optimizer__learning_rate=3e-3, **changes)
+def four_steps(folder, family, **changes):
+    settings = settings_of(folder, family, optimizer__learning_rate=3e-3, **changes)
     settings.training.steps = 4
     return settings
 

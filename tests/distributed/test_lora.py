@@ -42,7 +42,12 @@ CASES = {
     "llama, some": ("llama", SOME, "selective", False),
     "qwen2, full recompute": ("qwen2", ALL, "full", True),
 }
-FUSED_TARGETS = {"all": ALL, "some": ["v_proj", "q_proj", "up_proj"]}
+EXPORTED = {
+    "fused": ("phi3", ALL),
+    "fused, some": ("phi3", ["v_proj", "q_proj", "up_proj"]),
+    "layers not alike": ("glm4_moe", ["q_proj", "o_proj"]),
+}
+"""Adapters that are exported otherwise than Llama's: name → family, targets."""
 STABILIZED = {"qwen2, full recompute"}
 """The cases of rsLoRA; the run that is exported is one, too."""
 NUM_STEPS, SAVED_AT = 4, 2
@@ -75,18 +80,18 @@ def lora_settings(folder, family="llama", targets=ALL, **changes):
 def on_one_process(rank, folder, adapters):
     return {
         "gradients": {"single": measure_gradients(folder, adapters, {})},
-        "fused": {name: train_fused(folder, name, targets) for name, targets in FUSED_TARGETS.items()},
+        "exported": {name: train_and_export(folder, name) for name in EXPORTED},
     }
 
 
-def train_fused(folder, name, targets):
-    """Train adapters of a model that fuses linears, and write both exports; the logits of the trained model."""
+def train_and_export(folder, name):
+    """Train adapters, and write both exports; the logits of the trained model."""
     from megatron_sstoken.conversion.hf import to_hf
     from megatron_sstoken.parallel import reset_layout
     from megatron_sstoken.training.loop import save, training_step
 
-    directory = f"{folder}/fused-{name}"
-    trainer = make_trainer(lora_settings(folder, "phi3", targets, checkpoint__directory=directory))
+    directory, (family, targets) = f"{folder}/{name}", EXPORTED[name]
+    trainer = make_trainer(lora_settings(folder, family, targets, checkpoint__directory=directory))
     for number in range(2):
         training_step(trainer, number)
         trainer.step = number + 1
@@ -322,7 +327,7 @@ def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     samples = make_samples(8, seed=3, longest=30)
     make_store(folder / "data", samples)
-    for number, family in enumerate(("llama", "qwen2", "phi3")):
+    for number, family in enumerate(("llama", "qwen2", "phi3", "glm4_moe")):
         make_model(folder / family, family, seed=number + 1)
     adapters, expected = {}, {}
     for case, (family, targets, *_) in CASES.items():
@@ -451,14 +456,14 @@ def test_exported_adapters_and_merged_model_give_megatrons_logits(two, exported)
     assert changed == set(ALL)
 
 
-@pytest.mark.parametrize("name", FUSED_TARGETS)
-def test_exports_of_fused_linears_give_megatrons_logits(bench, one, name):
-    folder, logits = bench[0], one["fused"][name][:, :99]
-    base = load_model(folder / "phi3")
+@pytest.mark.parametrize("name", EXPORTED)
+def test_exports_of_particular_linears_give_megatrons_logits(bench, one, name):
+    folder, logits = bench[0], one["exported"][name][:, :99]
+    base = load_model(folder / EXPORTED[name][0])
     with torch.no_grad():
         untrained = base(TOKENS).logits[0]
-        merged = load_model(folder / f"fused-{name}-merged")(TOKENS).logits[0]
-        adapted = PeftModel.from_pretrained(base, str(folder / f"fused-{name}-peft"))(TOKENS).logits[0]
+        merged = load_model(folder / f"{name}-merged")(TOKENS).logits[0]
+        adapted = PeftModel.from_pretrained(base, str(folder / f"{name}-peft"))(TOKENS).logits[0]
     assert (logits - untrained).abs().max() > 1e-3, "training should have changed the model"
     assert (logits - merged).abs().max() < 1e-4
     assert (logits - adapted).abs().max() < 1e-4

@@ -13,6 +13,7 @@ def weight_rules(architecture: Architecture) -> list[WeightRule]:
 register(
     Family(
         "glm4",
+        fixed={"sliding_window": None},
         biases={"attention_bias": frozenset({"qkv_bias"})},
         absent={
             "num_attention_heads": 32,

@@ -32,7 +32,7 @@ register(
     Family(
         "glm4_moe",
         # With one group of experts all compete.
-        fixed={"n_group": 1, "topk_group": 1, "norm_topk_prob": True},
+        fixed={"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "sliding_window": None},
         biases={"attention_bias": frozenset({"qkv_bias"})},
         understood=frozenset(
             "use_qk_norm first_k_dense_replace n_shared_experts routed_scaling_factor num_nextn_predict_layers "

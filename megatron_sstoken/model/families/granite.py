@@ -24,6 +24,7 @@ _MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multip
 register(
     Family(
         "granite",
+        fixed={"sliding_window": None},
         biases=ATTENTION_BIAS | MLP_BIAS,
         understood=frozenset(_MULTIPLIERS),
         absent=dict.fromkeys(_MULTIPLIERS, 1.0),

@@ -463,12 +463,16 @@ def test_padded_vocabulary(folder, words, multiple, tensor, padded):
         ),
         (
             LLAMA2,
-            {"model_type": "ministral3", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            {
+                "model_type": "ministral3",
+                "num_key_value_heads": 2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            },
             "rope type 'default' is not supported: only 'yarn' is",
         ),
         (
             LLAMA2,
-            {"model_type": "ministral3", "rope_parameters": YARN | {"rope_theta": 1e4}},
+            {"model_type": "ministral3", "num_key_value_heads": 2, "rope_parameters": YARN | {"rope_theta": 1e4}},
             "llama_4_scaling_beta=None is not supported: a number",
         ),
         (GLM4_MOE, {"n_group": 2}, "n_group=2 is not supported: only 1 is"),
@@ -618,6 +622,13 @@ def test_layers_without_rope_and_their_windows_are_those_of_transformers(folder,
     a, theirs = read_architecture(path), AutoConfig.from_pretrained(path)
     kinds = [("full_attention", "sliding_attention")[one] for one in a.windowed_layers or (False,) * 5]
     assert kinds == theirs.layer_types
+
+
+def test_sequences_end_where_queries_would_grow(folder):
+    config = tiny_config("ministral3").to_dict()
+    assert read_architecture(folder(config)).longest_sequence == 256 < config["max_position_embeddings"]
+    config["rope_parameters"] |= {"llama_4_scaling_beta": 0.0}
+    assert read_architecture(folder(config)).longest_sequence == config["max_position_embeddings"]
 
 
 def test_a_family_is_registered_once():

@@ -176,6 +176,12 @@ def test_what_does_not_fit(settings, name):
             6,
             "parallel.tensor=6 neither divides nor is a multiple of model.num_key_value_heads=4: use 1, 2 or 4",
         ),
+        (
+            {"family": "olmo2"},
+            4,
+            "parallel.tensor=4 does not divide model.num_key_value_heads=2, over all of which model.model_type=olmo2 "
+            "normalises: use 1 or 2",
+        ),
     ],
 )
 def test_tensor_parallel_against_the_model(folder, tmp_path, shape, tensor, message):
