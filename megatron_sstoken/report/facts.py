@@ -123,11 +123,12 @@ def _of_selection(run: Run) -> list[Fact]:
     if gamma is not None:
         found.append(Fact("γ", f"{gamma:g}", "Weight of rel_norm in the score; 1 − γ is that of attention."))
     if method in ATTENTION:
-        meaning = "The part of a token's attention that goes to the prompt before it, from 0 to 1; mean over the heads."
+        meaning = "The part of a token's attention that goes to the prompt, from 0 to 1: the mean over a layer's heads."
         found.append(Fact("Attention", _attention_layer(run), meaning))
     if method not in NO_HISTORY and run.settings.get("history"):
         found.append(Fact("History", _history_text(run.settings["history"]), "What a token's loss is compared with."))
-        found.append(_drift_bound(settings))
+        if settings.get("drift_bound") is not None:
+            found.append(_drift_bound(settings))
     return found
 
 
@@ -186,10 +187,10 @@ def _attention_layer(run: Run) -> str:
     chosen, number = run.setting("selection", "layer"), _num_layers(run)
     layers = chosen if isinstance(chosen, list) else [chosen]
     if layers == [-1]:
-        return f"of the last layer of {number}" if number else "of the last layer"
+        return f"last of {number} layers" if number else "last layer"
     if number and all(isinstance(one, int) for one in layers):
         names = [str(one % number) for one in layers]
-        return f"of layer{'s' if len(names) > 1 else ''} {', '.join(names)} of {number}, counted from 0"
+        return f"layer{'s' if len(names) > 1 else ''} {', '.join(names)} of {number}, counted from 0"
     return f"selection.layer = {chosen}"
 
 

@@ -164,9 +164,9 @@ def _losses(main: Run, total: StepFigures) -> str:
     of_dropped, of_kept = (main.curves.get(f"loss/{name}") for name in ("dropped", "selected"))
     if of_dropped and of_kept and of_dropped[-1][0] == of_kept[-1][0]:
         step, loss = of_dropped[-1]
-        return f"At step {step:,} their mean loss is {loss:.4g} nats, that of the kept ones {of_kept[-1][1]:.4g}"
-    kept = f", that of the kept ones {total.loss_selected / total.num_selected:.4g}" if total.num_selected else ""
-    return f"Their mean loss is {total.loss_dropped / total.num_dropped:.4g} nats{kept}"
+        return f"At step {step:,} dropped tokens have a mean loss of {loss:.4g} nats, kept ones {of_kept[-1][1]:.4g}"
+    kept = f", kept ones {total.loss_selected / total.num_selected:.4g}" if total.num_selected else ""
+    return f"Dropped tokens have a mean loss of {total.loss_dropped / total.num_dropped:.4g} nats{kept}"
 
 
 def drift_bound(main: Run) -> float | None:

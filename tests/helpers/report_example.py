@@ -67,6 +67,9 @@ def hostile() -> dict[str, Any]:
     report["samples"] = [sample | {"sample": 0}, sample | {"sample": 1, "source": HOSTILE[3]}]
     kind = {"count": 1, "selected_share": 0.5, "loss": 1.0, "history_loss": None, "change": None}
     report["types"] = [kind | {"text": text, "id": n} for n, text in enumerate(texts)]
+    report["facts"] = [{"name": text, "value": text, "meaning": text} for text in texts]
+    report["groups"] = [report["groups"][0] | {"name": text} for text in HOSTILE]
+    report["selection"]["scope"] = HOSTILE[0]
     for run in report["runs"]:
         run |= {name: "".join(HOSTILE) for name in ("name", "folder", "method", "commit", "command", "start", "ended")}
         run["changed"] = {f"{text}.{text}": text for text in HOSTILE}

@@ -50,7 +50,7 @@ def test_the_run_in_facts(tmp_path):
         "Score": "0.3 · rel_norm + 0.7 · attention",
         "ρ": "0.6 of each sample",
         "γ": "0.3",
-        "Attention": "of the last layer of 30",
+        "Attention": "last of 30 layers",
         "History": "frozen: the starting weights, which stay as they are",
         "Drift bound": "0.2 nats",
     }
@@ -66,7 +66,7 @@ def test_files_of_weights_that_belong_to_the_model_are_counted_and_no_others(tmp
 
 def test_what_is_gone_is_left_out(tmp_path):
     found = values(run(model=str(tmp_path / "gone")))
-    assert found["Model"] == f"{tmp_path.name}/gone" and found["Attention"] == "of the last layer"
+    assert found["Model"] == f"{tmp_path.name}/gone" and found["Attention"] == "last layer"
     assert "Validation" not in found and found["Training"] == "20 steps of 4"
     assert values(None).keys() == WORDS.keys()
     assert num_samples(run(), "validation") is None
@@ -95,7 +95,7 @@ def test_other_methods_have_no_settings_that_they_do_not_read(method):
     [
         ({"rho": "auto", "rho_min": 0.3, "rho_max": 0.9, "scope": "batch"}, {}, "ρ", "auto, 0.3 to 0.9, of each batch"),
         ({"rule": "threshold", "threshold": 0.4}, {}, "Threshold", "0.4"),
-        ({"layer": [0, -1]}, {}, "Attention", "of layers 0, 29 of 30, counted from 0"),
+        ({"layer": [0, -1]}, {}, "Attention", "layers 0, 29 of 30, counted from 0"),
         ({}, {"source": "snapshot"}, "History", "snapshot: a copy of the weights, renewed every 100 steps"),
         ({}, {"hf_path": "models/base"}, "History", "the weights of base"),
     ],

@@ -110,7 +110,7 @@ def test_what_is_dropped():
     said = dropping(run(), {20: step}, step, kinds, {0: " the", 1: "\u202e\n", 2: "x"})
     assert said == (
         "17.5 % of the response tokens recorded at step 20 are dropped; clearly more often: '\\u202e\\n' (75 % of 40). "
-        "Their mean loss is 2 nats, that of the kept ones 1."
+        "Dropped tokens have a mean loss of 2 nats, kept ones 1."
     )
 
 
@@ -133,7 +133,7 @@ def test_losses_of_the_dropped_are_those_that_the_charts_show():
     main = run()
     main.curves |= {"loss/dropped": [(10, 3.0), (20, 0.91972)], "loss/selected": [(10, 3.0), (20, 1.161)]}
     said = dropping(main, {10: step, 20: step}, step, kinds, {0: "a"})
-    assert said.endswith("At step 20 their mean loss is 0.9197 nats, that of the kept ones 1.161.")
+    assert said.endswith("At step 20 dropped tokens have a mean loss of 0.9197 nats, kept ones 1.161.")
     many = dropping(main, dict.fromkeys(range(10, 80, 10), step), step, kinds, {0: "a"})
     assert "recorded at 7 steps from 10 to 70 are dropped" in many
 
