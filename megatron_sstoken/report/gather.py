@@ -92,7 +92,6 @@ def gather(
             "scope": of_main.setting("selection", "scope"),
             "drift_bound": verdict.drift_bound(of_main),
         },
-        "steps": sorted({file.step for file in files}),
         "samples": samples,
         "scores": {} if sums.edges is None else {
             str(step): _histogram(one, sums.edges) for step, one in sorted(sums.steps.items())
@@ -200,6 +199,7 @@ def _sample(figures: np.void, source: str | None, loaded: dict[int, Any], texts:
     tokens = next(iter(loaded.values()))
     return {
         "sample": int(figures["sample"]),
+        "step": int(figures["step"]),
         "source": source,
         "dropped_share": significant(figures["dropped_share"]),
         "drift": significant(figures["drift"]),

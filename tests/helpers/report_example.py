@@ -54,6 +54,7 @@ def hostile() -> dict[str, Any]:
     values = [n / tokens for n in range(tokens)]
     columns = dict.fromkeys(("loss", "history_loss", "rel", "attention", "score", "entropy"), values)
     sample = {
+        "step": 60,
         "source": HOSTILE[0],
         "dropped_share": 0.5,
         "drift": 0.1,

@@ -10,7 +10,7 @@ const METRICS = [
 ];
 const NATS = ["loss", "history_loss", "rel", "entropy"]; // most are small and few are large: shaded by their root
 const SHADES = 8;
-const LEAST_OPENING = 8;
+const [LEAST_OPENING, MOST_OPENING] = [8, 512];
 const BIDI = /[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/;
 const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/;
 
@@ -24,7 +24,7 @@ function openingsOf(samples) {
   for (const sample of samples) {
     const { id, role, text } = sample.tokens;
     const end = sample.first_position === 0 ? role.findIndex(Boolean) : 0;
-    const lengths = text.flatMap((one, index) => (index < end && one.includes("\n") ? [index + 1] : []));
+    const lengths = text.slice(0, MOST_OPENING).flatMap((one, index) => (index < end && one.includes("\n") ? [index + 1] : []));
     found.set(sample, lengths.filter((length) => length >= LEAST_OPENING).map((length) => [length, id.slice(0, length).join()]));
     for (const [, key] of found.get(sample)) counts.set(key, (counts.get(key) ?? 0) + 1);
   }

@@ -2,7 +2,7 @@
 
 const PER_PAGE = 10;
 const ORDERS = [
-  ["given", "watched ones first"],
+  ["given", "watched, then striking"],
   ["dropped_share", "most dropped"],
   ["drift", "most drifted"],
   ["top_score", "highest score"],
@@ -190,11 +190,10 @@ function chosenSamples(samples, { order, search, source, onlyHere, step }) {
   return found.sort((a, b) => value(b) - value(a) || 0);
 }
 
-/** A figure that samples are ordered by, at a step: the report's is that of the whole sample at its last record. */
+/** A figure that samples are ordered by, at a step: the report has that of the whole sample, for one of its steps. */
 function figureAt(sample, name, step) {
   const { now, values } = recordsAt(sample, step);
-  const last = Math.max(...Object.keys(sample.at).map(Number));
-  return now === last ? sample[name] : figuresOfShown(sample, values)[name];
+  return now === sample.step ? sample[name] : figuresOfShown(sample, values)[name];
 }
 
 /** From where to where a metric is shaded: between its 2nd and its 98th percentile, so that few values do not take it all. */

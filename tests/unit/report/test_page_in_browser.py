@@ -271,6 +271,7 @@ def test_what_is_most_drifted_is_so_at_the_step_that_is_shown(show):
     several = [sample for sample in report["samples"] if len(sample["at"]) == 3]
     alone = next(sample for sample in report["samples"] if list(sample["at"]) == ["40"])
     alone["drift"] = 99.0  # of another step
+    several[-1] |= {"step": 40, "drift": 99.0}
 
     def drift(sample):
         at = sample["at"]["0"]
@@ -307,6 +308,9 @@ def test_what_samples_begin_with_alike_is_shown_once(show):
         assert window.panel()["Position"] == str(length)
     button.click()
     assert window.token(alike["sample"], 0).is_visible() and not button.is_visible()
+    page.locator("#search").fill("Solve the")  # what is found is shown, wherever it is
+    sync_api.expect(page.locator(".sample")).to_have_count(2)
+    assert page.locator(".hit").count() > 2 and all(hit.is_visible() for hit in page.locator(".hit").all())
 
 
 def test_controls_stay_in_sight_and_cover_nothing_that_is_pointed_at(show):

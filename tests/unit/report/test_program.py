@@ -51,7 +51,7 @@ def test_hostile_texts_pass_unharmed_and_the_form_is_the_page_s(tmp_path):
     assert by_sample[100]["tokens"]["text"] == [" "] * 4 + [*HOSTILE] * 2
     assert list(by_sample[100]["at"]) == ["10", "20"] and list(by_sample[1001]["at"]) == ["10"]
     assert {kind["text"] for kind in report["types"]} == set(HOSTILE)
-    assert report["samples"][0]["sample"] == 100
+    assert report["samples"][0]["sample"] == 100 and report["samples"][0]["step"] == 20
     assert report["notes"][0].startswith(
         "Scores and kinds of tokens are of what was recorded: 12 samples in the batches of 2 steps (one that is in several "
         "batches counts in each). Losses are of every step's whole batch, recorded or not; "
