@@ -104,7 +104,7 @@ def gather(
             "drifting": verdict.drifting(of_main, sums.steps),
         },
         "notes": [
-            *_notes(files, len(samples), choice.num_watched, sums, texts, num_validation),
+            *_notes(main, files, len(samples), choice.num_watched, sums, texts),
             *notes,
             *(note for run in runs for note in run.notes),
         ],
@@ -112,22 +112,22 @@ def gather(
 
 
 def _notes(
-    files: Sequence[RecordFile], num_shown: int, num_watched: int, sums: Sums, texts: Texts, num_validation: int | None
+    main: Run | None, files: Sequence[RecordFile], num_shown: int, num_watched: int, sums: Sums, texts: Texts
 ) -> list[str]:
     """What figures are of, and what else to know of the records."""
     if not files:
         return []
+    steps = verdict.counted(len(sums.steps), "step")
+    where = f" in the batches of {steps} (a sample that is in several counts in each)" if files[0].names_step else ""
     watched = f", {num_watched:,} of them watched" if num_watched else ""
-    steps = len(sums.steps)
-    of_validation = f"validation losses are of the {num_validation:,} validation samples" if num_validation else (
-        "validation losses are of all validation samples"
-    )  # fmt: skip
     notes = [
-        f"Scores and kinds of tokens are of what was recorded: {_count(sums.num_samples, 'sample')} in the "
-        f"{'batch of one step' if steps == 1 else f'batches of {steps:,} steps'} (one that is in several batches counts in "
-        f"each). Losses are of every step's whole batch, recorded or not; {of_validation}.",
-        f"{_count(num_shown, 'sample')} can be looked at{watched}.",
+        f"Scores and kinds of tokens are of what was recorded: {verdict.counted(sums.num_samples, 'sample')}{where}.",
+        f"{verdict.counted(num_shown, 'sample')} can be looked at{watched}.",
     ]
+    if main and main.curves:
+        notes.insert(
+            1, "Losses are of every step's whole batch, recorded or not; validation losses of all validation samples."
+        )
     if all(file.watched for file in files):
         notes.append("There are no records of training's batches: figures are those of the watched samples.")
     if not all(file.names_step for file in files):
@@ -267,10 +267,6 @@ def _groups(kinds: KindFigures, texts: Texts) -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def significant(value: float) -> float | None:

@@ -63,7 +63,7 @@ def helps(main: Run, compared: Sequence[Run], num_validation: int | None = None)
             for one in rivals
         ]
         text += f"; {' and '.join(told)}: {_conclusion(main, rivals)}"
-        on = f", validated on {_count(num_validation, 'sample')}" if num_validation else ""
+        on = f", validated on {counted(num_validation, 'sample')}" if num_validation else ""
         problems.append(f"Each is a single run of {_steps(step)}{on}: another seed may turn the order round")
     return ". ".join([text, *problems]) + "."
 
@@ -246,8 +246,9 @@ def _percent(share: float) -> str:
 
 
 def _steps(number: int) -> str:
-    return _count(number, "step")
+    return counted(number, "step")
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """The number with its noun, in the plural where it needs one."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

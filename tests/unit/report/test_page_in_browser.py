@@ -103,6 +103,7 @@ def test_it_answers_the_three_questions_and_shows_every_part(show):
     assert all(name in settings for run in report["runs"] for name in run["changed"])
     assert page.locator("#facts dd").all_text_contents() == [one["value"] for one in report["facts"] if one["value"]]
     page.get_by_text("What these words mean").click()
+    sync_api.expect(page.locator("#facts tbody tr")).to_have_count(len(report["facts"]))
     words = page.locator("#facts tbody tr").all_text_contents()
     assert words == [f"{one['name']}{one['value'] or ''}{one['meaning']}" for one in report["facts"]]
     page.get_by_text("All settings of full").click()
@@ -467,6 +468,7 @@ def test_hardware_that_was_not_there_is_not_shown(show):
     page = show(report).page
     for summary in page.locator("#settings summary").all():
         summary.click()
+    sync_api.expect(page.locator("#settings details table")).to_have_count(3)
     shown = ["hardware.gpu" in text for text in page.locator("#settings details").all_text_contents()]
     assert shown == [False, True, False]
 

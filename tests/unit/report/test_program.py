@@ -53,10 +53,11 @@ def test_hostile_texts_pass_unharmed_and_the_form_is_the_page_s(tmp_path):
     assert {kind["text"] for kind in report["types"]} == set(HOSTILE)
     assert report["samples"][0]["sample"] == 100 and report["samples"][0]["step"] == 20
     assert report["notes"][0].startswith(
-        "Scores and kinds of tokens are of what was recorded: 12 samples in the batches of 2 steps (one that is in several "
-        "batches counts in each). Losses are of every step's whole batch, recorded or not; "
+        "Scores and kinds of tokens are of what was recorded: 12 samples in the batches of 2 steps (a sample that is in "
+        "several counts in each)."
     )
-    assert report["notes"][1] == "14 samples can be looked at, 2 of them watched."
+    assert report["notes"][1].startswith("Losses are of every step's whole batch, recorded or not; ")
+    assert report["notes"][2] == "14 samples can be looked at, 2 of them watched."
     at = by_sample[100]["at"]["20"]
     assert at["loss"][:5] == [None] * 4 + [1.0] and at["rel"][6] == -0.2 and at["weight"] is None
     assert sum(report["scores"]["10"]["selected"]) == 6 * 8 and report["scores"]["10"]["threshold"] == pytest.approx(
