@@ -160,6 +160,10 @@ class KindFigures:
         ids = np.unique(np.concatenate(chosen))
         return ids[np.lexsort((ids, -count[ids]))]
 
+    def frequent(self, number: int) -> np.ndarray:
+        """The `number` most frequent ids that occur."""
+        return _highest(self["count"], number)
+
 
 def _highest(values: np.ndarray, number: int) -> np.ndarray:
     """Indices of the `number` highest values above 0, the lower index first among equals."""

@@ -8,18 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sstoken.report import verdict
+from megatron_sstoken.report import facts, verdict
 from megatron_sstoken.report.figures import COLUMNS, KindFigures, StepFigures, edges_of, sample_figures
 from megatron_sstoken.report.prepared import PreparedData
 from megatron_sstoken.report.record_files import RecordFile, data_fingerprint, score_range, whole_samples
 from megatron_sstoken.report.runs import Run, changed_settings, thinned
 from megatron_sstoken.report.shown import Choice, as_lists, load, window_of
-from megatron_sstoken.report.texts import Texts
+from megatron_sstoken.report.texts import GROUPS, Texts, group_of
 
 POINTS = 500
 """Of a curve, at most."""
 KINDS = 200
 """Most frequent kinds of tokens in the table; those dropped or drifting most come on top."""
+GROUPED = 5000
+"""Most frequent kinds of tokens whose texts are looked up to tell digits from words; the others are one more group."""
 ROOM = 3_800_000
 """Bytes of JSON that 200 samples may take, so that the page stays below 5 MB."""
 _TOKEN_BYTES, _STEP_BYTES = 18, 42
@@ -81,35 +83,51 @@ def gather(
     shown = choice.shown()
     samples, notes = _samples(files, shown, texts, data, ROOM * max(1.0, num_samples / 200))
     of_main = main or Run(name="token records", folder=files[0].path.parent, logs=files[0].path.parent)
+    num_validation = facts.num_samples(main, "validation") if main else None
     return {
         "title": title or of_main.name,
         "runs": [_describe_run(run, is_main=run is main) for run in runs],
-        "steps": sorted({file.step for file in files}),
+        "facts": facts.facts(main, facts.num_samples(main, "train") if main else None, num_validation),
+        "selection": {
+            "scope": of_main.setting("selection", "scope"),
+            "drift_bound": verdict.drift_bound(of_main),
+        },
         "samples": samples,
         "scores": {} if sums.edges is None else {
             str(step): _histogram(one, sums.edges) for step, one in sorted(sums.steps.items())
         },
         "types": _kinds(sums.kinds, kind_texts),
+        "groups": _groups(sums.kinds, texts),
         "verdict": {
-            "helps": verdict.helps(of_main, compared) if main else verdict.NO_RUN,
-            "dropping": verdict.dropping(of_main, sums.total, sums.kinds, kind_texts),
+            "helps": verdict.helps(of_main, compared, num_validation) if main else verdict.NO_RUN,
+            "dropping": verdict.dropping(of_main, sums.steps, sums.total, sums.kinds, kind_texts),
             "drifting": verdict.drifting(of_main, sums.steps),
         },
         "notes": [
-            *_notes(files, len(samples), choice.num_watched, sums, texts), *notes, *(note for run in runs for note in run.notes)
+            *_notes(main, files, len(samples), choice.num_watched, sums, texts),
+            *notes,
+            *(note for run in runs for note in run.notes),
         ],
     }  # fmt: skip
 
 
-def _notes(files: Sequence[RecordFile], num_shown: int, num_watched: int, sums: Sums, texts: Texts) -> list[str]:
-    """What to know of the records."""
+def _notes(
+    main: Run | None, files: Sequence[RecordFile], num_shown: int, num_watched: int, sums: Sums, texts: Texts
+) -> list[str]:
+    """What figures are of, and what else to know of the records."""
     if not files:
         return []
+    steps = verdict.counted(len(sums.steps), "step")
+    where = f" in the batches of {steps} (a sample that is in several counts in each)" if files[0].names_step else ""
     watched = f", {num_watched:,} of them watched" if num_watched else ""
     notes = [
-        f"{num_shown:,} samples are shown{watched}. All figures are of the {sums.num_samples:,} samples of the recorded "
-        "batches (one that is in several counts in each)."
+        f"Scores and kinds of tokens are of what was recorded: {verdict.counted(sums.num_samples, 'sample')}{where}.",
+        f"{verdict.counted(num_shown, 'sample')} can be looked at{watched}.",
     ]
+    if main and main.curves:
+        notes.insert(
+            1, "Losses are of every step's whole batch, recorded or not; validation losses of all validation samples."
+        )
     if all(file.watched for file in files):
         notes.append("There are no records of training's batches: figures are those of the watched samples.")
     if not all(file.names_step for file in files):
@@ -181,6 +199,7 @@ def _sample(figures: np.void, source: str | None, loaded: dict[int, Any], texts:
     tokens = next(iter(loaded.values()))
     return {
         "sample": int(figures["sample"]),
+        "step": int(figures["step"]),
         "source": source,
         "dropped_share": significant(figures["dropped_share"]),
         "drift": significant(figures["drift"]),
@@ -220,6 +239,34 @@ def _kinds(kinds: KindFigures, texts: dict[int, str]) -> list[dict[str, Any]]:
         }
         for one, text in texts.items()
     ]
+
+
+def _groups(kinds: KindFigures, texts: Texts) -> list[dict[str, Any]]:
+    """Digits, operators, words, others, and what is too rare to look at; [] where the records hold no text."""
+    if not texts.is_known:
+        return []
+    frequent = kinds.frequent(GROUPED)
+    names = np.array([group_of(text) for text in texts.of(frequent)])
+    parts = {name: frequent[names == name] for name in GROUPS}
+    rare = kinds["count"] > 0
+    rare[frequent] = False
+    parts["too rare to tell"] = np.flatnonzero(rare)
+    every = kinds["count"].sum()
+    found = []
+    for name, ids in parts.items():
+        count, selected = kinds["count"][ids].sum(), kinds["selected"][ids].sum()
+        if count:
+            found.append(
+                {
+                    "name": name,
+                    "count": int(count),
+                    "share": significant(count / every),
+                    "dropped": int(count - selected),
+                    "dropped_share": significant((count - selected) / count),
+                    "loss": significant(kinds["loss"][ids].sum() / count),
+                }
+            )
+    return found
 
 
 def significant(value: float) -> float | None:

@@ -1,6 +1,7 @@
 """Texts of tokens by their ids: from the records themselves, from the tokenizer, or the ids where neither is there."""
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -14,6 +15,10 @@ from megatron_sstoken.report.record_files import TEXT, RecordFile, batches
 Find: TypeAlias = Callable[[np.ndarray], dict[int, str]]
 """Ids → texts of those that it knows."""
 _BYTES = re.compile(r"(?:\\x[0-9a-f]{2})+")
+
+
+GROUPS = ("digits", "operators", "words", "other")
+_SPECIAL = re.compile(r"<[^<>\s]+>")  # <|im_end|>, </s>
 
 
 class Texts:
@@ -86,6 +91,19 @@ def learn(found: dict[int, str], missing: np.ndarray, tokens: np.ndarray, texts:
         if text is not None:
             found[one] = str(text)
             missing[one] = False
+
+
+def group_of(text: str) -> str:
+    """Of `GROUPS`: a token with a letter is a word; without one, digits if it has any, else operators if it has one."""
+    plain = text.strip()
+    if _BYTES.fullmatch(plain) or _SPECIAL.fullmatch(plain):
+        return "other"
+    if any(map(str.isalpha, plain)):
+        return "words"
+    if any(map(str.isdigit, plain)):
+        return "digits"
+    is_operator = any(character in "+-*/%^&|~=<>" or unicodedata.category(character) == "Sm" for character in plain)
+    return "operators" if is_operator else "other"
 
 
 def joined(texts: Iterable[str]) -> str:

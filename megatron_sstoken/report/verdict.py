@@ -15,9 +15,11 @@ DRIFT_BOUND = 0.2
 STEADY = 0.1
 """Part of itself by which a mean may move and still be steady."""
 SHOWN = 5
-"""Kinds of tokens that a sentence names."""
+"""Kinds of tokens, or steps, that a sentence names."""
 FEW = 20
 """Tokens of a kind that are too few to say how often the kind is dropped."""
+CLEARLY = 3.0
+"""Standard deviations by which a kind is dropped more often than the average for it to be named."""
 
 NO_RUN = "Whether selection helps cannot be said: token records alone hold no validation loss (--run and --compare name runs)."
 
@@ -38,8 +40,8 @@ class _Rival:
         return self.own - self.loss
 
 
-def helps(main: Run, compared: Sequence[Run]) -> str:
-    """Whether selection helps, by the validation losses."""
+def helps(main: Run, compared: Sequence[Run], num_validation: int | None = None) -> str:
+    """Whether selection helps, by the validation losses; `num_validation`: samples that they are of, where that is known."""
     curve = main.curves.get("loss/validation")
     if not curve:
         return (
@@ -61,6 +63,8 @@ def helps(main: Run, compared: Sequence[Run]) -> str:
             for one in rivals
         ]
         text += f"; {' and '.join(told)}: {_conclusion(main, rivals)}"
+        on = f", validated on {counted(num_validation, 'sample')}" if num_validation else ""
+        problems.append(f"Each is a single run of {_steps(step)}{on}: another seed may turn the order round")
     return ". ".join([text, *problems]) + "."
 
 
@@ -99,8 +103,12 @@ def _conclusion(main: Run, rivals: Sequence[_Rival]) -> str:
     else:
         verdict = f"the loss is {_above(against)}; a run of method “full” would say whether selection helps"
     chance = next((one for one in rivals if one.method == "random"), None)
-    if plain and chance and chance.difference >= 0:
-        verdict += f", and as many tokens drawn at random do no worse ({_above(chance)})"
+    if plain and chance:
+        if abs(chance.difference) <= MARGIN * chance.loss:
+            does = "do as well"
+        else:
+            does = "do better" if chance.difference > 0 else "do worse"
+        verdict += f", and as many tokens drawn at random {does} (this run is {_above(chance)})"
     return verdict
 
 
@@ -108,8 +116,10 @@ def _above(rival: _Rival) -> str:
     return f"{abs(rival.difference):.2g} nats {'above' if rival.difference > 0 else 'below'} “{rival.name}”"
 
 
-def dropping(main: Run, total: StepFigures, kinds: KindFigures, texts: Mapping[int, str]) -> str:
-    """What is dropped, by kinds of tokens; `texts` has those of `KindFigures.notable`."""
+def dropping(
+    main: Run, steps: Mapping[int, StepFigures], total: StepFigures, kinds: KindFigures, texts: Mapping[int, str]
+) -> str:
+    """What is dropped, and which kinds of tokens more often than others; `texts` has those of `KindFigures.notable`."""
     if main.method == "full" and not total.num_dropped:
         return "Nothing is dropped: method “full” trains on every response token."
     if not total.num_response:
@@ -118,24 +128,54 @@ def dropping(main: Run, total: StepFigures, kinds: KindFigures, texts: Mapping[i
         return f"What is dropped cannot be said: there are no token records (logging.records_every){known}."
     if not total.num_dropped:
         return f"Nothing is dropped: all {total.num_response:,} recorded response tokens are trained on."
-    ids = np.array(sorted(texts), dtype=np.int64)
-    count = kinds["count"][ids]
-    dropped = count - kinds["selected"][ids]
-    text = f"{_percent(total.dropped_share)} of the response tokens are dropped"
-    if total.num_selected:
-        kept = total.loss_selected / total.num_selected
-        text += f", at a mean loss of {total.loss_dropped / total.num_dropped:.3g} nats (kept: {kept:.3g})"
-    most = [place for place in np.argsort(-dropped, kind="stable")[:SHOWN].tolist() if dropped[place] > 0]
-    named = [f"{texts[int(ids[one])]!r} ({_percent(dropped[one] / total.num_dropped)})" for one in most]
-    text += f", mostly {', '.join(named)} of them"
-    often = np.where(count >= FEW, dropped / np.maximum(count, 1), 0.0)
-    rarely_kept = [
-        one for one in np.argsort(-often, kind="stable")[:SHOWN].tolist() if often[one] > 1.5 * total.dropped_share
+    text = f"{_percent(total.dropped_share)} of the response tokens recorded{_at(steps)} are dropped; "
+    often = [
+        f"{texts[one]!r} ({_percent(share)} of {count:,})" for one, share, count in _dropped_more(total, kinds, texts)
     ]
-    if rarely_kept:
-        named = [f"{texts[int(ids[one])]!r} ({_percent(often[one])} of {int(count[one]):,})" for one in rarely_kept[:3]]
-        text += f"; dropped more often than others: {', '.join(named)}"
-    return text + "."
+    text += f"clearly more often: {', '.join(often)}" if often else "no kind of token clearly more often than others"
+    return f"{text}. {_losses(main, total)}."
+
+
+def _at(steps: Mapping[int, StepFigures]) -> str:
+    """The steps of the records; nothing where they name none, as those of `score`."""
+    numbers = sorted(steps)
+    if not any(numbers):
+        return ""
+    if len(numbers) > SHOWN:
+        return f" at {len(numbers)} steps from {numbers[0]:,} to {numbers[-1]:,}"
+    *first, last = [f"{one:,}" for one in numbers]
+    return f" at steps {', '.join(first)} and {last}" if first else f" at step {last}"
+
+
+def _dropped_more(total: StepFigures, kinds: KindFigures, texts: Mapping[int, str]) -> list[tuple[int, float, int]]:
+    """Kinds that are dropped clearly more often than the average, those first that lose most by it: id, share, count."""
+    ids = np.array(sorted(texts), dtype=np.int64)
+    count, average = kinds["count"][ids], total.dropped_share
+    dropped = count - kinds["selected"][ids]
+    excess = dropped - average * count  # over what the average would drop
+    deviation = np.sqrt(count * average * (1 - average))
+    is_clear = (count >= FEW) & (excess > 0) & (excess >= CLEARLY * deviation)
+    chosen = [place for place in np.argsort(-excess, kind="stable").tolist() if is_clear[place]][:SHOWN]
+    return [(int(ids[one]), float(dropped[one] / count[one]), int(count[one])) for one in chosen]
+
+
+def _losses(main: Run, total: StepFigures) -> str:
+    """Mean losses of dropped and kept tokens: the last ones of the curves, which the charts show, or else the records'."""
+    of_dropped, of_kept = (main.curves.get(f"loss/{name}") for name in ("dropped", "selected"))
+    if of_dropped and of_kept and of_dropped[-1][0] == of_kept[-1][0]:
+        step, loss = of_dropped[-1]
+        return f"At step {step:,} dropped tokens have a mean loss of {loss:.4g} nats, kept ones {of_kept[-1][1]:.4g}"
+    kept = f", kept ones {total.loss_selected / total.num_selected:.4g}" if total.num_selected else ""
+    return f"Dropped tokens have a mean loss of {total.loss_dropped / total.num_dropped:.4g} nats{kept}"
+
+
+def drift_bound(main: Run) -> float | None:
+    """What drift is measured against; None where the history is another model's, the distance to which says nothing of it."""
+    other = main.setting("history", "hf_path")
+    if other and other != main.setting("model", "hf_path"):
+        return None
+    known = main.setting("selection", "drift_bound")
+    return float(known) if isinstance(known, int | float) else DRIFT_BOUND
 
 
 def drifting(main: Run, steps: Mapping[int, StepFigures]) -> str:
@@ -150,24 +190,55 @@ def drifting(main: Run, steps: Mapping[int, StepFigures]) -> str:
             return "No token is dropped, so none can drift."
         return "Whether anything drifts cannot be said: there are no history losses of dropped tokens."
     step, last = curve[-1]
-    side = f"{abs(last):.3g} nats {'above' if last > 0 else 'below'} their history losses"
-    middle_step, middle = curve[(len(curve) - 1) // 2]
-    way = "steady" if abs(last - middle) <= STEADY * abs(middle) else "rising" if last > middle else "falling"
-    text = f"Dropped tokens are {side} at step {step}"
-    if len(curve) > 1:
-        text += f" ({way}: {middle:.3g} at step {middle_step})"
-    other = main.setting("history", "hf_path")
-    if other and other != main.setting("model", "hf_path"):
+    text = f"Dropped tokens are {abs(last):.3g} nats {'above' if last > 0 else 'below'} their history losses at step {step:,}"
+    bound = drift_bound(main)
+    if bound is None:
+        other = main.setting("history", "hf_path")
         return f"{text}. The history is another model's ({other}), so the distance to it says nothing of drift."
-    known = main.setting("selection", "drift_bound")
-    bound = float(known) if isinstance(known, int | float) else DRIFT_BOUND
+    return f"{text}{_course(curve, bound)}: {_state(curve, bound)}."
+
+
+def _course(curve: Curve, bound: float) -> str:
+    """The peak, since when the curve is where it is, and where that is."""
+    last = curve[-1][1]
+    peak_step, peak = max(curve, key=lambda point: point[1])
+    if len(curve) == 1 or (last <= 0 and peak <= 0):
+        text = ""
+    elif peak == last:
+        text = ", their highest so far"
+    else:
+        text = f", after a peak of {peak:.3g} at step {peak_step:,}"
+    if last > 0 and len(curve) > 1:
+        level = bound if last > bound else 0.0
+        name = f"the bound of {bound:g} (selection.drift_bound)" if last > bound else "0"
+        text += f", and above {name} since step {_onset(curve, level):,}"
+    elif last > bound:
+        text += f", above the bound of {bound:g} (selection.drift_bound)"
     if last > bound:
-        state = "drifted, and coming back" if way == "falling" else "drifting"
-        return f"{text}, more than {bound:g} (selection.drift_bound): {state}."
-    if last <= 0:
-        return f"{text}: not drifting."
-    within = f"within the bound of {bound:g} (selection.drift_bound)"
-    return f"{text}, {within}: {'not drifting yet' if way == 'rising' and len(curve) > 1 else 'not drifting'}."
+        return text
+    return f"{text}. That is within the bound of {bound:g} (selection.drift_bound)" if last > 0 else text
+
+
+def _state(curve: Curve, bound: float) -> str:
+    last, peak = curve[-1][1], max(value for _, value in curve)
+    middle = curve[(len(curve) - 1) // 2][1]
+    is_back = last < (1 - STEADY) * peak
+    if last > bound:
+        return "drifted, and coming back" if is_back else "drifting"
+    if peak > bound:
+        return "drifted, and came back"
+    is_rising = last > 0 and not is_back and last - middle > STEADY * abs(middle)
+    return "no drift so far, but rising" if is_rising else "no drift"
+
+
+def _onset(curve: Curve, level: float) -> int:
+    """The step from which on the curve has stayed above a level; its last value is."""
+    onset = curve[-1][0]
+    for step, value in reversed(curve):
+        if value <= level:
+            break
+        onset = step
+    return onset
 
 
 def _percent(share: float) -> str:
@@ -175,4 +246,9 @@ def _percent(share: float) -> str:
 
 
 def _steps(number: int) -> str:
-    return f"{number:,} step{'' if number == 1 else 's'}"
+    return counted(number, "step")
+
+
+def counted(number: int, noun: str) -> str:
+    """The number with its noun, in the plural where it needs one."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -54,6 +54,7 @@ def hostile() -> dict[str, Any]:
     values = [n / tokens for n in range(tokens)]
     columns = dict.fromkeys(("loss", "history_loss", "rel", "attention", "score", "entropy"), values)
     sample = {
+        "step": 60,
         "source": HOSTILE[0],
         "dropped_share": 0.5,
         "drift": 0.1,
@@ -67,6 +68,9 @@ def hostile() -> dict[str, Any]:
     report["samples"] = [sample | {"sample": 0}, sample | {"sample": 1, "source": HOSTILE[3]}]
     kind = {"count": 1, "selected_share": 0.5, "loss": 1.0, "history_loss": None, "change": None}
     report["types"] = [kind | {"text": text, "id": n} for n, text in enumerate(texts)]
+    report["facts"] = [{"name": text, "value": text, "meaning": text} for text in texts]
+    report["groups"] = [report["groups"][0] | {"name": text} for text in HOSTILE]
+    report["selection"]["scope"] = HOSTILE[0]
     for run in report["runs"]:
         run |= {name: "".join(HOSTILE) for name in ("name", "folder", "method", "commit", "command", "start", "ended")}
         run["changed"] = {f"{text}.{text}": text for text in HOSTILE}

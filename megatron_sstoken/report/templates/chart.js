@@ -18,9 +18,8 @@ function linear([low, high], [from, to]) {
   return (value) => from + ((value - low) / span) * (to - from);
 }
 
-function stepScale(steps, width) {
-  const range = [steps[0], steps.at(-1)];
-  return linear(steps.length > 1 ? range : aired(range), [EDGE.left, width - EDGE.right]);
+function stepScale(range, width) {
+  return linear(range[0] < range[1] ? range : aired(range), [EDGE.left, width - EDGE.right]);
 }
 
 /** Round values inside a range, about `count` of them. */
@@ -62,55 +61,72 @@ function axes(width, height, x, y, xTicks, yTicks, shown = (value) => value) {
 }
 
 /**
- * Lines over the steps, with a legend that tells the values at the step that is pointed at, or else each line's last.
- * `series`: [{name, style, points: [[step, value], …]}], `style` a number from 0.
+ * A frame in which one of `count` places is pointed at, by pointer, finger or keys; none at rest, when keys begin at the last.
+ * `nearest` tells the place at (x, width); `show(index, isPointed)` shows it and returns what to tell aloud.
  */
-function lineChart({ title, series, height }) {
-  const steps = unique(series.flatMap((one) => one.points.map(([step]) => step))).sort((a, b) => a - b);
-  const valuesAt = series.map((one) => new Map(one.points));
-  const cursor = { index: steps.length - 1, move: () => {} };
-  const place = element("span", { class: "muted" });
-  const values = series.map(() => element("span", { class: "value" }));
-  const picture = drawnToFit((width) => drawLines(width, height, series, steps, cursor));
+function pointingFrame(label, count, nearest, show) {
+  let at = count - 1;
+  const point = (index, isPointed) => {
+    at = index;
+    frame.setAttribute("aria-valuenow", index);
+    frame.setAttribute("aria-valuetext", show(index, isPointed));
+  };
+  const pointAt = (event) => {
+    const box = frame.getBoundingClientRect();
+    point(nearest(event.clientX - box.left, box.width), true);
+  };
+  const rest = () => point(count - 1, false);
+  const moveByKey = (event) => {
+    if (!(event.key in STEPS_OF_KEYS)) return;
+    event.preventDefault();
+    point(Math.min(count - 1, Math.max(0, at + STEPS_OF_KEYS[event.key])), true);
+  };
   const frame = element("div", {
     class: "chart-frame",
     tabindex: 0,
     role: "slider",
-    "aria-label": `${title} by step`,
+    "aria-label": label,
     "aria-valuemin": 0,
-    "aria-valuemax": steps.length - 1,
-    onpointermove: (event) => pointAt(event),
-    onpointerdown: (event) => pointAt(event),
-    onpointerleave: () => show(steps.length - 1, false),
-    onkeydown: (event) => moveByKey(event),
-    onblur: () => show(steps.length - 1, false),
+    "aria-valuemax": count - 1,
+    onpointermove: pointAt,
+    onpointerdown: pointAt,
+    onpointerleave: rest,
+    onkeydown: moveByKey,
+    onblur: rest,
   });
-  frame.append(picture);
+  rest();
+  return frame;
+}
 
+/**
+ * Lines over the steps, with a legend that tells the values at the step that is pointed at, or else each line's last.
+ * `series`: [{name, style, points: [[step, value], …]}], `style` a number from 0; `range`: first and last step of the axis;
+ * `bound`: a value with a line of its own, or null.
+ */
+function lineChart({ title, series, height, range, bound }) {
+  const steps = unique(series.flatMap((one) => one.points.map(([step]) => step))).sort((a, b) => a - b);
+  const valuesAt = series.map((one) => new Map(one.points));
+  const cursor = { step: steps.at(-1), isPointed: false, move: () => {} };
+  const place = element("span", { class: "muted" });
+  const values = series.map(() => element("span", { class: "value" }));
   const ends = unique(series.map((one) => one.points.at(-1)[0]));
 
+  function nearest(at, width) {
+    const x = stepScale(range, width);
+    const distances = steps.map((step) => Math.abs(x(step) - at));
+    return distances.indexOf(Math.min(...distances));
+  }
   function show(index, isPointed) {
-    Object.assign(cursor, { index, isPointed });
+    Object.assign(cursor, { step: steps[index], isPointed });
     const shown = series.map((one, number) => figure(isPointed ? valuesAt[number].get(steps[index]) : one.points.at(-1)[1]));
     const told = series.map((one, number) => `${one.name} ${shown[number]}`);
     place.textContent = isPointed || ends.length === 1 ? `step ${figure(steps[index])}` : "each at its last step";
     values.forEach((node, number) => (node.textContent = shown[number]));
-    frame.setAttribute("aria-valuenow", index);
-    frame.setAttribute("aria-valuetext", `${place.textContent}: ${told.join("; ")}`);
     cursor.move();
+    return `${place.textContent}: ${told.join("; ")}`;
   }
-  function pointAt(event) {
-    const box = frame.getBoundingClientRect();
-    const x = stepScale(steps, box.width);
-    const distances = steps.map((step) => Math.abs(x(step) - (event.clientX - box.left)));
-    show(distances.indexOf(Math.min(...distances)), true);
-  }
-  function moveByKey(event) {
-    if (!(event.key in STEPS_OF_KEYS)) return;
-    event.preventDefault();
-    show(Math.min(steps.length - 1, Math.max(0, cursor.index + STEPS_OF_KEYS[event.key])), true);
-  }
-  show(steps.length - 1, false);
+  const frame = pointingFrame(`${title} by step`, steps.length, nearest, show);
+  frame.append(drawnToFit((width) => drawLines(width, height, series, range, bound, cursor)));
   return element(
     "figure",
     { class: "chart" },
@@ -124,23 +140,23 @@ function lineChart({ title, series, height }) {
   );
 }
 
-function drawLines(width, height, series, steps, cursor) {
-  const x = stepScale(steps, width);
-  const yRange = aired(extent(series.flatMap((one) => one.points.map(([, value]) => value))));
+function drawLines(width, height, series, range, bound, cursor) {
+  const x = stepScale(range, width);
+  const values = series.flatMap((one) => one.points.map(([, value]) => value));
+  const yRange = aired(extent([...values, bound]));
   const y = linear(yRange, [height - EDGE.bottom, EDGE.top]);
   const guide = svg("line", { class: "guide", y1: EDGE.top, y2: height - EDGE.bottom });
   const dots = series.map((one) => svg("circle", { class: `dot style-${one.style}`, r: 4 }));
-  const xTicks = ticks([steps[0], steps.at(-1)], Math.max(2, width / 90)).filter(Number.isInteger);
+  const xTicks = ticks(range, Math.max(2, width / 90)).filter(Number.isInteger);
   cursor.move = () => {
-    const step = steps[cursor.index];
     guide.setAttribute("visibility", cursor.isPointed ? "visible" : "hidden");
-    guide.setAttribute("x1", x(step));
-    guide.setAttribute("x2", x(step));
+    guide.setAttribute("x1", x(cursor.step));
+    guide.setAttribute("x2", x(cursor.step));
     series.forEach((one, number) => {
-      const point = one.points.find(([at]) => at === step);
+      const point = one.points.find(([at]) => at === cursor.step);
       const isSeen = point !== undefined && isNumber(point[1]) && (cursor.isPointed || one.points.length === 1);
       dots[number].setAttribute("visibility", isSeen ? "visible" : "hidden");
-      if (isSeen) dots[number].setAttribute("cx", x(step));
+      if (isSeen) dots[number].setAttribute("cx", x(cursor.step));
       if (isSeen) dots[number].setAttribute("cy", y(point[1]));
     });
   };
@@ -149,11 +165,19 @@ function drawLines(width, height, series, steps, cursor) {
     "svg",
     { width, height, "aria-hidden": "true" },
     axes(width, height, x, y, xTicks, ticks(yRange, Math.max(2, height / 50))),
+    isNumber(bound) ? boundLine(y(bound), width, `bound ${figure(bound)}`) : null,
     series.filter((one) => one.points.length <= FEW_POINTS).map((one) => pointMarks(one, x, y)),
     series.map((one) => svg("path", { class: `line style-${one.style}`, d: path(one.points, x, y) })).reverse(),
     guide,
     dots,
   );
+}
+
+function boundLine(y, width, text) {
+  return [
+    svg("line", { class: "threshold", x1: EDGE.left, x2: width - EDGE.right, y1: y, y2: y }),
+    svg("text", { class: "threshold-text", x: EDGE.left + 6, y: y - 5 }, text),
+  ];
 }
 
 /** Lines of few points show them. */
@@ -174,20 +198,44 @@ function swatch(style) {
   return svg("svg", { class: "swatch", width: 26, height: 10, "aria-hidden": "true" }, line);
 }
 
-/** Two counts for each interval, one upwards and one downwards, with a line at `mark`. */
-function mirroredHistogram({ edges, up, down, mark, markText, height }) {
-  return drawnToFit((width) => {
-    const x = linear([edges[0], edges.at(-1)], [EDGE.left, width - EDGE.right]);
+/**
+ * Two counts for each interval, one upwards and one downwards, with a line at `mark`. `tell(index)` says in words what an
+ * interval holds, which is shown below the picture when it is pointed at.
+ */
+function mirroredHistogram({ title, edges, up, down, mark, markText, height, tell }) {
+  const hint = "Point at a bar, or move with the arrow keys, to read it.";
+  const reading = element("p", { class: "muted small" }, hint);
+  const cursor = { index: 0, isPointed: false, move: () => {} };
+  const scale = (width) => linear([edges[0], edges.at(-1)], [EDGE.left, width - EDGE.right]);
+  const nearest = (at, width) => {
+    const index = edges.findIndex((edge) => scale(width)(edge) > at) - 1;
+    return index === -2 ? up.length - 1 : Math.max(0, index);
+  };
+  const show = (index, isPointed) => {
+    Object.assign(cursor, { index, isPointed });
+    reading.textContent = isPointed ? tell(index) : hint;
+    cursor.move();
+    return tell(index);
+  };
+  const picture = drawnToFit((width) => {
+    const x = scale(width);
     const counts = [-Math.max(0, ...down), Math.max(1, ...up)];
     const y = linear(counts, [height - EDGE.bottom, EDGE.top]);
+    const span = (index) => ({ x: x(edges[index]), width: Math.max(0.5, x(edges[index + 1]) - x(edges[index]) - 1) });
     const bar = (index, count, kind) => {
       const [low, high] = [y(0), y(count)].sort((a, b) => a - b);
-      const [left, right] = [x(edges[index]), x(edges[index + 1])];
-      return svg("rect", { class: `bar ${kind}`, x: left, width: Math.max(0.5, right - left - 1), y: low, height: high - low });
+      return svg("rect", { class: kind, ...span(index), y: low, height: high - low });
     };
+    const column = svg("rect", { class: "column", y: EDGE.top, height: height - EDGE.top - EDGE.bottom });
+    cursor.move = () => {
+      column.setAttribute("visibility", cursor.isPointed ? "visible" : "hidden");
+      for (const [name, value] of Object.entries(span(cursor.index))) column.setAttribute(name, value);
+    };
+    cursor.move();
     return svg(
       "svg",
       { width, height, "aria-hidden": "true" },
+      column,
       axes(width, height, x, y, ticks([edges[0], edges.at(-1)], Math.max(2, width / 90)), ticks(counts, height / 45), Math.abs),
       up.map((count, index) => bar(index, count, "up")),
       down.map((count, index) => bar(index, -count, "down")),
@@ -195,6 +243,9 @@ function mirroredHistogram({ edges, up, down, mark, markText, height }) {
       isNumber(mark) && mark >= edges[0] && mark <= edges.at(-1) ? threshold(x(mark), width, height, markText) : null,
     );
   });
+  const frame = pointingFrame(title, up.length, nearest, show);
+  frame.append(picture);
+  return element("div", {}, frame, reading);
 }
 
 function threshold(x, width, height, text) {

@@ -13,7 +13,16 @@ function showHead(report) {
   const others = report.runs.filter((one) => !one.is_main).map((one) => one.name);
   if (!run) return;
   const names = others.flatMap((name, index) => [index ? ", " : "", given(name)]);
-  document.getElementById("subtitle").append("Method ", given(run.method), ...(names.length ? [", compared with ", ...names] : []));
+  if (names.length) document.getElementById("subtitle").append("compared with ", ...names);
+}
+
+/** What has a value in this run in one glance, and every word's meaning on demand. */
+function showFacts(place, report) {
+  const known = report.facts.filter(({ value }) => value !== null);
+  const pairs = known.map(({ name, value }) => element("div", {}, element("dt", {}, given(name)), element("dd", {}, given(value))));
+  if (pairs.length) place.append(element("dl", {}, pairs));
+  const rows = report.facts.map(({ name, value, meaning }) => [given(name), value === null ? "" : given(value), given(meaning)]);
+  place.append(onDemand("What these words mean", () => table("Words of this page", ["Word", "In this run", "Meaning"], rows)));
 }
 
 function showVerdict(place, report) {
@@ -33,6 +42,7 @@ function main() {
   theme.addEventListener("change", () => (document.documentElement.dataset.theme = theme.value));
   showHead(report);
   const parts = {
+    facts: showFacts,
     verdict: showVerdict,
     losses: showLosses,
     scores: showScores,

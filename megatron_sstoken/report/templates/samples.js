@@ -2,14 +2,14 @@
 
 const PER_PAGE = 10;
 const ORDERS = [
-  ["given", "as in the report"],
+  ["given", "watched, then striking"],
   ["dropped_share", "most dropped"],
   ["drift", "most drifted"],
   ["top_score", "highest score"],
 ];
 const MARKINGS = [
-  ["struck", "struck"],
-  ["greyed", "greyed"],
+  ["underlined", "underlined"],
+  ["greyed", "underlined and grey"],
   ["unmarked", "not marked"],
 ];
 
@@ -18,10 +18,10 @@ function showSamples(place, report) {
     place.append(element("p", { class: "muted" }, "No token records were found: logging.records_every writes them."));
     return;
   }
-  const steps = report.steps.length ? report.steps : recordedSteps(report.samples);
+  const steps = recordedSteps(report.samples); // of the samples on the page: at others there would be nothing to see
   const view = {
-    step: steps.at(-1), metric: "score", marking: "struck", // how samples are shown
-    order: "given", search: "", source: "", onlyHere: false, page: 0, // which ones
+    step: steps.at(-1), metric: "score", marking: "underlined", // how samples are shown
+    order: "given", search: "", source: "", onlyHere: steps.length > 1, page: 0, // which ones
   };
   const panel = tokenPanel();
   const list = element("div", { class: "list" });
@@ -29,6 +29,7 @@ function showSamples(place, report) {
   const legend = element("div", { class: "legend shades" });
   const pagers = [pager(turnTo), pager(turnTo)];
   const scales = new Map();
+  const openings = openingsOf(report.samples);
   let shown = [];
 
   function scaleOf(metric) {
@@ -40,12 +41,22 @@ function showSamples(place, report) {
     const found = chosenSamples(report.samples, view);
     const pages = Math.max(1, Math.ceil(found.length / PER_PAGE));
     view.page = Math.min(view.page, pages - 1);
-    shown = found.slice(view.page * PER_PAGE, (view.page + 1) * PER_PAGE).map(makeSample);
+    shown = withOpeningsOnce(found.slice(view.page * PER_PAGE, (view.page + 1) * PER_PAGE));
     list.replaceChildren(...shown.map((one) => one.node));
     status.textContent = statusText(found.length, report.samples.length, view.page);
     pagers.forEach((one) => one.show(view.page, pages));
     panel.clear();
     repaint();
+  }
+  /** Of samples that begin alike, the first on a page shows it. */
+  function withOpeningsOnce(samples) {
+    const shownIn = new Map();
+    return samples.map((sample) => {
+      const [length, key] = openings.get(sample) ?? [];
+      const earlier = shownIn.get(key);
+      if (length && earlier === undefined) shownIn.set(key, sample.sample);
+      return makeSample(sample, length && earlier !== undefined ? { length, shownIn: earlier } : null);
+    });
   }
   /** The same samples, seen otherwise. */
   function repaint() {
@@ -61,7 +72,7 @@ function showSamples(place, report) {
   }
   function look(changes) {
     Object.assign(view, changes);
-    if (view.onlyHere && "step" in changes) change({});
+    if ("step" in changes && (view.onlyHere || view.order !== "given")) change({});
     else repaint();
   }
   function turnTo(page) {
@@ -82,7 +93,7 @@ function showSamples(place, report) {
   function moveByKey(event) {
     const found = tokenOf(event);
     if (!found || event.ctrlKey || event.metaKey || event.altKey) return;
-    const next = tokenAfter(event.key, found.one.tokens, found.index);
+    const next = tokenAfter(event.key, found.one.tokens, found.index, found.one.firstShown());
     if (next === null) return;
     event.preventDefault();
     found.one.tokens[next].focus();
@@ -99,10 +110,18 @@ function showSamples(place, report) {
   list.addEventListener("focusin", focused);
   list.addEventListener("keydown", moveByKey);
 
+  const only = element("input", { type: "checkbox", id: "only-here", checked: view.onlyHere, onchange: () => change({ onlyHere: only.checked }) });
+  const bar = element("div", { class: "bar" }, controls(report, steps, view, { change, look }), legend);
+  new ResizeObserver(() => place.style.setProperty("--bar", `${bar.offsetHeight}px`)).observe(bar); // what is below keeps clear of it
   place.append(
-    controls(report, steps, view, { change, look }),
-    legend,
-    element("div", { class: "line" }, status, pagers[0].node),
+    bar,
+    element(
+      "div",
+      { class: "line" },
+      status,
+      steps.length > 1 ? element("label", { class: "small" }, only, " only samples recorded at this step") : null,
+      pagers[0].node,
+    ),
     element("div", { class: "beside" }, list, panel.node),
     element("div", { class: "line" }, pagers[1].node),
   );
@@ -117,7 +136,6 @@ function controls(report, steps, view, { change, look }) {
   const sources = unique(report.samples.map((sample) => sample.source).filter((source) => source !== null)).sort();
   const hasEntropy = report.samples.some((sample) => Object.values(sample.at).some((values) => values.entropy));
   const metrics = METRICS.filter(([name]) => name !== "entropy" || hasEntropy);
-  const only = element("input", { type: "checkbox", id: "only-here", onchange: () => change({ onlyHere: only.checked }) });
   const find = later(() => change({ search: search.value.toLowerCase() }));
   const search = element("input", { type: "search", id: "search", autocomplete: "off", spellcheck: "false", dir: "auto", oninput: find });
   return element(
@@ -129,7 +147,6 @@ function controls(report, steps, view, { change, look }) {
     choice("order", "Order", ORDERS, view.order, (order) => change({ order })),
     sources.length > 1 ? choice("source", "Source", sourceOptions(sources), "", (source) => change({ source })) : null,
     element("label", { class: "field" }, element("span", {}, "Search text"), search),
-    steps.length > 1 ? element("label", { class: "check" }, only, " only samples recorded at this step") : null,
   );
 }
 
@@ -169,8 +186,14 @@ function chosenSamples(samples, { order, search, source, onlyHere, step }) {
       (search === "" || sample.tokens.text.join("").toLowerCase().includes(search)),
   );
   if (order === "given") return found;
-  const value = (sample) => sample[order] ?? -Infinity;
+  const value = (sample) => figureAt(sample, order, step) ?? -Infinity;
   return found.sort((a, b) => value(b) - value(a) || 0);
+}
+
+/** A figure that samples are ordered by, at a step: the report has that of the whole sample, for one of its steps. */
+function figureAt(sample, name, step) {
+  const { now, values } = recordsAt(sample, step);
+  return now === sample.step ? sample[name] : figuresOfShown(sample, values)[name];
 }
 
 /** From where to where a metric is shaded: between its 2nd and its 98th percentile, so that few values do not take it all. */
@@ -179,19 +202,23 @@ function metricScale(samples, metric) {
   const values = Float64Array.from(recorded.flat().filter(isNumber)).sort();
   if (values.length === 0) return null;
   const at = (share) => values[Math.round(share * (values.length - 1))];
-  return { low: at(0.02), high: at(0.98), power: NATS.includes(metric) ? 0.5 : 1 };
+  const [low, high] = [at(0.02), at(0.98)];
+  return { low, high, goesLower: values[0] < low, goesHigher: values.at(-1) > high, power: NATS.includes(metric) ? 0.5 : 1 };
 }
 
 function shadeLegend(view) {
   const name = METRICS.find(([metric]) => metric === view.metric)[1];
   if (view.scale === null) return [element("span", {}, `${name} was not recorded.`)];
-  const { low, high } = view.scale;
+  const { low, high, goesLower, goesHigher } = view.scale;
+  const [from, to] = [`${figure(low)}${goesLower ? " or less" : ""}`, `${figure(high)}${goesHigher ? " or more" : ""}`];
   const values = Array.from({ length: SHADES + 1 }, (_, index) => low + (index / SHADES) * (high - low));
   const cells = values.map((value) => element("span", { class: `cell ${shadeOf(value, view.scale)}` }));
   return [
-    element("span", {}, `${name} ${figure(low)} `, element("span", { class: "scale", "aria-hidden": "true" }, cells), ` ${figure(high)}`),
+    element("span", {}, `${name} ${from} `, element("span", { class: "scale", "aria-hidden": "true" }, cells), ` ${to}`),
     element("span", { class: "list", "data-marking": view.marking }, element("span", { class: "token dropped shade-2" }, "dropped")),
-    element("span", {}, element("span", { class: "token kept flipped" }, "outlined"), " flipped since the step before"),
+    element("span", {}, element("span", { class: "token kept flipped" }, "newly kept"), " ",
+      element("span", { class: "list", "data-marking": view.marking }, element("span", { class: "token dropped flipped" }, "newly dropped")),
+      " since the record before"),
     element("span", {}, element("span", { class: "token context" }, "grey"), " context"),
   ];
 }

@@ -7,13 +7,14 @@ function showSettings(place, report) {
     return;
   }
   const columns = () => ["", ...runs.map((run) => given(run.name))];
-  const names = unique(runs.flatMap((run) => Object.keys(run.changed))).sort();
+  const names = unique(runs.flatMap((run) => Object.keys(run.changed).filter((name) => isRead(run, name.split(".")[0])))).sort();
   place.append(
     names.length
       ? table("Settings that differ from their defaults", columns(), names.map((name) => changedRow(name, runs)))
       : element("p", { class: "muted" }, "No settings are known, or all have their defaults."),
     element("p", { class: "muted small" }, "Settings that differ from their defaults. ≠ marks those that the runs do not share."),
     table("Versions and circumstances", columns(), circumstances(runs)),
+    ...runs.filter((run) => run.command).map(commandOf),
     ...runs.map((run) => onDemand(["All settings of ", given(run.name)], () => allSettings(run))),
   );
 }
@@ -44,7 +45,6 @@ function circumstances(runs) {
   const facts = [
     ["Method", (run) => run.method],
     ["Folder", (run) => run.folder],
-    ["Command", (run) => run.command],
     ["Commit", (run) => run.commit],
     ["Start", (run) => run.start],
     ["End", (run) => run.end],
@@ -56,8 +56,19 @@ function circumstances(runs) {
     .map(([title, of]) => [given(title), ...runs.map((run) => given(settingText(of(run) ?? undefined)))]);
 }
 
+/** The whole command, which one click selects; its lines break between words alone, where they have room. */
+function commandOf(run) {
+  const words = run.command.split(" ").flatMap((word, index) => [index ? " " : "", element("span", {}, word)]);
+  return element("div", { class: "command" }, element("h3", {}, "Command of ", given(run.name)), element("code", { dir: "ltr" }, words));
+}
+
+/** `hardware` is what a plan assumes: beside a run without a GPU it would read as what it ran on. */
+function isRead(run, section) {
+  return section !== "hardware" || run.versions?.device !== "cpu";
+}
+
 function allSettings(run) {
-  const rows = Object.entries(run.settings ?? {}).flatMap(([section, settings]) =>
+  const rows = Object.entries(run.settings ?? {}).filter(([section]) => isRead(run, section)).flatMap(([section, settings]) =>
     Object.entries(settings ?? {}).map(([name, value]) => [given(`${section}.${name}`), given(settingText(value))]),
   );
   return table(`All settings of ${run.name}`, ["Setting", "Value"], rows);

@@ -93,10 +93,19 @@ def test_it_answers_the_three_questions_and_shows_every_part(show):
     assert page.locator("#verdict p").all_text_contents() == list(report["verdict"].values())
     assert page.locator("#notes li").all_text_contents() == report["notes"]
     assert page.locator(".chart h3").all_text_contents() == [
-        *["Validation", "All response tokens", "Selected tokens", "Dropped tokens", "Dropped − history"]
+        "Validation",
+        "All response tokens",
+        "Kept tokens",
+        "Dropped tokens",
+        "Drift: dropped tokens, loss − history loss",
     ]
     settings = page.locator("#settings table").first.text_content()
     assert all(name in settings for run in report["runs"] for name in run["changed"])
+    assert page.locator("#facts dd").all_text_contents() == [one["value"] for one in report["facts"] if one["value"]]
+    page.get_by_text("What these words mean").click()
+    sync_api.expect(page.locator("#facts tbody tr")).to_have_count(len(report["facts"]))
+    words = page.locator("#facts tbody tr").all_text_contents()
+    assert words == [f"{one['name']}{one['value'] or ''}{one['meaning']}" for one in report["facts"]]
     page.get_by_text("All settings of full").click()
     assert "explore" in page.locator("#settings details[open]").text_content()
 
@@ -123,6 +132,23 @@ def test_charts_tell_values_to_pointer_keys_and_tables(show):
     assert cells == [str(curve[0][0]), *(f"{run['curves']['loss/validation'][0][1]:.4g}" for run in report["runs"])]
 
 
+def test_charts_share_their_steps_and_drift_has_its_bound(show):
+    report = example()
+    for name, curve in report["runs"][0]["curves"].items():
+        if name != "loss/validation":
+            curve[:] = [point for point in curve if point[0] > 10]
+    page = show(report).page
+    texts = "[...one.querySelectorAll('.axes text[text-anchor=middle]')].map((text) => text.textContent)"
+    ticks = f"charts => charts.map((one) => {texts})"
+    (wide, *small) = page.eval_on_selector_all(".chart", ticks)
+    assert wide[0] == small[0][0] and all(one == small[0] for one in small)
+    drift = page.locator(".chart").last
+    assert page.locator("#losses .threshold-text").all_text_contents() == ["bound 0.2"]
+    assert 0 < drift.locator(".threshold").bounding_box()["y"] - drift.locator("svg").first.bounding_box()["y"] < 180
+    report["selection"]["drift_bound"] = None
+    assert show(report).page.locator("#losses .threshold").count() == 0
+
+
 def test_scores_of_a_step_and_their_threshold(show):
     report = example()
     report["scores"]["40"]["threshold"] = 0.25
@@ -130,6 +156,7 @@ def test_scores_of_a_step_and_their_threshold(show):
     assert f"{sum(report['scores']['60']['dropped']):,} dropped" in page.locator("#scores").text_content()
     sync_api.expect(page.locator("#scores rect.up")).to_have_count(30)
     assert page.locator("#scores .threshold").count() == 0
+    assert "each sample has a threshold of its own" in page.locator("#scores").text_content()
     page.locator("#scores-step").select_option("40")
     assert page.locator("#scores .threshold-text").text_content() == "threshold 0.25"
     page.get_by_text("Show as table", exact=True).click()
@@ -137,13 +164,58 @@ def test_scores_of_a_step_and_their_threshold(show):
     assert cells == [str(report["scores"]["40"][kind][0]) for kind in ("selected", "dropped")]
 
 
+def test_bars_of_scores_tell_what_they_hold_to_pointer_and_keys(show):
+    report = example()
+    scores = report["scores"]["60"]
+    page = show(report).page
+    frame, reading = page.locator("#scores .chart-frame"), page.locator("#scores .chart-frame + p")
+    rest = reading.text_content()
+
+    def says(index):
+        low, high = (f"{scores['edges'][place]:.4g}" for place in (index, index + 1))
+        return f"Score {low} to {high}: {scores['selected'][index]:,} kept, {scores['dropped'][index]:,} dropped"
+
+    bar = page.locator("#scores rect.up").nth(12)
+    bar.hover()
+    assert reading.text_content() == says(12)
+    page.mouse.move(0, 0)
+    assert reading.text_content() == rest
+    frame.focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    assert reading.text_content() == frame.get_attribute("aria-valuetext") == says(1)
+
+
+def test_groups_stand_above_the_kinds_which_have_a_least_count(show):
+    report = example()
+    page = show(report).page
+    group = report["groups"][0]
+    row = page.locator("#types .groups tbody tr").first.locator("th, td").all_text_contents()
+    assert row == [
+        *["digits", f"{group['count']:,}", f"{100 * group['share']:.1f}%", f"{group['dropped']:,}"],
+        *[f"{100 * group['dropped_share']:.1f}%", f"{group['loss']:.3f}"],
+    ]
+    for kind, count in zip(report["types"], [19, 20, 99, 100], strict=False):
+        kind |= {"count": count, "selected_share": 0.0, "change": -0.0003}
+    page = show(report).page
+    shown = "#types .types tbody .lone"
+    page.get_by_role("button", name="Share dropped").click()
+    texts = [kind["text"] for kind in report["types"][:4]]
+    assert sorted(page.locator(shown).all_text_contents()[:3]) == sorted(texts[1:4])
+    page.get_by_label("Tokens that occur").select_option("1")
+    assert sorted(page.locator(shown).all_text_contents()[:4]) == sorted(texts)
+    page.get_by_label("Tokens that occur").select_option("100")
+    assert page.locator(shown).first.text_content() == texts[3]
+    assert page.locator("#types .types tbody td:last-child").first.text_content() == "no change"
+
+
 def test_kinds_are_sorted_by_any_heading(show):
     report = example()
     page = show(report).page
-    first = "#types tbody tr:first-child th .lone"
+    first = "#types .types tbody tr:first-child th .lone"
     most = max(report["types"], key=lambda kind: kind["count"] * (1 - kind["selected_share"]))
     assert page.locator(first).text_content() == most["text"]
-    page.get_by_role("button", name="Kept").click()
+    page.get_by_role("button", name="Share dropped").click()
     least = min(report["types"], key=lambda kind: kind["selected_share"])
     assert page.locator(first).text_content() == least["text"]
     page.get_by_role("button", name="Change").click()
@@ -151,7 +223,7 @@ def test_kinds_are_sorted_by_any_heading(show):
     assert page.locator(first).text_content() == worst["text"]
     assert page.locator("#types th[aria-sort=descending]").text_content() == "Change"
     page.get_by_role("button", name=f"Show all {len(report['types'])}").click()
-    assert page.locator("#types tbody tr").count() == len(report["types"])
+    assert page.locator("#types .types tbody tr").count() == len(report["types"])
 
 
 def test_the_slider_shows_each_step_and_what_flipped(show):
@@ -179,9 +251,80 @@ def test_the_slider_shows_each_step_and_what_flipped(show):
                 "nodes => nodes.map((node) => [Number(node.closest('.sample').dataset.sample), Number(node.dataset.index)])",
             )
             assert {tuple(pair) for pair in found if pair[0] in several} == {p for p in expected if p[0] in several}
+        told = dict(
+            window.page.eval_on_selector_all(
+                ".sample",
+                "nodes => nodes.map((node) => [node.dataset.sample, node.querySelector('.facts').textContent])",
+            )
+        )
+        for sample in report["samples"]:
+            if step in sample["at"]:
+                ending = f"step {step}" if len(sample["at"]) > 1 else f"recorded at step {step} alone"
+                assert told[str(sample["sample"])].endswith(f" · {ending}")
         window.page.keyboard.press("ArrowLeft")
-    window.page.get_by_label("only samples recorded at this step").check()
     assert set(window.shown_samples()) == {s["sample"] for s in report["samples"] if "0" in s["at"]}
+    window.page.get_by_label("only samples recorded at this step").uncheck()
+    assert set(window.shown_samples()) == {s["sample"] for s in report["samples"]}
+
+
+def test_what_is_most_drifted_is_so_at_the_step_that_is_shown(show):
+    report = example()
+    several = [sample for sample in report["samples"] if len(sample["at"]) == 3]
+    alone = next(sample for sample in report["samples"] if list(sample["at"]) == ["40"])
+    alone["drift"] = 99.0  # of another step
+    several[-1] |= {"step": 40, "drift": 99.0}
+
+    def drift(sample):
+        at = sample["at"]["0"]
+        columns = zip(at["loss"], at["history_loss"], at["selected"], strict=True)
+        changes = [loss - history for loss, history, kept in columns if loss is not None and not kept]
+        return sum(changes) / len(changes)
+
+    window = show(report)
+    window.page.locator("#order").select_option("drift")
+    assert alone["sample"] not in window.shown_samples()
+    window.page.locator("#step").focus()
+    window.page.keyboard.press("Home")
+    assert window.shown_samples() == [one["sample"] for one in sorted(several, key=drift, reverse=True)]
+
+
+def test_what_samples_begin_with_alike_is_shown_once(show):
+    report = example()
+    sample, alike = [
+        one for one in report["samples"] if "".join(one["tokens"]["text"]).startswith("<|im_start|>system\nSolve")
+    ]
+    window = show(report)
+    page = window.page
+    button = page.locator(f"[data-sample='{alike['sample']}'] .opening")
+    assert re.fullmatch(rf"\d+ tokens as in sample {sample['sample']}", button.text_content())
+    length = int(button.text_content().split()[0])
+    assert alike["tokens"]["id"][:length] == sample["tokens"]["id"][:length] and not any(
+        alike["tokens"]["role"][:length]
+    )
+    assert page.locator(f"[data-sample='{sample['sample']}'] .opening").count() == 0
+    assert not window.token(alike["sample"], 0).is_visible() and window.token(alike["sample"], length).is_visible()
+    window.token(alike["sample"], length + 2).focus()
+    for key in ("Home", "ArrowLeft", "ArrowUp"):
+        page.keyboard.press(key)
+        assert window.panel()["Position"] == str(length)
+    button.click()
+    assert window.token(alike["sample"], 0).is_visible() and not button.is_visible()
+    page.locator("#search").fill("Solve the")  # what is found is shown, wherever it is
+    sync_api.expect(page.locator(".sample")).to_have_count(2)
+    assert page.locator(".hit").count() > 2 and all(hit.is_visible() for hit in page.locator(".hit").all())
+
+
+def test_controls_stay_in_sight_and_cover_nothing_that_is_pointed_at(show):
+    page = show(example_of_many(23)).page
+    last = page.locator(".sample").last.locator(".token").last
+    last.focus()
+    bar = page.locator(".bar").bounding_box()
+    assert 0 <= bar["y"] < 5 and page.locator("#step").is_visible()
+    for _ in range(12):
+        page.keyboard.press("ArrowUp")
+        tops = page.evaluate("document.activeElement.getBoundingClientRect().top")
+        assert tops >= bar["height"]
+    assert page.locator(".panel").bounding_box()["y"] >= bar["height"]
 
 
 def test_filters_order_search_and_pages(show):
@@ -191,6 +334,7 @@ def test_filters_order_search_and_pages(show):
     report["samples"][7]["source"], report["samples"][8]["source"] = "books", "web"
     window = show(report)
     page = window.page
+    page.get_by_label("only samples recorded at this step").uncheck()
     assert window.shown_samples() == list(range(10))
     page.get_by_role("button", name="Next").first.click()
     assert window.shown_samples() == list(range(10, 20))
@@ -255,11 +399,78 @@ def test_shades_follow_the_metric_and_marks_the_choice(show):
         by_value = [shade for _, shade in sorted(zip(map(abs, values), shades, strict=True))]
         assert by_value == sorted(by_value) and len(set(shades)) > 2
         assert ["below" in names for names in classes] == [value < 0 for value in values]
-    dropped = window.page.locator(".list .dropped").last
-    for marking, line in (("struck", "line-through"), ("greyed", "underline"), ("unmarked", "none")):
+    dropped = window.page.locator(".beside .dropped").last
+    for marking, is_marked in (("underlined", True), ("greyed", True), ("unmarked", False)):
         window.page.locator("#marking").select_option(marking)
-        assert dropped.evaluate("node => getComputedStyle(node).textDecorationLine") == line
+        style = dropped.evaluate(
+            "node => { const style = getComputedStyle(node);"
+            " return [style.textDecorationLine, style.backgroundImage, style.backgroundSize, style.paddingBlockEnd]; }"
+        )
+        assert style[0] == "none" and ("gradient" in style[1]) == is_marked
+        if is_marked:  # narrower than the token, and in the space below its glyphs
+            assert style[2] == "calc(100% - 3px) 2px" and float(style[3].removesuffix("px")) >= 4
     assert dropped.get_attribute("role") == "deletion"
+
+
+def test_the_legend_tells_the_ends_of_the_scale_and_both_outlines(show):
+    report = example()
+    page = show(report).page
+    legend = page.locator(".shades")
+    values = sorted(v for s in report["samples"] for at in s["at"].values() for v in at["score"] if v is not None)
+    low, high = (values[round(share * (len(values) - 1))] for share in (0.02, 0.98))
+    assert values[0] < low and values[-1] > high
+    assert f"Score {low:.4g} or less" in legend.text_content() and f"{high:.4g} or more" in legend.text_content()
+    styles = {
+        one.text_content(): one.evaluate("node => getComputedStyle(node).outlineStyle")
+        for one in legend.locator(".flipped").all()
+    }
+    assert styles == {"newly kept": "solid", "newly dropped": "dashed"}
+    for sample in report["samples"]:
+        for at in sample["at"].values():
+            at["score"] = [None if value is None else 0.5 for value in at["score"]]
+    assert "or " not in show(report).page.locator(".shades").text_content()
+
+
+def test_only_what_was_recorded_of_a_token_is_told(show):
+    report = example()
+    sample = report["samples"][0]
+    window = show(report)
+    window.token(sample["sample"], len(sample["tokens"]["text"]) - 1).hover()
+    assert sample["at"]["60"]["weight"] is None and "Weight" not in window.panel() and "Entropy" in window.panel()
+    sample["at"]["60"]["weight"] = [0.25] * len(sample["tokens"]["text"])
+    window = show(report)
+    window.token(sample["sample"], len(sample["tokens"]["text"]) - 1).hover()
+    assert window.panel()["Weight"] == "0.25"
+
+
+def test_commands_are_whole_and_break_between_words_alone(show):
+    report = example()
+    command = "python -m megatron_sstoken.train " + " ".join(
+        f"--section.name_of_a_setting_{n}=a/b/c-{n}" for n in range(60)
+    )
+    report["runs"][0]["command"] = command
+    for viewport in (WIDE, PHONE):
+        window = show(report, viewport=viewport)
+        code = window.page.locator(".command code").first
+        assert code.text_content() == command and window.overflow() == 0
+        assert code.evaluate("node => node.scrollHeight <= node.clientHeight && node.scrollWidth <= node.clientWidth")
+        words = "nodes => nodes.every((node) => node.getBoundingClientRect().height < 30)"
+        assert viewport is PHONE or code.locator("span").evaluate_all(words)
+        code.click()
+        assert window.page.evaluate("getSelection().toString()").split() == command.split()
+
+
+def test_hardware_that_was_not_there_is_not_shown(show):
+    report = example()
+    report["runs"][1]["versions"]["device"] = "NVIDIA H100"
+    for run in report["runs"]:
+        run["settings"]["hardware"] = {"gpu": "h100"}
+    page = show(report).page
+    for summary in page.locator("#settings summary").all():
+        summary.click()
+    sync_api.expect(page.locator("#settings details table")).to_have_count(3)
+    shown = ["hardware.gpu" in text for text in page.locator("#settings details").all_text_contents()]
+    assert shown == [False, True, False]
 
 
 def test_text_is_copied_as_it_is(show):

@@ -51,8 +51,13 @@ def test_hostile_texts_pass_unharmed_and_the_form_is_the_page_s(tmp_path):
     assert by_sample[100]["tokens"]["text"] == [" "] * 4 + [*HOSTILE] * 2
     assert list(by_sample[100]["at"]) == ["10", "20"] and list(by_sample[1001]["at"]) == ["10"]
     assert {kind["text"] for kind in report["types"]} == set(HOSTILE)
-    assert report["samples"][0]["sample"] == 100
-    assert report["notes"][0].startswith("14 samples are shown, 2 of them watched. All figures are of the 12 samples")
+    assert report["samples"][0]["sample"] == 100 and report["samples"][0]["step"] == 20
+    assert report["notes"][0].startswith(
+        "Scores and kinds of tokens are of what was recorded: 12 samples in the batches of 2 steps (a sample that is in "
+        "several counts in each)."
+    )
+    assert report["notes"][1].startswith("Losses are of every step's whole batch, recorded or not; ")
+    assert report["notes"][2] == "14 samples can be looked at, 2 of them watched."
     at = by_sample[100]["at"]["20"]
     assert at["loss"][:5] == [None] * 4 + [1.0] and at["rel"][6] == -0.2 and at["weight"] is None
     assert sum(report["scores"]["10"]["selected"]) == 6 * 8 and report["scores"]["10"]["threshold"] == pytest.approx(
@@ -60,7 +65,8 @@ def test_hostile_texts_pass_unharmed_and_the_form_is_the_page_s(tmp_path):
     )
     model = example()
     assert report.keys() == model.keys()
-    for name in ("samples", "types", "runs"):
+    assert report["selection"].keys() == model["selection"].keys()
+    for name in ("samples", "types", "groups", "facts", "runs"):
         assert model[name][0].keys() <= report[name][0].keys()
     json.dumps(report, allow_nan=False)
 
@@ -78,6 +84,32 @@ def test_a_page_has_room_for_what_it_shows(tmp_path, monkeypatch, token_bytes, s
     assert 100_000 < len(json.dumps(report["samples"], separators=(",", ":"))) <= 400_000
     assert any("long samples are cut to" in note for note in report["notes"])
     assert all(one["is_cut"] and one["num_response"] == 600 for one in report["samples"])
+
+
+def test_groups_of_tokens_are_of_all_that_was_recorded(tmp_path, monkeypatch):
+    texts = {0: "12", 1: " =", 2: " pears", 3: ".\n", 4: "<|im_end|>", 5: "\\xe2\\x80", 6: "7"}
+    tokens = [Token(9, role=0, text="?"), *(Token(n, loss=n, selected=n > 1, text=text) for n, text in texts.items())]
+    file = write_file(tmp_path / "step_0000001.parquet", [(0, tokens), (1, tokens[:6])])
+    files = find_records(file)
+    found = {one["name"]: one for one in gather([], files, texts_in_records(files))["groups"]}
+    assert {name: (one["count"], one["dropped"], one["loss"]) for name, one in found.items()} == {
+        "digits": (3, 2, 2.0),
+        "operators": (2, 2, 1.0),
+        "words": (2, 0, 2.0),
+        "other": (5, 0, 3.8),
+    }
+    assert found["digits"]["share"] == 0.25 and found["digits"]["dropped_share"] == 0.6667
+    assert gather([], files, Texts(None))["groups"] == []
+    monkeypatch.setattr(gathering, "GROUPED", 3)
+    found = {one["name"]: one["count"] for one in gather([], files, texts_in_records(files))["groups"]}
+    assert found == {"digits": 2, "operators": 2, "words": 2, "too rare to tell": 6}
+
+
+def test_the_facts_of_a_run_need_no_torch_either(tmp_path):
+    folder = make_run(tmp_path / "run", steps=(10,))
+    settings = {"selection": {"method": "sstoken"}, "model": {"hf_path": "none"}, "data": {"validation": "none"}}
+    (folder / "run.json").write_text(json.dumps({"starts": [{"settings": settings}]}))
+    assert_no_torch(folder, tmp_path)
 
 
 def test_without_texts_ids_are_shown_and_that_is_told(tmp_path):
@@ -161,7 +193,10 @@ def test_the_tool_is_the_same_program(tmp_path, monkeypatch):
 
 def test_records_with_texts_need_no_torch(tmp_path):
     """Whose import takes more time and memory than all else."""
-    folder = make_run(tmp_path / "run", steps=(10,))
+    assert_no_torch(make_run(tmp_path / "run", steps=(10,)), tmp_path)
+
+
+def assert_no_torch(folder, tmp_path):
     code = (
         "import sys; from megatron_sstoken.report.program import main; "
         f"code = main(['--run', {str(folder)!r}, '--output', {str(tmp_path / 'p.html')!r}]); "

@@ -27,7 +27,7 @@ MAIN = run(validation=[(0, 2.5), (20, 1.5), (40, 1.204)])
             MAIN,
             [run("full", "full", [(40, 1.187)])],
             "Validation loss is 1.204 after 40 steps (2.5 before training); “full” has 1.187: selection does not help here "
-            "(0.017 nats above “full”).",
+            "(0.017 nats above “full”). Each is a single run of 40 steps: another seed may turn the order round.",
         ),
         (MAIN, [run("all", "full", [(40, 1.3)])], "“all” has 1.3: selection helps here (0.096 nats below “all”)."),
         (MAIN, [run("full", "full", [(40, 1.2)])], "no difference that one seed could show (0.004 nats above “full”)."),
@@ -45,7 +45,17 @@ MAIN = run(validation=[(0, 2.5), (20, 1.5), (40, 1.204)])
         (
             MAIN,
             [run("full", "full", [(40, 1.1)]), run("random", "random", [(40, 1.15)])],
-            "and as many tokens drawn at random do no worse (0.054 nats above “random”).",
+            "and as many tokens drawn at random do better (this run is 0.054 nats above “random”).",
+        ),
+        (
+            MAIN,
+            [run("full", "full", [(40, 1.1)]), run("random", "random", [(40, 1.2)])],
+            "and as many tokens drawn at random do as well (this run is 0.004 nats above “random”).",
+        ),
+        (
+            MAIN,
+            [run("full", "full", [(40, 1.3)]), run("random", "random", [(40, 1.25)])],
+            "and as many tokens drawn at random do worse (this run is 0.046 nats below “random”).",
         ),
         (MAIN, [run("random", "random", [(40, 1.3)])], "a run of method “full” would say whether selection helps."),
         (MAIN, [], "cannot be said: no run to compare with was given (--compare)."),
@@ -61,6 +71,13 @@ MAIN = run(validation=[(0, 2.5), (20, 1.5), (40, 1.204)])
 )  # fmt: skip
 def test_whether_selection_helps(main, compared, says):
     assert says in helps(main, compared)
+
+
+def test_what_a_single_run_can_show_is_told():
+    rival = run("full", "full", [(40, 1.0)])
+    caution = "Each is a single run of 40 steps, validated on 1,319 samples: another seed may turn the order round."
+    assert helps(MAIN, [rival], 1319).endswith(caution)
+    assert "single run" not in helps(MAIN, [], 1319)
 
 
 @pytest.mark.parametrize(("step", "data"), [(40, "b"), (60, "a")])
@@ -90,39 +107,77 @@ def sums(kinds):
 
 def test_what_is_dropped():
     step, kinds = sums({0: (95, 5), 1: (10, 30), 2: (60, 0)})
-    said = dropping(run(), step, kinds, {0: " the", 1: "\u202e\n", 2: "x"})
+    said = dropping(run(), {20: step}, step, kinds, {0: " the", 1: "\u202e\n", 2: "x"})
     assert said == (
-        "17.5 % of the response tokens are dropped, at a mean loss of 2 nats (kept: 1), mostly '\\u202e\\n' (85.7 %), ' the' "
-        "(14.3 %) of them; dropped more often than others: '\\u202e\\n' (75 % of 40)."
+        "17.5 % of the response tokens recorded at step 20 are dropped; clearly more often: '\\u202e\\n' (75 % of 40). "
+        "Dropped tokens have a mean loss of 2 nats, kept ones 1."
     )
+
+
+def test_frequent_kinds_are_named_only_if_they_are_dropped_clearly_more_often_than_others():
+    """Not by how many of them are dropped, nor where chance may explain it, nor where there are few."""
+    step, kinds = sums({0: (3000, 2000), 1: (60, 140), 2: (55, 45), 3: (1, 18), 4: (190, 110)})
+    said = dropping(run(), {20: step}, step, kinds, {0: "often", 1: "clear", 2: "chance", 3: "few", 4: "less"})
+    assert "clearly more often: 'clear' (70 % of 200). " in said
+    step, kinds = sums({0: (300, 200), 1: (60, 40)})
+    said = dropping(run(), {5: step, 10: step}, step, kinds, {0: "a", 1: "b"})
+    assert "recorded at steps 5 and 10 are dropped; no kind of token clearly more often than others." in said
+    step, kinds = sums({0: (0, 50), 1: (0, 50)})
+    assert "100 % of the response tokens recorded are dropped; no kind" in dropping(
+        run(), {0: step}, step, kinds, {0: "a"}
+    )
+
+
+def test_losses_of_the_dropped_are_those_that_the_charts_show():
+    step, kinds = sums({0: (95, 5)})
+    main = run()
+    main.curves |= {"loss/dropped": [(10, 3.0), (20, 0.91972)], "loss/selected": [(10, 3.0), (20, 1.161)]}
+    said = dropping(main, {10: step, 20: step}, step, kinds, {0: "a"})
+    assert said.endswith("At step 20 dropped tokens have a mean loss of 0.9197 nats, kept ones 1.161.")
+    many = dropping(main, dict.fromkeys(range(10, 80, 10), step), step, kinds, {0: "a"})
+    assert "recorded at 7 steps from 10 to 70 are dropped" in many
 
 
 def test_a_run_that_selects_nothing_drops_nothing():
     full = run(method="full", drift=[(10, 1.0)])
-    assert "method “full” trains on every response token" in dropping(full, StepFigures(), KindFigures(), {})
+    assert "method “full” trains on every response token" in dropping(full, {}, StepFigures(), KindFigures(), {})
     assert drifting(full, {}) == "No token is dropped, so none can drift."
 
 
 def test_nothing_to_say_of_what_is_dropped():
-    assert "Nothing is dropped: all 7" in dropping(run(), *sums({0: (7, 0)}), {0: "a"})
-    nothing = dropping(run(), StepFigures(), KindFigures(), {})
+    assert "Nothing is dropped: all 7" in dropping(run(), {}, *sums({0: (7, 0)}), {0: "a"})
+    nothing = dropping(run(), {}, StepFigures(), KindFigures(), {})
     assert nothing == "What is dropped cannot be said: there are no token records (logging.records_every)."
     main = run()
     main.curves["selection/share"] = [(3, 0.75)]
-    assert "; 25 % were dropped at step 3." in dropping(main, StepFigures(), KindFigures(), {})
+    assert "; 25 % were dropped at step 3." in dropping(main, {}, StepFigures(), KindFigures(), {})
 
 
 @pytest.mark.parametrize(
     ("curve", "settings", "says"),
     [
-        ([(10, 0.1), (20, 0.31)], {}, "above their history losses at step 20 (rising: 0.1 at step 10), more than 0.2"),
-        ([(10, 0.1), (20, 0.31)], {}, "(selection.drift_bound): drifting."),
-        ([(10, 0.5), (20, 0.3)], {}, "drifted, and coming back."),
-        ([(10, 0.32), (20, 0.31)], {}, "(steady: 0.32 at step 10), more than 0.2 (selection.drift_bound): drifting."),
-        ([(10, 0.05), (20, 0.15)], {}, "within the bound of 0.2 (selection.drift_bound): not drifting yet."),
-        ([(10, 0.15), (20, 0.15)], {}, "(steady: 0.15 at step 10), within the bound of 0.2 (selection.drift_bound): not"),
-        ([(10, -0.1), (20, -0.2)], {}, "0.2 nats below their history losses at step 20 (falling: -0.1 at step 10): not"),
-        ([(20, 0.3)], {"selection": {"drift_bound": 0.5}}, "at step 20, within the bound of 0.5"),
+        (
+            [(5, 0.1), (10, 0.15), (15, 0.25), (20, 0.31)], {},
+            "Dropped tokens are 0.31 nats above their history losses at step 20, their highest so far, and above the bound of "
+            "0.2 (selection.drift_bound) since step 15: drifting.",
+        ),
+        ([(10, 0.5), (15, 0.1), (20, 0.3)], {}, ", after a peak of 0.5 at step 10, and above the bound of 0.2 "
+         "(selection.drift_bound) since step 20: drifted, and coming back."),
+        ([(10, 0.32), (20, 0.31)], {}, "after a peak of 0.32 at step 10, and above the bound of 0.2 (selection.drift_bound) "
+         "since step 10: drifting."),
+        (
+            [(2, 0.0), (3, 0.01), (10, 0.0771), (15, 0.137), (20, 0.114)], {},
+            "Dropped tokens are 0.114 nats above their history losses at step 20, after a peak of 0.137 at step 15, and above "
+            "0 since step 3. That is within the bound of 0.2 (selection.drift_bound): no drift.",
+        ),
+        ([(10, 0.05), (20, 0.15)], {}, "their highest so far, and above 0 since step 10. That is within the bound of 0.2 "
+         "(selection.drift_bound): no drift so far, but rising."),
+        ([(10, 0.15), (20, 0.15)], {}, "(selection.drift_bound): no drift."),
+        ([(10, 0.3), (20, 0.1)], {}, "within the bound of 0.2 (selection.drift_bound): drifted, and came back."),
+        ([(10, -0.1), (20, -0.2)], {}, "0.2 nats below their history losses at step 20: no drift."),
+        ([(10, 0.1), (20, -0.2)], {}, "0.2 nats below their history losses at step 20, after a peak of 0.1 at step 10: no "),
+        ([(20, 0.3)], {"selection": {"drift_bound": 0.5}}, "at step 20. That is within the bound of 0.5"),
+        ([(20, 0.3)], {}, "at step 20, above the bound of 0.2 (selection.drift_bound): drifting."),
         ([(20, 0.3)], {"history": {"hf_path": "b"}, "model": {"hf_path": "a"}}, "another model's (b), so the distance"),
         ([(20, 0.3)], {"history": {"hf_path": "a"}, "model": {"hf_path": "a"}}, "drifting."),
         ([], {}, "cannot be said: there are no history losses"),
@@ -138,5 +193,5 @@ def test_without_a_curve_the_records_tell():
     early = StepFigures(num_dropped=2, change_dropped=0.2, num_changed=2)
     late = StepFigures(num_dropped=2, change_dropped=1.0, num_changed=2)
     said = drifting(run(), {20: late, 10: early})
-    assert "0.5 nats above their history losses at step 20 (rising: 0.1 at step 10)" in said
+    assert "0.5 nats above their history losses at step 20, their highest so far, and above the bound" in said
     assert drifting(run(), {1: StepFigures(num_selected=3)}) == "No token is dropped, so none can drift."
