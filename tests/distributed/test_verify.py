@@ -17,7 +17,7 @@ from megatron_sstoken.model.families import reading, registry
 from megatron_sstoken.parallel import reset_layout
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.toy import make_tokenizer
-from tests.helpers.workbench import EVERYWHERE, FAMILIES, MIXTURES, make_model
+from tests.helpers.workbench import EVERYWHERE, FAMILIES, MIXTURES, PARTICULAR, make_model
 
 LAYOUTS = {
     "single": (1, [], []),
@@ -80,12 +80,13 @@ def folder(tmp_path_factory):
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_family_passes(folder, layout):
-    check_all(folder, layout, tuple(MODELS) if layout in ("single", "tp2-pp2") else EVERYWHERE)
+    further = {"single": FAMILIES + tuple(VARIANTS), "tp2-pp2": PARTICULAR + tuple(VARIANTS)}.get(layout, ())
+    check_all(folder, layout, tuple(dict.fromkeys(EVERYWHERE + further)))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "tp2-pp2"])
 def test_the_other_families_pass_elsewhere(folder, layout):
     check_all(folder, layout, tuple(name for name in FAMILIES if name not in EVERYWHERE))
 

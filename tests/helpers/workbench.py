@@ -14,7 +14,9 @@ from tests.reference.hf_reference import Sample
 __all__ = ["VOCABULARY", "make_settings", "make_store"]  # for tests, which find here what a tiny run needs
 FAMILIES = family_names()
 EVERYWHERE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm3")
-"""Families that every run of the tests looks at on all layouts; the others' layouts are slow tests but for one."""
+"""Families that every run of the tests looks at on all layouts; what others do on layouts, slow tests look at."""
+PARTICULAR = ("gemma3_text", "glm4_moe", "olmo3")
+"""Of the others those that are looked at on one layout, with tensor and pipeline parallel."""
 MIXTURES = tuple(name for name in FAMILIES if family_of(name).experts)
 
 
