@@ -39,6 +39,7 @@ ALONE = {family: (family, {}) for family in FAMILIES} | {
     "some adapters, dropout, full recompute": ("qwen3", SOME_ADAPTERS | FULL),
     "bf16": ("qwen2", {"training__precision": "bf16"}),
     "bf16, adapters": ("llama", ADAPTERS | {"training__precision": "bf16"}),
+    "adapters, no norms before linears": ("olmo2", ADAPTERS),
     "adapters of a mixture": ("qwen3_moe", ADAPTERS | {"lora__targets": ["q_proj", "o_proj"]}),
 }
 TOGETHER = {
@@ -57,6 +58,9 @@ TOGETHER = {
     "some adapters, dropout, tp2-sequence, full recompute": ("llama", SOME_ADAPTERS | SEQUENCE | FULL),
     "adapters, pp2, full recompute": ("llama", ADAPTERS | {"parallel__pipeline": 2} | FULL),
     "tp2-sequence, mixture": ("qwen3_moe", SEQUENCE),
+    "tp2-sequence, mixture, layers not alike": ("glm4_moe", SEQUENCE),
+    "tp2-sequence, two rotaries": ("olmo3", SEQUENCE),
+    "adapters, tp2-sequence, no norms before linears": ("olmo2", ADAPTERS | SEQUENCE),
 }
 
 
