@@ -284,7 +284,10 @@ def use_model(place: Place, use: str, model: str) -> tuple[int, str]:
 WEIGHTS = ("model.hf_path", "history.hf_path", "score", "from-hf", "verify")
 MODELS = {  # payload → the programs that meet it, and what they say
     model_with_classes_of_its_own: ((*WEIGHTS, "to-hf", "plan"), "the field auto_map="),
-    model_of_pickled_weights: (WEIGHTS, "pickled .bin weights are not read"),
+    model_of_pickled_weights: (
+        WEIGHTS,
+        "pytorch_model.bin is not read: it is damaged, older than torch 1.6, or holds more than tensors",
+    ),
     index_leads_up: (WEIGHTS, "the index names ../outside.safetensors, which is not in that folder"),
     index_leads_to_the_root: (WEIGHTS, "/outside.safetensors, which is not in that folder"),
 }
