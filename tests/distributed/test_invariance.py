@@ -15,8 +15,7 @@ import pytest
 
 from megatron_sstoken.data.batches import PackOrder, filter_samples
 from megatron_sstoken.data.store import SampleStore
-from tests.helpers.distributed_runner import run_distributed
-from tests.helpers.gradients import largest_difference, run_cases
+from tests.helpers.gradients import largest_difference, results_of
 from tests.helpers.workbench import (
     LAYOUTS,
     load_model,
@@ -26,6 +25,8 @@ from tests.helpers.workbench import (
     make_store,
 )
 from tests.reference.hf_reference import Objective, loss_and_gradients
+
+pytestmark = pytest.mark.timeout(400)
 
 ALL_LAYOUTS = LAYOUTS | {
     "cp2": (2, {"parallel.context": 2}),
@@ -122,7 +123,7 @@ def bench(tmp_path_factory):
         make_model(folder / f"{family}-history", family, seed=2 * number + 2)
     keys = sorted({(case, rows) for case in CASES for rows in (case[-1], 2 * case[-1])})
     settings = [settings_of(folder, case, {}, rows) for case, rows in keys]
-    (results, *_) = run_distributed(run_cases, 1, settings, timeout=300)
+    results = results_of(settings, 1)
     return folder, {"data": samples, "weighted": weighted}, dict(zip(keys, results, strict=True))
 
 
@@ -157,7 +158,6 @@ def global_batch(folder, packed):
     return [order.pack(number).tolist() for number in range(GLOBAL_BATCH)]
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "layout", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SHARDED]
 )
@@ -166,7 +166,7 @@ def test_sharded_runs_equal_the_unsharded(bench, layout):
     num_ranks, parallel = ALL_LAYOUTS[layout]
     data_size = 2 if layout.startswith("dp2") else 1
     settings = [settings_of(folder, case, parallel, case[-1]) for case in CASES]
-    results = run_distributed(run_cases, num_ranks, settings, timeout=350)[0]
+    results = results_of(settings, num_ranks)
     for case, (loss, columns, gradients) in zip(CASES, results, strict=True):
         # The average `microbatch` is over the micro-batches of single ranks, whatever their number.
         rows_at_once = case[-1] * (1 if case[3] == "microbatch" else data_size)

@@ -1,7 +1,7 @@
 """Adapters compute and learn what PEFT's do, on every layout; the base is frozen, costs nothing, and scores history.
 
 The reference is `peft` on the Hugging Face model, with the same weights and the same adapters (B not zero). Everything is
-run in two groups of processes, of one and of two members; the tests look at what they returned.
+run in processes alone and in pairs; the tests look at what they returned.
 """
 
 import dataclasses
@@ -103,15 +103,23 @@ def train_and_export(folder, name):
     return logits
 
 
-def on_two_processes(rank, folder, adapters):
-    return {
-        "gradients": {name: measure_gradients(folder, adapters, parallel) for name, parallel in TWO_RANKS.items()},
-        "memory and masks": observe_training(folder),
-        "histories": {
-            name: compare_histories(folder, adapters, TWO_RANKS[name]) for name in ("tp2-sequence", "pp2", "cp2")
-        },
-        "runs": train_and_resume(folder),
+def gradients_on_two(rank, folder, adapters):
+    return {name: measure_gradients(folder, adapters, parallel) for name, parallel in TWO_RANKS.items()}
+
+
+def histories_on_two(rank, folder, adapters):
+    return {name: compare_histories(folder, adapters, TWO_RANKS[name]) for name in ("tp2-sequence", "pp2", "cp2")}
+
+
+def on_two_processes(folder, adapters):
+    """Each in fresh processes: those of before would keep the threads of every layout, which each message wakes."""
+    found = {
+        "gradients": run_distributed(gradients_on_two, 2, folder, adapters),
+        "memory and masks": run_distributed(observe_training, 2, folder),
+        "histories": run_distributed(histories_on_two, 2, folder, adapters),
+        "runs": run_distributed(train_and_resume, 2, folder),
     }
+    return [dict(zip(found, parts, strict=True)) for parts in zip(*found.values(), strict=True)]
 
 
 def export(rank, folder):
@@ -196,7 +204,7 @@ def whole(parts):
     return result
 
 
-def observe_training(folder):
+def observe_training(rank, folder):
     """What two steps leave in memory, and which masks dropout draws, with tensor parallel 2."""
     from megatron_sstoken.model.lora import base_parameters
     from megatron_sstoken.parallel import reset_layout
@@ -273,7 +281,7 @@ def compare_histories(folder, adapters, parallel):
     return results
 
 
-def train_and_resume(folder):
+def train_and_resume(rank, folder):
     """Whole runs, and the same gone on with from a checkpoint in between, on the same and on another layout."""
     from megatron_sstoken.parallel import reset_layout
     from megatron_sstoken.training.loop import save, training_step
@@ -354,7 +362,7 @@ def one(bench):
 
 @pytest.fixture(scope="module")
 def two(bench):
-    return run_distributed(on_two_processes, 2, *bench[:2], timeout=350)
+    return on_two_processes(*bench[:2])
 
 
 @pytest.fixture(scope="module")

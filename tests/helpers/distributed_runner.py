@@ -1,8 +1,11 @@
 """One helper: run a function on N processes joined by gloo, and get what each returned."""
 
+import contextlib
 import functools
+import itertools
 import os
 import pickle
+import random
 import socket
 import sys
 import tempfile
@@ -24,6 +27,9 @@ _PRELOADED = [
     "megatron_sstoken.validate.agree",
     "megatron_sstoken.training.next_commands",
 ]
+_START = random.randrange(10_000, 32_768)
+_ports = itertools.cycle([*range(_START, 32_768), *range(10_000, _START)])
+"""Below those that Linux gives to whoever asks for any port; each process of the tests begins at another one."""
 
 
 def run_distributed(
@@ -61,10 +67,12 @@ def run_distributed(
 
 
 def free_port() -> int:
-    """A port on which nothing listens now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port on which nothing listens now, and which nobody is likely to take before it is used."""
+    for port in _ports:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 @functools.lru_cache(maxsize=1)

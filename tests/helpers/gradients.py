@@ -1,11 +1,24 @@
 """One global batch on every rank: loss, token records and whole gradients, to be compared between layouts."""
 
+from typing import Any
+
 import torch
 
+from megatron_sstoken.config import Settings
 from megatron_sstoken.model.families import Split
 from megatron_sstoken.model.weights import rules_of_chunk, to_hugging_face
 from megatron_sstoken.parallel import gather_objects, reset_layout
+from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.workbench import make_trainer
+
+AT_ONCE = 6
+"""Layouts that a process makes one after another: it keeps the threads of each, dozens, which every message wakes."""
+
+
+def results_of(settings: list[Settings], num_ranks: int, timeout: float = 120) -> list[Any]:
+    """What `run_cases` finds on process 0, in fresh processes for every few of the settings."""
+    parts = [settings[start : start + AT_ONCE] for start in range(0, len(settings), AT_ONCE)]
+    return [result for part in parts for result in run_distributed(run_cases, num_ranks, part, timeout=timeout)[0]]
 
 
 def run_cases(rank, settings, before=lambda trainer: None):
