@@ -148,8 +148,8 @@ class _PickledFile:
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             # torch's own words are left out: they advise to run what the file contains.
             raise ValueError(
-                f"{path} is not read: it is damaged, older than torch 1.6, or holds more than tensors, which are not unpickled: "
-                f"{_AGAIN}, as safetensors where there are any"
+                f"{path} is not read: it is damaged, older than torch 1.6, or holds more than tensors, which are not "
+                f"unpickled: {_AGAIN}, as safetensors where there are any"
             ) from error
         if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
             raise ValueError(f"{path} does not hold tensors by name: write it with save_pretrained of transformers")
