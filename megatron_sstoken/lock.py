@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -105,10 +106,11 @@ class Lock:
             os.replace(self.path, stale)  # of several that find it stale one succeeds
         except FileNotFoundError:
             return None
-        if _read(stale) != content:  # another one had taken it over in between: put it back
-            os.replace(stale, self.path)
-            return "another process"
-        stale.unlink()
+        with suppress(FileNotFoundError):  # whoever has the lock by now may have tidied it up
+            if _read(stale) != content:  # another one had taken it over in between: put it back
+                os.replace(stale, self.path)
+                return "another process"
+            stale.unlink()
         print(f"note: {self.path} was left behind by {who}, which has ended: taken over", file=sys.stderr, flush=True)
         return None
 

@@ -309,7 +309,7 @@ def test_wrong_input_ends_with_one_clear_line(folder, tmp_path):
     out = str(tmp_path / "out")
     cases = {
         ("from-hf", "--hf", str(broken["no_config"])): "has no config.json",
-        ("from-hf", "--hf", str(broken["missing_tensor"])): "the tensor model.norm.weight is missing",
+        ("from-hf", "--hf", str(broken["missing_tensor"])): "the index is stale: it does not name model.norm.weight",
         ("from-hf", "--hf", str(broken["truncated"])): "is not a readable safetensors file",
         ("from-hf", "--hf", str(folder / "llama"), "--dtype", "int4"): "--dtype=int4 is unknown: use fp32, bf16, fp16",
         ("from-hf", "--hf", str(folder / "llama"), "--max_memory", "much"): "'much' is not a size",

@@ -104,3 +104,16 @@ def test_of_many_at_once_one_gets_it(tmp_path, stale):
     for process in processes:
         process.join()
     assert sum(success for _, success in taken) == 1
+
+
+def test_a_stale_lock_that_whoever_has_the_lock_tidies_up(tmp_path, monkeypatch):
+    path, replace = tmp_path / "lock", os.replace
+    of_another_machine(path, locks.STALE + 5)
+
+    def replace_and_lose(source, target):
+        replace(source, target)
+        os.unlink(target)
+
+    monkeypatch.setattr(locks.os, "replace", replace_and_lose)
+    with Lock(path) as lock:
+        assert lock.take() is None
