@@ -64,6 +64,8 @@ setup(
             "mypy>=1.10",
             "peft>=0.17",
             "playwright>=1.50",
+            "accelerate>=1.0",
+            "gguf>=0.10",
         ],
     },
 )
