@@ -33,7 +33,7 @@ def test_a_folder_is_made_of_one(tmp_path):
     import numpy as np
     import torch
 
-    from megatron_sstoken.conversion.verify import HuggingFaceWeights
+    from megatron_sstoken.model.weight_files import HuggingFaceWeights
 
     words = [chr(letter) for letter in range(97, 123)] + ["ab"]
     writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
