@@ -52,6 +52,7 @@ ARMS = {
         Arm("sstoken_0.4", _selects("sstoken", 0.4)),
         Arm("sstoken_0.8", _selects("sstoken", 0.8)),
         Arm("sstoken_auto", _selects("sstoken", "auto")),
+        Arm("sstoken_explore", _selects("sstoken", selection__explore=0.1)),
         Arm("snapshot_5", _selects("sstoken", history__source="snapshot", history__every=5)),
         Arm("full_2", {"selection.method": "full"}, epochs=2, compared_with=_TWICE),
         Arm("random_2", _selects("random"), epochs=2, compared_with=_TWICE),
