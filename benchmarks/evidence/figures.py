@@ -98,5 +98,6 @@ def _measures(runs: Runs, task: Task) -> Iterator[tuple[str, float]]:
     if all("dropped_minus_history" in step for step in steps):
         yield "dropped - history at the end", statistics.mean(step["dropped_minus_history"] for step in steps[-5:])
     if task.probes:
-        reference = runs.probes(task.tuned_on_clean)
-        yield from recovery_of(runs.probes(task), reference[-1:] if reference else [], runs.folders(task).probe)
+        is_tuned = runs.result(task.tuned_on_clean) is not None
+        reference = runs.probes(task.tuned_on_clean) if is_tuned else []
+        yield from recovery_of(runs.probes(task), reference, runs.folders(task).probe)
