@@ -39,7 +39,7 @@ _TWICE = ("full_2", "random_2")
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("full", {"selection.method": "full"}, is_probed=True, measures_before=True),
+        Arm("full", {"selection.method": "full"}, compared_with=(), is_probed=True, measures_before=True),
         Arm("random", _selects("random")),
         Arm("sstoken", _selects("sstoken"), is_probed=True),
         Arm("rel", _selects("rel")),
@@ -54,7 +54,7 @@ ARMS = {
         Arm("sstoken_auto", _selects("sstoken", "auto")),
         Arm("sstoken_explore", _selects("sstoken", selection__explore=0.1)),
         Arm("snapshot_5", _selects("sstoken", history__source="snapshot", history__every=5)),
-        Arm("full_2", {"selection.method": "full"}, epochs=2, compared_with=_TWICE),
+        Arm("full_2", {"selection.method": "full"}, epochs=2, compared_with=()),
         Arm("random_2", _selects("random"), epochs=2, compared_with=_TWICE),
         Arm("sstoken_2", _selects("sstoken"), epochs=2, compared_with=_TWICE),
         Arm("previous_visit", _selects("sstoken", history__source="previous_visit"), epochs=2, compared_with=_TWICE),
