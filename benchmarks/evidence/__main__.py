@@ -81,7 +81,7 @@ def choose_rate(runs: Runs) -> float:
 def all_tasks(rate: float, seeds: int) -> list[Task]:
     """Every run; first the key arms with all seeds on the noisiest data, for these answer most."""
     tasks: list[Task] = []
-    others = [arm for arm in ARMS if arm not in MAIN_ARMS]
+    others = tuple(arm for arm in ARMS if arm not in MAIN_ARMS)
     parts = [(NOISIEST, "chosen", KEY_ARMS), (NOISIEST, "chosen", MAIN_ARMS), (0.0, "chosen", KEY_ARMS)]
     parts += [(NOISIEST, "chosen", others)]
     parts += [(NOISIEST, "large", KEY_ARMS), (0.0, "chosen", MAIN_ARMS), (0.1, "chosen", MAIN_ARMS)]
