@@ -20,6 +20,8 @@ STATE_FILE = "sstoken.json"
 """In every checkpoint: what it is of."""
 SETTINGS_FILE, RUN_FILE = "settings.yaml", "run.json"
 """In the folder of a run, and in each of its checkpoints: what the run is, for people."""
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""In a PEFT folder."""
 METRICS, RECORDS, WATCHED = "metrics.jsonl", "records", "watched"
 """In the folder of a run's logs: its figures by step, and folders of token records."""
 
@@ -33,7 +35,7 @@ def local_model(path: str) -> str:
         return path
     from huggingface_hub.file_download import try_to_load_from_cache
 
-    for name in ("config.json", "adapter_config.json", "tokenizer_config.json"):
+    for name in ("config.json", ADAPTER_CONFIG, "tokenizer_config.json"):
         found = try_to_load_from_cache(path, name)
         if isinstance(found, str):
             return os.path.dirname(found)

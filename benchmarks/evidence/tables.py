@@ -102,7 +102,7 @@ def _recovery(figures: Figures, noise: float, rate: str) -> str:
 
 def _plot_differences(figures: Figures, noise: float, rate: str, path: Path) -> None:
     """Differences to `full` (or its like of two epochs), with intervals."""
-    arms = [arm for arm in _arms(figures, noise, rate) if ARMS[arm].compared_with and ARMS[arm].compared_with[0] != arm]
+    arms = [arm for arm in _arms(figures, noise, rate) if ARMS[arm].compared_with]
     plot = Plot(figsize=(8, 0.35 * len(arms) + 1.5), layout="constrained")
     axes = plot.subplots(1, 2, sharey=True)
     for axis, measure, title in zip(axes, ("clean all", "prose all"), ("GSM8K, clean", "prose"), strict=True):

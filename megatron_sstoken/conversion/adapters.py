@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from megatron_sstoken.checkpoint.manifest import AdapterIdentity, Checkpoint
 from megatron_sstoken.checkpoint.weights_source import WeightsSource
 from megatron_sstoken.conversion.torch_dist import CheckpointReader
-from megatron_sstoken.folders import STATE_FILE
+from megatron_sstoken.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATE_FILE
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
-from megatron_sstoken.model.lora import FUSED, TARGETS, hugging_face_linears, other_sides
+from megatron_sstoken.model.lora import FUSED, TARGETS, hugging_face_linears, other_sides, peft_name
 
 _WEIGHT = re.compile(r"model\.layers\.(\d+)\.(\w+\.\w+)\.weight")
 
@@ -80,7 +80,7 @@ class AdapterCheckpoint:
         for layer in range(self.num_layers):
             for path in self.linears:
                 for name, matrix in zip(("lora_A", "lora_B"), self.linear_matrices(path, layer), strict=True):
-                    yield f"base_model.model.model.layers.{layer}.{path}.{name}.weight", matrix.contiguous()
+                    yield peft_name(layer, path, name), matrix.contiguous()
 
     def peft_config(self, base: str) -> dict:
         """PEFT's adapter_config.json; `base` is the Hugging Face folder of the weights that the adapters belong to."""
@@ -110,10 +110,8 @@ class AdapterCheckpoint:
 
     def write_peft(self, folder: Path, base: str) -> None:
         """Write adapter_config.json and adapter_model.safetensors into `folder`."""
-        save_file(dict(self.peft_tensors()), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        (folder / "adapter_config.json").write_text(
-            json.dumps(self.peft_config(base), indent=2) + "\n", encoding="utf-8"
-        )
+        save_file(dict(self.peft_tensors()), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(self.peft_config(base), indent=2) + "\n", encoding="utf-8")
 
     def base(self, hf_path: str) -> WeightsSource:
         """The weights that the adapters were trained on; `hf_path`: the folder of their architecture.

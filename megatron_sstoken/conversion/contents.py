@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron_sstoken.config import LoraSettings, Settings
 from megatron_sstoken.model.build import build_model
 from megatron_sstoken.model.families import Architecture, Split, WeightRule
-from megatron_sstoken.model.lora import AdaptedLinear, peft_name
+from megatron_sstoken.model.lora import TARGETS, is_adapter, peft_name
 from megatron_sstoken.model.weights import held_weights, rules_of_chunk, to_hugging_face
 from megatron_sstoken.parallel import create_layout, reset_layout, start_processes
 
@@ -102,15 +102,12 @@ def adapter_contents(architecture: Architecture, lora: LoraSettings) -> Contents
     """What a checkpoint of the adapters of `architecture` holds, each under PEFT's name; as `checkpoint_contents`."""
     parameters = []
     with _chunk_of(architecture, Settings(lora=lora)) as (chunk, stored):
-        for number, layer in enumerate(chunk.decoder.layers):
-            for path, linear in layer.named_modules():
-                if not isinstance(linear, AdaptedLinear):
-                    continue
-                for target, adapter in linear.named_adapters().items():
-                    for matrix, parameter in adapter.named_parameters():
-                        name = f"decoder.layers.{number}.{path}.adapters.{target}.{matrix}"
-                        rule = WeightRule(name, (peft_name(number, target, matrix),), Split.WHOLE)
-                        parameters.append(Parameter(name, rule, number, parameter.shape, stored[name]))
+        for name, parameter in chunk.named_parameters():
+            if is_adapter(name):
+                _, _, layer, *_, target, matrix = name.split(".")
+                peft = peft_name(int(layer), TARGETS[target].hugging_face, matrix)
+                rule = WeightRule(name, (peft,), Split.WHOLE)
+                parameters.append(Parameter(name, rule, int(layer), parameter.shape, stored[name]))
     return Contents(architecture, tuple(parameters), objects=())
 
 

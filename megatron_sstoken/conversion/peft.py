@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors import safe_open
 
 from megatron_sstoken import __version__
 from megatron_sstoken.checkpoint.manifest import AdapterIdentity, RunState
@@ -16,11 +15,13 @@ from megatron_sstoken.config import LoraSettings, LoraTarget
 from megatron_sstoken.conversion.contents import Parameter, adapter_contents
 from megatron_sstoken.conversion.output import write_checkpoint
 from megatron_sstoken.conversion.work import ConversionOptions, refuse_existing
+from megatron_sstoken.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from megatron_sstoken.model.dtypes import SAFETENSORS_NAMES
 from megatron_sstoken.model.families import read_architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
 from megatron_sstoken.model.lora import TARGETS
+from megatron_sstoken.model.weight_files import open_safetensors
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _UNSUPPORTED = {
     "use_dora": "DoRA",
     "rank_pattern": "ranks that differ from linear to linear",
@@ -34,7 +35,7 @@ _UNSUPPORTED = {
     "fan_in_fan_out": "transposed weights",
 }
 """Fields of adapter_config.json that change what adapters compute → what they stand for."""
-_TENSOR = re.compile(r"base_model\.model\.(model\.layers\.\d+\.\w+\.(\w+))\.lora_[AB]\.weight")
+_TENSOR = re.compile(r"base_model\.model\.model\.layers\.\d+\.\w+\.(\w+)\.lora_[AB]\.weight")
 
 
 class PeftFolder:
@@ -42,18 +43,19 @@ class PeftFolder:
 
     def __init__(self, folder: str):
         self.folder = Path(folder)
-        for name in (CONFIG, WEIGHTS):
-            if not (self.folder / name).is_file():
-                raise ValueError(f"{folder} has no {name}: name a PEFT folder with safetensors")
+        self._config_file, self._weights_file = self.folder / ADAPTER_CONFIG, self.folder / ADAPTER_WEIGHTS
+        for path in (self._config_file, self._weights_file):
+            if not path.is_file():
+                raise ValueError(f"{folder} has no {path.name}: name a PEFT folder with safetensors")
         self._config = self._read_config()
-        with safe_open(self.folder / WEIGHTS, "pt") as file:
-            self._names = set(file.keys())
-        unknown = sorted(name for name in self._names if _TENSOR.fullmatch(name) is None)
-        found = {match[2] for name in self._names if (match := _TENSOR.fullmatch(name))}
-        unknown += sorted(found - TARGETS.keys())
+        self._weights = open_safetensors(str(self._weights_file))
+        self._names = set(self._weights.keys())
+        matches = {name: _TENSOR.fullmatch(name) for name in self._names}
+        found = {match[1] for match in matches.values() if match}
+        unknown = sorted(name for name, match in matches.items() if match is None) + sorted(found - TARGETS.keys())
         if unknown or not found:
             what = f"holds {', '.join(unknown[:3])}" if unknown else "holds no adapters"
-            raise ValueError(f"{self.folder / WEIGHTS} {what}: only adapters of {', '.join(TARGETS)} are supported")
+            raise ValueError(f"{self._weights_file} {what}: only adapters of {', '.join(TARGETS)} are supported")
         self.lora = LoraSettings(
             rank=self._config["r"],
             alpha=float(self._config["lora_alpha"]),
@@ -62,7 +64,7 @@ class PeftFolder:
             rank_stabilized=bool(self._config.get("use_rslora")),
         )
         if problems := self.lora.problems():
-            raise ValueError(f"{self.folder / CONFIG}: {'; '.join(problems)}")
+            raise ValueError(f"{self._config_file}: {'; '.join(problems)}")
 
     @property
     def base(self) -> str | None:
@@ -72,34 +74,39 @@ class PeftFolder:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint_files([str(self.folder / name) for name in (CONFIG, WEIGHTS)])
+        return fingerprint_files([str(self._config_file), str(self._weights_file)])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What holds all matrices: BF16 where all are, else F32."""
+        names = {self._weights.get_slice(name).get_dtype() for name in self._names}
+        return torch.bfloat16 if names == {SAFETENSORS_NAMES[torch.bfloat16]} else torch.float32
 
     def matrix(self, parameter: Parameter) -> torch.Tensor:
-        """The matrix of an adapter's parameter. Raises ValueError where it is missing or has another shape."""
+        """The matrix of an adapter's parameter."""
         (name,) = parameter.rule.hugging_face
-        if name not in self._names:
-            raise ValueError(f"{self.folder / WEIGHTS} holds no {name}: adapters have to be on every layer")
-        with safe_open(self.folder / WEIGHTS, "pt") as file:
-            tensor = file.get_tensor(name)
-        if tensor.shape != parameter.shape:
-            raise ValueError(
-                f"{self.folder / WEIGHTS}: {name} has shape {list(tensor.shape)}, the base asks for {list(parameter.shape)}: "
-                "name the adapters' own base with --hf"
-            )
-        return tensor
+        return self._weights.get_tensor(name)
 
     def check(self, parameters: tuple[Parameter, ...]) -> None:
-        """Raise ValueError unless the folder holds the matrices of all `parameters`, and no other layers'."""
+        """Raise ValueError unless the folder holds the matrices of all `parameters`, and no others. Reads headers only."""
         for parameter in parameters:
-            self.matrix(parameter)
+            (name,) = parameter.rule.hugging_face
+            if name not in self._names:
+                raise ValueError(f"{self._weights_file} holds no {name}: adapters have to be on every layer")
+            shape, wanted = list(self._weights.get_slice(name).get_shape()), list(parameter.shape)
+            if shape != wanted:
+                raise ValueError(
+                    f"{self._weights_file}: {name} has shape {shape}, the base asks for {wanted}: name the adapters' own base "
+                    "with --hf"
+                )
         if len(self._names) != len(parameters):
             raise ValueError(
-                f"{self.folder / WEIGHTS} holds {len(self._names)} matrices, the base has place for {len(parameters)}: "
+                f"{self._weights_file} holds {len(self._names)} matrices, the base has place for {len(parameters)}: "
                 "name the adapters' own base with --hf"
             )
 
     def _read_config(self) -> dict[str, Any]:
-        path = self.folder / CONFIG
+        path = self._config_file
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict) or config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int):
             raise ValueError(f"{path} is not the configuration of LoRA adapters: only those are supported")
@@ -133,8 +140,6 @@ def from_peft(
     architecture = read_architecture(base)
     contents = adapter_contents(architecture, folder.lora)
     folder.check(contents.parameters)
-    types = {folder.matrix(parameter).dtype for parameter in contents.parameters}
-    dtype = torch.bfloat16 if types == {torch.bfloat16} else torch.float32
     lora = folder.lora
     identity = AdapterIdentity(
         rank=lora.rank,
@@ -154,5 +159,5 @@ def from_peft(
     costs = {parameter.name: 2 * parameter.numel * 4 for parameter in contents.parameters}
     state = RunState(step=0, identity=None, hf_path=os.path.abspath(base), adapters=identity)
     sources = [folder.folder] if options.verify else []
-    written = write_checkpoint(output, made_of, contents, dtype, costs, options, state, folder.matrix, sources)
+    written = write_checkpoint(output, made_of, contents, folder.dtype, costs, options, state, folder.matrix, sources)
     return written, lora

@@ -50,7 +50,8 @@ class Reference:
     def states(self, tokens: list[int]) -> tuple[States, States]:
         """fp32 and float64 states of the embedding, the layers, the final norm, and the logits, at every position."""
         single = self._run(tokens)
-        with computing_in_float64(self._modules().values()):
+        inner = self._model.model
+        with computing_in_float64([inner.embed_tokens, *inner.layers, inner.norm, self._model.lm_head]):
             return single, self._run(tokens)
 
     def close(self) -> None:
@@ -58,24 +59,20 @@ class Reference:
         del self._model
         self._resources.close()
 
-    def _modules(self) -> dict[str, torch.nn.Module]:
-        inner = self._model.model
-        modules = {"the embedding": inner.embed_tokens}
-        modules |= {f"layer {number}": layer for number, layer in enumerate(inner.layers)}
-        return modules | {"the final norm": inner.norm, HEAD: self._model.lm_head}
-
     @torch.no_grad()
     def _run(self, tokens: list[int]) -> States:
-        modules = self._modules()
+        inner = self._model.model
+        modules = {f"layer {number}": layer for number, layer in enumerate(inner.layers)} | {
+            "the final norm": inner.norm
+        }
         embedded: list[torch.Tensor] = []
-        # Some families multiply what the embedding's module returns, and divide what the head's does.
-        handle = self._model.model.layers[0].register_forward_pre_hook(lambda _, inputs: embedded.append(inputs[0]))
+        # Not the output of the embedding's module or the head's: some families multiply the one and divide the other.
+        handle = inner.layers[0].register_forward_pre_hook(lambda _, inputs: embedded.append(inputs[0]))
         try:
             output, states = recorded(modules, lambda: self._model(torch.tensor([tokens]), use_cache=False))
         finally:
             handle.remove()
-        states |= {"the embedding": embedded[0].cpu()[0], HEAD: output.logits.cpu()[0]}
-        return {name: states[name] for name in modules}
+        return {"the embedding": embedded[0].cpu()[0], **states, HEAD: output.logits.cpu()[0]}
 
 
 @contextmanager

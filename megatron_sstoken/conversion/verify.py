@@ -93,15 +93,14 @@ def verify(
             f"{stored.folder} holds adapters alone: export it with to-hf --merge, and verify what comes out"
         )
     parallel = parallel or ParallelSettings()
-    if parallel.stage_layers(architecture.num_layers) is None and (
-        ends := parallel.uneven_ends(architecture.num_layers)
-    ):
-        parallel = replace(parallel, first_stage_layers=ends[0], last_stage_layers=ends[1])
     if parallel.stage_layers(architecture.num_layers) is None:
-        raise ValueError(
-            f"--pipeline={parallel.pipeline} is too much for the {architecture.num_layers} layers of {hf_path}: "
-            f"use {architecture.num_layers} or less"
-        )
+        ends = parallel.uneven_ends(architecture.num_layers)
+        if ends is None:
+            raise ValueError(
+                f"--pipeline={parallel.pipeline} is too much for the {architecture.num_layers} layers of {hf_path}: "
+                f"use {architecture.num_layers} or less"
+            )
+        parallel = replace(parallel, first_stage_layers=ends[0], last_stage_layers=ends[1])
     settings = Settings(parallel=parallel)
     settings.training.precision = "fp32"
     start_processes()

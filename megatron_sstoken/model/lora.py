@@ -104,6 +104,11 @@ class AdaptedLinear(torch.nn.Module):
                     # Each rank sees its share of the tokens: megatron sums such gradients over the tensor ranks.
                     setattr(parameter, "sequence_parallel", True)  # noqa: B010  (an attribute of megatron's)
 
+    def forward(self, input_, *args, **kwargs):
+        """The linear's output and bias, with what the adapters add."""
+        output, bias = super().forward(input_, *args, **kwargs)
+        return (output + self.adapter_output(input_), bias) if self.adapters_on else (output, bias)
+
     def named_adapters(self) -> dict[str, Adapter]:
         """Target → its adapter, in the order of the output."""
         return {name: module for name, module in self.adapters.items() if isinstance(module, Adapter)}
@@ -194,10 +199,6 @@ class AdaptedRows(AdaptedLinear):
         """`target` names the linear; `num_inputs`: on this rank."""
         self._add_adapters(lora, {target: (num_inputs, num_outputs)}, {"lora_A": 1})
 
-    def forward(self, input_):
-        output, bias = super().forward(input_)
-        return (output + self.adapter_output(input_), bias) if self.adapters_on else (output, bias)
-
     def adapter_output(self, inputs: torch.Tensor) -> torch.Tensor:
         """[tokens, batch, in / tensor size] → [tokens (of this rank under sequence parallel), batch, out]."""
         small = self._shrink(inputs, replicated=False)
@@ -217,10 +218,6 @@ class AdaptedColumnParallelLinear(AdaptedColumns, ColumnParallelLinear):
     def __init__(self, *args, lora: LoraSettings, blocks: Blocks, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_column_adapters(lora, blocks, self.output_size_per_partition)
-
-    def forward(self, input_, *args, **kwargs):
-        output, bias = super().forward(input_, *args, **kwargs)
-        return (output + self.adapter_output(input_), bias) if self.adapters_on else (output, bias)
 
 
 class AdaptedRowParallelLinear(AdaptedRows, RowParallelLinear):
@@ -294,9 +291,9 @@ def describe_trained(a: Architecture, lora: LoraSettings) -> str:
     )
 
 
-def peft_name(layer: int, target: str, matrix: str) -> str:
-    """PEFT's name of a matrix, lora_A or lora_B, in layer `layer` (from 0)."""
-    return f"base_model.model.model.layers.{layer}.{TARGETS[target].hugging_face}.{matrix}.weight"
+def peft_name(layer: int, linear: str, matrix: str) -> str:
+    """PEFT's name of a matrix, lora_A or lora_B, of the Hugging Face linear at this path in layer `layer` (from 0)."""
+    return f"base_model.model.model.layers.{layer}.{linear}.{matrix}.weight"
 
 
 def is_adapter(name: str) -> bool:

@@ -10,42 +10,35 @@ from megatron_sstoken.config import LoraSettings
 from megatron_sstoken.model.lora import AdaptedColumns, AdaptedRows, Blocks
 
 
-class AdaptedTENormAndLinear(AdaptedColumns, TELayerNormColumnParallelLinear):
+class _AdaptedTEColumns(AdaptedColumns):
+    """The constructor of a column-parallel linear with adapters."""
+
+    out_features: int
+
+    def __init__(self, input_size: int, output_size: int, *, lora: LoraSettings, blocks: Blocks, **kwargs):
+        super().__init__(input_size, output_size, **kwargs)
+        self.input_size = input_size
+        self.add_column_adapters(lora, blocks, self.out_features)
+
+
+class AdaptedTENormAndLinear(_AdaptedTEColumns, TELayerNormColumnParallelLinear):
     """A norm and the column-parallel linear that it is fused with, which gives the normalised input to the adapters.
 
     Megatron-Bridge's adapters ask the same of it (`peft/utils.py`), and have the normalised input gathered; here each tensor
     parallel rank keeps its share of the tokens.
     """
 
-    out_features: int
-
-    def __init__(self, input_size: int, output_size: int, *, lora: LoraSettings, blocks: Blocks, **kwargs):
-        super().__init__(input_size, output_size, **kwargs)
-        self.input_size = input_size
-        self.add_column_adapters(lora, blocks, self.out_features)
-
     def forward(self, x):
         self.return_layernorm_output = self.adapters_on
-        output, bias = super().forward(x)
+        output, bias = TELayerNormColumnParallelLinear.forward(self, x)
         if not self.adapters_on:
             return output, bias
         output, normalised = output
         return output + self.adapter_output(normalised), bias
 
 
-class AdaptedTEColumns(AdaptedColumns, TEColumnParallelLinear):
+class AdaptedTEColumns(_AdaptedTEColumns, TEColumnParallelLinear):
     """A column-parallel linear without a norm before it."""
-
-    out_features: int
-
-    def __init__(self, input_size: int, output_size: int, *, lora: LoraSettings, blocks: Blocks, **kwargs):
-        super().__init__(input_size, output_size, **kwargs)
-        self.input_size = input_size
-        self.add_column_adapters(lora, blocks, self.out_features)
-
-    def forward(self, x):
-        output, bias = super().forward(x)
-        return (output + self.adapter_output(x), bias) if self.adapters_on else (output, bias)
 
 
 def adapted_columns(linear: type) -> type[AdaptedColumns]:

@@ -55,11 +55,16 @@ def block_spec(
     # Not in a mixture, whose experts take tokens of many ranks, nor in FP8, whose tiles want certain numbers of rows.
     if with_last_layer and not config.num_moe_experts and not config.fp8:
         layers[-1] = replace(layers[-1], module=LastLayer)
-    if config.transformer_impl == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TENorm
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(config))
 
-        return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+def _norm(config: TransformerConfig) -> Any:
+    """What makes norms of hidden states."""
+    if config.transformer_impl != "transformer_engine":
+        return RMSNorm
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
 
 
 def _layer_spec(
@@ -73,17 +78,15 @@ def _layer_spec(
 ) -> ModuleSpec:
     """A layer, with a mixture of experts if `mixed`. `make_core`: core attention of a spec → what takes its place."""
     kind = {"num_experts": config.num_moe_experts if mixed else None, "qk_layernorm": config.qk_layernorm}
+    norm = _norm(config)
     if config.transformer_impl == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TENorm
-
         spec = get_gpt_layer_with_transformer_engine_spec(**kind, moe_grouped_gemm=config.moe_grouped_gemm)
-        norm = TENorm
         if mixed:
             # Before experts, too, the norm is stored under the key that megatron's spec for torch gives it.
             spec.submodules.sharded_state_dict_keys_map |= {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
         core_attention = _with_heads_dealt_out(spec.submodules.self_attention.submodules.core_attention)
     else:
-        spec, norm = get_gpt_layer_local_spec(normalization="RMSNorm", **kind), RMSNorm
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm", **kind)
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
         if config.qk_layernorm:
             spec.submodules.self_attention.submodules.q_layernorm = norm

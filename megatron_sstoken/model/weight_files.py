@@ -66,7 +66,7 @@ class HuggingFaceWeights:
     def _opened(self, file_name: str) -> Any:
         if file_name not in self._open:
             path = os.path.join(self.path, file_name)
-            self._open[file_name] = _PickledFile(path) if self.pickled else _open_safetensors(path)
+            self._open[file_name] = _PickledFile(path) if self.pickled else open_safetensors(path)
         return self._open[file_name]
 
     def close(self) -> None:
@@ -132,7 +132,8 @@ class HuggingFaceWeights:
         )
 
 
-def _open_safetensors(path: str) -> Any:
+def open_safetensors(path: str) -> Any:
+    """A safetensors file, mapped into memory. Raises ValueError where it cannot be read."""
     try:
         return safe_open(path, framework="pt", device="cpu")
     except Exception as error:

@@ -7,11 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_sstoken.folders import holds_checkpoints
+from megatron_sstoken.folders import ADAPTER_CONFIG, holds_checkpoints
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 """What the weights are computed in; auto: as they are stored."""
-ADAPTERS = "adapter_config.json"
 
 
 class ModelFolder:
@@ -23,9 +22,9 @@ class ModelFolder:
 
     def __init__(self, model: str | Path, adapter: str | Path | None = None):
         self.base, self.adapter = Path(model), Path(adapter) if adapter is not None else None
-        if self.adapter is not None and not (self.adapter / ADAPTERS).is_file():
-            raise ValueError(f"--adapter {adapter} holds no {ADAPTERS}: name a PEFT folder")
-        if self.adapter is None and (self.base / ADAPTERS).is_file():
+        if self.adapter is not None and not (self.adapter / ADAPTER_CONFIG).is_file():
+            raise ValueError(f"--adapter {adapter} holds no {ADAPTER_CONFIG}: name a PEFT folder")
+        if self.adapter is None and (self.base / ADAPTER_CONFIG).is_file():
             self.adapter, self.base = self.base, _base_of(self.base)
         _require_model(self.base)
 
@@ -83,9 +82,9 @@ class ModelFolder:
 
 def _base_of(adapter: Path) -> Path:
     try:
-        named = json.loads((adapter / ADAPTERS).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        named = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     except ValueError as error:
-        raise ValueError(f"{adapter / ADAPTERS} is not JSON ({error}): export the adapters again") from error
+        raise ValueError(f"{adapter / ADAPTER_CONFIG} is not JSON ({error}): export the adapters again") from error
     if not named or not Path(named).is_dir():
         raise ValueError(
             f"{adapter} holds adapters of {named}, which is no folder here: pass --model BASE --adapter {adapter}"

@@ -57,10 +57,6 @@ _QKV = WeightRule(
     LAYER + "self_attention.linear_qkv.weight", tuple(HF + f"self_attn.{name}_proj.weight" for name in "qkv"), Split.QKV
 )
 _OUTPUT = WeightRule(LAYER + "self_attention.linear_proj.weight", (HF + "self_attn.o_proj.weight",), Split.COLUMNS)
-_LAYER_RULES = (
-    _QKV,
-    _OUTPUT,
-)
 _NORMS = {
     "before_attention": "input_layernorm",
     "after_attention": "self_attn_bda.norm",
@@ -146,7 +142,7 @@ def decoder_rules(architecture: Architecture, mlp: MlpRules = dense_mlp) -> list
         for field, megatron in _NORMS.items()
         if (name := getattr(architecture.norms, field))
     ]
-    rules += _LAYER_RULES
+    rules += [_QKV, _OUTPUT]
     if architecture.qkv_bias:
         rules.append(_bias_of(_QKV))
     if architecture.output_bias:
