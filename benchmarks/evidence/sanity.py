@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from benchmarks.evidence.arms import ALL_AT_RANDOM, Task
-from benchmarks.evidence.runs import SEQUENCE_LENGTH, Runs
+from benchmarks.evidence.runs import Runs
 from benchmarks.evidence.train import settings_of
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.validate.run import plan_run
@@ -21,12 +21,15 @@ LIMIT = 1e-3
 """Largest difference of the losses on clean held-out problems, in nats."""
 
 
-def compare_with_random(runs: Runs, task: Task) -> None:
-    """Show that `random` with ρ = 1 ends with the very weights of `task`, which is `full`. Raises RuntimeError if not."""
-    both = [task, replace(task, arm=ALL_AT_RANDOM)]
-    runs.run(both)
-    digests = [(runs.result(one) or {})["weights"] for one in both]
-    if digests[0] != digests[1]:
+def twin_of(full: Task) -> Task:
+    """`random` with ρ = 1, which must end with the very weights of `full`."""
+    return replace(full, arm=ALL_AT_RANDOM)
+
+
+def require_equal_twins(runs: Runs, full: Task) -> None:
+    """Raise RuntimeError where `full` and its twin are done, and their weights differ in a bit."""
+    digests = {found["weights"] for one in (full, twin_of(full)) if (found := runs.result(one))}
+    if len(digests) > 1:
         raise RuntimeError(f"the weights of `full` and of `random` with ρ = 1 differ: SHA-256 {digests}")
 
 
@@ -53,6 +56,7 @@ def compare_with_transformers(runs: Runs, task: Task) -> dict[str, float]:
 def _train(changes: dict[str, Any], validation: Path, rates: list[float]) -> float:
     """Train on every response token; the loss on the clean held-out problems."""
     settings = settings_of(changes)
+    longest = settings.data.sequence_length
     plan = plan_run(settings, 1)
     model = AutoModelForCausalLM.from_pretrained(settings.model.hf_path, dtype=torch.float32)
     betas = settings.optimizer.beta1, settings.optimizer.beta2
@@ -63,7 +67,7 @@ def _train(changes: dict[str, Any], validation: Path, rates: list[float]) -> flo
     packs = [order.pack(number) for number in range(plan.num_packs)]
     for step, rate in enumerate(tqdm(rates, "transformers")):
         samples = np.concatenate(packs[size * step : size * (step + 1)])
-        losses = [_losses(model, store, int(index)) for index in samples]
+        losses = [_losses(model, store, int(index), longest) for index in samples]
         count = sum(len(one) for one in losses)
         (torch.cat(losses).sum() / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.clip_grad)
@@ -74,12 +78,12 @@ def _train(changes: dict[str, Any], validation: Path, rates: list[float]) -> flo
     model.eval()
     store = SampleStore(validation)
     with torch.no_grad():
-        return float(torch.cat([_losses(model, store, index) for index in range(len(store))]).double().mean())
+        return float(torch.cat([_losses(model, store, index, longest) for index in range(len(store))]).double().mean())
 
 
-def _losses(model: torch.nn.Module, store: SampleStore, index: int) -> torch.Tensor:
-    """fp32 [response tokens]: the losses of a sample."""
-    tokens = torch.from_numpy(store.tokens(index, SEQUENCE_LENGTH).astype(np.int64))
-    response = torch.from_numpy(store.roles(index, SEQUENCE_LENGTH) == 1)[1:]
+def _losses(model: torch.nn.Module, store: SampleStore, index: int, longest: int) -> torch.Tensor:
+    """fp32 [response tokens]: the losses of a sample, of its first `longest` tokens."""
+    tokens = torch.from_numpy(store.tokens(index, longest).astype(np.int64))
+    response = torch.from_numpy(store.roles(index, longest) == 1)[1:]
     losses = F.cross_entropy(model(tokens.unsqueeze(0)).logits[0, :-1], tokens[1:], reduction="none")
     return losses[response]

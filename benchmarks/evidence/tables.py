@@ -11,11 +11,12 @@ from pathlib import Path
 from matplotlib.figure import Figure as Plot
 
 from benchmarks.evidence.arms import ARMS, TIMES
-from benchmarks.evidence.figures import Figures
+from benchmarks.evidence.figures import RIGHT, Figures
 from benchmarks.evidence.recovery import RHO, SCORES
 from benchmarks.intervals import Interval
 
-LOSSES = ("clean all", "clean digits", "clean operators", "clean words", "prose all")
+MEASURES = ("clean all", "clean digits", "clean operators", "clean words", "prose all", RIGHT)
+"""Losses at the end in nats, and the share of answers that are right where it was measured."""
 
 
 def write_tables(figures: Figures, folder: Path) -> None:
@@ -36,35 +37,39 @@ def _arms(figures: Figures, noise: float, rate: str) -> list[str]:
     return [arm for arm in ARMS if figures.by_seed(noise, rate, arm, "clean all")]
 
 
+def _measures(figures: Figures, noise: float, rate: str) -> list[str]:
+    """Those of `MEASURES` that there are figures of."""
+    arms = _arms(figures, noise, rate)
+    return [name for name in MEASURES if any(figures.by_seed(noise, rate, arm, name) for arm in arms)]
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def _losses(figures: Figures, noise: float, rate: str) -> str:
-    """Losses at the end, what is dropped, and what it took."""
-    arms = _arms(figures, noise, rate)
-    start = [
-        str(figures.mean(noise, rate, arms[0], f"{name} at the start")).partition(" ")[0] if arms else ""
-        for name in LOSSES
-    ]
+    """Measures at the end, what is dropped, and what it took."""
+    arms, measures = _arms(figures, noise, rate), _measures(figures, noise, rate)
+    start = [str(figures.mean(noise, rate, arms[0], f"{name} at the start")).partition(" ")[0] for name in measures]
     rows: list[list[object]] = [["before training", *start, "", "", ""]]
     for arm in arms:
-        numbers = [figures.mean(noise, rate, arm, name) for name in (*LOSSES, "dropped - history at the end")]
+        numbers = [figures.mean(noise, rate, arm, name) for name in (*measures, "dropped - history at the end")]
         seconds, tokens = (figures.mean(noise, rate, arm, name).mean for name in ("seconds", "tokens"))
         rows.append([f"`{arm}`", *numbers, f"{seconds:.0f}", f"{tokens:,.0f}"])
-    return _table(["arm", *LOSSES, "dropped − history", "seconds", "tokens"], rows)
+    return _table(["arm", *measures, "dropped − history", "seconds", "tokens"], rows)
 
 
 def _differences(figures: Figures, noise: float, rate: str) -> str:
-    """Paired differences of the losses to the arms that an arm is compared with."""
+    """Paired differences of the measures to the arms that an arm is compared with."""
+    measures = _measures(figures, noise, rate)
     rows: list[list[object]] = []
     for arm in _arms(figures, noise, rate):
         for other in ARMS[arm].compared_with:
             if other != arm and figures.by_seed(noise, rate, other, "clean all"):
-                numbers = [figures.difference(noise, rate, arm, other, name) for name in LOSSES]
+                numbers = [figures.difference(noise, rate, arm, other, name) for name in measures]
                 rows.append([f"`{arm}` − `{other}`", *map(_marked, numbers)])
-    return _table(["difference", *LOSSES], rows) if rows else ""
+    return _table(["difference", *measures], rows) if rows else ""
 
 
 def _marked(one: Interval) -> str:

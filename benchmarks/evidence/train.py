@@ -8,6 +8,8 @@ Nothing is saved but the figures, the probe's tokens and, for a reference, its w
 import hashlib
 import json
 import math
+import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ import torch
 from benchmarks.evidence.arms import TIMES
 from benchmarks.evidence.kinds import KINDS, kind_of_tokens
 from megatron_sstoken.config import Settings
+from megatron_sstoken.evaluate import main as evaluate
 from megatron_sstoken.history.source import open_history
 from megatron_sstoken.model.build import Model
 from megatron_sstoken.parallel import Layout, create_layout, start_processes, stop_processes
@@ -80,6 +83,11 @@ def main(path: Path) -> None:
     stop_processes()
     if task["export"]:
         _export(settings.checkpoint.directory, task["export"])
+    if task["questions"]:
+        found["right"] = {plan.num_steps: _share_right(task["export"], task, path.parent)}
+        if task["before"]:
+            found["right"][0] = _share_right(settings.model.hf_path, task, path.parent)
+        shutil.rmtree(task["export"])
     partial = path.parent / "result.partial"
     partial.write_text(json.dumps(found))
     partial.rename(path.parent / "result.json")
@@ -105,6 +113,16 @@ def _export(checkpoints: str | None, folder: str) -> None:
         "--overwrite",
     ]
     subprocess.run([sys.executable, *command], check=True)
+
+
+def _share_right(model: str | None, task: dict, folder: Path) -> float:
+    """Of the held-out questions, the share that a model answers right, greedily."""
+    answers = folder / "answers.jsonl"
+    options = ["--model", str(model), "--data", task["questions"], "--output", str(answers), "--overwrite"]
+    options += ["--limit", str(task["asked"]), "--batch_size", str(task["asked"]), "--max_new_tokens", "256"]
+    if evaluate(options):
+        raise RuntimeError(f"{model} could not be asked")
+    return statistics.mean(json.loads(line)["is_right"] for line in answers.read_text().splitlines())
 
 
 def _data(settings: Settings, folder: str) -> DataPlan:
