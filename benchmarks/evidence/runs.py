@@ -104,7 +104,7 @@ class Runs:
         """All data that is missing, `jobs` at once after the first, which makes what all share."""
         both = list(dict.fromkeys((task.noise, task.seed) for task in tasks))
         arguments = self.work / "data", self.gsm8k, self.model, self.scale
-        with ProcessPoolExecutor(self.jobs, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(self.jobs, multiprocessing.get_context("fork")) as pool:
             for part in both[:1], both[1:]:
                 for made in [pool.submit(make_data, *arguments, *one) for one in part]:
                     made.result()
@@ -159,10 +159,11 @@ class Runs:
             "threads": max(1, (os.cpu_count() or 1) // self.jobs),
         }
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "task.json"
-        path.write_text(json.dumps(description, indent=1))
-        own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(description["threads"])}
+        described = folder / "task.json"
+        described.write_text(json.dumps(description, indent=1))
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        own = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(description["threads"])}
         own |= OF_DEVICE[self.device]
         with open(folder / "log.txt", "w", encoding="utf-8") as log:
-            command = [sys.executable, "-m", "benchmarks.evidence.train", str(path)]
+            command = [sys.executable, "-m", "benchmarks.evidence.train", str(described)]
             return subprocess.Popen(command, cwd=ROOT, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT)
