@@ -16,6 +16,9 @@ from megatron_sstoken.selection.signals import TokenSignals
 
 SCORES = ("sstoken", "rel", "attention", "rho1", "probability", "entropy", "random")
 RHO = 0.6
+FEWEST_CLEAN = 10
+"""Noise is compared with the clean tokens of the same samples where there is at least one for so many noisy ones: where a
+whole answer is noise, only the end of the turn is clean."""
 
 
 def recovery_of(probes: Sequence[Path], reference: Sequence[Path], folder: Path) -> Iterator[tuple[str, float]]:
@@ -46,7 +49,7 @@ def recovery_of(probes: Sequence[Path], reference: Sequence[Path], folder: Path)
             yield f"AUC {score}, {time}", auc(scores[~is_noise], scores[is_noise])
             for kind in sorted(set(kinds) - {"clean"}):
                 within = kinds[sample] == kind
-                if (within & is_noise).any() and (within & ~is_noise).any():
+                if 0 < (within & is_noise).sum() < FEWEST_CLEAN * (within & ~is_noise).sum():
                     yield f"AUC {score}, {time}, {kind}", auc(scores[within & ~is_noise], scores[within & is_noise])
             yield f"noise dropped by {score}, {time}", float(1 - kept[is_noise].mean())
             yield f"clean dropped by {score}, {time}", float(1 - kept[~is_noise].mean())

@@ -21,7 +21,7 @@ from benchmarks.evidence.model import smollm2
 from benchmarks.evidence.scale import Scale
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-OF_DEVICE = {"cpu": {"SSTOKEN_DEVICE": "cpu"}, "cuda": {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}}
+OF_DEVICE = {"cpu": {"SSTOKEN_DEVICE": "cpu"}, "cuda": {}}
 """Variables of a run's environment. Attention that adds in the same order each time: equal runs then have equal weights."""
 
 
@@ -150,6 +150,7 @@ class Runs:
             "changes": self.changes(task),
             "measured": {} if is_reference else {"clean": str(data.validation), "prose": str(data.prose)},
             "before": task.arm.measures_before,
+            "ask_before": task.arm.measures_before and task.seed == 0,
             "probe": str(data.probe),
             "probes": task.probes,
             "tokenizer": str(self.model),

@@ -108,18 +108,19 @@ def _recovery(figures: Figures, noise: float, rate: str) -> str:
 def _plot_differences(figures: Figures, noise: float, rate: str, path: Path) -> None:
     """Differences to `full` (or its like of two epochs), with intervals."""
     arms = [arm for arm in _arms(figures, noise, rate) if ARMS[arm].compared_with]
+    if not arms:
+        return
     plot = Plot(figsize=(8, 0.35 * len(arms) + 1.5), layout="constrained")
     axes = plot.subplots(1, 2, sharey=True)
     for axis, measure, title in zip(axes, ("clean all", "prose all"), ("GSM8K, clean", "prose"), strict=True):
         found = [figures.difference(noise, rate, arm, ARMS[arm].compared_with[0], measure) for arm in arms]
-        axis.errorbar(
-            [one.mean for one in found],
-            range(len(arms)),
-            xerr=[0 if math.isnan(one.half) else one.half for one in found],
-            fmt="o",
-            capsize=3,
-        )
+        means, halves = [one.mean for one in found], [0 if math.isnan(one.half) else one.half for one in found]
+        axis.errorbar(means, range(len(arms)), xerr=halves, fmt="o", capsize=3)
         axis.axvline(0, color="0.6", linewidth=1)
+        axis.set_xscale("symlog", linthresh=0.1)  # what differs by 0.03 is seen beside what differs by 3
+        axis.set_xticks([-1, -0.1, 0, 0.1, 1], ["−1", "−0.1", "0", "0.1", "1"])
+        ends = [mean + sign * half for mean, half in zip(means, halves, strict=True) for sign in (-1, 1)]
+        axis.set_xlim(1.2 * min(-0.03, *ends), 1.2 * max(0.03, *ends))
         axis.set_yticks(range(len(arms)), arms)
         axis.set_xlabel(f"loss − loss of full (nats), {title}")
         axis.invert_yaxis() if axis is axes[0] else None
@@ -133,7 +134,7 @@ def _plot_recovery(figures: Figures, path: Path) -> None:
     if not settings:
         return
     noise, rate = max(settings)
-    plot = Plot(figsize=(6, 4), layout="constrained")
+    plot = Plot(figsize=(7, 4), layout="constrained")
     axis = plot.subplots()
     for score in SCORES:
         found = [figures.mean(noise, rate, "full", f"AUC {score}, {time}") for time in TIMES]
@@ -142,7 +143,7 @@ def _plot_recovery(figures: Figures, path: Path) -> None:
     axis.axhline(0.5, color="0.6", linewidth=1)
     axis.set_xticks(range(len(TIMES)), TIMES)
     axis.set_ylabel("chance that a clean token scores above noise")
-    axis.legend(fontsize="small")
+    plot.legend(loc="outside right center", fontsize="small")
     plot.savefig(path, dpi=110)
 
 

@@ -85,7 +85,7 @@ def main(path: Path) -> None:
         _export(settings.checkpoint.directory, task["export"])
     if task["questions"]:
         found["right"] = {plan.num_steps: _share_right(task["export"], task, path.parent)}
-        if task["before"]:
+        if task["ask_before"]:
             found["right"][0] = _share_right(settings.model.hf_path, task, path.parent)
         shutil.rmtree(task["export"])
     partial = path.parent / "result.partial"
