@@ -8,6 +8,7 @@ the device, and which operations mix devices. What this cannot show: the numbers
 
 import contextlib
 import sys
+import threading
 import types
 from collections import Counter
 from collections.abc import Iterator
@@ -273,7 +274,19 @@ def install(num_devices: int = 1) -> None:
     _replace_cuda(num_devices)
     _replace_tensor_methods()
     _replace_factories()
+    _follow_threads()
     _Dispatch().__enter__()
+
+
+def _follow_threads() -> None:
+    """Modes belong to threads: without its own, another's new tensors would keep the marks of freed ones in their place."""
+    run = threading.Thread.run
+
+    def run_with_marks(self):
+        with _Dispatch():
+            run(self)
+
+    threading.Thread.run = run_with_marks  # type: ignore[method-assign]
 
 
 def _replace_cuda(num_devices: int) -> None:
