@@ -29,7 +29,7 @@ function changedRow(name, runs) {
   return [[breakable(name), mark], ...shown];
 }
 
-/** Names and paths, which narrow columns break after their dots and dashes. */
+/** Text that a narrow column breaks where the parts of a name or a path end. */
 function breakable(text) {
   const node = given("");
   node.append(...text.split(/(?<=[./_-])/).flatMap((part) => [part, element("wbr")]));

@@ -29,6 +29,7 @@ UNFINISHED = "details[open]:not(:has(> :not(summary))), .picture:empty"
 @pytest.fixture(scope="module")
 def browser() -> Iterator[sync_api.Browser]:
     """One browser for all tests; its windows have no network."""
+    sync_api.expect.set_options(timeout=30_000)  # as for clicks: the cores may be busy
     options = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
