@@ -1,4 +1,4 @@
-"""Three sentences that follow from the figures and tell them: does selection help, what does it drop, is anything drifting."""
+"""Three answers and the figures that they follow from: does selection help, what does it drop, is anything drifting."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,23 +49,25 @@ def helps(main: Run, compared: Sequence[Run], num_validation: int | None = None)
             "tokens is of other tokens at every step and says nothing of that."
         )
     step, loss = curve[-1]
-    text = f"Validation loss is {loss:.4g} after {_steps(step)}"
+    losses = f"validation loss is {loss:.4g} after {_steps(step)}"
     if len(curve) > 1:
         first_step, first = curve[0]
-        text += f" ({first:.4g} {'before training' if first_step == 0 else f'after {first_step}'})"
+        losses += f" ({first:.4g} {'before training' if first_step == 0 else f'after {first_step}'})"
     if not compared:
-        return f"{text}. Whether selection helps cannot be said: no run to compare with was given (--compare)."
+        return _sentences(
+            "whether selection helps cannot be said: no run to compare with was given (--compare)", losses
+        )
     rivals, problems = _rivals(main, compared)
-    if rivals:
-        told = [
-            f"“{one.name}” has {one.loss:.4g}"
-            + ("" if one.step == step else f" after {_steps(one.step)} (this run: {one.own:.4g})")
-            for one in rivals
-        ]
-        text += f"; {' and '.join(told)}: {_conclusion(main, rivals)}"
-        on = f", validated on {counted(num_validation, 'sample')}" if num_validation else ""
-        problems.append(f"Each is a single run of {_steps(step)}{on}: another seed may turn the order round")
-    return ". ".join([text, *problems]) + "."
+    if not rivals:
+        return _sentences(losses, *problems)
+    told = [
+        f"“{one.name}” has {one.loss:.4g}"
+        + ("" if one.step == step else f" after {_steps(one.step)} (this run: {one.own:.4g})")
+        for one in rivals
+    ]
+    on = f", validated on {counted(num_validation, 'sample')}" if num_validation else ""
+    caution = f"each is a single run of {_steps(step)}{on}: another seed may turn the order round"
+    return _sentences(f"{_conclusion(main, rivals)}: {losses}; {' and '.join(told)}", *problems, caution)
 
 
 def _rivals(main: Run, compared: Sequence[Run]) -> tuple[list[_Rival], list[str]]:
@@ -190,12 +192,14 @@ def drifting(main: Run, steps: Mapping[int, StepFigures]) -> str:
             return "No token is dropped, so none can drift."
         return "Whether anything drifts cannot be said: there are no history losses of dropped tokens."
     step, last = curve[-1]
-    text = f"Dropped tokens are {abs(last):.3g} nats {'above' if last > 0 else 'below'} their history losses at step {step:,}"
+    text = f"dropped tokens are {abs(last):.3g} nats {'above' if last > 0 else 'below'} their history losses at step {step:,}"
     bound = drift_bound(main)
     if bound is None:
         other = main.setting("history", "hf_path")
-        return f"{text}. The history is another model's ({other}), so the distance to it says nothing of drift."
-    return f"{text}{_course(curve, bound)}: {_state(curve, bound)}."
+        return _sentences(
+            f"the history is another model's ({other}), so the distance to it says nothing of drift", text
+        )
+    return _sentences(f"{_state(curve, bound)}: {text}{_course(curve, bound)}")
 
 
 def _course(curve: Curve, bound: float) -> str:
@@ -210,25 +214,30 @@ def _course(curve: Curve, bound: float) -> str:
         text = f", after a peak of {peak:.3g} at step {peak_step:,}"
     if last > 0 and len(curve) > 1:
         level = bound if last > bound else 0.0
-        name = f"the bound of {bound:g} (selection.drift_bound)" if last > bound else "0"
+        name = f"the bound of {_bound_text(bound)}" if last > bound else "0"
         text += f", and above {name} since step {_onset(curve, level):,}"
     elif last > bound:
-        text += f", above the bound of {bound:g} (selection.drift_bound)"
-    if last > bound:
-        return text
-    return f"{text}. That is within the bound of {bound:g} (selection.drift_bound)" if last > 0 else text
+        text += f", above the bound of {_bound_text(bound)}"
+    return text
 
 
 def _state(curve: Curve, bound: float) -> str:
+    """The answer; it names the bound where the curve is above 0 and below it, `_course` where it is beyond."""
     last, peak = curve[-1][1], max(value for _, value in curve)
     middle = curve[(len(curve) - 1) // 2][1]
     is_back = last < (1 - STEADY) * peak
     if last > bound:
         return "drifted, and coming back" if is_back else "drifting"
+    if last <= 0:
+        return "drifted, and came back" if peak > bound else "no drift"
     if peak > bound:
-        return "drifted, and came back"
-    is_rising = last > 0 and not is_back and last - middle > STEADY * abs(middle)
-    return "no drift so far, but rising" if is_rising else "no drift"
+        return f"drifted, and came back within the bound of {_bound_text(bound)}"
+    is_rising = not is_back and last - middle > STEADY * abs(middle)
+    return f"not beyond the bound of {_bound_text(bound)}{' so far, but rising' if is_rising else ''}"
+
+
+def _bound_text(bound: float) -> str:
+    return f"{bound:g} (selection.drift_bound)"
 
 
 def _onset(curve: Curve, level: float) -> int:
@@ -241,8 +250,12 @@ def _onset(curve: Curve, level: float) -> int:
     return onset
 
 
+def _sentences(*texts: str) -> str:
+    return " ".join(f"{text[0].upper()}{text[1:]}." for text in texts)
+
+
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+    return f"{100 * share:.3g}%"
 
 
 def _steps(number: int) -> str:

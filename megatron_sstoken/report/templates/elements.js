@@ -31,7 +31,7 @@ const SIGNED = new Intl.NumberFormat("en", { maximumSignificantDigits: 3, signDi
 const LOSS = new Intl.NumberFormat("en", { minimumFractionDigits: 3, maximumFractionDigits: 3 });
 const LOSS_CHANGE = new Intl.NumberFormat("en", { minimumFractionDigits: 3, maximumFractionDigits: 3, signDisplay: "exceptZero" });
 const WHOLE = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
-const SHARE = new Intl.NumberFormat("en", { style: "percent", maximumFractionDigits: 1 });
+const SHARE = new Intl.NumberFormat("en", { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
 
 /** A figure for readers; "–" where there is none. */
 function figure(value, format = SIGNIFICANT) {

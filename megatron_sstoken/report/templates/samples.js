@@ -2,14 +2,14 @@
 
 const PER_PAGE = 10;
 const ORDERS = [
-  ["given", "watched, then striking"],
+  ["given", "watched first"],
   ["dropped_share", "most dropped"],
   ["drift", "most drifted"],
   ["top_score", "highest score"],
 ];
 const MARKINGS = [
   ["underlined", "underlined"],
-  ["greyed", "underlined and grey"],
+  ["greyed", "underlined, grey"],
   ["unmarked", "not marked"],
 ];
 

@@ -23,10 +23,17 @@ function changedRow(name, runs) {
   const values = runs.map((run) => (name in run.changed ? run.changed[name] : settingOf(run, name)));
   const known = unique(values.filter((value) => value !== undefined).map((value) => JSON.stringify(value)));
   const shown = values.map((value, index) =>
-    element("span", { class: name in runs[index].changed ? null : "muted" }, given(settingText(value))),
+    element("span", { class: name in runs[index].changed ? null : "muted" }, breakable(settingText(value))),
   );
   const mark = known.length < 2 ? null : element("abbr", { class: "differs", title: "not the same in all runs" }, " ≠");
-  return [[given(name), mark], ...shown];
+  return [[breakable(name), mark], ...shown];
+}
+
+/** Text that a narrow column breaks where the parts of a name or a path end. */
+function breakable(text) {
+  const node = given("");
+  node.append(...text.split(/(?<=[./_-])/).flatMap((part) => [part, element("wbr")]));
+  return node;
 }
 
 /** A setting of a run, undefined where it is not known. */
@@ -53,7 +60,7 @@ function circumstances(runs) {
   ];
   return facts
     .filter(([, of]) => runs.some((run) => of(run) !== null && of(run) !== undefined))
-    .map(([title, of]) => [given(title), ...runs.map((run) => given(settingText(of(run) ?? undefined)))]);
+    .map(([title, of]) => [given(title), ...runs.map((run) => breakable(settingText(of(run) ?? undefined)))]);
 }
 
 /** The whole command, which one click selects; its lines break between words alone, where they have room. */
@@ -69,7 +76,7 @@ function isRead(run, section) {
 
 function allSettings(run) {
   const rows = Object.entries(run.settings ?? {}).filter(([section]) => isRead(run, section)).flatMap(([section, settings]) =>
-    Object.entries(settings ?? {}).map(([name, value]) => [given(`${section}.${name}`), given(settingText(value))]),
+    Object.entries(settings ?? {}).map(([name, value]) => [breakable(`${section}.${name}`), breakable(settingText(value))]),
   );
   return table(`All settings of ${run.name}`, ["Setting", "Value"], rows);
 }

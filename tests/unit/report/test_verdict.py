@@ -1,4 +1,4 @@
-"""The three sentences follow from the figures, tell them, and say what is missing."""
+"""The three answers come first, follow from the figures, tell them, and say what is missing."""
 
 from pathlib import Path
 
@@ -26,42 +26,43 @@ MAIN = run(validation=[(0, 2.5), (20, 1.5), (40, 1.204)])
         (
             MAIN,
             [run("full", "full", [(40, 1.187)])],
-            "Validation loss is 1.204 after 40 steps (2.5 before training); “full” has 1.187: selection does not help here "
-            "(0.017 nats above “full”). Each is a single run of 40 steps: another seed may turn the order round.",
+            "Selection does not help here (0.017 nats above “full”): validation loss is 1.204 after 40 steps (2.5 before "
+            "training); “full” has 1.187. Each is a single run of 40 steps: another seed may turn the order round.",
         ),
-        (MAIN, [run("all", "full", [(40, 1.3)])], "“all” has 1.3: selection helps here (0.096 nats below “all”)."),
-        (MAIN, [run("full", "full", [(40, 1.2)])], "no difference that one seed could show (0.004 nats above “full”)."),
+        (MAIN, [run("all", "full", [(40, 1.3)])], "Selection helps here (0.096 nats below “all”): validation loss is"),
+        (MAIN, [run("full", "full", [(40, 1.2)])], "No difference that one seed could show (0.004 nats above “full”): "),
         (
             MAIN,
             [run("full", "full", [(20, 1.4)])],
-            "“full” has 1.4 after 20 steps (this run: 1.5): selection does not help here (0.1 nats above “full”).",
+            "Selection does not help here (0.1 nats above “full”): validation loss is 1.204 after 40 steps (2.5 before "
+            "training); “full” has 1.4 after 20 steps (this run: 1.5). ",
         ),
         (
             MAIN,
             [run("full", "full", [(0, 2.5), (60, 0.9)])],
             "“full” has 0.9 after 60 steps and was not validated at a step of this run: it cannot be compared with.",
         ),
-        (MAIN, [run("full", "full", [(40, 1.1), (60, 1.0)])], "“full” has 1.1: "),
+        (MAIN, [run("full", "full", [(40, 1.1), (60, 1.0)])], "“full” has 1.1. "),
         (
             MAIN,
             [run("full", "full", [(40, 1.1)]), run("random", "random", [(40, 1.15)])],
-            "and as many tokens drawn at random do better (this run is 0.054 nats above “random”).",
+            "and as many tokens drawn at random do better (this run is 0.054 nats above “random”): ",
         ),
         (
             MAIN,
             [run("full", "full", [(40, 1.1)]), run("random", "random", [(40, 1.2)])],
-            "and as many tokens drawn at random do as well (this run is 0.004 nats above “random”).",
+            "and as many tokens drawn at random do as well (this run is 0.004 nats above “random”): ",
         ),
         (
             MAIN,
             [run("full", "full", [(40, 1.3)]), run("random", "random", [(40, 1.25)])],
-            "and as many tokens drawn at random do worse (this run is 0.046 nats below “random”).",
+            "and as many tokens drawn at random do worse (this run is 0.046 nats below “random”): ",
         ),
-        (MAIN, [run("random", "random", [(40, 1.3)])], "a run of method “full” would say whether selection helps."),
-        (MAIN, [], "cannot be said: no run to compare with was given (--compare)."),
+        (MAIN, [run("random", "random", [(40, 1.3)])], "; a run of method “full” would say whether selection helps: v"),
+        (MAIN, [], "cannot be said: no run to compare with was given (--compare). Validation loss is 1.204 after 40 steps"),
         (MAIN, [run("full", "full")], "“full” has no validation loss to compare with."),
         (run(), [], "the run has no validation loss (data.validation)"),
-        (run(method="full", validation=[(40, 1.0)]), [MAIN], "this run trains on every token"),
+        (run(method="full", validation=[(40, 1.0)]), [MAIN], "This run trains on every token"),
         (
             run(validation=[(40, 1.0)], data={"validation_fingerprint": "a"}),
             [run("full", "full", [(40, 0.5)], data={"validation_fingerprint": "b"})],
@@ -109,7 +110,7 @@ def test_what_is_dropped():
     step, kinds = sums({0: (95, 5), 1: (10, 30), 2: (60, 0)})
     said = dropping(run(), {20: step}, step, kinds, {0: " the", 1: "\u202e\n", 2: "x"})
     assert said == (
-        "17.5 % of the response tokens recorded at step 20 are dropped; clearly more often: '\\u202e\\n' (75 % of 40). "
+        "17.5% of the response tokens recorded at step 20 are dropped; clearly more often: '\\u202e\\n' (75% of 40). "
         "Dropped tokens have a mean loss of 2 nats, kept ones 1."
     )
 
@@ -118,12 +119,12 @@ def test_frequent_kinds_are_named_only_if_they_are_dropped_clearly_more_often_th
     """Not by how many of them are dropped, nor where chance may explain it, nor where there are few."""
     step, kinds = sums({0: (3000, 2000), 1: (60, 140), 2: (55, 45), 3: (1, 18), 4: (190, 110)})
     said = dropping(run(), {20: step}, step, kinds, {0: "often", 1: "clear", 2: "chance", 3: "few", 4: "less"})
-    assert "clearly more often: 'clear' (70 % of 200). " in said
+    assert "clearly more often: 'clear' (70% of 200). " in said
     step, kinds = sums({0: (300, 200), 1: (60, 40)})
     said = dropping(run(), {5: step, 10: step}, step, kinds, {0: "a", 1: "b"})
     assert "recorded at steps 5 and 10 are dropped; no kind of token clearly more often than others." in said
     step, kinds = sums({0: (0, 50), 1: (0, 50)})
-    assert "100 % of the response tokens recorded are dropped; no kind" in dropping(
+    assert "100% of the response tokens recorded are dropped; no kind" in dropping(
         run(), {0: step}, step, kinds, {0: "a"}
     )
 
@@ -150,7 +151,7 @@ def test_nothing_to_say_of_what_is_dropped():
     assert nothing == "What is dropped cannot be said: there are no token records (logging.records_every)."
     main = run()
     main.curves["selection/share"] = [(3, 0.75)]
-    assert "; 25 % were dropped at step 3." in dropping(main, {}, StepFigures(), KindFigures(), {})
+    assert "; 25% were dropped at step 3." in dropping(main, {}, StepFigures(), KindFigures(), {})
 
 
 @pytest.mark.parametrize(
@@ -158,28 +159,31 @@ def test_nothing_to_say_of_what_is_dropped():
     [
         (
             [(5, 0.1), (10, 0.15), (15, 0.25), (20, 0.31)], {},
-            "Dropped tokens are 0.31 nats above their history losses at step 20, their highest so far, and above the bound of "
-            "0.2 (selection.drift_bound) since step 15: drifting.",
+            "Drifting: dropped tokens are 0.31 nats above their history losses at step 20, their highest so far, and above the "
+            "bound of 0.2 (selection.drift_bound) since step 15.",
         ),
-        ([(10, 0.5), (15, 0.1), (20, 0.3)], {}, ", after a peak of 0.5 at step 10, and above the bound of 0.2 "
-         "(selection.drift_bound) since step 20: drifted, and coming back."),
-        ([(10, 0.32), (20, 0.31)], {}, "after a peak of 0.32 at step 10, and above the bound of 0.2 (selection.drift_bound) "
-         "since step 10: drifting."),
+        ([(10, 0.5), (15, 0.1), (20, 0.3)], {}, "Drifted, and coming back: dropped tokens are 0.3 nats above their "
+         "history losses at step 20, after a peak of 0.5 at step 10, and above the bound of 0.2 (selection.drift_bound) since "
+         "step 20."),
+        ([(10, 0.32), (20, 0.31)], {}, "Drifting: dropped tokens are 0.31 nats above their history losses at step 20, after a "
+         "peak of 0.32 at step 10, and above the bound of 0.2 (selection.drift_bound) since step 10."),
         (
             [(2, 0.0), (3, 0.01), (10, 0.0771), (15, 0.137), (20, 0.114)], {},
-            "Dropped tokens are 0.114 nats above their history losses at step 20, after a peak of 0.137 at step 15, and above "
-            "0 since step 3. That is within the bound of 0.2 (selection.drift_bound): no drift.",
+            "Not beyond the bound of 0.2 (selection.drift_bound): dropped tokens are 0.114 nats above their history losses at "
+            "step 20, after a peak of 0.137 at step 15, and above 0 since step 3.",
         ),
-        ([(10, 0.05), (20, 0.15)], {}, "their highest so far, and above 0 since step 10. That is within the bound of 0.2 "
-         "(selection.drift_bound): no drift so far, but rising."),
-        ([(10, 0.15), (20, 0.15)], {}, "(selection.drift_bound): no drift."),
-        ([(10, 0.3), (20, 0.1)], {}, "within the bound of 0.2 (selection.drift_bound): drifted, and came back."),
-        ([(10, -0.1), (20, -0.2)], {}, "0.2 nats below their history losses at step 20: no drift."),
-        ([(10, 0.1), (20, -0.2)], {}, "0.2 nats below their history losses at step 20, after a peak of 0.1 at step 10: no "),
-        ([(20, 0.3)], {"selection": {"drift_bound": 0.5}}, "at step 20. That is within the bound of 0.5"),
-        ([(20, 0.3)], {}, "at step 20, above the bound of 0.2 (selection.drift_bound): drifting."),
-        ([(20, 0.3)], {"history": {"hf_path": "b"}, "model": {"hf_path": "a"}}, "another model's (b), so the distance"),
-        ([(20, 0.3)], {"history": {"hf_path": "a"}, "model": {"hf_path": "a"}}, "drifting."),
+        ([(10, 0.05), (20, 0.15)], {}, "Not beyond the bound of 0.2 (selection.drift_bound) so far, but rising: dropped "
+         "tokens are 0.15 nats above their history losses at step 20, their highest so far, and above 0 since step 10."),
+        ([(10, 0.15), (20, 0.15)], {}, "Not beyond the bound of 0.2 (selection.drift_bound): dropped"),
+        ([(10, 0.3), (20, 0.1)], {}, "Drifted, and came back within the bound of 0.2 (selection.drift_bound): dropped"),
+        ([(10, -0.1), (20, -0.2)], {}, "No drift: dropped tokens are 0.2 nats below their history losses at step 20."),
+        ([(10, 0.1), (20, -0.2)], {}, "No drift: dropped tokens are 0.2 nats below their history losses at step 20, after "
+         "a peak of 0.1 at step 10."),
+        ([(20, 0.3)], {"selection": {"drift_bound": 0.5}}, "Not beyond the bound of 0.5"),
+        ([(20, 0.3)], {}, "Drifting: dropped tokens are 0.3 nats above their history losses at step 20, above the bound of 0.2 "
+         "(selection.drift_bound)."),
+        ([(20, 0.3)], {"history": {"hf_path": "b"}, "model": {"hf_path": "a"}}, "The history is another model's (b), so"),
+        ([(20, 0.3)], {"history": {"hf_path": "a"}, "model": {"hf_path": "a"}}, "Drifting:"),
         ([], {}, "cannot be said: there are no history losses"),
     ],
 )  # fmt: skip
