@@ -47,7 +47,7 @@ WORDS = {
     "Drift": "The mean change of the dropped tokens; in the chart, a running mean of about 10 steps.",
     "Entropy": "How undecided the model was before the token, in nats; 0 is certain.",
     "Weight": "What a kept token's loss is multiplied by (weights.method); shown where tokens do not count alike.",
-    "Newly kept, newly dropped": "Dropped, or kept, in the sample's record before the one that is shown.",
+    "Newly kept, newly dropped": "It was dropped, or kept, in the record of the sample before the one that is shown.",
 }
 """What the page's words mean that no setting has a value for."""
 

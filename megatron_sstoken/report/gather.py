@@ -82,6 +82,7 @@ def gather(
     kind_texts = dict(zip(notable.tolist(), texts.of(notable), strict=True))
     shown = choice.shown()
     samples, notes = _samples(files, shown, texts, data, ROOM * max(1.0, num_samples / 200))
+    groups = _groups(sums.kinds, texts)
     of_main = main or Run(name="token records", folder=files[0].path.parent, logs=files[0].path.parent)
     num_validation = facts.num_samples(main, "validation") if main else None
     return {
@@ -97,10 +98,10 @@ def gather(
             str(step): _histogram(one, sums.edges) for step, one in sorted(sums.steps.items())
         },
         "types": _kinds(sums.kinds, kind_texts),
-        "groups": _groups(sums.kinds, texts),
+        "groups": groups,
         "verdict": {
             "helps": verdict.helps(of_main, compared, num_validation) if main else verdict.NO_RUN,
-            "dropping": verdict.dropping(of_main, sums.steps, sums.total, sums.kinds, kind_texts),
+            "dropping": verdict.dropping(of_main, sums.steps, sums.total, sums.kinds, kind_texts, groups),
             "drifting": verdict.drifting(of_main, sums.steps),
         },
         "notes": [

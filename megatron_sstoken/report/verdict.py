@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -119,9 +120,17 @@ def _above(rival: _Rival) -> str:
 
 
 def dropping(
-    main: Run, steps: Mapping[int, StepFigures], total: StepFigures, kinds: KindFigures, texts: Mapping[int, str]
+    main: Run,
+    steps: Mapping[int, StepFigures],
+    total: StepFigures,
+    kinds: KindFigures,
+    texts: Mapping[int, str],
+    groups: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """What is dropped, and which kinds of tokens more often than others; `texts` has those of `KindFigures.notable`."""
+    """What is dropped, and which groups and kinds of tokens more often than others.
+
+    `texts` has those of `KindFigures.notable`; `groups` of tokens have `name`, `count`, `dropped`.
+    """
     if main.method == "full" and not total.num_dropped:
         return "Nothing is dropped: method “full” trains on every response token."
     if not total.num_response:
@@ -134,7 +143,12 @@ def dropping(
     often = [
         f"{texts[one]!r} ({_percent(share)} of {count:,})" for one, share, count in _dropped_more(total, kinds, texts)
     ]
-    text += f"clearly more often: {', '.join(often)}" if often else "no kind of token clearly more often than others"
+    group = _group_dropped_more(total, groups)
+    if group:
+        text += f"clearly more often {group}"
+        text += f", of single tokens {', '.join(often)}" if often else ""
+    else:
+        text += f"clearly more often: {', '.join(often)}" if often else "no kind of token clearly more often than others"
     return f"{text}. {_losses(main, total)}."
 
 
@@ -152,13 +166,30 @@ def _at(steps: Mapping[int, StepFigures]) -> str:
 def _dropped_more(total: StepFigures, kinds: KindFigures, texts: Mapping[int, str]) -> list[tuple[int, float, int]]:
     """Kinds that are dropped clearly more often than the average, those first that lose most by it: id, share, count."""
     ids = np.array(sorted(texts), dtype=np.int64)
-    count, average = kinds["count"][ids], total.dropped_share
+    count = kinds["count"][ids]
     dropped = count - kinds["selected"][ids]
-    excess = dropped - average * count  # over what the average would drop
-    deviation = np.sqrt(count * average * (1 - average))
-    is_clear = (count >= FEW) & (excess > 0) & (excess >= CLEARLY * deviation)
+    excess, is_clear = _excess(count, dropped, total)
     chosen = [place for place in np.argsort(-excess, kind="stable").tolist() if is_clear[place]][:SHOWN]
     return [(int(ids[one]), float(dropped[one] / count[one]), int(count[one])) for one in chosen]
+
+
+def _excess(count: np.ndarray, dropped: np.ndarray, total: StepFigures) -> tuple[np.ndarray, np.ndarray]:
+    """By how many tokens more than the average would are dropped, and where that is clear."""
+    average = total.dropped_share
+    excess = dropped - average * count
+    deviation = np.sqrt(count * average * (1 - average))
+    return excess, (count >= FEW) & (excess > 0) & (excess >= CLEARLY * deviation)
+
+
+def _group_dropped_more(total: StepFigures, groups: Sequence[Mapping[str, Any]]) -> str | None:
+    """The group that loses most by being dropped clearly more often than the average."""
+    count, dropped = (np.array([one[name] for one in groups], dtype=np.int64) for name in ("count", "dropped"))
+    excess, is_clear = _excess(count, dropped, total)
+    if not is_clear.any():
+        return None
+    chosen = int(np.argmax(np.where(is_clear, excess, -np.inf)))
+    share = _percent(float(dropped[chosen] / count[chosen]))
+    return f"{groups[chosen]['name']} ({share}, {dropped[chosen]:,} of the {total.num_dropped:,} dropped)"
 
 
 def _losses(main: Run, total: StepFigures) -> str:
@@ -184,22 +215,28 @@ def drifting(main: Run, steps: Mapping[int, StepFigures]) -> str:
     """Whether dropped tokens become worse than they were under the history."""
     if main.method == "full" and not any(one.num_dropped for one in steps.values()):
         return "No token is dropped, so none can drift."
-    curve: Curve = main.curves.get("loss/dropped_minus_history") or [
-        (step, one.drift) for step, one in sorted(steps.items()) if one.num_changed
-    ]
+    of_records: Curve = [(step, one.drift) for step, one in sorted(steps.items()) if one.num_changed]
+    logged = main.curves.get("loss/dropped_minus_history")
+    curve = logged or of_records
     if not curve:
         if steps and not any(one.num_dropped for one in steps.values()):
             return "No token is dropped, so none can drift."
         return "Whether anything drifts cannot be said: there are no history losses of dropped tokens."
     step, last = curve[-1]
     text = f"dropped tokens are {abs(last):.3g} nats {'above' if last > 0 else 'below'} their history losses at step {step:,}"
+    if logged:
+        now = dict(of_records).get(step)
+        text += f" (a running mean{f'; {now:.3g} in the records of that step' if now is not None else ''})"
     bound = drift_bound(main)
     if bound is None:
         other = main.setting("history", "hf_path")
         return _sentences(
             f"the history is another model's ({other}), so the distance to it says nothing of drift", text
         )
-    return _sentences(f"{_state(curve, bound)}: {text}{_course(curve, bound)}")
+    lasting = main.setting("selection", "drift_steps")
+    is_short = isinstance(lasting, int) and step <= lasting
+    caution = f"too short a run for its own warning, which takes {lasting} steps above the bound (selection.drift_steps)"
+    return _sentences(f"{_state(curve, bound)}: {text}{_course(curve, bound)}", *([caution] if is_short else []))
 
 
 def _course(curve: Curve, bound: float) -> str:

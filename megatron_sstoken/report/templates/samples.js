@@ -5,7 +5,7 @@ const ORDERS = [
   ["given", "watched first"],
   ["dropped_share", "most dropped"],
   ["drift", "most drifted"],
-  ["top_score", "highest score"],
+  ["top_score", "top single score"],
 ];
 const MARKINGS = [
   ["underlined", "underlined"],

@@ -145,6 +145,16 @@ def test_a_run_that_selects_nothing_drops_nothing():
     assert drifting(full, {}) == "No token is dropped, so none can drift."
 
 
+def test_the_group_that_is_dropped_most_comes_before_single_tokens():
+    total, kinds = sums({7: (60, 140), 8: (540, 260)})
+    steps = {20: total}
+    groups = [{"name": "digits", "count": 300, "dropped": 200}, {"name": "words", "count": 700, "dropped": 200}]
+    said = dropping(run(), steps, total, kinds, {7: "clear"}, groups)
+    assert "are dropped; clearly more often digits (66.7%, 200 of the 400 dropped), of single tokens 'clear'" in said
+    even = [{"name": "digits", "count": 300, "dropped": 120}, {"name": "words", "count": 700, "dropped": 280}]
+    assert "clearly more often: 'clear'" in dropping(run(), steps, total, kinds, {7: "clear"}, even)
+
+
 def test_nothing_to_say_of_what_is_dropped():
     assert "Nothing is dropped: all 7" in dropping(run(), {}, *sums({0: (7, 0)}), {0: "a"})
     nothing = dropping(run(), {}, StepFigures(), KindFigures(), {})
@@ -190,7 +200,24 @@ def test_nothing_to_say_of_what_is_dropped():
 def test_whether_anything_drifts(curve, settings, says):
     main = run(drift=curve)
     main.settings |= settings
-    assert says in drifting(main, {})
+    logged = says.replace("losses at step 20", "losses at step 20 (a running mean)")
+    assert logged in drifting(main, {})
+
+
+def test_a_mean_over_steps_and_the_last_step_are_told_apart():
+    records = {20: StepFigures(num_dropped=2, change_dropped=0.5, num_changed=2)}
+    main = run(drift=[(10, 0.1), (20, 0.15)])
+    assert (
+        "0.15 nats above their history losses at step 20 (a running mean; 0.25 in the records of that step)"
+        in drifting(main, records)
+    )
+
+
+def test_a_run_too_short_for_its_own_warning_says_so():
+    short = "Too short a run for its own warning, which takes 20 steps above the bound (selection.drift_steps)."
+    settings = {"method": "sstoken", "drift_steps": 20}
+    assert drifting(run(drift=[(20, 0.1)], selection=settings), {}).endswith(short)
+    assert short not in drifting(run(drift=[(21, 0.1)], selection=settings), {})
 
 
 def test_without_a_curve_the_records_tell():
