@@ -16,6 +16,7 @@ from megatron_sstoken.config import RENAMED, LoraSettings, Settings, SettingsErr
 from megatron_sstoken.files import delete_old, write_durably
 from megatron_sstoken.folders import RUN_FILE, SETTINGS_FILE, STATE_FILE
 from megatron_sstoken.integrity import CHECKSUMS, checksum_of, differing, read_checksums, write_checksums
+from megatron_sstoken.model.identity import ModelIdentity
 
 PROBE = ".seen-by-all-"
 """Beginning of the name of a file that process 0 shows the others for a moment."""
@@ -53,8 +54,10 @@ class AdapterIdentity:
     targets: list[str]
     base_checkpoint: str | None
     """megatron checkpoint that the base weights came from; None: the run's `hf_path`."""
-    base_fingerprint: str
-    """Of the files of the base weights."""
+    base: ModelIdentity | None = None
+    """The base weights, and what is computed with them; None in checkpoints of versions before."""
+    base_fingerprint: str = ""
+    """What those have instead: of the bytes of the base's files, config.json among them."""
     rank_stabilized: bool = False
 
     @property
@@ -193,12 +196,16 @@ def read_run_state(folder: Path) -> RunState:
         num_packs = content.pop(_NUM_PACKS, 0)
         return RunState(
             identity=RunIdentity(**identity) if identity else None,
-            adapters=AdapterIdentity(**adapters) if adapters else None,
+            adapters=_adapter_identity(**adapters) if adapters else None,
             num_packs=num_packs,
             **content,
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or of another version ({error!r}): name another checkpoint") from error
+
+
+def _adapter_identity(*, base: dict[str, Any] | None = None, **content: Any) -> AdapterIdentity:
+    return AdapterIdentity(base=ModelIdentity(**base) if base else None, **content)
 
 
 def write_run_state(folder: Path, state: RunState) -> None:

@@ -274,6 +274,11 @@ def hugging_face_linears(a: Architecture, targets: Iterable[str]) -> dict[str, t
     return found
 
 
+def stacked_alpha(alpha: float, number: int, *, rank_stabilized: bool) -> float:
+    """The alpha that scales an adapter of `number` times the rank as `alpha` scales the others."""
+    return alpha * (math.sqrt(number) if rank_stabilized else number)
+
+
 def num_adapter_parameters(a: Architecture, lora: LoraSettings) -> int:
     """Parameters of all adapters of a model."""
     sides = other_sides(a)
