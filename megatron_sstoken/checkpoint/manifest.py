@@ -59,6 +59,8 @@ class AdapterIdentity:
     base_fingerprint: str = ""
     """What those have instead: of the bytes of the base's files, config.json among them."""
     rank_stabilized: bool = False
+    train_whole: list[str] = field(default_factory=list)
+    """Modules of the base that the checkpoint holds whole, as they were trained."""
 
     @property
     def scale(self) -> float:
@@ -321,6 +323,10 @@ def mark_diverged(directory: str, step: int, problem: str) -> None:
         write_checksums(folder, checksums | {STATE_FILE: checksum_of(folder / STATE_FILE)})
 
 
+def _whole(saved: AdapterIdentity) -> str:
+    return f", lora.train_whole=[{', '.join(saved.train_whole)}]" if saved.train_whole else ""
+
+
 def adapter_problems(owner: str, saved: AdapterIdentity | None, lora: LoraSettings) -> list[str]:
     """Why adapters as `lora` sets them cannot be filled from a checkpoint of adapters; empty also if it holds none.
 
@@ -331,14 +337,15 @@ def adapter_problems(owner: str, saved: AdapterIdentity | None, lora: LoraSettin
     if lora.rank == 0:
         return [
             f"{owner} holds adapters, and lora.rank=0 makes none: set lora.rank={saved.rank}, lora.alpha={saved.alpha:g}"
-            f"{', lora.rank_stabilized=true' * saved.rank_stabilized} and lora.targets=[{', '.join(saved.targets)}], or merge "
-            "them with tools/convert_checkpoint.py to-hf --merge"
+            f"{', lora.rank_stabilized=true' * saved.rank_stabilized}{_whole(saved)} and "
+            f"lora.targets=[{', '.join(saved.targets)}], or merge them with tools/convert_checkpoint.py to-hf --merge"
         ]
     pairs = {
         "rank": (saved.rank, lora.rank),
         "alpha": (saved.alpha, lora.alpha),
         "rank_stabilized": (saved.rank_stabilized, lora.rank_stabilized),
         "targets": (sorted(saved.targets), sorted(lora.targets)),
+        "train_whole": (sorted(saved.train_whole), sorted(lora.train_whole)),
     }
     return [
         f"{owner} holds adapters made with lora.{name}={old}, now {new}: use the same"

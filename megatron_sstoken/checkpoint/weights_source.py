@@ -124,5 +124,6 @@ def adapter_identity(settings: Settings, layout: Layout) -> AdapterIdentity | No
         targets=list(lora.targets),
         base_checkpoint=str(resolve_checkpoint(base.checkpoint).resolve()) if base.checkpoint else None,
         rank_stabilized=lora.rank_stabilized,
+        train_whole=list(lora.train_whole),
         base=broadcast_object(base.identity() if layout.rank == 0 else None, source=0),
     )

@@ -14,7 +14,17 @@ from megatron_sstoken.conversion.torch_dist import CheckpointReader
 from megatron_sstoken.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATE_FILE
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
-from megatron_sstoken.model.lora import FUSED, TARGETS, hugging_face_linears, other_sides, peft_name, stacked_alpha
+from megatron_sstoken.model.lora import (
+    FUSED,
+    TARGETS,
+    WHOLE,
+    WHOLE_TENSORS,
+    hugging_face_linears,
+    other_sides,
+    peft_name,
+    peft_whole_name,
+    stacked_alpha,
+)
 
 _WEIGHT = re.compile(r"model\.layers\.(\d+)\.(\w+\.\w+)\.weight")
 
@@ -69,10 +79,18 @@ class AdapterCheckpoint:
         blocks = [found[part][1] if part in found else first.new_zeros(rows[part], 0) for part in parts]
         return torch.cat([found[part][0] for part in parts if part in found]), torch.block_diag(*blocks)
 
+    def whole_tensor(self, module: str) -> torch.Tensor:
+        """The weight of a module that was trained whole, in its stored type, without padding."""
+        key = WHOLE["embed_tokens"] if self.architecture.tied_embeddings else WHOLE[module]
+        return self._reader.read_tensor(key)[: self.architecture.vocabulary_size]
+
     def merged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The Hugging Face tensor `name` of the base → that of the tuned model, summed in fp32 and rounded once."""
+        """The Hugging Face tensor `name` of the base → that of the tuned model; summed in fp32, and not rounded yet."""
+        for module in self.identity.train_whole:
+            if WHOLE_TENSORS[module] == name:
+                return self.whole_tensor(module)
         delta = self.merged_delta(name)
-        return tensor if delta is None else delta.add_(tensor).to(tensor.dtype)
+        return tensor if delta is None else delta.add_(tensor)
 
     def peft_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All matrices by the names that PEFT gives them."""
@@ -80,6 +98,8 @@ class AdapterCheckpoint:
             for path in self.linears:
                 for name, matrix in zip(("lora_A", "lora_B"), self.linear_matrices(path, layer), strict=True):
                     yield peft_name(layer, path, name), matrix.contiguous()
+        for module in self.identity.train_whole:
+            yield peft_whole_name(module), self.whole_tensor(module).contiguous()
 
     def peft_config(self, base: str) -> dict:
         """PEFT's adapter_config.json; `base` is the Hugging Face folder of the weights that the adapters belong to."""
@@ -99,6 +119,7 @@ class AdapterCheckpoint:
             "lora_alpha": alpha,
             "use_rslora": stabilized,
             "lora_dropout": self.identity.dropout,
+            **({"modules_to_save": list(self.identity.train_whole)} if self.identity.train_whole else {}),
             "target_modules": [path.rpartition(".")[2] for path in self.linears],
             **(patterns if fused else {}),
             "bias": "none",

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron_sstoken.config import LoraSettings, Settings
 from megatron_sstoken.model.build import build_model
 from megatron_sstoken.model.families import Architecture, Split, WeightRule
-from megatron_sstoken.model.lora import hugging_face_linears, is_adapter, peft_name
+from megatron_sstoken.model.lora import WHOLE, hugging_face_linears, is_adapter, peft_name, peft_whole_name
 from megatron_sstoken.model.weights import held_weights, rules_of_chunk, to_hugging_face
 from megatron_sstoken.parallel import create_layout, reset_layout, start_processes
 
@@ -105,6 +105,7 @@ def adapter_contents(architecture: Architecture, lora: LoraSettings) -> Contents
     """
     linears = hugging_face_linears(architecture, lora.targets)
     path_of = {target: path for path, targets in linears.items() for target in targets}
+    module_of = {WHOLE[module]: module for module in lora.train_whole}
     parameters = []
     with _chunk_of(architecture, Settings(lora=lora)) as (chunk, stored):
         for name, parameter in chunk.named_parameters():
@@ -113,6 +114,9 @@ def adapter_contents(architecture: Architecture, lora: LoraSettings) -> Contents
                 peft = peft_name(int(layer), path_of[target], matrix)
                 rule = WeightRule(name, (peft,), Split.WHOLE)
                 parameters.append(Parameter(name, rule, int(layer), parameter.shape, stored[name]))
+            elif name in module_of:
+                rule = WeightRule(name, (peft_whole_name(module_of[name]),), Split.VOCABULARY)
+                parameters.append(Parameter(name, rule, 0, parameter.shape, stored[name]))
     return Contents(architecture, tuple(parameters), objects=())
 
 

@@ -13,20 +13,19 @@ import torch
 from megatron_sstoken import __version__
 from megatron_sstoken.checkpoint.manifest import AdapterIdentity, RunState
 from megatron_sstoken.checkpoint.weights_source import WeightsSource
-from megatron_sstoken.config import LoraSettings, LoraTarget
+from megatron_sstoken.config import LoraSettings, LoraTarget, WholeModule
 from megatron_sstoken.conversion.contents import Parameter, adapter_contents
 from megatron_sstoken.conversion.output import write_checkpoint
 from megatron_sstoken.conversion.work import ConversionOptions, refuse_existing
 from megatron_sstoken.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, local_model
 from megatron_sstoken.model.dtypes import SAFETENSORS_NAMES
-from megatron_sstoken.model.families import Architecture, read_architecture
+from megatron_sstoken.model.families import Architecture, Split, read_architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
-from megatron_sstoken.model.lora import FUSED, TARGETS, other_sides, stacked_alpha
+from megatron_sstoken.model.lora import FUSED, TARGETS, WHOLE, other_sides, peft_whole_name, stacked_alpha
 from megatron_sstoken.model.weight_files import open_safetensors
 
 _UNSUPPORTED = {
     "use_dora": "DoRA",
-    "modules_to_save": "whole modules beside the adapters",
     "trainable_token_indices": "tokens trained beside the adapters",
     "lora_bias": "adapters with a bias",
     "layer_replication": "replicated layers",
@@ -64,13 +63,18 @@ class PeftFolder:
         self._config = self._read_config()
         self._weights = open_safetensors(str(self._weights_file))
         self._names = set(self._weights.keys())
-        matches = {name: _TENSOR.fullmatch(name) for name in self._names}
+        whole = [module for module in get_args(WholeModule) if module in (self._config.get("modules_to_save") or [])]
+        matches = {
+            name: _TENSOR.fullmatch(name) for name in self._names - {peft_whole_name(module) for module in whole}
+        }
         self._linears = {match[1] for match in matches.values() if match}
         known = TARGETS.keys() | FUSED.keys()
         unknown = sorted(name for name, match in matches.items() if match is None) + sorted(self._linears - known)
         if unknown or not self._linears:
             what = f"holds {', '.join(unknown[:3])}" if unknown else "holds no adapters"
-            raise ValueError(f"{self._weights_file} {what}: only adapters of {', '.join(sorted(known))} are supported")
+            raise ValueError(
+                f"{self._weights_file} {what}: only adapters of {', '.join(sorted(known))} are read: {_MERGE}"
+            )
         targets = {part for name in self._linears for part in FUSED.get(name, (name,))}
         self.lora = LoraSettings(
             rank=self._config["r"],
@@ -78,6 +82,7 @@ class PeftFolder:
             dropout=float(self._config.get("lora_dropout") or 0.0),
             targets=[name for name in get_args(LoraTarget) if name in targets],
             rank_stabilized=bool(self._config.get("use_rslora")),
+            train_whole=whole,
         )
         if problems := self.lora.problems():
             raise ValueError(f"{self._config_file}: {'; '.join(problems)}")
@@ -107,18 +112,25 @@ class PeftFolder:
     def matrix(self, parameter: Parameter, architecture: Architecture) -> torch.Tensor:
         """The matrix of an adapter's parameter."""
         place = self._place(parameter, architecture)
+        if parameter.rule.split is Split.VOCABULARY:
+            real = self._weights.get_tensor(place.name)
+            return torch.cat([real, real.new_zeros(parameter.shape[0] - real.shape[0], real.shape[1])])
         return self._weights.get_slice(place.name)[place.rows, place.columns].contiguous()
 
     def check(self, parameters: tuple[Parameter, ...], architecture: Architecture) -> None:
         """Raise ValueError unless the folder holds the matrices of all `parameters`, and no others."""
         places = [self._place(parameter, architecture) for parameter in parameters]
+        if architecture.tied_embeddings and self.lora.train_whole:
+            self._require_one_table()
+            places.append(_Place(peft_whole_name("lm_head"), "lm_head", places[0].shape))
         if strange := self._linears - {place.linear for place in places}:
             raise ValueError(
                 f"{self._weights_file} has adapters on {', '.join(sorted(strange))}, which the base does not have: {_OWN}"
             )
         for place in places:
             if place.name not in self._names:
-                raise ValueError(f"{self._weights_file} holds no {place.name}: adapters have to be on every layer")
+                why = "modules_to_save names it" if place.linear in WHOLE else "adapters have to be on every layer"
+                raise ValueError(f"{self._weights_file} holds no {place.name}: {why}")
             shape = list(self._weights.get_slice(place.name).get_shape())
             if shape != place.shape:
                 raise ValueError(
@@ -129,6 +141,19 @@ class PeftFolder:
         if extra := self._names - {place.name for place in places}:
             raise ValueError(
                 f"{self._weights_file} holds {min(extra)} ({len(extra)} such), for which the base has no place: {_OWN}"
+            )
+
+    def _require_one_table(self) -> None:
+        """Raise ValueError unless embedding and head were saved, and are one, as in the base."""
+        if len(self.lora.train_whole) == 1:
+            raise ValueError(
+                f"{self._config_file}: modules_to_save={self.lora.train_whole} parts embedding and head, which are one in "
+                f"the base (tie_word_embeddings): {_MERGE}"
+            )
+        embedding, head = (self._weights.get_tensor(peft_whole_name(module)) for module in self.lora.train_whole)
+        if not torch.equal(embedding, head):
+            raise ValueError(
+                f"{self._weights_file}: embedding and head differ, which are one in the base (tie_word_embeddings): {_MERGE}"
             )
 
     def _stacked_linears(self) -> set[str]:
@@ -152,6 +177,8 @@ class PeftFolder:
     def _place(self, parameter: Parameter, architecture: Architecture) -> "_Place":
         """Where the folder has the matrix of an adapter's parameter. The parts of a fused linear share its A."""
         (name,) = parameter.rule.hugging_face
+        if parameter.rule.split is Split.VOCABULARY:
+            return _Place(name, name.split(".")[-2], [architecture.vocabulary_size, parameter.shape[1]])
         linear, (target, matrix) = name.split(".")[-3], parameter.name.split(".")[-2:]
         shape = list(parameter.shape)
         if linear == target:
@@ -184,6 +211,8 @@ class PeftFolder:
         problems = [f"{field} ({what})" for field, what in _UNSUPPORTED.items() if config.get(field)]
         if config.get("bias", "none") != "none":
             problems.append("bias (trained biases)")
+        if other := sorted(set(config.get("modules_to_save") or []) - set(get_args(WholeModule))):
+            problems.append(f"modules_to_save (whole modules beside the adapters: {', '.join(other)})")
         if config.get("layers_to_transform") is not None:
             problems.append("layers_to_transform (adapters on some layers)")
         if problems:
@@ -220,6 +249,7 @@ def from_peft(
         base_checkpoint=None,
         base=base_identity,
         rank_stabilized=lora.rank_stabilized,
+        train_whole=list(lora.train_whole),
     )
     made_of = {
         "operation": "from-peft",

@@ -163,6 +163,13 @@ def test_the_base_is_known_by_its_architecture_and_its_numbers(folder, converted
         assert "(a byte of its weights or of config.json, which is all that" in said(tmp_path / "before", base)
 
 
+def test_merged_weights_are_not_rounded_before_they_are_written(folder, converted):
+    adapters = AdapterCheckpoint(open_checkpoint(str(folder / "megatron")), read_architecture(str(folder / "base")))
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = load_file(folder / "base" / "model.safetensors")[name].bfloat16()
+    assert torch.equal(adapters.merged(name, weight), adapters.merged_delta(name) + weight.float())
+
+
 def without_a_layer(tensors):
     return {name: value for name, value in tensors.items() if ".layers.2." not in name or "q_proj" not in name}
 
@@ -173,9 +180,11 @@ def of_another_size(tensors):
     }
 
 
+LAYER = "base_model.model.model.layers.0"
 WRONG = {
     "DoRA": ({"use_dora": True}, None, "use_dora .DoRA. is not supported"),
-    "modules": ({"modules_to_save": ["lm_head"]}, None, "modules_to_save .whole modules"),
+    "modules": ({"modules_to_save": ["norm", "lm_head"]}, None, "modules_to_save .whole .*: norm. is not supported"),
+    "a module that is not there": ({"modules_to_save": ["lm_head"]}, None, "holds no base_model.model.lm_head.weight"),
     "biases": ({"layer_replication": [[0, 2]], "bias": "all"}, None, "layer_replication .*bias .trained biases"),
     "ranks": (
         {"rank_pattern": {"q_proj": 8}},
@@ -186,6 +195,16 @@ WRONG = {
     "a layer without": ({}, without_a_layer, "holds no base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"),
     "another base": ({}, of_another_size, "has shape .*, the base asks for .*: name the adapters' own base with --hf"),
     "tensors of a head": ({}, lambda tensors: tensors | {"base_model.model.lm_head.weight": torch.ones(2)}, "lm_head"),
+    "experts": (
+        {},
+        lambda tensors: tensors | {f"{LAYER}.mlp.experts.0.up_proj.lora_A.weight": torch.ones(2)},
+        "holds .*experts.0.up_proj.lora_A.weight: only adapters of .* are read: merge the adapters into their base",
+    ),
+    "an adapter of the embedding": (
+        {},
+        lambda tensors: tensors | {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2)},
+        "holds .*embed_tokens.lora_embedding_A: only adapters of .* are read: merge the adapters into their base",
+    ),
     "linears of another model": (
         {},
         lambda tensors: {name.replace("up_proj", "gate_up_proj"): value for name, value in tensors.items()},
