@@ -120,9 +120,11 @@ class PeftFolder:
     def check(self, parameters: tuple[Parameter, ...], architecture: Architecture) -> None:
         """Raise ValueError unless the folder holds the matrices of all `parameters`, and no others."""
         places = [self._place(parameter, architecture) for parameter in parameters]
-        if architecture.tied_embeddings and self.lora.train_whole:
-            self._require_one_table()
-            places.append(_Place(peft_whole_name("lm_head"), "lm_head", places[0].shape))
+        ties = architecture.tied_embeddings and bool(self.lora.train_whole)
+        if ties:  # of one parameter the folder holds two copies
+            self._require_both()
+            shape = [architecture.vocabulary_size, architecture.hidden_size]
+            places.append(_Place(peft_whole_name("lm_head"), "lm_head", shape))
         if strange := self._linears - {place.linear for place in places}:
             raise ValueError(
                 f"{self._weights_file} has adapters on {', '.join(sorted(strange))}, which the base does not have: {_OWN}"
@@ -142,14 +144,19 @@ class PeftFolder:
             raise ValueError(
                 f"{self._weights_file} holds {min(extra)} ({len(extra)} such), for which the base has no place: {_OWN}"
             )
+        if ties:
+            self._require_one_table()
 
-    def _require_one_table(self) -> None:
-        """Raise ValueError unless embedding and head were saved, and are one, as in the base."""
+    def _require_both(self) -> None:
+        """Raise ValueError unless both embedding and head were saved."""
         if len(self.lora.train_whole) == 1:
             raise ValueError(
                 f"{self._config_file}: modules_to_save={self.lora.train_whole} parts embedding and head, which are one in "
                 f"the base (tie_word_embeddings): {_MERGE}"
             )
+
+    def _require_one_table(self) -> None:
+        """Raise ValueError unless embedding and head are the same numbers."""
         embedding, head = (self._weights.get_tensor(peft_whole_name(module)) for module in self.lora.train_whole)
         if not torch.equal(embedding, head):
             raise ValueError(

@@ -302,14 +302,14 @@ def describe_trained(a: Architecture, lora: LoraSettings) -> str:
     if lora.rank == 0:
         return "all weights"
     stabilized = " (rank-stabilized)" if lora.rank_stabilized else ""
-    return (
+    adapters = (
         f"{num_adapter_parameters(a, lora):,} parameters in adapters of rank {lora.rank}, alpha {lora.alpha:g}{stabilized}, "
         f"dropout {lora.dropout:g}, on {', '.join(lora.targets)}"
-    ) + (
-        f", and {num_whole_tables(a, lora) * a.vocabulary_size * a.hidden_size:,} of {' and '.join(lora.train_whole)}"
-        if lora.train_whole
-        else ""
     )
+    if not lora.train_whole:
+        return adapters
+    whole = num_whole_tables(a, lora) * a.vocabulary_size * a.hidden_size
+    return f"{adapters}, and {whole:,} of {' and '.join(lora.train_whole)}"
 
 
 def peft_whole_name(module: str) -> str:

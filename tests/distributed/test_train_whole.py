@@ -15,7 +15,9 @@ from tests.reference.hf_reference import Objective, loss_and_gradients
 
 pytestmark = [
     pytest.mark.timeout(400),
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),  # PEFT's, of what is shown here to be right
+    pytest.mark.filterwarnings(
+        "ignore:Model has `tie_word_embeddings=True`"
+    ),  # PEFT's, of what is shown here to be right
 ]
 
 TOKENS = torch.randint(0, 99, (1, 40), generator=torch.Generator().manual_seed(0))
@@ -219,7 +221,7 @@ def test_exports_compute_the_same_and_come_back(folder, results, case):
 def test_what_a_tied_base_cannot_be_is_refused(folder, results, tmp_path):
     shutil.copytree(folder / "head" / "adapters", tmp_path / "half")
     with pytest.raises(ValueError, match="parts embedding and head, which are one in the base"):
-        PeftFolder(str(tmp_path / "half"))._require_one_table()
+        PeftFolder(str(tmp_path / "half"))._require_both()
     shutil.copytree(folder / "apart" / "adapters", tmp_path / "two")
     with pytest.raises(ValueError, match="embedding and head differ, which are one in the base"):
         PeftFolder(str(tmp_path / "two"))._require_one_table()
