@@ -16,6 +16,7 @@ from megatron_sstoken.config import RENAMED, LoraSettings, Settings, SettingsErr
 from megatron_sstoken.files import delete_old, write_durably
 from megatron_sstoken.folders import RUN_FILE, SETTINGS_FILE, STATE_FILE
 from megatron_sstoken.integrity import CHECKSUMS, checksum_of, differing, read_checksums, write_checksums
+from megatron_sstoken.model.identity import ModelIdentity
 
 PROBE = ".seen-by-all-"
 """Beginning of the name of a file that process 0 shows the others for a moment."""
@@ -53,9 +54,13 @@ class AdapterIdentity:
     targets: list[str]
     base_checkpoint: str | None
     """megatron checkpoint that the base weights came from; None: the run's `hf_path`."""
-    base_fingerprint: str
-    """Of the files of the base weights."""
+    base: ModelIdentity | None = None
+    """The base weights, and what is computed with them; None in checkpoints of versions before."""
+    base_fingerprint: str = ""
+    """What those have instead: of the bytes of the base's files, config.json among them."""
     rank_stabilized: bool = False
+    train_whole: list[str] = field(default_factory=list)
+    """Modules of the base that the checkpoint holds whole, as they were trained."""
 
     @property
     def scale(self) -> float:
@@ -193,12 +198,16 @@ def read_run_state(folder: Path) -> RunState:
         num_packs = content.pop(_NUM_PACKS, 0)
         return RunState(
             identity=RunIdentity(**identity) if identity else None,
-            adapters=AdapterIdentity(**adapters) if adapters else None,
+            adapters=_adapter_identity(**adapters) if adapters else None,
             num_packs=num_packs,
             **content,
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or of another version ({error!r}): name another checkpoint") from error
+
+
+def _adapter_identity(*, base: dict[str, Any] | None = None, **content: Any) -> AdapterIdentity:
+    return AdapterIdentity(base=ModelIdentity(**base) if base else None, **content)
 
 
 def write_run_state(folder: Path, state: RunState) -> None:
@@ -314,6 +323,10 @@ def mark_diverged(directory: str, step: int, problem: str) -> None:
         write_checksums(folder, checksums | {STATE_FILE: checksum_of(folder / STATE_FILE)})
 
 
+def _whole(saved: AdapterIdentity) -> str:
+    return f", lora.train_whole=[{', '.join(saved.train_whole)}]" if saved.train_whole else ""
+
+
 def adapter_problems(owner: str, saved: AdapterIdentity | None, lora: LoraSettings) -> list[str]:
     """Why adapters as `lora` sets them cannot be filled from a checkpoint of adapters; empty also if it holds none.
 
@@ -324,14 +337,15 @@ def adapter_problems(owner: str, saved: AdapterIdentity | None, lora: LoraSettin
     if lora.rank == 0:
         return [
             f"{owner} holds adapters, and lora.rank=0 makes none: set lora.rank={saved.rank}, lora.alpha={saved.alpha:g}"
-            f"{', lora.rank_stabilized=true' * saved.rank_stabilized} and lora.targets=[{', '.join(saved.targets)}], or merge "
-            "them with tools/convert_checkpoint.py to-hf --merge"
+            f"{', lora.rank_stabilized=true' * saved.rank_stabilized}{_whole(saved)} and "
+            f"lora.targets=[{', '.join(saved.targets)}], or merge them with tools/convert_checkpoint.py to-hf --merge"
         ]
     pairs = {
         "rank": (saved.rank, lora.rank),
         "alpha": (saved.alpha, lora.alpha),
         "rank_stabilized": (saved.rank_stabilized, lora.rank_stabilized),
         "targets": (sorted(saved.targets), sorted(lora.targets)),
+        "train_whole": (sorted(saved.train_whole), sorted(lora.train_whole)),
     }
     return [
         f"{owner} holds adapters made with lora.{name}={old}, now {new}: use the same"

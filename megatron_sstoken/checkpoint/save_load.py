@@ -5,7 +5,7 @@ A checkpoint is a folder `step_<number>` that appears by renaming, once everythi
 
 import errno
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -185,10 +185,10 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Load weights and, where given, optimizer and scheduler, on any layout. All ranks call it.
 
-    A checkpoint of adapters fills the adapters of a model and nothing else; any other checkpoint all but
-    these. Random states belong to processes: they come back where the layout is as it was. `copy`: that of the history source,
-    filled where it is given, which a checkpoint must then hold (`holds_copy`). Returns the state of the history source, which
-    may be empty.
+    A checkpoint of adapters fills the adapters of a model and what is trained whole beside them, and nothing else; any other
+    checkpoint all but the adapters. Random states belong to processes: they come back where the layout is as it was. `copy`:
+    that of the history source, filled where it is given, which a checkpoint must then hold (`holds_copy`). Returns the state of
+    the history source, which may be empty.
     """
     folder, adapters = checkpoint.folder, checkpoint.state.adapters is not None
     stored = _require_readable(checkpoint, model.layout)
@@ -201,7 +201,7 @@ def load_checkpoint(
     )
     _require_only_extra(absent, folder)
     for name, chunk in zip(_chunk_names(model), model.unwrapped, strict=True):
-        _load_chunk(chunk, state[name], adapters=adapters)
+        _load_chunk(chunk, state[name], _belongs(model, adapters=adapters))
     if optimizer is not None:
         model.needs_calibration = False  # the scales of the run are in its checkpoint
         load_optimizer_state(optimizer, state["optimizer"])
@@ -253,13 +253,18 @@ def _require_readable(checkpoint: Checkpoint, layout: Layout) -> set[str]:
     return names
 
 
-def _load_chunk(chunk: torch.nn.Module, state: dict[str, Any], *, adapters: bool) -> None:
-    """Load the adapters of a chunk, or every weight but them.
+def _belongs(model: Model, *, adapters: bool) -> Callable[[str], bool]:
+    """Which names a checkpoint holds: of adapters, or of weights."""
+    return model.is_tuned if adapters else lambda name: not is_adapter(name)
+
+
+def _load_chunk(chunk: torch.nn.Module, state: dict[str, Any], belongs: Callable[[str], bool]) -> None:
+    """Load the weights of a chunk that belong to the checkpoint.
 
     Transformer Engine's state of FP8 scaling is taken where it is there.
     """
     keys = chunk.load_state_dict(state, strict=False)
-    needed = [name for name in keys.missing_keys if is_adapter(name) == adapters and not name.endswith(_EXTRA)]
+    needed = [name for name in keys.missing_keys if belongs(name) and not name.endswith(_EXTRA)]
     wrong = [*keys.unexpected_keys, *needed]
     assert not wrong, f"weights that do not fit the model: {wrong}"
 
@@ -278,14 +283,11 @@ def _chunk_names(model: Model) -> list[str]:
 def _sharded_state(
     model, optimizer, scheduler, copy: WeightsCopy, *, adapters: bool, is_loading: bool
 ) -> dict[str, Any]:
-    """The state to save or load: of the adapters, or of all but them."""
+    """The state to save or load: of the adapters with what is trained beside them, or of all weights but adapters."""
+    belongs = _belongs(model, adapters=adapters)
     metadata = {"dp_cp_group": model.layout.groups.dp_cp}
     chunks = {
-        name: {
-            key: value
-            for key, value in chunk.sharded_state_dict(metadata=metadata).items()
-            if is_adapter(key) == adapters
-        }
+        name: {key: value for key, value in chunk.sharded_state_dict(metadata=metadata).items() if belongs(key)}
         for name, chunk in zip(_chunk_names(model), model.unwrapped, strict=True)
     }
     state: dict[str, Any] = dict(chunks)

@@ -6,7 +6,7 @@ from megatron_sstoken.config import Settings
 from megatron_sstoken.files import format_bytes
 from megatron_sstoken.model.dtypes import weight_dtype
 from megatron_sstoken.model.families import Architecture
-from megatron_sstoken.model.lora import num_adapter_parameters
+from megatron_sstoken.model.lora import num_adapter_parameters, num_whole_tables
 
 OPTIMIZER_BYTES = 12
 """Of each trained parameter: its fp32 copy and two moments, in fp32 whatever the run keeps them in."""
@@ -32,9 +32,10 @@ def checkpoint_bytes(a: Architecture, settings: Settings, *, with_copy: bool = F
 
 def trained_parameters(a: Architecture, settings: Settings) -> int:
     """Parameters that a run trains, those of the padded vocabulary among them."""
-    if settings.lora.rank:
-        return num_adapter_parameters(a, settings.lora)
     padded = a.padded_vocabulary(settings.model.vocabulary_multiple, settings.parallel.tensor)
+    if settings.lora.rank:
+        whole = num_whole_tables(a, settings.lora) * a.hidden_size * padded
+        return num_adapter_parameters(a, settings.lora) + whole
     tables = 1 if a.tied_embeddings else 2
     return a.num_parameters() + tables * a.hidden_size * (padded - a.vocabulary_size)
 

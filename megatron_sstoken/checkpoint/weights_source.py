@@ -14,8 +14,11 @@ from megatron_sstoken.checkpoint.manifest import (
 from megatron_sstoken.checkpoint.save_load import load_checkpoint
 from megatron_sstoken.config import Settings, SettingsError
 from megatron_sstoken.model.build import Model, load_weights
+from megatron_sstoken.model.families import read_architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
+from megatron_sstoken.model.identity import ModelIdentity, told, weight_digests
 from megatron_sstoken.model.weight_files import HuggingFaceWeights
+from megatron_sstoken.model.weights import check_weights
 from megatron_sstoken.parallel import Layout, broadcast_object
 
 
@@ -55,6 +58,21 @@ class WeightsSource:
         else:
             load_checkpoint(self.stored, model)
 
+    def identity(self) -> ModelIdentity:
+        """The model that the weights make, for adapters to remember. Of a checkpoint its files count, as they were written.
+
+        Raises ValueError where the weights are not those of the architecture.
+        """
+        architecture = read_architecture(self.hf_path)
+        if self.stored is None:
+            tensors = HuggingFaceWeights(self.hf_path)
+            check_weights(tensors, architecture)
+            weights = weight_digests(tensors, architecture)
+        else:
+            files = sorted(self.stored.folder.rglob("*.distcp"))
+            weights = {path.name: fingerprint_files([str(path)])[:32] for path in files}
+        return ModelIdentity(told(architecture), weights)
+
     def fingerprint(self) -> str:
         """Of the weights' files, the base's included, and of config.json, which decides what they compute."""
         if self.stored is None:
@@ -67,14 +85,23 @@ class WeightsSource:
         return fingerprint_files([os.path.join(self.hf_path, "config.json"), *files])
 
 
+def base_problem(adapters: AdapterIdentity, base: WeightsSource) -> str | None:
+    """How `base` differs from what the adapters were trained on, for people; None where it does not."""
+    if adapters.base is not None:
+        return "; ".join(adapters.base.differences(base.identity())) or None
+    if base.fingerprint() == adapters.base_fingerprint:
+        return None
+    return "a byte of its weights or of config.json, which is all that checkpoints of versions before can tell"
+
+
 def require_base(owner: str, adapters: AdapterIdentity, base: WeightsSource, layout: Layout) -> None:
     """Raise SettingsError, on all ranks, unless `base` holds the weights that the adapters were trained on."""
-    found = broadcast_object(base.fingerprint() if layout.rank == 0 else None, source=0)
-    if found != adapters.base_fingerprint:
+    problem = broadcast_object(base_problem(adapters, base) if layout.rank == 0 else None, source=0)
+    if problem:
         raise SettingsError(
             [
-                f"the adapters of {owner} were trained on other weights than those of {base.checkpoint or base.hf_path}: "
-                "set model.hf_path (and model.checkpoint) to those that their run started from"
+                f"the adapters of {owner} were trained on other weights than those of {base.checkpoint or base.hf_path} "
+                f"({problem}): set model.hf_path (and model.checkpoint) to those that their run started from"
             ]
         )
 
@@ -97,5 +124,6 @@ def adapter_identity(settings: Settings, layout: Layout) -> AdapterIdentity | No
         targets=list(lora.targets),
         base_checkpoint=str(resolve_checkpoint(base.checkpoint).resolve()) if base.checkpoint else None,
         rank_stabilized=lora.rank_stabilized,
-        base_fingerprint=broadcast_object(base.fingerprint() if layout.rank == 0 else "", source=0),
+        train_whole=list(lora.train_whole),
+        base=broadcast_object(base.identity() if layout.rank == 0 else None, source=0),
     )

@@ -58,8 +58,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     starting = commands.add_parser(
         "from-peft", help="PEFT folder → checkpoint of adapters, which a LoRA run starts from"
     )
-    starting.add_argument("--adapter", required=True, help="PEFT folder with safetensors")
-    starting.add_argument("--hf", help="Hugging Face folder of the base (default: the one that the adapters name)")
+    starting.add_argument("--adapter", type=local_model, required=True, help="PEFT folder with safetensors")
+    starting.add_argument(
+        "--hf", type=local_model, help="Hugging Face folder of the base (default: the one that the adapters name)"
+    )
     starting.add_argument("--output", required=True, help="folder to write; it appears when it is complete")
     starting.add_argument("--overwrite", action="store_true", help="replace an output that a conversion made")
     starting.set_defaults(run=_from_peft)
@@ -187,6 +189,7 @@ def _from_peft(arguments: argparse.Namespace) -> int:
         f"written: {written}; train with --model.checkpoint={written} --lora.rank={lora.rank} --lora.alpha={lora.alpha:g} "
         f"--lora.rank_stabilized={str(lora.rank_stabilized).lower()} --lora.dropout={lora.dropout:g} "
         f"'--lora.targets=[{', '.join(lora.targets)}]'"
+        + (f" '--lora.train_whole=[{', '.join(lora.train_whole)}]'" if lora.train_whole else "")
     )
     return 0
 

@@ -14,6 +14,7 @@ from megatron_sstoken.config.model import (
     LoraTarget,
     ModelSettings,
     ParallelSettings,
+    WholeModule,
     adapter_scale,
 )
 from megatron_sstoken.config.rules import RENAMED, SettingsError
@@ -24,7 +25,7 @@ __all__ = [
     "RENAMED",
     "CheckpointSettings", "DataSettings", "HardwareSettings", "HistorySettings", "LoggingSettings", "LoraSettings",
     "LoraTarget", "ModelSettings", "OptimizerSettings", "ParallelSettings", "SelectionSettings", "Settings",
-    "SettingsError", "TrainingSettings", "WeightSettings", "adapter_scale",
+    "SettingsError", "TrainingSettings", "WeightSettings", "WholeModule", "adapter_scale",
 ]  # fmt: skip
 
 

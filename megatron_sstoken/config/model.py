@@ -180,6 +180,7 @@ class DataSettings:
 
 ALL_LINEAR = "all-linear"
 """PEFT's word for every linear layer, which `lora.targets` may be."""
+WholeModule = Literal["embed_tokens", "lm_head"]
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -208,6 +209,10 @@ class LoraSettings:
     """The linears that get adapters, by their names in the Hugging Face model (PEFT's target_modules); default: all, which
     `all-linear` says, too."""
 
+    train_whole: list[WholeModule] = field(default_factory=list)
+    """Modules that are trained whole beside the adapters, as for new tokens (PEFT's modules_to_save); the embedding and the
+    head, both or neither where they are tied."""
+
     @property
     def scale(self) -> float:
         """What the product B·A is multiplied by."""
@@ -225,5 +230,13 @@ class LoraSettings:
         rules.require(
             len(set(self.targets)) == len(self.targets),
             f"lora.targets={self.targets} names a linear twice: use each once",
+        )
+        rules.require(
+            len(set(self.train_whole)) == len(self.train_whole),
+            f"lora.train_whole={self.train_whole} names a module twice: use each once",
+        )
+        rules.require(
+            self.rank > 0 or not self.train_whole,
+            f"lora.train_whole={self.train_whole} stands beside adapters, and lora.rank=0 trains all weights: leave it out",
         )
         return rules.broken

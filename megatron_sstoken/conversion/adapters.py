@@ -1,7 +1,6 @@
 """Adapters of a LoRA run → a PEFT folder, or merged into the weights they belong to tensor by tensor."""
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +9,22 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_sstoken.checkpoint.manifest import AdapterIdentity, Checkpoint
-from megatron_sstoken.checkpoint.weights_source import WeightsSource
+from megatron_sstoken.checkpoint.weights_source import WeightsSource, base_problem
 from megatron_sstoken.conversion.torch_dist import CheckpointReader
 from megatron_sstoken.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATE_FILE
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
-from megatron_sstoken.model.lora import FUSED, TARGETS, hugging_face_linears, other_sides, peft_name
+from megatron_sstoken.model.lora import (
+    FUSED,
+    TARGETS,
+    WHOLE,
+    WHOLE_TENSORS,
+    hugging_face_linears,
+    other_sides,
+    peft_name,
+    peft_whole_name,
+    stacked_alpha,
+)
 
 _WEIGHT = re.compile(r"model\.layers\.(\d+)\.(\w+\.\w+)\.weight")
 
@@ -70,10 +79,18 @@ class AdapterCheckpoint:
         blocks = [found[part][1] if part in found else first.new_zeros(rows[part], 0) for part in parts]
         return torch.cat([found[part][0] for part in parts if part in found]), torch.block_diag(*blocks)
 
+    def whole_tensor(self, module: str) -> torch.Tensor:
+        """The weight of a module that was trained whole, in its stored type, without padding."""
+        key = WHOLE["embed_tokens"] if self.architecture.tied_embeddings else WHOLE[module]
+        return self._reader.read_tensor(key)[: self.architecture.vocabulary_size]
+
     def merged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The Hugging Face tensor `name` of the base → that of the tuned model, summed in fp32 and rounded once."""
+        """The Hugging Face tensor `name` of the base → that of the tuned model; summed in fp32, and not rounded yet."""
+        for module in self.identity.train_whole:
+            if WHOLE_TENSORS[module] == name:
+                return self.whole_tensor(module)
         delta = self.merged_delta(name)
-        return tensor if delta is None else delta.add_(tensor).to(tensor.dtype)
+        return tensor if delta is None else delta.add_(tensor)
 
     def peft_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All matrices by the names that PEFT gives them."""
@@ -81,32 +98,34 @@ class AdapterCheckpoint:
             for path in self.linears:
                 for name, matrix in zip(("lora_A", "lora_B"), self.linear_matrices(path, layer), strict=True):
                     yield peft_name(layer, path, name), matrix.contiguous()
+        for module in self.identity.train_whole:
+            yield peft_whole_name(module), self.whole_tensor(module).contiguous()
 
     def peft_config(self, base: str) -> dict:
         """PEFT's adapter_config.json; `base` is the Hugging Face folder of the weights that the adapters belong to."""
         fused = {path.rpartition(".")[2]: len(parts) for path, parts in self.linears.items() if len(parts) > 1}
+        alpha, stabilized = self.identity.alpha, self.identity.rank_stabilized
         patterns = {
             "rank_pattern": {name: number * self.identity.rank for name, number in fused.items()},
-            "alpha_pattern": {name: self._alpha_of(number) for name, number in fused.items()},
+            "alpha_pattern": {
+                name: stacked_alpha(alpha, number, rank_stabilized=stabilized) for name, number in fused.items()
+            },
         }
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base,
             "r": self.identity.rank,
-            "lora_alpha": self.identity.alpha,
-            "use_rslora": self.identity.rank_stabilized,
+            "lora_alpha": alpha,
+            "use_rslora": stabilized,
             "lora_dropout": self.identity.dropout,
+            **({"modules_to_save": list(self.identity.train_whole)} if self.identity.train_whole else {}),
             "target_modules": [path.rpartition(".")[2] for path in self.linears],
             **(patterns if fused else {}),
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,
         }
-
-    def _alpha_of(self, number: int) -> float:
-        """The alpha that scales an adapter of `number` times the rank as the others are scaled."""
-        return self.identity.alpha * (math.sqrt(number) if self.identity.rank_stabilized else number)
 
     def write_peft(self, folder: Path, base: str) -> None:
         """Write adapter_config.json and adapter_model.safetensors into `folder`."""
@@ -119,10 +138,10 @@ class AdapterCheckpoint:
         Raises ValueError where other weights lie there now.
         """
         source = WeightsSource(hf_path, self.identity.base_checkpoint)
-        if source.fingerprint() != self.identity.base_fingerprint:
+        if problem := base_problem(self.identity, source):
             raise ValueError(
                 f"{source.checkpoint or hf_path} does not hold the weights that the adapters of {self.folder} were trained "
-                "on: name their folder with --hf"
+                f"on ({problem}): name their folder with --hf"
             )
         return source
 

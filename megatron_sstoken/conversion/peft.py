@@ -3,6 +3,8 @@
 import json
 import os
 import re
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,22 +13,19 @@ import torch
 from megatron_sstoken import __version__
 from megatron_sstoken.checkpoint.manifest import AdapterIdentity, RunState
 from megatron_sstoken.checkpoint.weights_source import WeightsSource
-from megatron_sstoken.config import LoraSettings, LoraTarget
+from megatron_sstoken.config import LoraSettings, LoraTarget, WholeModule
 from megatron_sstoken.conversion.contents import Parameter, adapter_contents
 from megatron_sstoken.conversion.output import write_checkpoint
 from megatron_sstoken.conversion.work import ConversionOptions, refuse_existing
-from megatron_sstoken.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from megatron_sstoken.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, local_model
 from megatron_sstoken.model.dtypes import SAFETENSORS_NAMES
-from megatron_sstoken.model.families import read_architecture
+from megatron_sstoken.model.families import Architecture, Split, read_architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
-from megatron_sstoken.model.lora import TARGETS
+from megatron_sstoken.model.lora import FUSED, TARGETS, WHOLE, other_sides, peft_whole_name, stacked_alpha
 from megatron_sstoken.model.weight_files import open_safetensors
 
 _UNSUPPORTED = {
     "use_dora": "DoRA",
-    "rank_pattern": "ranks that differ from linear to linear",
-    "alpha_pattern": "scales that differ from linear to linear",
-    "modules_to_save": "whole modules beside the adapters",
     "trainable_token_indices": "tokens trained beside the adapters",
     "lora_bias": "adapters with a bias",
     "layer_replication": "replicated layers",
@@ -36,6 +35,20 @@ _UNSUPPORTED = {
 }
 """Fields of adapter_config.json that change what adapters compute → what they stand for."""
 _TENSOR = re.compile(r"base_model\.model\.model\.layers\.\d+\.\w+\.(\w+)\.lora_[AB]\.weight")
+_MERGE, _OWN = "merge the adapters into their base with PEFT", "name the adapters' own base with --hf"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A part of a matrix in a PEFT folder."""
+
+    name: str
+    linear: str
+    """The Hugging Face linear that the adapter is on."""
+    shape: list[int]
+    """Of the whole matrix."""
+    rows: slice = field(default_factory=lambda: slice(None))
+    columns: slice = field(default_factory=lambda: slice(None))
 
 
 class PeftFolder:
@@ -50,27 +63,41 @@ class PeftFolder:
         self._config = self._read_config()
         self._weights = open_safetensors(str(self._weights_file))
         self._names = set(self._weights.keys())
-        matches = {name: _TENSOR.fullmatch(name) for name in self._names}
-        found = {match[1] for match in matches.values() if match}
-        unknown = sorted(name for name, match in matches.items() if match is None) + sorted(found - TARGETS.keys())
-        if unknown or not found:
+        whole = [module for module in get_args(WholeModule) if module in (self._config.get("modules_to_save") or [])]
+        matches = {
+            name: _TENSOR.fullmatch(name) for name in self._names - {peft_whole_name(module) for module in whole}
+        }
+        self._linears = {match[1] for match in matches.values() if match}
+        known = TARGETS.keys() | FUSED.keys()
+        unknown = sorted(name for name, match in matches.items() if match is None) + sorted(self._linears - known)
+        if unknown or not self._linears:
             what = f"holds {', '.join(unknown[:3])}" if unknown else "holds no adapters"
-            raise ValueError(f"{self._weights_file} {what}: only adapters of {', '.join(TARGETS)} are supported")
+            raise ValueError(
+                f"{self._weights_file} {what}: only adapters of {', '.join(sorted(known))} are read: {_MERGE}"
+            )
+        targets = {part for name in self._linears for part in FUSED.get(name, (name,))}
         self.lora = LoraSettings(
             rank=self._config["r"],
             alpha=float(self._config["lora_alpha"]),
             dropout=float(self._config.get("lora_dropout") or 0.0),
-            targets=[name for name in get_args(LoraTarget) if name in found],
+            targets=[name for name in get_args(LoraTarget) if name in targets],
             rank_stabilized=bool(self._config.get("use_rslora")),
+            train_whole=whole,
         )
         if problems := self.lora.problems():
             raise ValueError(f"{self._config_file}: {'; '.join(problems)}")
+        self._stacked = self._stacked_linears()
+
+    @property
+    def named_base(self) -> str:
+        """What the adapters call their base: a folder, or a name on the hub; empty where they do not say."""
+        return self._config.get("base_model_name_or_path") or ""
 
     @property
     def base(self) -> str | None:
-        """The folder of the weights that the adapters belong to, where it names one that is there."""
-        named = self._config.get("base_model_name_or_path")
-        return named if named and os.path.isdir(named) else None
+        """The folder of the weights that the adapters belong to, where they name one that is there, or in the hub's cache."""
+        folder = local_model(self.named_base)
+        return folder if os.path.isdir(folder) else None
 
     @property
     def fingerprint(self) -> str:
@@ -82,27 +109,105 @@ class PeftFolder:
         names = {self._weights.get_slice(name).get_dtype() for name in self._names}
         return torch.bfloat16 if names == {SAFETENSORS_NAMES[torch.bfloat16]} else torch.float32
 
-    def matrix(self, parameter: Parameter) -> torch.Tensor:
+    def matrix(self, parameter: Parameter, architecture: Architecture) -> torch.Tensor:
         """The matrix of an adapter's parameter."""
-        (name,) = parameter.rule.hugging_face
-        return self._weights.get_tensor(name)
+        place = self._place(parameter, architecture)
+        if parameter.rule.split is Split.VOCABULARY:
+            real = self._weights.get_tensor(place.name)
+            return torch.cat([real, real.new_zeros(parameter.shape[0] - real.shape[0], real.shape[1])])
+        return self._weights.get_slice(place.name)[place.rows, place.columns].contiguous()
 
-    def check(self, parameters: tuple[Parameter, ...]) -> None:
-        """Raise ValueError unless the folder holds the matrices of all `parameters`, and no others. Reads headers only."""
-        for parameter in parameters:
-            (name,) = parameter.rule.hugging_face
-            if name not in self._names:
-                raise ValueError(f"{self._weights_file} holds no {name}: adapters have to be on every layer")
-            shape, wanted = list(self._weights.get_slice(name).get_shape()), list(parameter.shape)
-            if shape != wanted:
-                raise ValueError(
-                    f"{self._weights_file}: {name} has shape {shape}, the base asks for {wanted}: name the adapters' own base "
-                    "with --hf"
-                )
-        if len(self._names) != len(parameters):
+    def check(self, parameters: tuple[Parameter, ...], architecture: Architecture) -> None:
+        """Raise ValueError unless the folder holds the matrices of all `parameters`, and no others."""
+        places = [self._place(parameter, architecture) for parameter in parameters]
+        ties = architecture.tied_embeddings and bool(self.lora.train_whole)
+        if ties:  # of one parameter the folder holds two copies
+            self._require_both()
+            shape = [architecture.vocabulary_size, architecture.hidden_size]
+            places.append(_Place(peft_whole_name("lm_head"), "lm_head", shape))
+        if strange := self._linears - {place.linear for place in places}:
             raise ValueError(
-                f"{self._weights_file} holds {len(self._names)} matrices, the base has place for {len(parameters)}: "
-                "name the adapters' own base with --hf"
+                f"{self._weights_file} has adapters on {', '.join(sorted(strange))}, which the base does not have: {_OWN}"
+            )
+        for place in places:
+            if place.name not in self._names:
+                why = "modules_to_save names it" if place.linear in WHOLE else "adapters have to be on every layer"
+                raise ValueError(f"{self._weights_file} holds no {place.name}: {why}")
+            shape = list(self._weights.get_slice(place.name).get_shape())
+            if shape != place.shape:
+                raise ValueError(
+                    f"{self._weights_file}: {place.name} has shape {shape}, the base asks for {place.shape}: {_OWN}"
+                )
+            if place.linear in self._stacked and place.name.endswith("lora_B.weight"):
+                self._require_blocks(place)
+        if extra := self._names - {place.name for place in places}:
+            raise ValueError(
+                f"{self._weights_file} holds {min(extra)} ({len(extra)} such), for which the base has no place: {_OWN}"
+            )
+        if ties:
+            self._require_one_table()
+
+    def _require_both(self) -> None:
+        """Raise ValueError unless both embedding and head were saved."""
+        if len(self.lora.train_whole) == 1:
+            raise ValueError(
+                f"{self._config_file}: modules_to_save={self.lora.train_whole} parts embedding and head, which are one in "
+                f"the base (tie_word_embeddings): {_MERGE}"
+            )
+
+    def _require_one_table(self) -> None:
+        """Raise ValueError unless embedding and head are the same numbers."""
+        embedding, head = (self._weights.get_tensor(peft_whole_name(module)) for module in self.lora.train_whole)
+        if not torch.equal(embedding, head):
+            raise ValueError(
+                f"{self._weights_file}: embedding and head differ, which are one in the base (tie_word_embeddings): {_MERGE}"
+            )
+
+    def _stacked_linears(self) -> set[str]:
+        """The fused linears that hold an adapter for each of their parts: A below one another, B along a diagonal.
+
+        So `to-hf` writes them, with a rank and an alpha as many times as large. Raises ValueError for other patterns.
+        """
+        ranks, alphas = (self._config.get(f"{name}_pattern") or {} for name in ("rank", "alpha"))
+        stacked, stabilized = set(), self.lora.rank_stabilized
+        for linear in sorted({*ranks, *alphas}):
+            number = len(FUSED.get(linear, ()))
+            said = ranks.get(linear, self.lora.rank), alphas.get(linear, self.lora.alpha)
+            if said == (number * self.lora.rank, stacked_alpha(self.lora.alpha, number, rank_stabilized=stabilized)):
+                stacked.add(linear)
+            elif said != (self.lora.rank, self.lora.alpha):
+                raise ValueError(
+                    f"{self._config_file}: rank_pattern, alpha_pattern (others for {linear}) is not supported: {_MERGE}"
+                )
+        return stacked
+
+    def _place(self, parameter: Parameter, architecture: Architecture) -> "_Place":
+        """Where the folder has the matrix of an adapter's parameter. The parts of a fused linear share its A."""
+        (name,) = parameter.rule.hugging_face
+        if parameter.rule.split is Split.VOCABULARY:
+            return _Place(name, name.split(".")[-2], [architecture.vocabulary_size, parameter.shape[1]])
+        linear, (target, matrix) = name.split(".")[-3], parameter.name.split(".")[-2:]
+        shape = list(parameter.shape)
+        if linear == target:
+            return _Place(name, linear, shape)
+        parts, rank, sides = FUSED[linear], self.lora.rank, other_sides(architecture)
+        number = parts.index(target)
+        ranks, width = slice(None), rank
+        if linear in self._stacked:
+            ranks, width = slice(number * rank, (number + 1) * rank), len(parts) * rank
+        if matrix == "lora_A":
+            return _Place(name, linear, [width, shape[1]], rows=ranks)
+        first = sum(sides[part] for part in parts[:number])
+        rows = slice(first, first + sides[target])
+        return _Place(name, linear, [sum(sides[part] for part in parts), width], rows, ranks)
+
+    def _require_blocks(self, place: "_Place") -> None:
+        """Raise ValueError unless the rows of one part use no A but their own."""
+        rows = self._weights.get_slice(place.name)[place.rows].clone()  # what is read may be the mapped file itself
+        rows[:, place.columns] = 0
+        if rows.any():
+            raise ValueError(
+                f"{self._weights_file}: {place.name} has another rank than other linears, and its parts share it: {_MERGE}"
             )
 
     def _read_config(self) -> dict[str, Any]:
@@ -113,12 +218,12 @@ class PeftFolder:
         problems = [f"{field} ({what})" for field, what in _UNSUPPORTED.items() if config.get(field)]
         if config.get("bias", "none") != "none":
             problems.append("bias (trained biases)")
+        if other := sorted(set(config.get("modules_to_save") or []) - set(get_args(WholeModule))):
+            problems.append(f"modules_to_save (whole modules beside the adapters: {', '.join(other)})")
         if config.get("layers_to_transform") is not None:
             problems.append("layers_to_transform (adapters on some layers)")
         if problems:
-            raise ValueError(
-                f"{path}: {', '.join(problems)} is not supported: merge the adapters into their base with PEFT"
-            )
+            raise ValueError(f"{path}: {', '.join(problems)} is not supported: {_MERGE}")
         return config
 
 
@@ -136,28 +241,32 @@ def from_peft(
     folder = PeftFolder(adapter)
     base = hf_path or folder.base
     if base is None:
-        raise ValueError(f"{adapter} names no base that is here: name its Hugging Face folder with --hf")
+        named = folder.named_base
+        said = f"{named}, which is not here, as its base" if named else "no base"
+        raise ValueError(f"{adapter} names {said}: name the base's Hugging Face folder with --hf")
     architecture = read_architecture(base)
     contents = adapter_contents(architecture, folder.lora)
-    folder.check(contents.parameters)
-    lora = folder.lora
+    folder.check(contents.parameters, architecture)
+    lora, base_identity = folder.lora, WeightsSource(base).identity()
     identity = AdapterIdentity(
         rank=lora.rank,
         alpha=lora.alpha,
         dropout=lora.dropout,
         targets=list(lora.targets),
         base_checkpoint=None,
-        base_fingerprint=WeightsSource(base).fingerprint(),
+        base=base_identity,
         rank_stabilized=lora.rank_stabilized,
+        train_whole=list(lora.train_whole),
     )
     made_of = {
         "operation": "from-peft",
         "version": __version__,
         "source": folder.fingerprint,
-        "base": identity.base_fingerprint,
+        "base": asdict(base_identity),
     }
     costs = {parameter.name: 2 * parameter.numel * 4 for parameter in contents.parameters}
     state = RunState(step=0, identity=None, hf_path=os.path.abspath(base), adapters=identity)
     sources = [folder.folder] if options.verify else []
-    written = write_checkpoint(output, made_of, contents, folder.dtype, costs, options, state, folder.matrix, sources)
+    read = partial(folder.matrix, architecture=architecture)
+    written = write_checkpoint(output, made_of, contents, folder.dtype, costs, options, state, read, sources)
     return written, lora

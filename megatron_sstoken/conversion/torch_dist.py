@@ -85,15 +85,21 @@ class CheckpointReader:
         A tensor of that name has the layers as its first axis; where layers are not alike, each has one of its own.
         """
         if (own := key.replace(".layers.", f".layers.{layer}.")) in self.tensors:
-            stored = self.tensors[own]
-            tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-            self._fill(Piece(own, (0,) * tensor.dim(), tuple(stored.size), False, tensor))
-            return tensor
+            return self.read_tensor(own)
         if key not in self.tensors:
             raise ValueError(f"{self.folder} holds no {key}")
         shape, dtype = self.tensors[key].size, self.tensors[key].properties.dtype
         tensor = torch.empty(shape[1:], dtype=dtype)
         self._fill(Piece(key, (layer, *(0 for _ in shape[1:])), tuple(shape), False, tensor.unsqueeze(0)))
+        return tensor
+
+    def read_tensor(self, key: str) -> torch.Tensor:
+        """The whole stored tensor `key`, in its stored type."""
+        if key not in self.tensors:
+            raise ValueError(f"{self.folder} holds no {key}")
+        stored = self.tensors[key]
+        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+        self._fill(Piece(key, (0,) * tensor.dim(), tuple(stored.size), False, tensor))
         return tensor
 
     def _fill(self, piece: Piece) -> None:

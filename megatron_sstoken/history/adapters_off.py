@@ -22,6 +22,12 @@ class AdaptersOff(HistorySource):
             found.append(
                 f"history.source=adapters_off needs lora.rank > 0, which is {rank}: set it, or use history.source=frozen"
             )
+        if settings.lora.train_whole:
+            whole = settings.lora.train_whole
+            found.append(
+                f"history.source=adapters_off needs the base as it was, of which lora.train_whole={whole} trains a part: use "
+                "history.source=frozen"
+            )
         return found + super().problems(settings)
 
     def prepare(self, model: Model, batches: list[TokenBatch]) -> list[TokenBatch]:

@@ -25,7 +25,7 @@ from megatron_sstoken.model.backend import Backend, accumulate_in_products, back
 from megatron_sstoken.model.dtypes import is_router_bias, weight_dtype
 from megatron_sstoken.model.families import Architecture, Split, table_frequencies
 from megatron_sstoken.model.head import IGNORE_INDEX, HeadOptions, selective_head, vocabulary_parallel_loss
-from megatron_sstoken.model.lora import adapted_linears, base_parameters, prepare_adapters
+from megatron_sstoken.model.lora import adapted_linears, base_parameters, is_adapter, prepare_adapters, whole_parameters
 from megatron_sstoken.model.rotary import PackedRotary, multiply_rotated
 from megatron_sstoken.model.rows import HeadRows, head_rows
 from megatron_sstoken.model.spec import block_spec
@@ -110,6 +110,9 @@ class Model:
     scores_context: bool = False
     """Whether losses of context tokens are wanted, too."""
 
+    trained_whole: frozenset[str] = frozenset()
+    """Parameters of the base that are trained beside the adapters."""
+
     needs_calibration: bool = False
     """FP8's delayed recipe knows no scales yet: the first pass must be one that only finds them."""
 
@@ -153,6 +156,10 @@ class Model:
     def has_adapters(self) -> bool:
         """Whether adapters are trained, not the weights."""
         return any(True for _ in adapted_linears(self.unwrapped))
+
+    def is_tuned(self, name: str) -> bool:
+        """Whether a parameter of this name is what a run with adapters trains: of an adapter, or trained whole beside them."""
+        return is_adapter(name) or name in self.trained_whole
 
     @contextmanager
     def adapters_off(self) -> Iterator["Model"]:
@@ -307,6 +314,7 @@ def build_model(
         unwrapped=[],
         captured_layers=captured_layers,
         scores_context=settings.logging.context_loss,
+        trained_whole=whole_parameters(settings.lora.train_whole),
         needs_calibration=bool(config.fp8) and config.fp8_recipe == "delayed",
     )
     selective, compiled = settings.model.head == "selective", settings.model.compiled_head
@@ -325,7 +333,7 @@ def build_model(
         _mark_tensor_parallel(chunk, architecture)
         if settings.lora.rank:
             full_recompute = settings.training.recompute == "full"
-            prepare_adapters(chunk, settings.training.seed, full_recompute=full_recompute)
+            prepare_adapters(chunk, settings.training.seed, model.trained_whole, full_recompute=full_recompute)
         model.unwrapped.append(chunk)
     model.chunks = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in model.unwrapped]
     for chunk in model.unwrapped:

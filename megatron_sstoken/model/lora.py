@@ -61,6 +61,13 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 """Linear of Hugging Face models that fuse some → the targets in it, in the order of its rows."""
 
 
+WHOLE = {"embed_tokens": "embedding.word_embeddings.weight", "lm_head": "output_layer.weight"}
+"""Module of a Hugging Face model that may be trained whole beside the adapters → its parameter in megatron's. The head of a
+tied model is a copy on the last pipeline stage, or nothing."""
+WHOLE_TENSORS = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
+"""The same in Hugging Face folders."""
+
+
 class Adapter(torch.nn.Module):
     """This rank's slices of one target's A and B.
 
@@ -274,10 +281,20 @@ def hugging_face_linears(a: Architecture, targets: Iterable[str]) -> dict[str, t
     return found
 
 
+def stacked_alpha(alpha: float, number: int, *, rank_stabilized: bool) -> float:
+    """The alpha that scales an adapter of `number` times the rank as `alpha` scales the others."""
+    return alpha * (math.sqrt(number) if rank_stabilized else number)
+
+
 def num_adapter_parameters(a: Architecture, lora: LoraSettings) -> int:
     """Parameters of all adapters of a model."""
     sides = other_sides(a)
     return a.num_layers * lora.rank * sum(a.hidden_size + sides[name] for name in lora.targets)
+
+
+def num_whole_tables(a: Architecture, lora: LoraSettings) -> int:
+    """Matrices of vocabulary × hidden size that are trained whole beside the adapters."""
+    return min(len(lora.train_whole), 1 if a.tied_embeddings else 2)
 
 
 def describe_trained(a: Architecture, lora: LoraSettings) -> str:
@@ -285,10 +302,19 @@ def describe_trained(a: Architecture, lora: LoraSettings) -> str:
     if lora.rank == 0:
         return "all weights"
     stabilized = " (rank-stabilized)" if lora.rank_stabilized else ""
-    return (
+    adapters = (
         f"{num_adapter_parameters(a, lora):,} parameters in adapters of rank {lora.rank}, alpha {lora.alpha:g}{stabilized}, "
         f"dropout {lora.dropout:g}, on {', '.join(lora.targets)}"
     )
+    if not lora.train_whole:
+        return adapters
+    whole = num_whole_tables(a, lora) * a.vocabulary_size * a.hidden_size
+    return f"{adapters}, and {whole:,} of {' and '.join(lora.train_whole)}"
+
+
+def peft_whole_name(module: str) -> str:
+    """PEFT's name of the weight of a module that is trained whole."""
+    return f"base_model.model.{WHOLE_TENSORS[module]}"
 
 
 def peft_name(layer: int, linear: str, matrix: str) -> str:
@@ -301,19 +327,24 @@ def is_adapter(name: str) -> bool:
     return _MARK in name
 
 
+def whole_parameters(train_whole: Iterable[str]) -> frozenset[str]:
+    """The names of the parameters that are trained whole beside the adapters."""
+    return frozenset(WHOLE[module] for module in train_whole)
+
+
 def base_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """The named parameters of a model chunk that come from the Hugging Face model."""
     return ((name, parameter) for name, parameter in chunk.named_parameters() if not is_adapter(name))
 
 
-def prepare_adapters(chunk: GPTModel, seed: int, *, full_recompute: bool) -> None:
-    """Freeze the base of a model chunk (an unwrapped GPTModel) and draw its adapters, for training.
+def prepare_adapters(chunk: GPTModel, seed: int, whole: frozenset[str], *, full_recompute: bool) -> None:
+    """Freeze the base of a model chunk (an unwrapped GPTModel) but its parameters `whole`, and draw its adapters, for training.
 
     A is drawn as PEFT draws it (uniform, kaiming with a = √5), B is zero. Each A is drawn whole from a generator of its
     own, seeded by `seed`, layer and target, so that it is the same on every layout.
     """
-    for _, parameter in base_parameters(chunk):
-        parameter.requires_grad_(False)
+    for name, parameter in base_parameters(chunk):
+        parameter.requires_grad_(name in whole)
     for layer in chunk.decoder.layers:
         for linear in adapted_linears([layer]):
             for target, adapter in linear.named_adapters().items():

@@ -3,13 +3,15 @@
 Safetensors, or the pickled `.bin` files of old models, of which nothing but tensors is unpickled.
 """
 
+import functools
 import json
 import os
 import pickle
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -90,6 +92,23 @@ class HuggingFaceWeights:
             raise ValueError(f"{self.path}: the tensor {name} is missing")
         return self._opened(self._file_of[name]).get_slice(name)
 
+    @contextmanager
+    def read_numbers(self) -> Iterator[Callable[[str, int, int], torch.Tensor]]:
+        """Within, a function: a tensor's name, first, last → its numbers from `first` to before `last`, in the file's order.
+
+        For a few numbers of many tensors: of a mapped file much would be read around each place.
+        """
+        with ExitStack() as stack:
+
+            @functools.cache
+            def opened(file_name: str) -> _PlainFile | _PickledFile:
+                if self.pickled:
+                    pickled: _PickledFile = self._opened(file_name)
+                    return pickled
+                return _PlainFile(stack.enter_context(open(os.path.join(self.path, file_name), "rb")))
+
+            yield lambda name, first, last: opened(self._file_of[name]).numbers(name, first, last)
+
     def check_files(self) -> None:
         """Raise ValueError unless the files hold what the index says, each tensor once, in types that are read.
 
@@ -140,6 +159,23 @@ def open_safetensors(path: str) -> Any:
         raise ValueError(f"{path} is not a readable safetensors file: {error}: {_AGAIN}") from error
 
 
+class _PlainFile:
+    """An open safetensors file: 8 bytes that tell the length of a header in JSON, the header, the tensors' bytes."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        length = int.from_bytes(file.read(8), "little")
+        self._header, self._begin = json.loads(file.read(length)), 8 + length
+
+    def numbers(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Those from `first` to before `last` of a tensor."""
+        place = self._header[name]
+        dtype = SAFETENSORS_DTYPES[place["dtype"]]
+        start = self._begin + place["data_offsets"][0] + first * dtype.itemsize
+        data = os.pread(self._file.fileno(), (last - first) * dtype.itemsize, start)
+        return torch.frombuffer(bytearray(data), dtype=dtype)
+
+
 class _PickledFile:
     """A `.bin` file, mapped into memory."""
 
@@ -159,6 +195,10 @@ class _PickledFile:
     def keys(self) -> Iterable[str]:
         """Names of tensors."""
         return self._tensors.keys()
+
+    def numbers(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Those from `first` to before `last` of a tensor."""
+        return self._tensors[name].reshape(-1)[first:last]
 
     def get_slice(self, name: str) -> "_PickledTensor":
         """As safetensors has it."""

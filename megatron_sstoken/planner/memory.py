@@ -201,7 +201,8 @@ def head_bytes(w: Workload) -> int:
     tokens = w.tokens if w.head == "standard" else min(CHUNK_ROWS["cuda"], w.tokens)
     copies = 4 + 4 if w.precision == "fp32" else 4 + 4 + w.width
     made_of_one = 4 if w.head == "standard" else 0  # the probabilities that are kept are one of the copies
-    apart = w.head == "selective" and w.gradient_dtype == "bf16" and not w.lora_rank
+    trains_head = not w.lora_rank or "lm_head" in w.train_whole
+    apart = w.head == "selective" and w.gradient_dtype == "bf16" and trains_head
     summed = w.vocabulary * w.architecture.hidden_size * (4 + w.width) if apart else 0
     return head_kept_bytes(w) + tokens * w.vocabulary * (copies - made_of_one) + summed
 
@@ -229,7 +230,11 @@ def working_bytes(w: Workload) -> int:
 
 def trainable_parameters(w: Workload, stage: int) -> int:
     """Parameters of one rank of a stage that have gradients."""
-    return adapter_parameters(w, stage) if w.lora_rank else sum(parameter_sizes(w, stage).values())
+    sizes = parameter_sizes(w, stage)
+    if not w.lora_rank:
+        return sum(sizes.values())
+    tables = {"embed_tokens": "embedding", "lm_head": "head"}
+    return adapter_parameters(w, stage) + sum(sizes[tables[module]] for module in w.train_whole)
 
 
 def state_bytes(w: Workload) -> int:

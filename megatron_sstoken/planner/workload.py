@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from megatron_sstoken.config import ModelSettings, Settings
+from megatron_sstoken.config import ModelSettings, Settings, WholeModule
 from megatron_sstoken.config.run import MomentFormat
 from megatron_sstoken.data.batches import batch_shape
 from megatron_sstoken.history.source import history_sources
@@ -68,6 +68,8 @@ class Workload:
     """Value of `history.source`."""
     lora_rank: int = 0
     """0 trains all parameters; otherwise adapters on all seven linears, the rest frozen."""
+    train_whole: tuple[WholeModule, ...] = ()
+    """Modules that are trained whole beside the adapters."""
     vocabulary_multiple: int = ModelSettings.vocabulary_multiple
 
     @classmethod
@@ -94,6 +96,7 @@ class Workload:
             selects=method.selects,
             history=settings.history.source if "history_loss" in method.needs else cls.history,
             lora_rank=settings.lora.rank,
+            train_whole=tuple(settings.lora.train_whole),
             vocabulary_multiple=settings.model.vocabulary_multiple,
         )
 
@@ -212,6 +215,7 @@ class Workload:
         for name in OPTIMIZER:
             setattr(settings.optimizer, name, getattr(self, name))
         settings.lora.rank, settings.history.source = self.lora_rank, self.history
+        settings.lora.train_whole = list(self.train_whole)
         settings.selection.rho, settings.selection.scope = self.rho, self.scope
         settings.selection.method = "sstoken" if self.selects else "full"
         return settings

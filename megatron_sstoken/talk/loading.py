@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_sstoken.folders import ADAPTER_CONFIG, holds_checkpoints
+from megatron_sstoken.folders import ADAPTER_CONFIG, holds_checkpoints, local_model
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 """What the weights are computed in; auto: as they are stored."""
@@ -85,11 +85,12 @@ def _base_of(adapter: Path) -> Path:
         named = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     except ValueError as error:
         raise ValueError(f"{adapter / ADAPTER_CONFIG} is not JSON ({error}): export the adapters again") from error
-    if not named or not Path(named).is_dir():
+    base = local_model(named or "")
+    if not os.path.isdir(base):
         raise ValueError(
             f"{adapter} holds adapters of {named}, which is no folder here: pass --model BASE --adapter {adapter}"
         )
-    return Path(named)
+    return Path(base)
 
 
 def _require_model(folder: Path) -> None:

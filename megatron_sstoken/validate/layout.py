@@ -196,6 +196,11 @@ def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None
         f"adapters on {', '.join(fused)} need: use {divisors(a.num_query_groups)}, or leave them out of lora.targets",
     )
     _check_rank(settings, a, found)
+    found.require(
+        not a.tied_embeddings or len(lora.train_whole) != 1,
+        f"lora.train_whole={lora.train_whole} parts embedding and head, which are one in this model (tie_word_embeddings): use "
+        "[embed_tokens, lm_head], or neither",
+    )
     of_experts = [name for name in lora.targets if name in ("gate_proj", "up_proj", "down_proj")]
     found.require(
         not a.num_experts or not of_experts,

@@ -165,7 +165,7 @@ def _check_model(settings: Settings, a: Architecture, found: Findings) -> None:
     )
     check_fp8(settings, a, found)
     check_windows("model", a, settings, backend_of(settings), found)
-    if settings.model.checkpoint is None:
+    if _reads_folder(settings):
         _check_weights("model.hf_path", settings.model.hf_path or "", a, found)
     for setting, path in frozen_models(settings):
         frozen = found.attempt(setting, partial(read_architecture, path))
@@ -173,6 +173,16 @@ def _check_model(settings: Settings, a: Architecture, found: Findings) -> None:
             check_split(setting.removesuffix(".hf_path"), frozen, settings, found)
             check_windows(setting.removesuffix(".hf_path"), frozen, settings, backend_of(settings), found)
             _check_weights(setting, path, frozen, found)
+
+
+def _reads_folder(settings: Settings) -> bool:
+    """Whether the weights, or those below the adapters of `model.checkpoint`, come from `model.hf_path`."""
+    if settings.model.checkpoint is None:
+        return True
+    with suppress(ValueError):  # told where the checkpoint is checked
+        adapters = open_checkpoint(settings.model.checkpoint).state.adapters
+        return adapters is not None and adapters.base_checkpoint is None
+    return False
 
 
 def _check_weights(setting: str, path: str, a: Architecture, found: Findings) -> None:

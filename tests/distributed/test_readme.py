@@ -15,9 +15,10 @@ PROGRAMS = {"train", "score", "chat"}
 TOOLS = {"make_toy", "prepare_data", "convert_checkpoint", "evaluate", "quickstart_report", "report_selection"}
 
 
-def run_readme(shell: Shell, timeout: float) -> str:
-    """What all commands print."""
-    result = shell.run("\n".join(bash_blocks((ROOT / "README.md").read_text("utf-8"))), timeout)
+def run_pages(shell: Shell, timeout: float, *pages: str) -> str:
+    """What all commands of these pages print."""
+    blocks = [block for page in pages for block in bash_blocks((ROOT / page).read_text("utf-8"))]
+    result = shell.run("\n".join(blocks), timeout)
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     return result.stdout
 
@@ -52,7 +53,7 @@ def done(tmp_path_factory) -> tuple[Shell, str]:
     """All commands have run; what they printed."""
     shell = Shell(tmp_path_factory.mktemp("readme"))
     try:
-        return shell, run_readme(shell, timeout=280)
+        return shell, run_pages(shell, 280, "README.md")
     finally:
         for one in shell.ran:
             print(f"{one.seconds:6.2f} s  {shlex.join(one.words)[:120]}")
@@ -92,5 +93,8 @@ def test_a_command_that_fails_ends_it(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_command_of_the_readme_runs_as_it_stands_in_full(tmp_path):
-    """Each in an interpreter of its own, at the quickstart's size."""
-    check_what_it_leaves(tmp_path, run_readme(Shell(tmp_path, forked=False), timeout=1700))
+    """Each in an interpreter of its own, at the quickstart's size; then those of docs/conversion.md, which go on from there."""
+    said = run_pages(Shell(tmp_path, forked=False), 1700, "README.md", "docs/conversion.md")
+    check_what_it_leaves(tmp_path, said)
+    *_, merged, adapted = said.split("> A pen costs 3 dollars")
+    assert merged.split() == adapted.split(), "the merged model and PEFT on the base say the same"

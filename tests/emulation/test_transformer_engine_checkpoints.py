@@ -70,7 +70,7 @@ def compare_case(settings, layout, folder):
     for model in models.values():
         load_weights(model, path)
     results = {"loaded": equal(*map(held, models.values()))}
-    adapters = AdapterIdentity(lora.rank, lora.alpha, lora.dropout, lora.targets, None, "") if lora.rank else None
+    adapters = AdapterIdentity(lora.rank, lora.alpha, lora.dropout, lora.targets, None) if lora.rank else None
     for name, other in (BACKENDS, BACKENDS[::-1]):
         with torch.no_grad():
             for parameter in models[name].unwrapped[0].parameters():

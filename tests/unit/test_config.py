@@ -33,7 +33,7 @@ MORE_NAMES = {
     "first_moment_dtype second_moment_dtype offload_fraction",
     "training": "recompute validate_every offload_layers",
     "parallel": "expert first_stage_layers last_stage_layers",
-    "lora": "rank_stabilized",
+    "lora": "rank_stabilized train_whole",
 }
 
 

@@ -4,6 +4,7 @@ import pytest
 from huggingface_hub import constants
 
 from megatron_sstoken.command_line import parse_settings
+from megatron_sstoken.commands.convert_checkpoint import parse_arguments
 from megatron_sstoken.folders import hub_name, local_model
 
 
@@ -38,3 +39,8 @@ def test_settings_take_such_names(snapshot):
     names = ("model.hf_path", "history.hf_path", "history.reference_hf_path")
     settings, _ = parse_settings([f"--{name}=meta/Llama-1B" for name in names], program="", description="")
     assert {settings.model.hf_path, settings.history.hf_path, settings.history.reference_hf_path} == {str(snapshot)}
+
+
+def test_conversions_take_such_names(snapshot):
+    named = parse_arguments("from-peft --adapter meta/Llama-1B --hf meta/Llama-1B --output out".split())
+    assert (named.adapter, named.hf) == (str(snapshot), str(snapshot))

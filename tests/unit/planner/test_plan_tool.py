@@ -71,6 +71,8 @@ def test_adapters_of_all_seven_linears():
     full, lora = (estimate(one, GPUS["h100"], Assumptions()).peak for one in (replace(w, lora_rank=0), w))
     assert lora.trainable == adapter_parameters(w, 0) and lora.optimizer < full.optimizer / 10
     assert lora.parameters == full.parameters + adapter_parameters(w, 0)
+    whole = estimate(replace(w, train_whole=("embed_tokens", "lm_head")), GPUS["h100"], Assumptions()).peak
+    assert whole.trainable - lora.trainable == 2 * 4096 * w.vocabulary and whole.parameters == lora.parameters
 
 
 def test_ring_collectives_send_what_they_must():

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.data.external import DATA_KEY
+from megatron_sstoken.model.lora import describe_trained
 from megatron_sstoken.validate.describe import describe
 from megatron_sstoken.validate.run import plan_run
 from tests.helpers.plans import NUM_SAMPLES, only_problem, problems_of, write_samples
@@ -324,6 +325,26 @@ def test_adapters_settings_that_cannot_work(settings):
         "history.store=x is not used by history.source=adapters_off: leave it out, or use source=frozen or "
         "previous_visit",
     ]
+
+
+def test_modules_trained_whole_that_cannot_be(settings, tmp_path):
+    whole = {"lora__train_whole": ["lm_head"]}
+    with pytest.raises(SettingsError) as caught:
+        plan_run(settings(**whole, lora__rank=4, history__source="adapters_off"), 1)
+    assert caught.value.problems == [
+        "history.source=adapters_off needs the base as it was, of which lora.train_whole=['lm_head'] trains a part: use "
+        "history.source=frozen"
+    ]
+    assert "lora.rank=0 trains all weights: leave it out" in only_problem(settings(**whole))
+    tied = make_model(tmp_path / "tied", tie_word_embeddings=True)
+    assert only_problem(settings(**whole, lora__rank=4, model__hf_path=tied)) == (
+        "lora.train_whole=['lm_head'] parts embedding and head, which are one in this model (tie_word_embeddings): use "
+        "[embed_tokens, lm_head], or neither"
+    )
+    both = settings(lora__rank=4, model__hf_path=tied, lora__train_whole=["embed_tokens", "lm_head"])
+    assert describe_trained(plan_run(both, 1).architecture, both.lora).endswith(
+        ", and 3,168 of embed_tokens and lm_head"
+    )
 
 
 def test_selective_recomputation_of_fused_attention_is_a_note(settings):
