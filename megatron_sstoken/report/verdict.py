@@ -148,7 +148,9 @@ def dropping(
         text += f"clearly more often {group}"
         text += f", of single tokens {', '.join(often)}" if often else ""
     else:
-        text += f"clearly more often: {', '.join(often)}" if often else "no kind of token clearly more often than others"
+        text += (
+            f"clearly more often: {', '.join(often)}" if often else "no kind of token clearly more often than others"
+        )
     return f"{text}. {_losses(main, total)}."
 
 
@@ -235,7 +237,9 @@ def drifting(main: Run, steps: Mapping[int, StepFigures]) -> str:
         )
     lasting = main.setting("selection", "drift_steps")
     is_short = isinstance(lasting, int) and step <= lasting
-    caution = f"too short a run for its own warning, which takes {lasting} steps above the bound (selection.drift_steps)"
+    caution = (
+        f"too short a run for its own warning, which takes {lasting} steps above the bound (selection.drift_steps)"
+    )
     return _sentences(f"{_state(curve, bound)}: {text}{_course(curve, bound)}", *([caution] if is_short else []))
 
 
