@@ -4,6 +4,9 @@ Windows reach over context parallel chunks, q/k norms are shared by tensor ranks
 also split tensors, samples or the batch.
 """
 
+from itertools import chain
+
+import numpy as np
 import pytest
 
 from tests.helpers.distributed_runner import run_distributed
@@ -21,7 +24,7 @@ from tests.helpers.workbench import (
     run_training,
 )
 from tests.helpers.workbench import FAMILIES as ALL_FAMILIES
-from tests.reference.hf_reference import Objective, loss_and_gradients
+from tests.reference.hf_reference import RESPONSE, Objective, attention_mass, loss_and_gradients
 
 FAMILIES = tuple(name for name in ALL_FAMILIES if name not in ("llama", "qwen2"))  # test_invariance has these two
 LAYOUTS = {
@@ -72,6 +75,11 @@ def test_loss_and_gradients_equal_transformers(bench, family):
     objective = Objective("sstoken", history, layer=[0, -1])
     loss, gradients = loss_and_gradients(model, [[sample] for sample in samples], objective)
     assert unsharded[family][0] == pytest.approx(loss, abs=1e-5)
+    masses = [attention_mass(model, sample.tokens, sample.roles, layer=[0, -1]) for sample in samples]
+    roles = [role for sample in samples for role in sample.roles]
+    wanted = [mass for mass, role in zip(chain(*masses), roles, strict=True) if role == RESPONSE]
+    found = unsharded[family][1]["attention"]
+    assert found[~np.isnan(found)] == pytest.approx(wanted, abs=1e-5)
     assert largest_difference(unsharded[family][2], names_on_disk(folder / family, gradients)) < 2e-4
 
 
