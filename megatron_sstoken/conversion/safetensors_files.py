@@ -99,7 +99,9 @@ class ShardWriter:
         self._write(content.data, start + (part or 0) * content.nbytes)
         with self._guard:
             self._missing[name] -= content.nbytes
-            return not any(self._missing.values())
+            if not self._missing[name]:
+                del self._missing[name]
+            return not self._missing
 
     def _write(self, content: bytes | memoryview, start: int) -> None:
         done = 0

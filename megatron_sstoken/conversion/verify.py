@@ -145,7 +145,9 @@ def compare_tensors(model: Model, tensors: HuggingFaceWeights) -> list[str]:
             if rule.expert is not None or layout.tensor_rank == 0:
                 for tensor_name, value in to_hugging_face(rule, layer, whole.cpu(), architecture):
                     reason = _difference(tensors, tensor_name, value, rule.part)
-                    found[tensor_name] = found.get(tensor_name) or reason  # of a stack, the first expert that differs
+                    found[tensor_name] = (
+                        found.get(tensor_name) or reason
+                    )  # of all experts' tensor the first that differs
     everywhere: list = [None] * layout.world_size
     dist.all_gather_object(everywhere, found, group=layout.control)
     together: dict[str, str | None] = {}
@@ -173,7 +175,8 @@ def _difference(tensors: HuggingFaceWeights, name: str, value: torch.Tensor, par
     if torch.equal(back.view(torch.uint8), expected.view(torch.uint8)):
         return None
     number = int((back != expected).sum())
-    return f"in {number:,} of {back.numel():,} numbers, by up to {(back.float() - expected.float()).abs().max():.3g}"
+    of_expert = "" if part is None else f"for expert {part} "
+    return f"{of_expert}in {number:,} of {back.numel():,} numbers, by up to {(back.float() - expected.float()).abs().max():.3g}"
 
 
 def _texts(hf_path: str, vocabulary_size: int, positions: int, text: str) -> dict[str, list[int]]:
