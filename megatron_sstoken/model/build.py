@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
@@ -259,9 +258,14 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
     return config
 
 
+def _quick_gelu(gate: torch.Tensor) -> torch.Tensor:
+    """gate · sigmoid(1.702 gate). megatron's is compiled where it is first called, which takes a compiler and a second."""
+    return gate * torch.sigmoid(1.702 * gate)
+
+
 _ACTIVATIONS = {
     "silu": torch.nn.functional.silu,
-    "quick_gelu": quick_gelu,
+    "quick_gelu": _quick_gelu,
     "gelu_pytorch_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
 }
 
