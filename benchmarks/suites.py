@@ -158,7 +158,7 @@ def _mass(trainer: Trainer, batch: TokenBatch):
 
     def run():
         with torch.no_grad():
-            layer.core_attention.inner(query, key, indicator, None, packed_seq_params=bounds)
+            layer.core_attention(query, key, indicator, None, packed_seq_params=bounds)
 
     return run
 

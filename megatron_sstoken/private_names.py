@@ -108,6 +108,19 @@ _MEGATRON_MODEL = (
         in_text=True,
     ),
     PrivateName(
+        _MEGATRON + "transformer.moe.experts",
+        "SequentialMLP",
+        ("model/biases.py",),
+        "Experts one after another, as `local_experts`, each with a `linear_fc2` whose output and bias it adds in place.",
+    ),
+    PrivateName(
+        _MEGATRON + "transformer.dot_product_attention",
+        "softmax_offset",
+        ("model/attention.py",),
+        "What the sinks of heads are called in checkpoints.",
+        in_text=True,
+    ),
+    PrivateName(
         _MEGATRON + "transformer.moe.moe_utils",
         "te_general_gemm",
         ("device.py",),
@@ -141,8 +154,8 @@ _MEGATRON_MARKS = (
     PrivateName(
         _MEGATRON + "distributed.finalize_model_grads",
         "sequence_parallel",
-        (_LORA, "model/norm.py"),
-        "Mark on a parameter whose gradient is summed over the tensor ranks.",
+        (_LORA, "model/norm.py", _BUILD),
+        "Mark on a parameter whose gradient is summed over the tensor ranks; taken off biases of experts.",
         in_text=True,
     ),
     PrivateName(

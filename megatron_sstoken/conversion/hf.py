@@ -220,11 +220,12 @@ def _cost(parameter: Parameter, source: torch.dtype, target: torch.dtype) -> int
     """Bytes that are in memory while a parameter is converted.
 
     The pages of the mapped source, the parameter put together from them, the tensors it is taken apart into where it
-    fuses several, and what these are converted to.
+    fuses several or is turned round, and what these are converted to.
     """
     size = parameter.numel * source.itemsize
     converted = parameter.numel * target.itemsize if target is not source else 0
-    return 2 * size + (size if len(parameter.rule.hugging_face) > 1 else 0) + converted
+    taken_apart = len(parameter.rule.hugging_face) > 1 or parameter.rule.stacked
+    return 2 * size + (size if taken_apart else 0) + converted
 
 
 def _identity(operation: str, dtype: torch.dtype, options: ConversionOptions, sources: list[Path]) -> dict[str, Any]:

@@ -67,8 +67,9 @@ def write_safetensors(
                 if writer is None:  # in a file that is complete, while its siblings are in another
                     continue
                 merged = adapters.merged(name, tensor) if adapters else tensor
-                is_last = writer.write(name, convert_dtype(name, merged, dtype).contiguous())
-                bar.update(writer.plan.places[name][1])
+                merged = convert_dtype(name, merged, dtype).contiguous()
+                is_last = writer.write(name, merged, part=parameter.rule.part)
+                bar.update(merged.nbytes)
                 if is_last:
                     place.add(writer.plan.file_name, writer.descriptor, {})
 
@@ -158,4 +159,5 @@ def _data_files(contents: Contents, dtype: torch.dtype, shard_size: int) -> dict
 def _hugging_face_shapes(contents: Contents) -> Iterator[tuple[str, torch.Size]]:
     for parameter in contents.parameters:
         for name, tensor in parameter.hugging_face(parameter.meta_tensor(), contents.architecture):
-            yield name, tensor.shape
+            stacked = parameter.rule.part is not None
+            yield name, torch.Size([contents.architecture.num_experts, *tensor.shape]) if stacked else tensor.shape

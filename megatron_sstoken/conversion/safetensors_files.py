@@ -80,20 +80,27 @@ class ShardWriter:
 
     def __init__(self, folder: Path, plan: ShardPlan):
         self.plan = plan
-        self._missing = set(plan.places)
+        self._missing = {name: length for name, (_, length) in plan.places.items()}
+        """Bytes that are not there yet."""
         self._guard = threading.Lock()
         self.descriptor = os.open(folder / plan.file_name, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
         os.ftruncate(self.descriptor, plan.size)
         self._write(plan.header, 0)
 
-    def write(self, name: str, tensor: torch.Tensor) -> bool:
-        """Write a contiguous tensor of the planned type to its place; True for the last one that was missing."""
+    def write(self, name: str, tensor: torch.Tensor, *, part: int | None = None) -> bool:
+        """Write a contiguous tensor of the planned type to its place; True for the last one that was missing.
+
+        `part`: it is that one of the equal parts along the first axis.
+        """
         start, length = self.plan.places[name]
         content = tensor.detach().view(torch.uint8).reshape(-1).numpy()
-        assert content.nbytes == length, f"{name}: {content.nbytes} bytes, planned {length}"
-        self._write(content.data, start)
+        fits = length == content.nbytes if part is None else length % content.nbytes == 0
+        assert fits, f"{name}: {content.nbytes} bytes, planned {length}"
+        self._write(content.data, start + (part or 0) * content.nbytes)
         with self._guard:
-            self._missing.remove(name)
+            self._missing[name] -= content.nbytes
+            if not self._missing[name]:
+                del self._missing[name]
             return not self._missing
 
     def _write(self, content: bytes | memoryview, start: int) -> None:

@@ -144,7 +144,10 @@ def compare_tensors(model: Model, tensors: HuggingFaceWeights) -> list[str]:
                 whole = join_shards(rule, shards)
             if rule.expert is not None or layout.tensor_rank == 0:
                 for tensor_name, value in to_hugging_face(rule, layer, whole.cpu(), architecture):
-                    found[tensor_name] = _difference(tensors, tensor_name, value)
+                    reason = _difference(tensors, tensor_name, value, rule.part)
+                    found[tensor_name] = (
+                        found.get(tensor_name) or reason
+                    )  # of all experts' tensor the first that differs
     everywhere: list = [None] * layout.world_size
     dist.all_gather_object(everywhere, found, group=layout.control)
     together: dict[str, str | None] = {}
@@ -161,18 +164,19 @@ def _natural(name: str) -> list:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
-def _difference(tensors: HuggingFaceWeights, name: str, value: torch.Tensor) -> str | None:
-    """How the tensor `name` of the folder differs from `value` in its dtype; None if not at all."""
+def _difference(tensors: HuggingFaceWeights, name: str, value: torch.Tensor, part: int | None) -> str | None:
+    """How the tensor `name` of the folder, or that part of it, differs from `value` in its dtype; None if not at all."""
     if name not in tensors:
         return "is not in the folder"
-    expected = tensors.slice(name)[:]
+    expected = tensors.slice(name)[:] if part is None else tensors.slice(name)[part]
     if expected.shape != value.shape:
         return f"has shape {list(value.shape)}, not {list(expected.shape)}"
     back = value.to(expected.dtype)
     if torch.equal(back.view(torch.uint8), expected.view(torch.uint8)):
         return None
     number = int((back != expected).sum())
-    return f"in {number:,} of {back.numel():,} numbers, by up to {(back.float() - expected.float()).abs().max():.3g}"
+    of_expert = "" if part is None else f"for expert {part} "
+    return f"{of_expert}in {number:,} of {back.numel():,} numbers, by up to {(back.float() - expected.float()).abs().max():.3g}"
 
 
 def _texts(hf_path: str, vocabulary_size: int, positions: int, text: str) -> dict[str, list[int]]:

@@ -8,13 +8,15 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
 from megatron_sstoken.data.context_parallel import zigzag_index
 from megatron_sstoken.device import to_compute_device
@@ -72,14 +74,23 @@ class TorchCoreAttention(torch.nn.Module):
     That one builds an S×S matrix and refuses packed samples and context parallel. Query: [tokens, heads, head_dim]; key
     and value: [tokens, groups, head_dim], the tokens of this context parallel rank; returns [tokens, heads · head_dim].
     Keys and values of the other ranks are gathered, and their gradients summed back. No attention dropout.
+
+    With `softmax_type="learnable"` every head has a sink: a score that the softmax takes into its denominator beside those of
+    the tokens, so that what a query pays to tokens sums to less than 1. It stands under megatron's name for it,
+    `softmax_offset` [heads of this rank].
     """
 
     def __init__(self, config, layer_number, softmax_scale=None, pg_collection=None, **_unused):
         super().__init__()
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         self.context_group = pg_collection.cp if pg_collection is not None else None
+        self.tensor_group = pg_collection.tp if pg_collection is not None else None
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if windowed else None  # megatron counts the tokens before a query
+        self.softmax_offset = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
 
     def forward(
         self, query, key, value, attention_mask, *, attn_mask_type=None, attention_bias=None, packed_seq_params=None
@@ -108,12 +119,28 @@ class TorchCoreAttention(torch.nn.Module):
     def _attend_to_sample(self, query, key, value):
         if self.window is not None and self.window < query.shape[1]:
             return self._attend_from(0, query, key, value)
-        return self._attend(query, key, value, is_causal=True)
+        if self.softmax_offset is None:
+            return self._attend(query, key, value, is_causal=True)
+        # A query before the first one, for the sink's place: so each of the others sees the sink and the tokens up to its own.
+        query = F.pad(query, (0, 0, 1, 0))
+        return self._attend(*self._with_sink(query, key, value), is_causal=True)[:, 1:, : value.shape[-1]]
 
     def _attend(self, query, key, value, **which):
         """SDPA of [heads, tokens, head_dim]. Its kernels that do not build S×S want a batch dimension."""
         query, key, value = (tensor.unsqueeze(0) for tensor in (query, key, value))
         return F.scaled_dot_product_attention(query, key, value, scale=self.scale, **which).squeeze(0)
+
+    def _with_sink(self, query, key, value):
+        """The same for a softmax without sinks: before all keys is one whose score is the head's sink and whose value is zero.
+
+        It takes one more number of each head, 1 in queries; 8 more, for kernels like multiples.
+        """
+        assert self.softmax_offset is not None
+        heads, width = len(self.softmax_offset), key.shape[-1]
+        one = F.pad(query.new_ones(1), (0, 7)).expand(*query.shape[:-1], 8)
+        sink = F.pad((self.softmax_offset / self.scale).to(key.dtype).view(heads, 1, 1), (width, 7))
+        key = torch.cat([sink, F.pad(key, (0, 8))], dim=1)
+        return torch.cat([query, one], dim=-1), key, F.pad(value, (0, 8, 1, 0))
 
     def _attend_from(self, first, query, key, value):
         """Queries at positions `first` on, to the keys before and at each of them."""
@@ -121,7 +148,11 @@ class TorchCoreAttention(torch.nn.Module):
         visible = torch.ones(query.shape[1], last, dtype=torch.bool, device=query.device).tril(diagonal=first)
         if self.window is not None:
             visible = visible.triu(diagonal=first - self.window + 1)
-        return self._attend(query, key[:, :last], value[:, :last], attn_mask=visible)
+        key, value = key[:, :last], value[:, :last]
+        if self.softmax_offset is None:
+            return self._attend(query, key, value, attn_mask=visible)
+        visible = F.pad(visible, (1, 0), value=True)
+        return self._attend(*self._with_sink(query, key, value), attn_mask=visible)[..., : value.shape[-1]]
 
     def _attend_in_chunks(self, query, key, value):
         """This rank's two chunks of a sample, each to all that stands before it."""
@@ -130,6 +161,12 @@ class TorchCoreAttention(torch.nn.Module):
         for chunk, part in zip((rank, 2 * self.context_group.size() - 1 - rank), query.split(size, dim=1), strict=True):
             outputs.append(self._attend_from(chunk * size, part, key, value))
         return torch.cat(outputs, dim=1)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """What a checkpoint holds: sinks, by heads; nothing without them."""
+        groups = {"tp_group": self.tensor_group, "dp_cp_group": (metadata or {}).get("dp_cp_group")}
+        state, axes = self.state_dict(keep_vars=True), {"softmax_offset": 0}
+        return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets, **groups)
 
 
 @dataclass
@@ -171,44 +208,41 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
         module.train(training)
 
 
-class CapturingCoreAttention(torch.nn.Module):
-    """A core attention that also measures how much each query attends to the context.
+def _measure(
+    layer_number: int,
+    capture: AttentionCapture,
+    attention: torch.nn.Module,
+    inputs: tuple,
+    options: dict[str, Any],
+    output: torch.Tensor,
+) -> None:
+    """A forward hook of a core attention: how much each query attends to the context.
 
     With the indicator "x_j is context" as value, attention's output is Σ_{j context} softmax_j, so the kernel that
-    computes the layer computes the mass too, and brings causality, packing, grouped queries and context parallel
-    along. One attention forward, without gradient.
+    computes the layer computes the mass too, and brings causality, packing, grouped queries, context parallel and sinks
+    along. A sink is no context, nor anything else: what it takes is missing from the mass, as it is from the layer's output.
+    One attention forward, without gradient.
     """
-
-    def __init__(self, inner: torch.nn.Module, layer_number: int, capture: AttentionCapture):
-        super().__init__()
-        self.inner = inner
-        self.layer_number = layer_number
-        self.capture = capture
-
-    def forward(self, query, key, value, attention_mask, **kwargs):
-        if self.capture.context is not None and self.layer_number not in self.capture.masses:
-            with torch.no_grad(), _evaluating(self.inner):
-                indicator = self.capture.context.to(value.dtype)[:, None, None].expand(value.shape).contiguous()
-                output = self.inner(query.detach(), key.detach(), indicator, attention_mask, **kwargs)
-                mass = output.reshape(query.shape[0], -1, value.shape[-1])[:, :, 0]
-                self.capture.masses[self.layer_number] = mass.float().sum(dim=1)
-        return self.inner(query, key, value, attention_mask, **kwargs)
-
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """The checkpoint does not know of the capture: the inner attention's state, under the layer's own name."""
-        state = getattr(self.inner, "sharded_state_dict", None)
-        return state(prefix, sharded_offsets, metadata) if state else {}
+    if capture.context is None or layer_number in capture.masses:
+        return
+    query, key, value, *others = inputs
+    with torch.no_grad(), _evaluating(attention):
+        indicator = capture.context.to(value.dtype)[:, None, None].expand(value.shape).contiguous()
+        attended = attention.forward(query.detach(), key.detach(), indicator, *others, **options)
+        mass = attended.reshape(query.shape[0], -1, value.shape[-1])[:, :, 0]
+        capture.masses[layer_number] = mass.float().sum(dim=1)
 
 
 def core_attention_builder(
     inner: Callable[..., torch.nn.Module], captured_layers: frozenset[int], capture: AttentionCapture
 ):
-    """What megatron's layer spec calls for `core_attention`: `inner`, wrapped in a capture on the layers named."""
+    """What megatron's layer spec calls for `core_attention`: `inner`, which on the layers named also tells `capture`."""
 
     def build(*, layer_number: int, **kwargs):
         attention = inner(layer_number=layer_number, **kwargs)
-        return (
-            CapturingCoreAttention(attention, layer_number, capture) if layer_number in captured_layers else attention
-        )
+        if layer_number in captured_layers:
+            # After the forward pass, when the hooks before it have waited for weights and completed the bounds.
+            attention.register_forward_hook(partial(_measure, layer_number, capture), with_kwargs=True)
+        return attention
 
     return build

@@ -141,9 +141,11 @@ def fp8_options(training: TrainingSettings) -> dict[str, Any]:
     }
 
 
-def fusion_options(backend: Backend, *, fused_activation: bool = True, fused_rope: bool = True) -> dict[str, bool]:
+def fusion_options(
+    backend: Backend, *, fused_activation: bool = True, fused_rope: bool = True, fused_biases: bool = True
+) -> dict[str, bool]:
     """Which of megatron's fused kernels are there; `fused_activation`: whether there is one for the model's activation,
-    `fused_rope`: for its RoPE.
+    `fused_rope`: for its RoPE, `fused_biases`: for adding outputs with their biases to the residual stream.
 
     `gradient_accumulation_fusion` is for megatron's own linears, and needs apex's extension. Transformer Engine's have their
     own (`accumulate_in_products`).
@@ -154,7 +156,7 @@ def fusion_options(backend: Backend, *, fused_activation: bool = True, fused_rop
         "gradient_accumulation_fusion": have_cuda() and extension,
         "masked_softmax_fusion": False,
         "bias_activation_fusion": is_te and fused_activation,
-        "bias_dropout_fusion": is_te,
+        "bias_dropout_fusion": is_te and fused_biases,
         "persist_layer_norm": False,
         "apply_rope_fusion": is_te and fused_rope,
     }

@@ -1,9 +1,11 @@
-"""Biases of some linears of a layer: megatron's `add_bias_linear` means all of them."""
+"""Biases of linears: of some of a layer's, where megatron's `add_bias_linear` means all of them; and of experts."""
 
 from dataclasses import replace
 from typing import Any
 
+import torch
 from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_sstoken.compat import dense_mlp
@@ -29,3 +31,20 @@ def _biased(linear: type | ModuleSpec) -> ModuleSpec:
             super().__init__(*args, **(options | {"bias": True}))
 
     return replace(spec, module=Biased)
+
+
+def let_experts_add_biases(chunk: torch.nn.Module) -> None:
+    """Give the experts of a model chunk that are computed one after another outputs of their own to add their biases to.
+
+    megatron adds them in place, to what its row-parallel linear returned: a view that autograd lets nobody write to.
+    """
+    for experts in chunk.modules():
+        if isinstance(experts, SequentialMLP):
+            for expert in experts.local_experts:
+                expert.linear_fc2.register_forward_hook(_copied)
+
+
+def _copied(linear: torch.nn.Module, inputs: tuple, outputs: tuple) -> tuple:
+    """A forward hook of a linear: its output copied, its bias as it is."""
+    output, bias = outputs
+    return output.clone(), bias

@@ -22,6 +22,7 @@ from megatron_sstoken.config import Settings
 from megatron_sstoken.device import compute_device, have_cuda
 from megatron_sstoken.model.attention import AttentionCapture
 from megatron_sstoken.model.backend import Backend, accumulate_in_products, backend_of, fp8_options, fusion_options
+from megatron_sstoken.model.biases import let_experts_add_biases
 from megatron_sstoken.model.dtypes import is_router_bias, weight_dtype
 from megatron_sstoken.model.families import Architecture, Split, table_frequencies
 from megatron_sstoken.model.head import IGNORE_INDEX, HeadOptions, selective_head, vocabulary_parallel_loss
@@ -212,10 +213,11 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
         layernorm_epsilon=a.norm_epsilon,
         activation_func=_ACTIVATIONS[a.activation],
         gated_linear_unit=True,
-        add_bias_linear=False,
+        add_bias_linear=a.expert_bias,
         add_qkv_bias=a.qkv_bias,
         layernorm_zero_centered_gamma=a.zero_centered_norms,
         qk_layernorm=a.qk_norm,
+        softmax_type="learnable" if a.attention_sinks else "vanilla",
         window_size=None if a.sliding_window is None else (a.sliding_window - 1, 0),
         window_attn_skip_freq=[int(windowed) for windowed in a.windowed_layers] or None,
         **_mixture_config(a, layout, backend),
@@ -239,7 +241,12 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
         perform_initialization=False,
         use_cpu_initialization=not have_cuda(),
         transformer_impl="local" if backend == "torch" else backend,
-        **fusion_options(backend, fused_activation=a.activation == "silu", fused_rope=attention_factor == 1.0),
+        **fusion_options(
+            backend,
+            fused_activation=a.activation == "silu",
+            fused_rope=attention_factor == 1.0,
+            fused_biases=not a.expert_bias,
+        ),
         **fp8_options(training),
         # Σ over selected ÷ number selected in the global batch: megatron divides once, after the last micro-batch.
         calculate_per_token_loss=True,
@@ -258,8 +265,14 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
     return config
 
 
+def _quick_gelu(gate: torch.Tensor) -> torch.Tensor:
+    """gate · sigmoid(1.702 gate). megatron's is compiled where it is first called, which takes a compiler and a second."""
+    return gate * torch.sigmoid(1.702 * gate)
+
+
 _ACTIVATIONS = {
     "silu": torch.nn.functional.silu,
+    "quick_gelu": _quick_gelu,
     "gelu_pytorch_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
 }
 
@@ -328,6 +341,8 @@ def build_model(
         table.inv_freq = table_frequencies(architecture).to(compute_device())
         if architecture.embedding_multiplier != 1.0 and chunk.pre_process:
             chunk.embedding.register_forward_hook(partial(_multiplied, architecture.embedding_multiplier))
+        if architecture.expert_bias:
+            let_experts_add_biases(chunk)
         if not shapes_only:
             chunk.to(compute_device())
         _mark_tensor_parallel(chunk, architecture)
@@ -392,7 +407,10 @@ def _mark_tensor_parallel(chunk: TokenLossModel, architecture: Architecture) -> 
         rule, _ = rules[name]
         if rule.expert is not None:
             parameter.allreduce = False  # type: ignore[attr-defined]  # a mark of megatron's
-        if rule.split is not Split.WHOLE and not hasattr(parameter, "tensor_model_parallel"):
+            # megatron marks biases of experts as replicas whose gradients are to be summed over the tensor ranks.
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]
+        differs = rule.split is not Split.WHOLE or rule.expert is not None
+        if differs and not hasattr(parameter, "tensor_model_parallel"):
             dim = 1 if rule.split is Split.COLUMNS else 0
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
 

@@ -85,6 +85,8 @@ def _layer_spec(
             # Before experts, too, the norm is stored under the key that megatron's spec for torch gives it.
             spec.submodules.sharded_state_dict_keys_map |= {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
         core_attention = _with_heads_dealt_out(spec.submodules.self_attention.submodules.core_attention)
+        # Transformer Engine's takes sinks or packed samples, not both.
+        core_attention = TorchCoreAttention if architecture.attention_sinks else core_attention
     else:
         spec = get_gpt_layer_local_spec(normalization="RMSNorm", **kind)
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm

@@ -16,7 +16,7 @@ from megatron_sstoken.model.families import Architecture, Split, WeightRule
 from megatron_sstoken.model.lora import base_parameters
 from megatron_sstoken.model.weight_files import HuggingFaceWeights
 
-_OF_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.weight$")
+_OF_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.(weight|bias)$")
 _EMBEDDING_NAME, _HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -90,8 +90,14 @@ def expected_shape(name: str, architecture: Architecture) -> list[int]:
     outputs = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": width}
     outputs |= {"up_proj": width, "embed_tokens": a.vocabulary_size, "lm_head": a.vocabulary_size}
     outputs |= {"qkv_proj": queries + 2 * keys, "gate_up_proj": 2 * width}
-    outputs |= {"w1": a.ffn_hidden_size, "w3": a.ffn_hidden_size, "gate": a.num_experts}
+    outputs |= {"w1": a.ffn_hidden_size, "w3": a.ffn_hidden_size, "gate": a.num_experts, "router": a.num_experts}
     module, kind = name.split(".")[-2:]
+    if kind == "sinks":
+        return [a.num_attention_heads]
+    if module == "experts":  # of all of them
+        matrices = {"gate_up_proj": [a.hidden_size], "down_proj": [a.ffn_hidden_size]}
+        outputs_each = 2 * a.ffn_hidden_size if kind.startswith("gate_up") else a.hidden_size
+        return [a.num_experts, *matrices.get(kind, []), outputs_each]
     if kind == "e_score_correction_bias":
         return [a.num_experts]
     if module in outputs:
@@ -115,6 +121,9 @@ def read_shard(
 ) -> torch.Tensor:
     """The slice of one megatron parameter that tensor rank `tensor_rank` of `tensor_size` holds, of `shape`."""
     sources = hugging_face_weight(tensors, rule, layer, architecture)
+    if rule.part is not None:
+        part = sources[0][rule.part].t()
+        return torch.cat([part[0::2], part[1::2]]) if rule.split is Split.GATED else part
     if rule.fused:
         sources = _parts(sources[0], rule, architecture)
     if rule.split is Split.WHOLE:
@@ -184,8 +193,12 @@ def _qkv_group(architecture: Architecture) -> tuple[int, tuple[int, int, int]]:
 def to_hugging_face(
     rule: WeightRule, layer: int, parameter: torch.Tensor, architecture: Architecture
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The Hugging Face tensors of a whole (unsplit) megatron parameter, as (name, tensor)."""
+    """The Hugging Face tensors of a whole (unsplit) megatron parameter, as (name, tensor); of a stack its `part`."""
     names = [pattern.format(layer=layer) for pattern in rule.hugging_face]
+    if rule.part is not None:
+        part = torch.stack(parameter.chunk(2), dim=1).flatten(0, 1) if rule.split is Split.GATED else parameter
+        yield names[0], part.t().contiguous()
+        return
     if rule.split is Split.QKV:
         group_rows, blocks = _qkv_group(architecture)
         grouped = parameter.reshape(-1, group_rows, *parameter.shape[1:])
@@ -250,7 +263,7 @@ def _name_in_chunk(name: str, held: set[str]) -> str:
         fused = name.replace(norm, f"{linear}layer_norm_")
         if fused in held:
             return fused
-    grouped = _OF_EXPERT.sub(r".experts.\2.weight\1", name)
+    grouped = _OF_EXPERT.sub(r".experts.\2.\3\1", name)
     return grouped if grouped in held else name
 
 

@@ -259,10 +259,11 @@ def check_fp8(settings: Settings, a: Architecture, found: Findings) -> None:
 def check_windows(name: str, a: Architecture, settings: Settings, backend: Backend, found: Findings) -> None:
     """Whether context parallel can split attention to a sliding window.
 
-    Transformer Engine's ring of keys and values knows no windows. Its other way deals out the heads (model/spec.py).
+    Transformer Engine's ring of keys and values knows no windows. Its other way deals out the heads (model/spec.py). Models
+    with sinks do without its attention.
     """
     tensor, context = settings.parallel.tensor, settings.parallel.context
-    if backend != "transformer_engine" or context == 1 or not any(a.windowed_layers):
+    if backend != "transformer_engine" or a.attention_sinks or context == 1 or not any(a.windowed_layers):
         return
     found.require(
         a.num_query_groups % (tensor * context) == 0,

@@ -40,7 +40,7 @@ SCALINGS = [
     LONGROPE,
     LONGROPE | {"attention_factor": 0.8},
 ]
-OWN = {"norm_topk_prob", "num_experts_per_tok", "no_rope_layers", "no_rope_layer_interval"}
+OWN = {"norm_topk_prob", "num_experts_per_tok", "no_rope_layers", "no_rope_layer_interval", "swiglu_limit"}
 """Fields that only families have whose miniatures name them."""
 FIELDS = {
     "rope_scaling": [None, *SCALINGS],
@@ -66,6 +66,7 @@ FIELDS = {
     "norm_topk_prob": [True, False],
     "num_experts_per_tok": [1, 3],
     "no_rope_layers": [[1, 0], [0, 1]],
+    "swiglu_limit": [0.5, 7.0, ABSENT],
     "hidden_act": ["silu", "gelu", ABSENT],
     "pretraining_tp": [2],
     "attention_dropout": [0.1],

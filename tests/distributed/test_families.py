@@ -4,6 +4,9 @@ Windows reach over context parallel chunks, q/k norms are shared by tensor ranks
 also split tensors, samples or the batch.
 """
 
+from itertools import chain
+
+import numpy as np
 import pytest
 
 from tests.helpers.distributed_runner import run_distributed
@@ -21,7 +24,7 @@ from tests.helpers.workbench import (
     run_training,
 )
 from tests.helpers.workbench import FAMILIES as ALL_FAMILIES
-from tests.reference.hf_reference import Objective, loss_and_gradients
+from tests.reference.hf_reference import RESPONSE, Objective, attention_mass, loss_and_gradients
 
 FAMILIES = tuple(name for name in ALL_FAMILIES if name not in ("llama", "qwen2"))  # test_invariance has these two
 LAYOUTS = {
@@ -72,6 +75,11 @@ def test_loss_and_gradients_equal_transformers(bench, family):
     objective = Objective("sstoken", history, layer=[0, -1])
     loss, gradients = loss_and_gradients(model, [[sample] for sample in samples], objective)
     assert unsharded[family][0] == pytest.approx(loss, abs=1e-5)
+    masses = [attention_mass(model, sample.tokens, sample.roles, layer=[0, -1]) for sample in samples]
+    roles = [role for sample in samples for role in sample.roles]
+    wanted = [mass for mass, role in zip(chain(*masses), roles, strict=True) if role == RESPONSE]
+    found = unsharded[family][1]["attention"]
+    assert found[~np.isnan(found)] == pytest.approx(wanted, abs=1e-5)
     assert largest_difference(unsharded[family][2], names_on_disk(folder / family, gradients)) < 2e-4
 
 
@@ -105,20 +113,28 @@ def check_sharded(bench, layout, families):
         assert largest_difference(gradients, wanted_gradients) < 1e-4, family
 
 
+RESUMED = {
+    "qwen3_moe": {"parallel__expert": 2},
+    "glm4_moe": {"parallel__expert": 2},
+    "gpt_oss": {"parallel__tensor": 2, "parallel__sequence": True, "parallel__expert": 2},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+@pytest.mark.parametrize("family", RESUMED)
 def test_a_mixture_resumes_on_another_layout(bench, tmp_path, family):
     """Two steps with experts on two ranks, two more on one: the losses and norms of four steps on one."""
     folder = bench[0]
 
     (expected,) = run_distributed(run_training, 1, [four_steps(folder, family)])[0]
     directory = str(tmp_path / "run")
-    run_distributed(train_and_save, 2, four_steps(folder, family, checkpoint__directory=directory, parallel__expert=2))
-    resumed = run_distributed(resume, 1, four_steps(folder, family, checkpoint__directory=directory))[0]
-    for found, wanted in zip(resumed, expected[2:], strict=True):
-        assert found["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
-        assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+    apart = four_steps(folder, family, checkpoint__directory=directory, **RESUMED[family])
+    found = run_distributed(train_and_save, 2, apart)[-1]
+    found += run_distributed(resume, 1, four_steps(folder, family, checkpoint__directory=directory))[0]
+    for one, wanted in zip(found, expected, strict=True):
+        assert one["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+        assert one["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
 
 
 def four_steps(folder, family, **changes):
@@ -128,21 +144,29 @@ def four_steps(folder, family, **changes):
 
 
 def train_and_save(rank, settings):
-    from megatron_sstoken.training.loop import save, training_step
+    from megatron_sstoken.training.loop import save
     from tests.helpers.workbench import make_trainer
 
     trainer = make_trainer(settings)
-    for number in range(2):
-        training_step(trainer, number)
-        trainer.step += 1
+    results = train(trainer, range(2))
     save(trainer)
+    return results
 
 
 def resume(rank, settings):
-    from megatron_sstoken.training.loop import training_step
     from tests.helpers.workbench import make_trainer
 
     trainer = make_trainer(settings)
     assert trainer.step == 2
-    results = [training_step(trainer, number)[:2] for number in (2, 3)]
-    return [{"loss": metrics.loss_selected, "grad_norm": norm} for metrics, norm in results]
+    return train(trainer, range(2, 4))
+
+
+def train(trainer, numbers):
+    from megatron_sstoken.training.loop import training_step
+
+    results = []
+    for number in numbers:
+        metrics, norm, _ = training_step(trainer, number)
+        results.append({"loss": metrics.loss_selected, "grad_norm": norm})
+        trainer.step = number + 1
+    return results

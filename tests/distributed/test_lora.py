@@ -46,6 +46,7 @@ EXPORTED = {
     "fused": ("phi3", ALL),
     "fused, some": ("phi3", ["v_proj", "q_proj", "up_proj"]),
     "layers not alike": ("glm4_moe", ["q_proj", "o_proj"]),
+    "biases, tensors of all experts": ("gpt_oss", ["q_proj", "v_proj", "o_proj"]),
 }
 """Adapters that are exported otherwise than Llama's: name → family, targets."""
 STABILIZED = {"qwen2, full recompute"}
@@ -335,7 +336,7 @@ def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     samples = make_samples(8, seed=3, longest=30)
     make_store(folder / "data", samples)
-    for number, family in enumerate(("llama", "qwen2", "phi3", "glm4_moe")):
+    for number, family in enumerate(("llama", "qwen2", "phi3", "glm4_moe", "gpt_oss")):
         make_model(folder / family, family, seed=number + 1)
     adapters, expected = {}, {}
     for case, (family, targets, *_) in CASES.items():

@@ -26,7 +26,8 @@ LAYOUTS = {
     "tp2-pp2": (4, ["--tensor=2", "--pipeline=2"], ["--expert=2"]),
 }
 """Name → processes, options, and what is added for a mixture of experts."""
-CONVERTED = ("phi3", "glm4_moe")  # fused tensors; a bias that stays in fp32, layers that are not alike or left out
+CONVERTED = ("phi3", "glm4_moe", "gpt_oss")
+"""Fused tensors; a bias that stays in fp32, layers that are not alike or left out; tensors of all experts, sinks."""
 ORIGINAL = {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
 VARIANTS = {
     "yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **ORIGINAL}}),
@@ -112,7 +113,7 @@ def write_both_ways(rank, folder):
         tensors = load_file(f"{folder}/{family}-bf16/model.safetensors")
         tensors = {name: t if name.endswith("correction_bias") else t.bfloat16() for name, t in tensors.items()}
         further = (
-            {"model.layers.4.eh_proj.weight": torch.ones(2, 2, dtype=torch.bfloat16)} if family in MIXTURES else {}
+            {"model.layers.4.eh_proj.weight": torch.ones(2, 2, dtype=torch.bfloat16)} if family == "glm4_moe" else {}
         )
         save_file(tensors | further, f"{folder}/{family}-bf16/model.safetensors", metadata={"format": "pt"})
         from_hf(f"{folder}/{family}-bf16", f"{folder}/{family}-megatron")

@@ -60,6 +60,8 @@ TOGETHER = {
     "tp2-sequence, mixture": ("qwen3_moe", SEQUENCE),
     "tp2-sequence, mixture, layers not alike": ("glm4_moe", SEQUENCE),
     "tp2-sequence, two rotaries": ("olmo3", SEQUENCE),
+    "tp2-sequence, sinks": ("gpt_oss", SEQUENCE | {"parallel__expert": 2}),
+    "cp2, sinks": ("gpt_oss", {"parallel__context": 2}),
     "adapters, tp2-sequence, no norms before linears": ("olmo2", ADAPTERS | SEQUENCE),
 }
 

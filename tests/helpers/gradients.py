@@ -9,7 +9,7 @@ from megatron_sstoken.model.families import Split
 from megatron_sstoken.model.weights import rules_of_chunk, to_hugging_face
 from megatron_sstoken.parallel import gather_objects, reset_layout
 from tests.helpers.distributed_runner import run_distributed
-from tests.helpers.workbench import make_trainer
+from tests.helpers.workbench import make_trainer, part_name
 
 AT_ONCE = 6
 """Layouts that a process makes one after another: it keeps the threads of each, dozens, which every message wakes."""
@@ -70,7 +70,8 @@ def _whole(architecture, parts):
             gradient = ordered[0]
         else:
             gradient = torch.cat(ordered, dim=1 if rule.split is Split.COLUMNS else 0)
-        whole |= dict(to_hugging_face(rule, layer, gradient, architecture))
+        tensors = to_hugging_face(rule, layer, gradient, architecture)
+        whole |= {part_name(name, rule.part): value for name, value in tensors}
     return whole
 
 

@@ -15,7 +15,7 @@ __all__ = ["VOCABULARY", "make_settings", "make_store"]  # for tests, which find
 FAMILIES = family_names()
 EVERYWHERE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm3")
 """Families that every run of the tests looks at on all layouts; what others do on layouts, slow tests look at."""
-PARTICULAR = ("gemma3_text", "glm4_moe", "olmo3")
+PARTICULAR = ("gemma3_text", "glm4_moe", "gpt_oss", "olmo3")
 """Of the others those that are looked at on one layout, with tensor and pipeline parallel."""
 MIXTURES = tuple(name for name in FAMILIES if family_of(name).experts)
 
@@ -35,18 +35,29 @@ def load_model(folder: str | Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(str(folder), attn_implementation="eager", dtype=torch.float32).eval()
 
 
+def part_name(name: str, part: int | None) -> str:
+    """What comparisons call a part of a tensor of all experts."""
+    return name if part is None else f"{name}.{part}"
+
+
 def names_on_disk(folder: str | Path, parameters: dict[str, Any]) -> dict[str, Any]:
     """The parameters (or gradients) of transformers' model, as its folder names and cuts them.
 
-    transformers holds the experts of a layer in two tensors and saves them one by one; router and experts may have another
-    name in the file.
+    transformers holds the experts of a layer in two tensors and saves them one by one, in some families as they are; router
+    and experts may have another name in the file.
     """
+    stacks = {
+        name for rule in read_architecture(str(folder)).weight_rules() if rule.stacked for name in rule.hugging_face
+    }
     rules = {rule.megatron: rule.hugging_face for rule in read_architecture(str(folder)).weight_rules()}
     found = {}
     for name, value in parameters.items():
         _, _, kind = name.partition(".mlp.experts.")
         layer = name.split(".")[2] if name.startswith("model.layers.") else ""
         block = "decoder.layers.{layer}.mlp."
+        if layer and name.replace(f".{layer}.", ".{layer}.", 1) in stacks:
+            found |= {part_name(name, expert): part for expert, part in enumerate(value)}
+            continue
         if not kind:
             router = name.endswith(".mlp.gate.weight")
             found[rules[block + "router.weight"][0].format(layer=layer) if router else name] = value

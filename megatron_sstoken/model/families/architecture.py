@@ -73,6 +73,10 @@ class Architecture:
     """Whether the projection of attention's output has a bias."""
     mlp_bias: bool = False
     """Whether gate, up and down projection have biases; of a dense model."""
+    expert_bias: bool = False
+    """Whether routers and experts have biases; then the projections of attention have them, too."""
+    attention_sinks: bool = False
+    """Whether every head has a learned score that takes part in its softmax beside those of the tokens."""
     qk_norm: bool = False
     """Whether every head of q and k is normalised before RoPE."""
     qk_norm_over_heads: bool = False
@@ -84,7 +88,7 @@ class Architecture:
     """What attention and feed-forward part are multiplied by before they are added to the residual stream."""
     logits_divisor: float = 1.0
     activation: str = "silu"
-    """Of the gate: `silu`, or `gelu_pytorch_tanh`."""
+    """Of the gate: `silu`, `gelu_pytorch_tanh`, or `quick_gelu` (x · sigmoid(1.702 x))."""
     zero_centered_norms: bool = False
     """Whether norms multiply by 1 + weight."""
     window_rope_base: float | None = None
@@ -158,9 +162,12 @@ class Architecture:
         layer += self.norm_parameters() + (heads if self.qkv_bias else 0)
         layer += self.hidden_size if self.output_bias else 0
         layer += 2 * self.ffn_hidden_size + self.hidden_size if self.mlp_bias else 0
+        layer += self.num_attention_heads if self.attention_sinks else 0
         embeddings = self.vocabulary_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         feed_forward = num_experts * self.ffn_hidden_size + self.shared_ffn_hidden_size
         mixed = 3 * self.hidden_size * feed_forward + self.num_experts * self.hidden_size
+        if self.expert_bias:
+            mixed += num_experts * (2 * self.ffn_hidden_size + self.hidden_size) + self.num_experts
         dense = 3 * self.hidden_size * self.dense_ffn_hidden_size
         mlps = (self.num_layers - self.num_dense_layers) * mixed + self.num_dense_layers * dense
         return self.num_layers * layer + mlps + embeddings + self.hidden_size

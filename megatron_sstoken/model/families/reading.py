@@ -48,7 +48,6 @@ _LACKING = {
     "gemma2": "it caps attention scores by tanh",
     "gemma3": "it reads images, too: gemma3_text, a model of text alone, is",
     "mistral3": "it reads images, too: its text model alone is, as mistral or ministral3",
-    "gpt_oss": "it has attention sinks, and biases of routers and experts",
     "deepseek_v3": "it has multi-head latent attention",
     "kimi_k2": "it has multi-head latent attention",
     "qwen3_next": "it has gated delta nets in place of most attention",

@@ -20,13 +20,13 @@ def listed_kinds(config: Config, num_layers: int) -> list[str]:
 def windows_but_every(interval: int) -> Callable[[Config, int], list[str]]:
     """Layers as `layer_types` lists them; without it every `interval`-th has no window (or as `sliding_window_pattern` says).
 
-    For families whose RoPE goes by where the window holds: without one they are refused.
+    For families with layers of both kinds, where RoPE may go by the kind: without a window they are refused.
     """
 
     def kinds(config: Config, num_layers: int) -> list[str]:
         if config.get("sliding_window") is None:
             raise ValueError(
-                "sliding_window=None is not supported: a number is, for RoPE goes by where the window holds"
+                "sliding_window=None is not supported: a number is, for this family has layers with a window and others"
             )
         if (listed := config.get("layer_types")) is not None:
             return listed

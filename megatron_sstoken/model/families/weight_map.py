@@ -38,6 +38,14 @@ class WeightRule:
     from_layer: int = 0
     to_layer: int | None = None
     """The layers that have it: from this one on (from 0), to before that one (None: the model's end)."""
+    stacked: bool = False
+    """Whether the Hugging Face tensor holds all experts, along its first axis: matrices [inputs, outputs], in which outputs of
+    gate and up take turns, and biases alike."""
+
+    @property
+    def part(self) -> int | None:
+        """Which part of the Hugging Face tensor it is, along the first axis; None: all of it."""
+        return self.expert if self.stacked else None
 
     def layers(self, architecture: Architecture) -> range:
         """The layers that have it; 0 for what lies outside of layers."""
@@ -68,6 +76,7 @@ _QK_NORMS = tuple(
     WeightRule(LAYER + f"self_attention.{name}_layernorm.weight", (HF + f"self_attn.{name}_norm.weight",), Split.WHOLE)
     for name in "qk"
 )
+_SINKS = WeightRule(LAYER + "self_attention.core_attention.softmax_offset", (HF + "self_attn.sinks",), Split.ROWS)
 _EMBEDDING = WeightRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Split.VOCABULARY)
 _FINAL_NORM = WeightRule("decoder.final_layernorm.weight", ("model.norm.weight",), Split.WHOLE)
 _HEAD = WeightRule("output_layer.weight", ("lm_head.weight",), Split.VOCABULARY)
@@ -135,6 +144,23 @@ def mixture(block: str, names: tuple[str, str, str]) -> MlpRules:
     return rules
 
 
+def stacked_experts(architecture: Architecture) -> list[WeightRule]:
+    """Router and experts with biases, tensors of all experts, as in GPT-OSS."""
+    router = WeightRule(LAYER + "mlp.router.weight", (HF + "mlp.router.weight",), Split.WHOLE)
+    rules = [router, _bias_of(router)]
+    for expert in range(architecture.num_experts):
+        for linear, name, split in (
+            ("linear_fc1", "gate_up_proj", Split.GATED),
+            ("linear_fc2", "down_proj", Split.COLUMNS),
+        ):
+            megatron, stack = f"{LAYER}mlp.experts.local_experts.{expert}.{linear}", f"{HF}mlp.experts.{name}"
+            weight = WeightRule(f"{megatron}.weight", (stack,), split, expert, stacked=True)
+            of_bias = Split.WHOLE if split is Split.COLUMNS else split
+            bias = replace(weight, megatron=f"{megatron}.bias", hugging_face=(f"{stack}_bias",), split=of_bias)
+            rules += [weight, bias]
+    return rules
+
+
 def decoder_rules(architecture: Architecture, mlp: MlpRules = dense_mlp) -> list[WeightRule]:
     """The rules of a decoder with Llama's names: attention, feed-forward part, embedding, final norm and head."""
     rules = [
@@ -149,6 +175,8 @@ def decoder_rules(architecture: Architecture, mlp: MlpRules = dense_mlp) -> list
         rules.append(_bias_of(_OUTPUT))
     if architecture.qk_norm:
         rules += _QK_NORMS
+    if architecture.attention_sinks:
+        rules.append(_SINKS)
     rules += mlp(architecture)
     rules += [_EMBEDDING, _FINAL_NORM]
     if not architecture.tied_embeddings:

@@ -69,11 +69,16 @@ def te_general_grouped_gemm(
     A, transa, B, transb, D, out_dtype, m_splits, bias, bias_dtype, single_output, pre_gelu, grad, workspaces, size,
     accumulate, *rest,
 ):  # fmt: skip
-    """One product for each expert: lists of matrices; D the outputs, or with `single_output` one for all, by rows."""
-    assert not any(one.numel() for one in bias), "experts have no biases"
+    """One product for each expert: lists of matrices; D the outputs, or with `single_output` one for all, by rows.
+
+    `bias`: of each expert, nothing without one; with `grad` to be filled with the sums of B's rows.
+    """
     outputs = D[0].split([int(rows) for rows in m_splits]) if single_output else D
-    for left, right, out in zip(B, A, outputs, strict=True):
-        _multiply(right, transa, left, transb, out, accumulate)
+    for left, right, out, of_expert in zip(B, A, outputs, bias, strict=True):
+        added = of_expert if of_expert.numel() and not grad else None
+        _multiply(right, transa, left, transb, out, accumulate, added)
+        if grad and of_expert.numel():
+            of_expert.copy_(left.float().sum(0))
     return bias
 
 

@@ -9,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_sstoken.model.attention import (
     AttentionCapture,
-    CapturingCoreAttention,
     TorchCoreAttention,
     core_attention_builder,
     sample_bounds,
@@ -21,14 +20,24 @@ LAYER = 3
 CPU = torch.device("cpu")
 
 
-def make_core(scale: float | None = None, window: int | None = None) -> TorchCoreAttention:
-    return TorchCoreAttention(config_of(window), LAYER, softmax_scale=scale)
+def make_core(scale: float | None = None, window: int | None = None, sinks=None) -> TorchCoreAttention:
+    core = TorchCoreAttention(config_of(window, sinks), LAYER, softmax_scale=scale)
+    if sinks is not None:
+        core.softmax_offset.data.copy_(sinks)
+    return core
 
 
-def config_of(window=None):
+def config_of(window=None, sinks=None):
     """What the core attention reads of megatron's configuration; `window` counts the token itself."""
-    size = None if window is None else (window - 1, 0)
-    return SimpleNamespace(kv_channels=HEAD_DIM, window_size=size, window_attn_skip_freq=None)
+    return SimpleNamespace(
+        kv_channels=HEAD_DIM,
+        window_size=None if window is None else (window - 1, 0),
+        window_attn_skip_freq=None,
+        softmax_type="vanilla" if sinks is None else "learnable",
+        num_attention_heads=0 if sinks is None else len(sinks),
+        tensor_model_parallel_size=1,
+        params_dtype=torch.float64,
+    )
 
 
 def make_qkv(heads: int, groups: int, dtype=torch.float64, seed: int = 0) -> list[torch.Tensor]:
@@ -39,8 +48,13 @@ def make_qkv(heads: int, groups: int, dtype=torch.float64, seed: int = 0) -> lis
     ]
 
 
-def dense_probabilities(q: torch.Tensor, k: torch.Tensor, scale: float, window: int = TOKENS) -> torch.Tensor:
-    """softmax [heads, tokens, tokens], block-diagonal by sample, causal and windowed; one product for each head."""
+def dense_probabilities(
+    q: torch.Tensor, k: torch.Tensor, scale: float, window: int = TOKENS, sinks=None
+) -> torch.Tensor:
+    """softmax [heads, tokens, tokens], block-diagonal by sample, causal and windowed; one product for each head.
+
+    With a sink the probability of one more column, which is left out.
+    """
     owner = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     index = torch.arange(TOKENS)
     distance = index[:, None] - index
@@ -49,13 +63,16 @@ def dense_probabilities(q: torch.Tensor, k: torch.Tensor, scale: float, window: 
     rows = []
     for head in range(q.shape[1]):
         products = q[:, head] @ k[:, head // per_group].T * scale
-        rows.append(products.masked_fill(~allowed, -torch.inf).softmax(dim=-1))
+        products = products.masked_fill(~allowed, -torch.inf)
+        if sinks is not None:
+            products = torch.cat([products, sinks[head].expand(len(index), 1)], dim=1)
+        rows.append(products.softmax(dim=-1)[:, : len(index)])
     return torch.stack(rows)
 
 
-def dense_attention(q, k, v, scale: float, window: int = TOKENS) -> torch.Tensor:
+def dense_attention(q, k, v, scale: float, window: int = TOKENS, sinks=None) -> torch.Tensor:
     per_group = q.shape[1] // k.shape[1]
-    probabilities = dense_probabilities(q, k, scale, window)
+    probabilities = dense_probabilities(q, k, scale, window, sinks)
     return torch.cat([probabilities[head] @ v[:, head // per_group] for head in range(q.shape[1])], dim=1)
 
 
@@ -92,6 +109,41 @@ def test_sliding_window(window):
         torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-12)
 
 
+SINKS = torch.tensor([-1.0, 0.3, 2.5, 5.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_sinks(window, scale):
+    """Attention, its gradients and those of the sinks, with the plain kernel and with a mask."""
+    ours, theirs = make_qkv(4, 2), make_qkv(4, 2)
+    core, sinks = make_core(scale, window, SINKS), SINKS.clone().requires_grad_()
+    output = attend(core, *ours)
+    wanted = dense_attention(*theirs, 1 / math.sqrt(HEAD_DIM) if scale is None else scale, window or TOKENS, sinks)
+    torch.testing.assert_close(output, wanted, rtol=0, atol=1e-12)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=output.dtype)
+    output.backward(upstream)
+    wanted.backward(upstream)
+    for found, expected in zip([*ours, core.softmax_offset], [*theirs, sinks], strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-12)
+
+
+def test_what_a_sink_takes_is_attention_to_nothing():
+    """All tokens are context, and yet the mass is below 1 for each head."""
+    capture, context = AttentionCapture(), make_context()
+    build = core_attention_builder(lambda layer_number: make_core(sinks=SINKS), frozenset({LAYER}), capture)
+    core, (q, k, v) = build(layer_number=LAYER), make_qkv(4, 2)
+    masses = []
+    for chosen in (context, torch.ones_like(context)):
+        capture.arm(chosen)
+        attend(core, q, k, v)
+        masses.append(capture.take()[LAYER].double())
+    probabilities = dense_probabilities(q.detach(), k.detach(), 1 / math.sqrt(HEAD_DIM), sinks=SINKS)
+    torch.testing.assert_close(masses[0], (probabilities * context).sum(dim=(0, 2)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(masses[1], probabilities.sum(dim=(0, 2)), rtol=0, atol=1e-6)
+    assert (masses[1] < 3.6).all()
+
+
 def test_samples_and_later_tokens_do_not_matter():
     q, k, v = make_qkv(4, 2)
     before = attend(make_core(), q, k, v)
@@ -125,9 +177,10 @@ class Counted(torch.nn.Module):
 
 @pytest.fixture
 def capturing():
-    """(capturing core attention, its capture): around a counted core attention of layer 3."""
+    """(captured core attention of layer 3, which counts, and its capture)."""
     capture = AttentionCapture()
-    return CapturingCoreAttention(Counted(make_core()), LAYER, capture), capture
+    build = core_attention_builder(lambda layer_number: Counted(make_core()), frozenset({LAYER}), capture)
+    return build(layer_number=LAYER), capture
 
 
 def make_context(seed: int = 2) -> torch.Tensor:
@@ -184,7 +237,7 @@ def test_the_layers_output_and_gradients_are_unchanged(capturing):
 def test_an_unarmed_capture_does_nothing(capturing):
     core, capture = capturing
     attend(core, *make_qkv(4, 2))
-    assert core.inner.calls == 1 and capture.take() == {}
+    assert core.calls == 1 and capture.take() == {}
 
 
 def test_a_capture_fires_once_when_armed(capturing):
@@ -194,10 +247,10 @@ def test_a_capture_fires_once_when_armed(capturing):
     capture.arm(context)
     attend(core, q, k, v)
     attend(core, *make_qkv(4, 2, seed=9))
-    assert core.inner.calls == 3
+    assert core.calls == 3
     torch.testing.assert_close(capture.take()[LAYER].double(), dense_mass(q, k, context), rtol=0, atol=1e-5)
     attend(core, q, k, v)
-    assert core.inner.calls == 4 and capture.take() == {}, "taking disarms"
+    assert core.calls == 4 and capture.take() == {}, "taking disarms"
     other = make_context(seed=5)
     capture.arm(other)
     attend(core, q, k, v)
@@ -211,7 +264,7 @@ def test_the_capture_is_no_pass_of_training(capturing, training):
     core.train(training)
     capture.arm(make_context())
     attend(core, *make_qkv(4, 2))
-    assert (core.inner.calls, core.inner.calls_in_training) == (2, int(training))
+    assert (core.calls, core.calls_in_training) == (2, int(training))
     assert all(module.training == training for module in core.modules())
 
 
@@ -235,9 +288,9 @@ def test_recomputation_does_not_fire_again(capturing, reentrant, taken_before_ba
     capture.arm(context)
     output = checkpoint(lambda *qkv: attend(core, *qkv), *recomputed, use_reentrant=reentrant)
     masses = capture.take() if taken_before_backward else None
-    assert core.inner.calls == 2
+    assert core.calls == 2
     output.square().sum().backward()
-    assert core.inner.calls == 3, "the recomputation runs the layer, and does not capture again"
+    assert core.calls == 3, "the recomputation runs the layer, and does not capture again"
     masses = masses or capture.take()
     torch.testing.assert_close(masses[LAYER].double(), dense_mass(*recomputed[:2], context), rtol=0, atol=1e-5)
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain, recomputed, strict=True))
@@ -248,8 +301,6 @@ def test_several_layers_share_a_probe():
     config = config_of()
     build = core_attention_builder(TorchCoreAttention, frozenset({2, 4}), capture)
     cores = [build(layer_number=number, config=config) for number in (1, 2, 3, 4)]
-    kinds = [TorchCoreAttention, CapturingCoreAttention, TorchCoreAttention, CapturingCoreAttention]
-    assert [type(core) for core in cores] == kinds
     context = make_context()
     capture.arm(context)
     inputs = [make_qkv(4, 2, seed=number) for number in range(4)]
@@ -261,20 +312,9 @@ def test_several_layers_share_a_probe():
         torch.testing.assert_close(mass.double(), dense_mass(*inputs[layer - 1][:2], context), rtol=0, atol=1e-5)
 
 
-def test_a_checkpoint_does_not_see_the_capture(capturing):
-    core, _ = capturing
-    assert core.sharded_state_dict("layer.", (), {}) == {}
-
-    class Stateful(torch.nn.Module):
-        def sharded_state_dict(self, prefix, sharded_offsets, metadata):
-            return {prefix + "scale": (sharded_offsets, metadata)}
-
-    wrapped = CapturingCoreAttention(Stateful(), LAYER, AttentionCapture())
-    assert wrapped.sharded_state_dict("layer.", (1,), {"a": 2}) == {"layer.scale": ((1,), {"a": 2})}
-
-
+@pytest.mark.parametrize("sinks", [None, SINKS[:2]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_quadratic_is_kept_for_the_backward_pass(dtype):
+def test_nothing_quadratic_is_kept_for_the_backward_pass(dtype, sinks):
     tokens, heads = 256, 2
     qkv = [torch.randn(tokens, heads, HEAD_DIM, dtype=dtype).requires_grad_() for _ in range(3)]
     kept: list[int] = []
@@ -284,5 +324,5 @@ def test_nothing_quadratic_is_kept_for_the_backward_pass(dtype):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        make_core()(*qkv, None, packed_seq_params=sample_bounds([tokens]))
-    assert kept and max(kept) <= tokens * heads * HEAD_DIM
+        make_core(sinks=sinks)(*qkv, None, packed_seq_params=sample_bounds([tokens]))
+    assert kept and max(kept) <= (tokens + 1) * heads * 2 * HEAD_DIM

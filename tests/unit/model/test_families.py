@@ -14,7 +14,7 @@ from megatron_sstoken.model.families import (
     rope_inverse_frequencies,
     table_frequencies,
 )
-from tests.helpers.workbench import FAMILIES, names_on_disk, tiny_config
+from tests.helpers.workbench import FAMILIES, names_on_disk, part_name, tiny_config
 
 LLAMA2 = {
     "architectures": ["LlamaForCausalLM"],
@@ -180,7 +180,43 @@ GLM4_MOE = LLAMA2 | {
     "num_nextn_predict_layers": 1,
     "partial_rotary_factor": 0.5,
 }
+GPT_OSS = {  # as OpenAI's folders have it, smaller and in bf16
+    "model_type": "gpt_oss",
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "experts_per_token": 2,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "initial_context_length": 256,
+    "intermediate_size": 48,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 8,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 256,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 64,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 320,
+}
 CONFIGS = {
+    "gpt-oss": GPT_OSS,
+    "gpt-oss-without-rope": GPT_OSS | {"rope_scaling": None, "layer_types": None},
     "phi4-mini": PHI4_MINI,
     "phi3-su": PHI4_MINI
     | {"rope_scaling": PHI4_MINI["rope_scaling"] | {"type": "su", "original_max_position_embeddings": 1024}},
@@ -394,7 +430,7 @@ def test_every_tensor_has_one_rule(folder, name):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     a = read_architecture(path)
     covered = [
-        pattern.format(layer=layer)
+        part_name(pattern.format(layer=layer), rule.part)
         for rule in a.weight_rules()
         for pattern in rule.hugging_face
         for layer in rule.layers(a)
@@ -458,8 +494,8 @@ def test_padded_vocabulary(folder, words, multiple, tensor, padded):
         ),
         (
             LLAMA2,
-            {"model_type": "gpt_oss"},
-            "model_type='gpt_oss' is not supported, for it has attention sinks, and biases of routers and experts: use one",
+            {"model_type": "deepseek_v3"},
+            "model_type='deepseek_v3' is not supported, for it has multi-head latent attention: use one",
         ),
         (
             LLAMA2,
@@ -474,6 +510,15 @@ def test_padded_vocabulary(folder, words, multiple, tensor, padded):
             LLAMA2,
             {"model_type": "ministral3", "num_key_value_heads": 2, "rope_parameters": YARN | {"rope_theta": 1e4}},
             "llama_4_scaling_beta=None is not supported: a number",
+        ),
+        (GPT_OSS, {"attention_bias": False}, "attention_bias=False is not supported: only True is"),
+        (GPT_OSS, {"swiglu_alpha": 1.0}, "swiglu_alpha=1.0 is not supported: only 1.702 is"),
+        (GPT_OSS, {"swiglu_limit": None}, "swiglu_limit=None is not possible: only a number above 0 is"),
+        (GPT_OSS, {"sliding_window": None}, "sliding_window=None is not supported: a number is"),
+        (
+            GPT_OSS,
+            {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}},
+            "quantization_config: weights quantised by 'mxfp4' are not read: .* as docs/models.md shows",
         ),
         (GLM4_MOE, {"n_group": 2}, "n_group=2 is not supported: only 1 is"),
         (GLM4_MOE, {"norm_topk_prob": False}, "norm_topk_prob=False is not supported: only True is"),
