@@ -1,25 +1,33 @@
 #!/usr/bin/env python3
 """Conversion of a synthetic 8B-shaped Llama both ways: bits, peak memory, and rate beside a plain copy.
 
-    python benchmarks/convert_8b.py --work FOLDER [--layers 32] [--rounds 1] [--max_memory 3GB] [--workers 2]
+    python benchmarks/convert_8b.py --work FOLDER [--layers 32] [--hf FOLDER] [--rounds 1] [--max_memory 3GB] [--workers 2]
 
-Writes Llama-3.1-8B's shapes with random bf16 weights (16 GB, shard by shard), converts them with tools/convert_checkpoint.py
-from-hf and to-hf, each right after a plain `cp` of the same files (both with an empty page cache for what they read, both
-timed until the bytes are on disk), and compares every tensor bit by bit. Needs 64 GB of disk (16 of them for the copies,
-each deleted at once); fewer --layers need less. Appends a CSV row a measurement to benchmarks/results/convert_8b.csv.
-Seconds are those of the whole program, its start included. Memory is sampled every 20 ms from /proc: `peak_rss`
-counts pages of mapped files, `peak_anonymous` does not; both contain Python, torch and megatron (about 0.5 GB).
+Writes Llama-3.1-8B's shapes with random bf16 weights (16 GB, shard by shard), or takes the folder --hf, converts them with
+tools/convert_checkpoint.py from-hf and to-hf, each right before and after a plain `cp` of the same files (all with an empty
+page cache for what they read, all timed until the bytes are on disk), and compares every tensor bit by bit. Needs 64 GB of
+disk (16 of them for the copies, each deleted at once); fewer --layers need less. Appends a CSV row a measurement to
+benchmarks/results/convert_8b.csv.
+
+`seconds` are those of the whole program, of which `work_seconds` without the imports. `cp_ratio` compares the whole program's
+rate with the mean of the two copies', `work_ratio` that of the work. `cpu` are seconds of all cores. Memory is sampled every
+20 ms from /proc: `peak_rss` counts pages of mapped files, `peak_anonymous` does not; both contain Python, torch and megatron
+(about 0.5 GB). The converter is one process.
 """
 
 import argparse
 import csv
 import json
 import os
+import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -56,14 +64,25 @@ CONFIG = {
 }
 COLUMNS = (
     "commit torch date layers gigabytes what seconds gb_per_s copy_gb_per_s peak_rss_gb peak_anonymous_gb max_memory "
-    "workers"
+    "workers work_seconds cp_ratio work_ratio work_cpu copy_cpu load"
 )
 
 
-def make_model(folder: Path, layers: int) -> int:
-    """Write configuration and random weights in files of at most 5 GB; returns their bytes."""
+PROGRAM = """
+import json, sys, time
+from megatron_sstoken.commands.convert_checkpoint import main
+begun, cpu = time.perf_counter(), time.process_time()
+code = main(sys.argv[1:])
+print(json.dumps({"seconds": time.perf_counter() - begun, "cpu": time.process_time() - cpu}))
+sys.exit(code)
+"""
+
+
+def make_model(folder: Path, config: dict[str, Any]) -> None:
+    """Write configuration and random weights in files of at most 5 GB."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}, indent=2))
+    layers = config["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
     architecture = read_architecture(str(folder))
     names = [
         pattern.format(layer=layer)
@@ -84,7 +103,6 @@ def make_model(folder: Path, layers: int) -> int:
         writer.close()
     if len(shards) > 1:
         (folder / INDEX).write_text(index_text(shards))
-    return sum(shard.size for shard in shards)
 
 
 def forget(folder: Path) -> None:
@@ -96,21 +114,44 @@ def forget(folder: Path) -> None:
         os.close(descriptor)
 
 
-def copy_seconds(source: Path, target: Path) -> float:
-    """Seconds that `cp` takes, until the bytes are on disk. The copy is deleted."""
+@dataclass(frozen=True)
+class Measured:
+    """What a command took."""
+
+    seconds: float
+    cpu: float
+    """Seconds of all cores, of a conversion without its imports."""
+    work: float = 0.0
+    """Seconds of a conversion without its imports."""
+    resident: float = 0.0
+    anonymous: float = 0.0
+    """Largest GB."""
+
+
+def _cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def copy(source: Path, target: Path) -> Measured:
+    """`cp`, until the bytes are on disk. The copy is deleted."""
     forget(source)
-    begun = time.perf_counter()
+    begun, cpu = time.perf_counter(), _cpu_of_children()
     subprocess.run(["cp", "-r", source, target], check=True)
     subprocess.run(["sync", *(path for path in target.rglob("*") if path.is_file())], check=True)
-    seconds = time.perf_counter() - begun
+    taken = Measured(time.perf_counter() - begun, _cpu_of_children() - cpu)
     shutil.rmtree(target)
-    return seconds
+    return taken
 
 
-def run_measured(command: list[str]) -> tuple[float, float, float]:
-    """Seconds, peak resident GB and peak anonymous GB of a command."""
+def convert(source: Path, output: Path, arguments: list[str]) -> Measured:
+    """`convert_checkpoint`, with an empty page cache for `source`."""
+    shutil.rmtree(output, ignore_errors=True)
+    forget(source)
+    command = [sys.executable, "-c", PROGRAM, *arguments, "--output", str(output)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     begun = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     resident = anonymous = 0
     while process.poll() is None:
         try:
@@ -120,9 +161,12 @@ def run_measured(command: list[str]) -> tuple[float, float, float]:
         except (FileNotFoundError, ProcessLookupError):
             pass
         time.sleep(0.02)
+    seconds = time.perf_counter() - begun
+    told, errors = process.communicate()
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with exit code {process.returncode}")
-    return time.perf_counter() - begun, resident * 1024 / 1e9, anonymous * 1024 / 1e9
+        raise SystemExit(f"{' '.join(arguments)} ended with exit code {process.returncode}: {errors.decode()}")
+    work = json.loads(told.splitlines()[-1])
+    return Measured(seconds, work["cpu"], work["seconds"], resident * 1024 / 1e9, anonymous * 1024 / 1e9)
 
 
 def compare(first: Path, second: Path) -> int:
@@ -145,47 +189,75 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the files, deleted at the end")
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hf", type=Path, help="Hugging Face folder to convert, in place of random weights")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--max_memory", default="3GB")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     model, megatron, back = (options.work / name for name in ("model", "megatron", "back"))
-    size = make_model(model, options.layers)
-    print(f"{size / 1e9:.2f} GB written", flush=True)
-    tool = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py")]
+    if options.hf:
+        model = options.hf
+        options.layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    else:
+        make_model(model, CONFIG | {"num_hidden_layers": options.layers})
+    options.work.mkdir(parents=True, exist_ok=True)
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    print(f"{size / 1e9:.2f} GB", flush=True)
     settings = ["--max_memory", options.max_memory, "--workers", str(options.workers)]
-    commands = {
-        "from-hf": (model, [*tool, "from-hf", "--hf", str(model), "--output", str(megatron), *settings]),
-        "to-hf": (megatron, [*tool, "to-hf", "--checkpoint", str(megatron), "--output", str(back), *settings]),
-    }
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    rows = []
+    rows: list[dict[str, Any]] = []
     for _ in range(options.rounds):
-        for output in (megatron, back):
-            shutil.rmtree(output, ignore_errors=True)
-        for what, (source, command) in commands.items():
-            copying = copy_seconds(source, options.work / "copy")
-            forget(source)
-            seconds, resident, anonymous = run_measured(command)
-            print(
-                f"{what}: {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s (cp {size / 1e9 / copying:.2f} GB/s), "
-                f"peak resident {resident:.2f} GB, anonymous {anonymous:.2f} GB",
-                flush=True,
-            )
-            rates = [f"{size / 1e9 / one:.3f}" for one in (seconds, copying)]
-            memory = [f"{resident:.2f}", f"{anonymous:.2f}", options.max_memory, options.workers]
-            now = time.strftime("%Y-%m-%d")
-            start = [commit.strip(), torch.__version__, now, options.layers, f"{size / 1e9:.2f}", what]
-            rows.append([*start, f"{seconds:.1f}", *rates, *memory])
+        shutil.rmtree(back, ignore_errors=True)
+        for what, option, source, output in (
+            ("from-hf", "--hf", model, megatron),
+            ("to-hf", "--checkpoint", megatron, back),
+        ):
+            first = copy(source, options.work / "copy")
+            taken = convert(source, output, [what, option, str(source), *settings])
+            second = copy(source, options.work / "copy")
+            copying, copy_cpu = (first.seconds + second.seconds) / 2, (first.cpu + second.cpu) / 2
+            row = {
+                "commit": commit.strip(),
+                "torch": torch.__version__,
+                "date": time.strftime("%Y-%m-%d"),
+                "layers": options.layers,
+                "gigabytes": f"{size / 1e9:.2f}",
+                "what": what,
+                "seconds": f"{taken.seconds:.2f}",
+                "gb_per_s": f"{size / 1e9 / taken.seconds:.3f}",
+                "copy_gb_per_s": f"{size / 1e9 / copying:.3f}",
+                "peak_rss_gb": f"{taken.resident:.2f}",
+                "peak_anonymous_gb": f"{taken.anonymous:.2f}",
+                "max_memory": options.max_memory,
+                "workers": options.workers,
+                "work_seconds": f"{taken.work:.2f}",
+                "cp_ratio": f"{copying / taken.seconds:.3f}",
+                "work_ratio": f"{copying / taken.work:.3f}",
+                "work_cpu": f"{taken.cpu:.2f}",
+                "copy_cpu": f"{copy_cpu:.2f}",
+                "load": f"{os.getloadavg()[0]:.1f}",
+            }
+            print(", ".join(f"{name} {row[name]}" for name in COLUMNS.split()[5:]), flush=True)
+            rows.append(row)
     print(f"{compare(model, back)} tensors, all bit-identical", flush=True)
-    path = ROOT / "benchmarks" / "results" / "convert_8b.csv"
-    header = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.writer(file)
-        if header:
-            writer.writerow(COLUMNS.split())
-        writer.writerows(rows)
+    for what in ("from-hf", "to-hf"):
+        for name in ("cp_ratio", "work_ratio"):
+            found = sorted(float(row[name]) for row in rows if row["what"] == what)
+            print(f"{what}: {name} {statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})", flush=True)
+    write_rows(ROOT / "benchmarks" / "results" / "convert_8b.csv", rows)
     shutil.rmtree(options.work)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append rows to a CSV file; those that it holds get the columns that they lack."""
+    old = []
+    if path.exists():
+        with open(path, newline="") as file:
+            old = list(csv.DictReader(file))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS.split(), restval="")
+        writer.writeheader()
+        writer.writerows([*old, *rows])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+# Large tensors in large pages, which the system gives in a third of the time; torch asks once, before its first tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 from megatron_sstoken.config import ModelSettings, ParallelSettings
 from megatron_sstoken.conversion.check import check_folders
 from megatron_sstoken.conversion.gguf import from_gguf

@@ -5,10 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from megatron_sstoken.data.text.end_of_turn import end_of_turn
-from megatron_sstoken.data.text.templates import without_marks
 from megatron_sstoken.files import read_json
 
 FILE = "chat_template.jinja"
@@ -41,6 +38,8 @@ def export_template(folder: Path, template: str | None) -> str:
     own = own_template(folder)
     if template is None:
         return "chat template: the tokenizer's own" if own is not None else "chat template: none"
+    from megatron_sstoken.data.text.templates import without_marks  # imports transformers, which takes a second
+
     if own is not None and without_marks(own) == without_marks(template):
         return "chat template: the tokenizer's own, which the data was prepared with"
     text = without_marks(template)
@@ -63,6 +62,8 @@ def export_stop(folder: Path) -> str | None:
     Of a base model that was tuned with a template, generation_config.json names the end of a text alone: programs that
     go by it (transformers, vLLM) would let the model talk on, in the user's place too. None where nothing was to be done.
     """
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):  # no tokenizer, or one whose code is not run

@@ -13,7 +13,13 @@ from megatron_sstoken.conversion.adapters import AdapterCheckpoint
 from megatron_sstoken.conversion.contents import Contents, Parameter
 from megatron_sstoken.conversion.folder import FolderReader
 from megatron_sstoken.conversion.safetensors_files import INDEX, ShardWriter, index_text, plan_shards
-from megatron_sstoken.conversion.torch_dist import CheckpointReader, write_metadata, write_objects, write_parameter
+from megatron_sstoken.conversion.torch_dist import (
+    CheckpointReader,
+    without_zip_checksums,
+    write_metadata,
+    write_objects,
+    write_parameter,
+)
 from megatron_sstoken.conversion.work import (
     ConversionOptions,
     MemoryBudget,
@@ -26,6 +32,7 @@ from megatron_sstoken.files import naming, write_durably
 from megatron_sstoken.model.dtypes import stored_dtype
 
 _OBJECTS_FILE = "__0_0.distcp"
+_FILES, _SMALLEST_FILE = 16, 64 << 20
 
 
 def convert_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -135,7 +142,8 @@ def write_checkpoint(
         done = sum(record["size"] for record in place.complete.values())
         with progress_bar(total, min(done, total), "writing") as bar:
             todo = [name for name in files if f"{folder.name}/{name}" not in place.complete]
-            run_tasks(write_file, todo, options.workers)
+            with without_zip_checksums():
+                run_tasks(write_file, todo, options.workers)
         records = json.loads(json.dumps(place.complete))  # alike whether written now or before
         write_metadata(folder, contents, dtype, {Path(name).name: records[name]["places"] for name in sorted(records)})
         write_run_state(folder, replace(state, split=[1, 1, "cpu"]))
@@ -143,7 +151,12 @@ def write_checkpoint(
 
 
 def _data_files(contents: Contents, dtype: torch.dtype, shard_size: int) -> dict[str, list[Parameter]]:
-    """Data files of at most `shard_size` bytes of tensors: name → parameters; the first holds the objects alone."""
+    """Data files of at most `shard_size` bytes of tensors: name → parameters; the first holds the objects alone.
+
+    Of a smaller model they are smaller, so that there is one for each worker, and one is flushed while another is written.
+    """
+    total = sum(one.numel * stored_dtype(one.name, dtype).itemsize for one in contents.parameters)
+    shard_size = min(shard_size, max(total // _FILES, _SMALLEST_FILE))
     groups: list[list[Parameter]] = [[], []]
     filled = 0
     for parameter in contents.parameters:

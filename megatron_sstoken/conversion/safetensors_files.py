@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 
+from megatron_sstoken.files import begin_sync
 from megatron_sstoken.model.dtypes import SAFETENSORS_NAMES, stored_dtype
 
 INDEX = "model.safetensors.index.json"
 _LARGEST_WRITE = 1 << 30  # the system writes at most 2 GiB at once
+_SYNCED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class ShardWriter:
         done = 0
         while done < len(content):
             done += os.pwrite(self.descriptor, content[done : done + _LARGEST_WRITE], start + done)
+        if done >= _SYNCED_AT_ONCE:
+            begin_sync(self.descriptor, start, done)
 
     def close(self) -> None:
         os.close(self.descriptor)

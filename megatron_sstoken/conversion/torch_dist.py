@@ -5,6 +5,8 @@ tensor lies that `torch.save` wrote. megatron-core adds `metadata.json` and `com
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_sstoken.checkpoint.harmless import needed_lengths, read_metadata
 from megatron_sstoken.conversion.contents import Contents, Parameter, Piece
@@ -147,15 +150,24 @@ class CheckpointReader:
         path = self.folder / place.relative_path
         if getattr(place, "transform_descriptors", None):
             raise ValueError(f"{path} is compressed ({place.transform_descriptors}), which is not supported")
-        # torch's documented way to learn where in a file the bytes of a saved tensor lie (its notes on serialization).
-        with open(path, "rb") as file, _fake_mode_is_not_thread_safe, FakeTensorMode():
-            view: Any = _create_file_view(file, place.offset, place.length)
-            fake = torch.load(view, weights_only=True)
-        if not fake.is_contiguous():
+        with open(path, "rb") as file:
+            saved, start = _without_bytes(_create_file_view(file, place.offset, place.length))
+        if not saved.is_contiguous():
             raise ValueError(f"{path}: {index.fqn} is not stored contiguously, which is not supported")
-        start = fake.untyped_storage()._checkpoint_offset + fake.storage_offset() * fake.element_size()
-        shape = (*fake.shape[:-1], fake.shape[-1] * fake.element_size())
-        return np.memmap(path, np.uint8, mode="c", offset=place.offset + start, shape=shape), fake.dtype
+        start += int(saved.storage_offset()) * saved.element_size()
+        shape = (*saved.shape[:-1], saved.shape[-1] * saved.element_size())
+        return np.memmap(path, np.uint8, mode="c", offset=place.offset + start, shape=shape), saved.dtype
+
+
+def _without_bytes(view: Any) -> tuple[torch.Tensor, int]:
+    """A tensor that torch.save wrote, without its bytes, and where in the file `view` those of its storage begin."""
+    saved = torch.load(view, map_location="meta", weights_only=True)
+    if (start := saved.untyped_storage()._checkpoint_offset) is None:  # older torch tells it in this mode alone
+        view.seek(0)
+        with _fake_mode_is_not_thread_safe, FakeTensorMode():
+            saved = torch.load(view, weights_only=True)
+        start = saved.untyped_storage()._checkpoint_offset
+    return saved, start
 
 
 def _slices(offsets: torch.Size, lengths: torch.Size) -> tuple[slice, ...]:
@@ -180,6 +192,17 @@ def write_objects(file: BinaryIO, contents: Contents) -> list[dict[str, Any]]:
         _save([item.data], file)  # a list, as megatron packs them
         written.append({"key": item.unique_key, "offset": None, "start": start, "length": file.tell() - start})
     return written
+
+
+@contextmanager
+def without_zip_checksums() -> Iterator[None]:
+    """Within, torch.save leaves out the CRC32 that no torch.load looks at; it takes longer than the writing."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 def _save(value: Any, file: BinaryIO) -> None:

@@ -20,13 +20,23 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from megatron_sstoken.conversion.safetensors_files import INDEX
-from megatron_sstoken.files import BYTE_UNITS, format_bytes, publish_folder, source_inside, write_durably, write_json
+from megatron_sstoken.files import (
+    BYTE_UNITS,
+    begin_sync,
+    format_bytes,
+    publish_folder,
+    source_inside,
+    write_durably,
+    write_json,
+)
 from megatron_sstoken.integrity import CHECKSUMS, FileCheck, checksum_of, files_to_check, write_checksums
 from megatron_sstoken.model.dtypes import DTYPES
 
 Task = TypeVar("Task")
 
-_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+_LIBRARY = ctypes.CDLL(None)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+_KEPT = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -95,14 +105,15 @@ def check_memory(max_memory: int, costs: dict[str, int]) -> None:
         )
 
 
-def return_freed_memory() -> None:
-    """Have glibc give tensors back to the system when they are freed.
+def limit_freed_memory() -> None:
+    """Have glibc keep at most 64 MB of freed memory in every thread, and give back larger blocks at once.
 
-    By itself it comes to keep freed blocks of up to 32 MB, in every thread, which `MemoryBudget` knows nothing of.
+    To fill memory that is new to the process takes five times as long as to fill the same memory again. By itself glibc's
+    limits grow with what is freed, which `MemoryBudget` knows nothing of.
     """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    if hasattr(_LIBRARY, "mallopt"):
+        _LIBRARY.mallopt(_M_MMAP_THRESHOLD, _KEPT // 2)
+        _LIBRARY.mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
 class Stopped(Exception):
@@ -114,7 +125,7 @@ def run_tasks(work: Callable[[Task, Callable[[], None]], None], tasks: Iterable[
 
     `check()` raises Stopped when another worker has failed: long work calls it from time to time.
     """
-    return_freed_memory()
+    limit_freed_memory()
     stop = threading.Event()
 
     def check() -> None:
@@ -231,8 +242,9 @@ class Workplace:
 
     def add(self, name: str, descriptor: int, record: dict[str, Any]) -> None:
         """Note that the file `name`, open as `descriptor`, is complete, once its bytes are on disk."""
-        os.fsync(descriptor)
+        begin_sync(descriptor)
         checksum = checksum_of(self.folder / name)
+        os.fsync(descriptor)
         with self._guard:
             self.complete[name] = record | {"checksum": checksum, "size": checksum["size"]}
             write_durably(self._manifest, json.dumps({"identity": self._identity, "files": self.complete}))

@@ -1,14 +1,18 @@
-"""What a full disk does to a data file is told as the system says it."""
+"""Data files: how their tensors are saved and found again, and what a full disk does is told as the system says it."""
 
 import errno
 import io
 import os
+import subprocess
+import sys
+import zipfile
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_sstoken.conversion.torch_dist import write_objects
+from megatron_sstoken.conversion import torch_dist
+from megatron_sstoken.conversion.torch_dist import _without_bytes, without_zip_checksums, write_objects
 
 
 class FullFile(io.BytesIO):
@@ -26,3 +30,45 @@ def test_a_full_disk_is_an_error_of_the_system():
     with pytest.raises(OSError) as caught:
         write_objects(FullFile(), SimpleNamespace(objects=[item]))
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, FullFile.name)
+
+
+def saved(tensor: torch.Tensor) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(tensor, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("told_by", ["the meta device", "FakeTensorMode"])
+def test_the_bytes_of_a_saved_tensor_are_where_they_are_said_to_be(monkeypatch, told_by):
+    tensor = torch.randn(7, 5).to(torch.bfloat16)
+    if told_by == "FakeTensorMode":  # as torch that says nothing of it for the meta device
+        load = torch.load
+
+        def silent(view, map_location=None, **rest):
+            if map_location == "meta":
+                return torch.empty(7, 5, dtype=torch.bfloat16, device="meta")
+            return load(view, map_location=map_location, **rest)
+
+        monkeypatch.setattr(torch_dist.torch, "load", silent)
+    file = saved(tensor)
+    found, start = _without_bytes(file)
+    assert (found.shape, found.dtype, found.is_contiguous()) == (tensor.shape, tensor.dtype, True)
+    data = bytearray(file.getvalue()[start : start + tensor.nbytes])
+    assert torch.equal(torch.frombuffer(data, dtype=torch.bfloat16).reshape(7, 5), tensor)
+
+
+def test_without_zip_checksums_torch_reads_the_same_and_saves_as_before_afterwards():
+    tensor = torch.arange(1000.0)
+    with pytest.raises(KeyError), without_zip_checksums():
+        bare = saved(tensor)
+        raise KeyError
+    assert torch.equal(torch.load(bare, weights_only=True), tensor)
+    assert zipfile.ZipFile(bare).testzip() is not None  # no checksum was computed
+    assert zipfile.ZipFile(saved(tensor)).testzip() is None
+
+
+def test_conversion_imports_no_transformers():
+    """It takes a second, as long as it takes to convert 500 MB."""
+    program = "import sys, megatron_sstoken.conversion.hf; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
