@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,7 +134,8 @@ def run_tasks(work: Callable[[Task, Callable[[], None]], None], tasks: Iterable[
             raise Stopped
 
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work, task, check) for task in tasks]
+        # Each in the caller's context, where torch keeps settings such as whether torch.save computes checksums.
+        futures = [pool.submit(copy_context().run, work, task, check) for task in tasks]
         try:
             for future in as_completed(futures):
                 future.result()

@@ -13,6 +13,7 @@ import torch
 
 from megatron_sstoken.conversion import torch_dist
 from megatron_sstoken.conversion.torch_dist import _without_bytes, without_zip_checksums, write_objects
+from megatron_sstoken.conversion.work import run_tasks
 
 
 class FullFile(io.BytesIO):
@@ -66,6 +67,13 @@ def test_without_zip_checksums_torch_reads_the_same_and_saves_as_before_afterwar
     assert torch.equal(torch.load(bare, weights_only=True), tensor)
     assert zipfile.ZipFile(bare).testzip() is not None  # no checksum was computed
     assert zipfile.ZipFile(saved(tensor)).testzip() is None
+
+
+def test_workers_save_without_zip_checksums():
+    files = []
+    with without_zip_checksums():
+        run_tasks(lambda tensor, check: files.append(saved(tensor)), [torch.arange(1000.0)] * 2, workers=2)
+    assert [zipfile.ZipFile(file).testzip() is not None for file in files] == [True, True]
 
 
 def test_conversion_imports_no_transformers():
