@@ -140,6 +140,8 @@ def read_shard(
         return torch.cat([source[tensor_rank * half : (tensor_rank + 1) * half] for source in sources])
     if rule.split is Split.VOCABULARY:
         real = sources[0][min(first, architecture.vocabulary_size) : min(last, architecture.vocabulary_size)]
+        if real.shape[0] == rows:  # no copy of what is often the largest matrix
+            return real
         return torch.cat([real, real.new_zeros(rows - real.shape[0], *real.shape[1:])])
     return _read_qkv(sources, architecture, first, last)
 
