@@ -405,13 +405,13 @@ _TORCH = (
         "torch._subclasses.fake_tensor",
         "FakeTensorMode",
         (_STORED,),
-        "torch.load without reading the bytes, as torch's notes on serialization show.",
+        "torch.load without reading the bytes, where torch does not tell their place for the meta device.",
     ),
     PrivateName(
         "torch",
         "UntypedStorage._checkpoint_offset",
         (_STORED,),
-        "Where in the file the bytes of a tensor lie that was loaded in FakeTensorMode.",
+        "Where in the file the bytes of a tensor lie that was loaded without them.",
     ),
     PrivateName(
         _STORE + "filesystem",
