@@ -38,9 +38,8 @@ def main() -> int:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--backend", default="auto", help="model.backend (default: auto)")
-    parser.add_argument(
-        "--jobs", type=int, default=min(12, os.cpu_count() or 1), help="runs at once (default: %(default)s)"
-    )
+    at_once = min(8, os.cpu_count() or 1)  # each takes 8 GiB of a GPU
+    parser.add_argument("--jobs", type=int, default=at_once, help="runs at once (default: %(default)s)")
     of_device = ", ".join(f"{one.train} and {one.seeds} on {device}" for device, one in SCALES.items())
     parser.add_argument("--problems", type=int, help=f"to train on, and --seeds (default: {of_device})")
     parser.add_argument("--seeds", type=int, help="of data, faults and order")

@@ -1,5 +1,6 @@
 """The parts of the evidence benchmark that a wrong figure could come from."""
 
+import json
 import math
 import random
 
@@ -8,10 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.evidence.arms import ARMS, REFERENCE, Task
+from benchmarks.evidence.__main__ import all_tasks
+from benchmarks.evidence.arms import ARMS, NOISIEST, REFERENCE, Task
 from benchmarks.evidence.faults import FAULTS, another_answer, boilerplate, random_words, with_faults, wrong_digits
 from benchmarks.evidence.figures import Figure, Figures
 from benchmarks.evidence.recovery import auc
+from benchmarks.evidence.runs import Runs
+from benchmarks.evidence.sanity import require_equal_twins, twin_of
+from benchmarks.evidence.scale import SCALES
 from benchmarks.intervals import Interval
 
 ANSWER = "Tom has 12 + 3 = <<12+3=15>>15 apples and gives 5 away.\nSo he has 15 - 5 = <<15-5=10>>10.\n#### 10"
@@ -85,6 +90,43 @@ def test_figures_survive_their_file(tmp_path):
     figures = Figures([Figure(0.1, "large", "full", 2, "clean all", 1.25)])
     figures.to_csv(tmp_path / "figures.csv")
     assert Figures.from_csv(tmp_path / "figures.csv").rows == figures.rows
+
+
+def runs_in(work, device="cpu"):
+    return Runs(work, work, SCALES[device], device, "auto", 1, math.inf)
+
+
+def test_a_folder_of_results_belongs_to_one_scale(tmp_path):
+    runs_in(tmp_path)
+    runs_in(tmp_path)
+    with pytest.raises(ValueError, match="holds results of other sizes"):
+        runs_in(tmp_path, "cuda")
+
+
+def test_weights_of_twins_must_be_equal_once_both_are_there(tmp_path):
+    runs, full = runs_in(tmp_path), Task(ARMS["full"], NOISIEST, 0, 1e-4, "chosen")
+
+    def found(task, weights):
+        (folder := tmp_path / "runs" / task.name).mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").write_text(json.dumps({"weights": weights}))
+
+    found(full, "a")
+    require_equal_twins(runs, full)
+    found(twin_of(full), "a")
+    require_equal_twins(runs, full)
+    found(twin_of(full), "b")
+    with pytest.raises(RuntimeError, match="differ"):
+        require_equal_twins(runs, full)
+
+
+def test_tasks_are_named_by_what_they_do_and_full_is_the_first():
+    tasks = all_tasks(1e-4, 3)
+    assert tasks[0] == Task(ARMS["full"], NOISIEST, 0, 1e-4, "chosen")
+    assert len({task.name for task in tasks}) == len(tasks)
+    assert {task.name for task in all_tasks(3e-4, 3)}.isdisjoint(task.name for task in tasks if task.rate == "chosen")
+    assert {(task.arm.name, task.noise, task.rate) for task in tasks if task.is_asked} == {
+        (name, NOISIEST, "chosen") for name in ("full", "random", "sstoken")
+    }
 
 
 def test_what_a_run_needs_comes_before_it():
