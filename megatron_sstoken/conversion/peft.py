@@ -181,7 +181,7 @@ class PeftFolder:
                 )
         return stacked
 
-    def _place(self, parameter: Parameter, architecture: Architecture) -> "_Place":
+    def _place(self, parameter: Parameter, architecture: Architecture) -> _Place:
         """Where the folder has the matrix of an adapter's parameter. The parts of a fused linear share its A."""
         (name,) = parameter.rule.hugging_face
         if parameter.rule.split is Split.VOCABULARY:
@@ -201,7 +201,7 @@ class PeftFolder:
         rows = slice(first, first + sides[target])
         return _Place(name, linear, [sum(sides[part] for part in parts), width], rows, ranks)
 
-    def _require_blocks(self, place: "_Place") -> None:
+    def _require_blocks(self, place: _Place) -> None:
         """Raise ValueError unless the rows of one part use no A but their own."""
         rows = self._weights.get_slice(place.name)[place.rows].clone()  # what is read may be the mapped file itself
         rows[:, place.columns] = 0
