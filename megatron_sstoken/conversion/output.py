@@ -25,6 +25,7 @@ from megatron_sstoken.conversion.work import (
     MemoryBudget,
     Workplace,
     check_memory,
+    limit_freed_memory,
     progress_bar,
     run_tasks,
 )
@@ -64,6 +65,7 @@ def write_safetensors(
             writer = ShardWriter(place.folder, shard)
             writers |= dict.fromkeys(shard.places, writer)
     budget = MemoryBudget(options.max_memory)
+    limit_freed_memory(options.max_memory)
     done = sum(record["size"] for record in place.complete.values())
 
     def convert(parameter: Parameter, check: Callable[[], None]) -> None:
@@ -114,6 +116,7 @@ def write_checkpoint(
     files = _data_files(contents, dtype, options.shard_size)
     total = sum(one.numel * stored_dtype(one.name, dtype).itemsize for one in contents.parameters)
     budget = MemoryBudget(options.max_memory)
+    limit_freed_memory(options.max_memory)
 
     def convert(parameter: Parameter, file: Any) -> list[dict[str, Any]]:
         with budget.hold(costs[parameter.name]), torch.no_grad():

@@ -106,15 +106,16 @@ def check_memory(max_memory: int, costs: dict[str, int]) -> None:
         )
 
 
-def limit_freed_memory() -> None:
-    """Have glibc keep at most 64 MB of freed memory in every thread, and give back larger blocks at once.
+def limit_freed_memory(max_memory: int) -> None:
+    """Have glibc keep at most 64 MB, or 1/32 of the bound, of freed memory in every thread, and return larger blocks at once.
 
     To fill memory that is new to the process takes five times as long as to fill the same memory again. By itself glibc's
     limits grow with what is freed, which `MemoryBudget` knows nothing of.
     """
     if hasattr(_LIBRARY, "mallopt"):
-        _LIBRARY.mallopt(_M_MMAP_THRESHOLD, _KEPT // 2)
-        _LIBRARY.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        kept = min(_KEPT, max_memory // 32)
+        _LIBRARY.mallopt(_M_MMAP_THRESHOLD, kept // 2)
+        _LIBRARY.mallopt(_M_TRIM_THRESHOLD, kept)
 
 
 class Stopped(Exception):
@@ -126,7 +127,6 @@ def run_tasks(work: Callable[[Task, Callable[[], None]], None], tasks: Iterable[
 
     `check()` raises Stopped when another worker has failed: long work calls it from time to time.
     """
-    limit_freed_memory()
     stop = threading.Event()
 
     def check() -> None:
