@@ -81,16 +81,9 @@ sys.exit(code)
 def make_model(folder: Path, config: dict[str, Any]) -> None:
     """Write configuration and random weights in files of at most 5 GB."""
     folder.mkdir(parents=True)
-    layers = config["num_hidden_layers"]
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     architecture = read_architecture(str(folder))
-    names = [
-        pattern.format(layer=layer)
-        for rule in architecture.weight_rules()
-        for layer in range(layers if "{layer}" in rule.megatron else 1)
-        for pattern in rule.hugging_face
-    ]
-    shapes = {name: torch.Size(expected_shape(name, architecture)) for name in sorted(names)}
+    shapes = {name: torch.Size(expected_shape(name, architecture)) for name in architecture.tensor_names()}
     shards = plan_shards(shapes, torch.bfloat16, 5 * 10**9)
     generator = np.random.default_rng(0)
     for shard in shards:

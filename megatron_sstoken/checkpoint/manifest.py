@@ -62,6 +62,20 @@ class AdapterIdentity:
     train_whole: list[str] = field(default_factory=list)
     """Modules of the base that the checkpoint holds whole, as they were trained."""
 
+    @classmethod
+    def of(cls, lora: LoraSettings, base: ModelIdentity, base_checkpoint: str | None = None) -> "AdapterIdentity":
+        """Of adapters as `lora` sets them."""
+        return cls(
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            targets=list(lora.targets),
+            base_checkpoint=base_checkpoint,
+            base=base,
+            rank_stabilized=lora.rank_stabilized,
+            train_whole=list(lora.train_whole),
+        )
+
     @property
     def scale(self) -> float:
         """What the product B·A is multiplied by."""

@@ -12,7 +12,7 @@ from megatron_sstoken.checkpoint.manifest import (
     resolve_checkpoint,
 )
 from megatron_sstoken.checkpoint.save_load import load_checkpoint
-from megatron_sstoken.config import Settings, SettingsError
+from megatron_sstoken.config import LoraSettings, Settings, SettingsError
 from megatron_sstoken.model.build import Model, load_weights
 from megatron_sstoken.model.families import read_architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
@@ -39,7 +39,7 @@ class WeightsSource:
         """The adapters that the checkpoint holds, if that is what it holds."""
         return self.stored.state.adapters if self.stored else None
 
-    @property
+    @functools.cached_property
     def base(self) -> "WeightsSource":
         """The weights without adapters."""
         adapters = self.adapters
@@ -58,6 +58,7 @@ class WeightsSource:
         else:
             load_checkpoint(self.stored, model)
 
+    @functools.cached_property
     def identity(self) -> ModelIdentity:
         """The model that the weights make, for adapters to remember. Of a checkpoint its files count, as they were written.
 
@@ -88,7 +89,7 @@ class WeightsSource:
 def base_problem(adapters: AdapterIdentity, base: WeightsSource) -> str | None:
     """How `base` differs from what the adapters were trained on, for people; None where it does not."""
     if adapters.base is not None:
-        return "; ".join(adapters.base.differences(base.identity())) or None
+        return "; ".join(adapters.base.differences(base.identity)) or None
     if base.fingerprint() == adapters.base_fingerprint:
         return None
     return "a byte of its weights or of config.json, which is all that checkpoints of versions before can tell"
@@ -111,19 +112,15 @@ def starting_weights(settings: Settings) -> WeightsSource:
     return WeightsSource(settings.model.hf_path or "", settings.model.checkpoint)
 
 
-def adapter_identity(settings: Settings, layout: Layout) -> AdapterIdentity | None:
-    """What checkpoints of this run say of their adapters; None where the weights themselves are trained. All ranks call it."""
-    lora = settings.lora
+def adapter_identity(lora: LoraSettings, start: WeightsSource, layout: Layout) -> AdapterIdentity | None:
+    """What checkpoints of a run that started from `start` say of their adapters; None where it trains the weights themselves.
+
+    All ranks call it.
+    """
     if lora.rank == 0:
         return None
-    base = starting_weights(settings).base
-    return AdapterIdentity(
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        targets=list(lora.targets),
-        base_checkpoint=str(resolve_checkpoint(base.checkpoint).resolve()) if base.checkpoint else None,
-        rank_stabilized=lora.rank_stabilized,
-        train_whole=list(lora.train_whole),
-        base=broadcast_object(base.identity() if layout.rank == 0 else None, source=0),
-    )
+    base = start.base
+    identity = broadcast_object(base.identity if layout.rank == 0 else None, source=0)
+    assert identity is not None, "process 0 has sent it"
+    checkpoint = str(resolve_checkpoint(base.checkpoint).resolve()) if base.checkpoint else None
+    return AdapterIdentity.of(lora, identity, checkpoint)

@@ -114,7 +114,7 @@ def write_checkpoint(
     """
     check_memory(options.max_memory, costs)
     files = _data_files(contents, dtype, options.shard_size)
-    total = sum(one.numel * stored_dtype(one.name, dtype).itemsize for one in contents.parameters)
+    total = sum(_stored_bytes(one, dtype) for one in contents.parameters)
     budget = MemoryBudget(options.max_memory)
     limit_freed_memory(options.max_memory)
 
@@ -122,7 +122,7 @@ def write_checkpoint(
         with budget.hold(costs[parameter.name]), torch.no_grad():
             places = write_parameter(file, parameter, convert_dtype(parameter.name, read(parameter), dtype))
             release()
-        bar.update(parameter.numel * stored_dtype(parameter.name, dtype).itemsize)
+        bar.update(_stored_bytes(parameter, dtype))
         return places
 
     with Workplace(output, identity, sources) as place:
@@ -158,18 +158,23 @@ def _data_files(contents: Contents, dtype: torch.dtype, shard_size: int) -> dict
 
     Of a smaller model they are smaller, so that there is one for each worker, and one is flushed while another is written.
     """
-    total = sum(one.numel * stored_dtype(one.name, dtype).itemsize for one in contents.parameters)
+    total = sum(_stored_bytes(one, dtype) for one in contents.parameters)
     shard_size = min(shard_size, max(total // _FILES, _SMALLEST_FILE))
     groups: list[list[Parameter]] = [[], []]
     filled = 0
     for parameter in contents.parameters:
-        size = parameter.numel * stored_dtype(parameter.name, dtype).itemsize
+        size = _stored_bytes(parameter, dtype)
         if groups[-1] and filled + size > shard_size:
             groups.append([])
             filled = 0
         groups[-1].append(parameter)
         filled += size
     return {f"__0_{number}.distcp": group for number, group in enumerate(groups)}
+
+
+def _stored_bytes(parameter: Parameter, dtype: torch.dtype) -> int:
+    """Of a parameter of a model of `dtype`."""
+    return parameter.numel * stored_dtype(parameter.name, dtype).itemsize
 
 
 def _hugging_face_shapes(contents: Contents) -> Iterator[tuple[str, torch.Size]]:

@@ -247,17 +247,7 @@ def from_peft(
     architecture = read_architecture(base)
     contents = adapter_contents(architecture, folder.lora)
     folder.check(contents.parameters, architecture)
-    lora, base_identity = folder.lora, WeightsSource(base).identity()
-    identity = AdapterIdentity(
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        targets=list(lora.targets),
-        base_checkpoint=None,
-        base=base_identity,
-        rank_stabilized=lora.rank_stabilized,
-        train_whole=list(lora.train_whole),
-    )
+    base_identity = WeightsSource(base).identity
     made_of = {
         "operation": "from-peft",
         "version": __version__,
@@ -265,8 +255,10 @@ def from_peft(
         "base": asdict(base_identity),
     }
     costs = {parameter.name: 2 * parameter.numel * 4 for parameter in contents.parameters}
-    state = RunState(step=0, identity=None, hf_path=os.path.abspath(base), adapters=identity)
+    state = RunState(
+        step=0, identity=None, hf_path=os.path.abspath(base), adapters=AdapterIdentity.of(folder.lora, base_identity)
+    )
     sources = [folder.folder] if options.verify else []
     read = partial(folder.matrix, architecture=architecture)
     written = write_checkpoint(output, made_of, contents, folder.dtype, costs, options, state, read, sources)
-    return written, lora
+    return written, folder.lora

@@ -145,9 +145,8 @@ def compare_tensors(model: Model, tensors: HuggingFaceWeights) -> list[str]:
             if rule.expert is not None or layout.tensor_rank == 0:
                 for tensor_name, value in to_hugging_face(rule, layer, whole.cpu(), architecture):
                     reason = _difference(tensors, tensor_name, value, rule.part)
-                    found[tensor_name] = (
-                        found.get(tensor_name) or reason
-                    )  # of all experts' tensor the first that differs
+                    # Of the parts of a tensor of all experts the first that differs.
+                    found[tensor_name] = found.get(tensor_name) or reason
     everywhere: list = [None] * layout.world_size
     dist.all_gather_object(everywhere, found, group=layout.control)
     together: dict[str, str | None] = {}

@@ -63,14 +63,7 @@ def weight_digests(tensors: HuggingFaceWeights, architecture: Architecture) -> d
     first number to its last. What changes weights everywhere shows (training, merged adapters, another quantisation); an edit
     of some rows may not. So 140 GB take hardly longer than 0.2 GB.
     """
-    names = sorted(
-        {
-            pattern.format(layer=layer)
-            for rule in architecture.weight_rules()
-            for layer in rule.layers(architecture)
-            for pattern in rule.hugging_face
-        }
-    )
+    names = architecture.tensor_names()
     shapes = {name: list(tensors.slice(name).get_shape()) for name in names}
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     share = max(sizes.values()) if sum(sizes.values()) <= _NUM_READ else max(_NUM_READ // len(names), _LEAST)

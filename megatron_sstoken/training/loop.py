@@ -138,7 +138,8 @@ def create_trainer(
     resumed = newest.state.step if newest is not None else None
     peak = peak_flops(device_name(), plan.settings.training.precision)
     logger = StepLogger(plan.settings.logging_directory, said.every, plan.num_steps, layout, resumed=resumed, peak=peak)
-    adapters = adapter_identity(plan.settings, layout)
+    start = starting_weights(plan.settings)
+    adapters = adapter_identity(plan.settings.lora, start, layout)
     prefetcher, saver = Prefetcher(loader), Saver(plan.settings.checkpoint, layout, logger)
     drift = DriftMonitor(
         plan.settings.selection,
@@ -169,7 +170,7 @@ def create_trainer(
     if resume is not None and newest is not None:
         state = newest.state
         if state.adapters is not None:
-            require_base(str(newest.folder), state.adapters, starting_weights(plan.settings).base, layout)
+            require_base(str(newest.folder), state.adapters, start.base, layout)
         copy = history.weights_copy() if holds_copy(newest, layout) else ()
         history.load_state_dict(load_checkpoint(newest, model, optimizer, scheduler, copy))
         follow_settings(optimizer, scheduler, plan.settings.optimizer)

@@ -20,6 +20,7 @@ from megatron_sstoken.validate.run import plan_run
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.workbench import (
     LAYOUTS,
+    go_on,
     load_model,
     make_model,
     make_samples,
@@ -285,17 +286,11 @@ def compare_histories(folder, adapters, parallel):
 def train_and_resume(rank, folder):
     """Whole runs, and the same gone on with from a checkpoint in between, on the same and on another layout."""
     from megatron_sstoken.parallel import reset_layout
-    from megatron_sstoken.training.loop import save, training_step
 
     def run(directory, **changes):
         values = {"history__source": "adapters_off", "selection__method": "sstoken", "checkpoint__directory": directory}
         trainer = make_trainer(lora_settings(folder, checkpoint__keep=0, **(values | changes)))
-        losses = []
-        for number in range(trainer.step, NUM_STEPS):
-            losses.append(training_step(trainer, number)[0].loss_selected)
-            trainer.step = number + 1
-            if trainer.step in (SAVED_AT, NUM_STEPS):
-                save(trainer)
+        losses = go_on(trainer, (SAVED_AT, NUM_STEPS))
         adapters = {name: parameter.detach().clone() for name, (parameter, _) in named_adapters(trainer.model).items()}
         logits = logits_of(trainer.model) if "dropout" in directory else None
         reset_layout()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from megatron_sstoken.conversion.peft import PeftFolder, from_peft
 from tests.helpers.distributed_runner import run_distributed
-from tests.helpers.workbench import load_model, make_model, make_samples, make_settings, make_store, make_trainer
+from tests.helpers.workbench import go_on, load_model, make_model, make_samples, make_settings, make_store, make_trainer
 from tests.reference.hf_reference import Objective, loss_and_gradients
 
 pytestmark = [
@@ -97,7 +97,6 @@ def train(rank, folder, runs):
 
 def train_one(folder, case, layout_name):
     from megatron_sstoken.parallel import reset_layout
-    from megatron_sstoken.training.loop import save, training_step
     from megatron_sstoken.training.metrics import summarize
     from megatron_sstoken.training.selector import selector_of, train_on_selected
 
@@ -120,15 +119,6 @@ def train_one(folder, case, layout_name):
         )
         return make_trainer(settings)
 
-    def steps(trainer):
-        losses = []
-        for number in range(trainer.step, NUM_STEPS):
-            losses.append(training_step(trainer, number)[0].loss_selected)
-            trainer.step = number + 1
-            if trainer.step in (SAVED_AT, NUM_STEPS):
-                save(trainer)
-        return losses
-
     directory = f"{folder}/{case}/{layout_name}"
     trainer = trainer_of(directory)
     model, layout = trainer.model, trainer.layout
@@ -143,7 +133,7 @@ def train_one(folder, case, layout_name):
         "logits before": logits_of(model),
     }
     model.train(True)
-    found["losses"] = steps(trainer)
+    found["losses"] = go_on(trainer, (SAVED_AT, NUM_STEPS))
     found["logits"] = logits_of(model)
     reset_layout()
     if (case, layout_name) not in RESUMED:
@@ -151,7 +141,7 @@ def train_one(folder, case, layout_name):
     if layout.rank == 0:
         shutil.copytree(f"{directory}/step_{SAVED_AT:07d}", f"{directory}-again/step_{SAVED_AT:07d}")
     torch.distributed.barrier()
-    found["resumed"] = steps(trainer_of(f"{directory}-again"))
+    found["resumed"] = go_on(trainer_of(f"{directory}-again"), (SAVED_AT, NUM_STEPS))
     reset_layout()
     return found
 

@@ -46,10 +46,9 @@ def names_on_disk(folder: str | Path, parameters: dict[str, Any]) -> dict[str, A
     transformers holds the experts of a layer in two tensors and saves them one by one, in some families as they are; router
     and experts may have another name in the file.
     """
-    stacks = {
-        name for rule in read_architecture(str(folder)).weight_rules() if rule.stacked for name in rule.hugging_face
-    }
-    rules = {rule.megatron: rule.hugging_face for rule in read_architecture(str(folder)).weight_rules()}
+    of_folder = read_architecture(str(folder)).weight_rules()
+    rules = {rule.megatron: rule.hugging_face for rule in of_folder}
+    stacks = {name for rule in of_folder if rule.stacked for name in rule.hugging_face}
     found = {}
     for name, value in parameters.items():
         _, _, kind = name.partition(".mlp.experts.")
@@ -114,6 +113,19 @@ def make_trainer(settings: Settings) -> Any:
     trainer = create_trainer(resume.plan, layout, model, history, known=known, resume=resume)
     trainer.model.train(True)
     return trainer
+
+
+def go_on(trainer: Any, saved_at: tuple[int, ...]) -> list[float]:
+    """On each rank: train to the end, and save after the steps `saved_at`; each step's loss."""
+    from megatron_sstoken.training.loop import save, training_step
+
+    losses = []
+    for number in range(trainer.step, trainer.plan.num_steps):
+        losses.append(training_step(trainer, number)[0].loss_selected)
+        trainer.step = number + 1
+        if trainer.step in saved_at:
+            save(trainer)
+    return losses
 
 
 def run_training(rank: int, settings: list[Settings]) -> list[list[dict[str, float]]]:

@@ -178,3 +178,14 @@ class Architecture:
         from megatron_sstoken.model.families.registry import family_of
 
         return tuple(family_of(self.family).weight_rules(self))
+
+    def tensor_names(self) -> list[str]:
+        """The names of all tensors of the Hugging Face model, sorted."""
+        return sorted(
+            {
+                pattern.format(layer=layer)
+                for rule in self.weight_rules()
+                for layer in rule.layers(self)
+                for pattern in rule.hugging_face
+            }
+        )

@@ -15,7 +15,7 @@ from tests.helpers.workbench import load_model, make_model
 
 
 def identity_of(folder):
-    return WeightsSource(str(folder)).identity()
+    return WeightsSource(str(folder)).identity
 
 
 @pytest.fixture(scope="module")
