@@ -66,7 +66,7 @@ def averages(weights, moved=lambda number: True):
 
 def furthest(found, wanted):
     assert found.keys() == wanted.keys()
-    return max(float((found[name] - wanted[name]).abs().max()) for name in wanted)
+    return float(torch.stack([(found[name] - wanted[name]).abs().max() for name in wanted]).max())
 
 
 def check_copies(run, moved=lambda number: True):

@@ -76,6 +76,13 @@ def _whole(architecture, parts):
 
 
 def largest_difference(found, wanted):
-    """Largest difference of any gradient, relative to the largest element of its tensor."""
+    """Largest difference of any gradient, relative to the largest element of its tensor; NaN where one is NaN.
+
+    Where all of a tensor is zero, as of an expert without tokens, nothing but zero is no difference.
+    """
     assert found.keys() == wanted.keys()
-    return max(float((found[name] - wanted[name]).abs().max() / wanted[name].abs().max()) for name in wanted)
+    smallest = torch.finfo(torch.float32).tiny
+    ratios = [
+        (found[name] - wanted[name]).abs().max() / wanted[name].abs().max().clamp(min=smallest) for name in wanted
+    ]
+    return float(torch.stack(ratios).max())  # torch's keeps NaN; Python's would lose it among others
