@@ -42,13 +42,15 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=at_once, help="runs at once (default: %(default)s)")
     of_device = ", ".join(f"{one.train} and {one.seeds} on {device}" for device, one in SCALES.items())
     parser.add_argument("--problems", type=int, help=f"to train on, and --seeds (default: {of_device})")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="(default: bf16)")
     parser.add_argument("--seeds", type=int, help="of data, faults and order")
     parser.add_argument("--docs", type=Path, help="folder for the tables and plots")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end too
     deadline = time.monotonic() + 60 * options.budget
     scale = SCALES[options.device]
-    scale = replace(scale, train=options.problems or scale.train, seeds=options.seeds or scale.seeds)
+    asked = {"train": options.problems, "seeds": options.seeds, "precision": options.precision}
+    scale = replace(scale, **{name: value for name, value in asked.items() if value})
     work, gsm8k = options.work.resolve(), options.gsm8k.resolve()
     runs = Runs(work, gsm8k, scale, options.device, options.backend, options.jobs, deadline)
     tasks: list[Task] = []
@@ -56,7 +58,7 @@ def main() -> int:
         rate = choose_rate(runs)
         tasks = all_tasks(rate, scale.seeds)
         runs.run([tasks[0], twin_of(tasks[0]), *tasks])
-        if scale.precision == "fp32":
+        if options.device == "cpu":
             compare_with_transformers(runs, tasks[0])
         finished = True
     except OutOfBudget:
@@ -85,12 +87,12 @@ def choose_rate(runs: Runs) -> float:
 
 
 def all_tasks(rate: float, seeds: int) -> list[Task]:
-    """Every run; first the key arms with all seeds on the noisiest data, for these answer most, and of them `full`."""
+    """Every run; first the key arms with all seeds, for these answer most, and of them `full` on the noisiest data."""
     tasks: list[Task] = []
     others = tuple(arm for arm in ARMS if arm not in MAIN_ARMS)
-    parts = [(NOISIEST, "chosen", KEY_ARMS), (NOISIEST, "chosen", MAIN_ARMS), (0.0, "chosen", KEY_ARMS)]
-    parts += [(NOISIEST, "chosen", others)]
-    parts += [(NOISIEST, "large", KEY_ARMS), (0.0, "chosen", MAIN_ARMS), (0.1, "chosen", MAIN_ARMS)]
+    parts = [(NOISIEST, "chosen", KEY_ARMS), (0.0, "chosen", KEY_ARMS), (NOISIEST, "large", KEY_ARMS)]
+    parts += [(NOISIEST, "chosen", MAIN_ARMS), (NOISIEST, "chosen", others), (0.1, "chosen", KEY_ARMS)]
+    parts += [(0.0, "chosen", MAIN_ARMS), (0.1, "chosen", MAIN_ARMS)]
     parts += [(0.0, "large", KEY_ARMS)]
     for noise, called, arms in parts:
         learning_rate = 3 * rate if called == "large" else rate

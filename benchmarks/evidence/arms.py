@@ -65,6 +65,8 @@ REFERENCE = Arm("reference", {"selection.method": "full"}, epochs=3)
 """Trained on the clean tenth, at the same learning rate, to be RHO-1's reference."""
 ALL_AT_RANDOM = Arm("random_of_all", _selects("random", 1.0))
 """Must end with the very weights of `full`."""
+FULL_IN_FP32 = Arm("full_fp32", {"selection.method": "full", "training.precision": "fp32"})
+"""Must end where a plain loop with transformers does, whose arithmetic differs too much in bf16 to tell."""
 KEY_ARMS = ("full", "random", "sstoken")
 """Arms that are also run at three times the learning rate, and whose answers are marked."""
 MAIN_ARMS = (*KEY_ARMS, "rel", "attention", "rho1", "probability")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from benchmarks.evidence.arms import ALL_AT_RANDOM, Task
+from benchmarks.evidence.arms import ALL_AT_RANDOM, FULL_IN_FP32, Task
 from benchmarks.evidence.runs import Runs
 from benchmarks.evidence.train import settings_of
 from megatron_sstoken.data.store import SampleStore
@@ -33,12 +33,12 @@ def require_equal_twins(runs: Runs, full: Task) -> None:
         raise RuntimeError(f"the weights of `full` and of `random` with ρ = 1 differ: SHA-256 {digests}")
 
 
-def compare_with_transformers(runs: Runs, task: Task) -> dict[str, float]:
-    """Losses of both on the clean held-out problems, once. `task` is `full`, in fp32. Raises RuntimeError if they differ.
+def compare_with_transformers(runs: Runs, full: Task) -> dict[str, float]:
+    """Losses of both in fp32 on the clean held-out problems, once. Raises RuntimeError if they differ.
 
     The plain loop takes the same batches and learning rates, and torch's AdamW, one sample at a time.
     """
-    path = runs.work / "plain_loop.json"
+    path, task = runs.work / "plain_loop.json", replace(full, arm=FULL_IN_FP32)
     if not path.is_file():
         runs.run([task])
         found = runs.result(task)

@@ -24,10 +24,11 @@ class Scale:
     packs: int
     """Of an optimizer step."""
     precision: str
+    """`training.precision`: bf16 keeps fp32 master weights, and is several times as fast where the processor has it."""
     seeds: int
 
 
 SCALES = {
-    "cpu": Scale(100, 80, 80, 30, 0, longest=400, sequence_length=512, packs=1, precision="fp32", seeds=3),
+    "cpu": Scale(100, 80, 80, 30, 0, longest=400, sequence_length=512, packs=1, precision="bf16", seeds=3),
     "cuda": Scale(2000, 400, 400, 30, 300, longest=500, sequence_length=1024, packs=4, precision="bf16", seeds=5),
 }
