@@ -89,11 +89,17 @@ def choose_rate(runs: Runs) -> float:
 def all_tasks(rate: float, seeds: int) -> list[Task]:
     """Every run; first the key arms with all seeds, for these answer most, and of them `full` on the noisiest data."""
     tasks: list[Task] = []
-    others = tuple(arm for arm in ARMS if arm not in MAIN_ARMS)
-    parts = [(NOISIEST, "chosen", KEY_ARMS), (0.0, "chosen", KEY_ARMS), (NOISIEST, "large", KEY_ARMS)]
-    parts += [(NOISIEST, "chosen", MAIN_ARMS), (NOISIEST, "chosen", others), (0.1, "chosen", KEY_ARMS)]
-    parts += [(0.0, "chosen", MAIN_ARMS), (0.1, "chosen", MAIN_ARMS)]
-    parts += [(0.0, "large", KEY_ARMS)]
+    parts: list[tuple[float, str, tuple[str, ...]]] = [
+        (NOISIEST, "chosen", KEY_ARMS),
+        (0.0, "chosen", KEY_ARMS),
+        (NOISIEST, "large", KEY_ARMS),
+        (NOISIEST, "chosen", MAIN_ARMS),
+        (NOISIEST, "chosen", tuple(ARMS)),
+        (0.1, "chosen", KEY_ARMS),
+        (0.0, "chosen", MAIN_ARMS),
+        (0.1, "chosen", MAIN_ARMS),
+        (0.0, "large", KEY_ARMS),
+    ]
     for noise, called, arms in parts:
         learning_rate = 3 * rate if called == "large" else rate
         tasks += [Task(ARMS[arm], noise, seed, learning_rate, called) for seed in range(seeds) for arm in arms]
