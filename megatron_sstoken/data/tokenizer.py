@@ -90,7 +90,7 @@ class TextTokenizer(ABC):
     splits_at_specials = False
     """Special tokens are split off first, each as its text stands; the rest is encoded part by part."""
     tokens_are_texts = False
-    """A token is the same characters everywhere, so that equal tokens end at the same character."""
+    """A token is the same characters everywhere; those that the vocabulary lacks may be left out, or a token of their own."""
 
     @cached_property
     def special_mask(self) -> np.ndarray:
@@ -286,13 +286,10 @@ class HuggingFaceTokenizer(TextTokenizer):
             and not any(text[length:] in begins for text in special for length in range(1, len(text)))  # none overlap
         )
         model = parts["model"]
-        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         self.tokens_are_texts = (
             model["type"] == "BPE"
             and not model["dropout"]
             and "ByteLevel" in _types(parts["pre_tokenizer"])
-            # Unknown characters are not left out: there are none, or a special token stands for them, and tells of them.
-            and (model["vocab"].keys() >= set(alphabet) or model["unk_token"] in special)
             and {*_types(parts["normalizer"])} <= {"NFC"}
         )
         decoders = _types(parts["decoder"])

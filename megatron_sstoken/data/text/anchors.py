@@ -106,5 +106,7 @@ def _anchor(
     header = shape.literals[literal][before[-1] : offset]
     if header and not tokenizer.tokens_are_texts:
         return None
-    number = sum(map(len, specials[:literal])) + len(before) - 1
-    return _Anchor(number, header, tokenizer.encode_batch([header], positions=False)[0].ids if header else [])
+    ids = tokenizer.encode_batch([header], positions=False)[0].ids if header else []
+    if tokenizer.decode(ids) != header:  # the vocabulary lacks a character: the tokens do not say where the header ends
+        return None
+    return _Anchor(sum(map(len, specials[:literal])) + len(before) - 1, header, ids)
