@@ -124,6 +124,13 @@ def _add_verify(commands) -> None:
         help="read transformers' model layer by layer from the disk, if it does not fit into memory (needs accelerate)",
     )
     proof.add_argument(
+        "--served",
+        metavar="URL",
+        help="compare with what is served there (vLLM, or what echoes its prompts with log probabilities as it does) instead "
+        "of transformers: for models that transformers has no room for",
+    )
+    proof.add_argument("--served_model", help="its name there, if there are several")
+    proof.add_argument(
         "--positions", type=int, help="tokens of each text (default: 256, or more than the sliding window)"
     )
     proof.add_argument("--text", type=Path, help="UTF-8 file with the real text (default: some lines of our own)")
@@ -252,6 +259,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         positions=arguments.positions,
         text=arguments.text.read_text(encoding="utf-8") if arguments.text else REAL_TEXT,
         stream=arguments.stream,
+        served=arguments.served,
+        served_model=arguments.served_model,
     )
     if rank == 0:
         if arguments.layers:

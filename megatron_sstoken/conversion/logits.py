@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sstoken.conversion.reference import HEAD, Reference, recorded
+from megatron_sstoken.conversion.reference import HEAD, Reference, States, recorded
 from megatron_sstoken.device import compute_device
 from megatron_sstoken.model.attention import sample_bounds
 from megatron_sstoken.model.build import Model
@@ -98,20 +98,28 @@ class Comparison:
 @torch.no_grad()
 def compare(model: Model, reference: Reference | None, text: str, tokens: list[int]) -> Comparison | None:
     """Compare what `model` and `reference` (rank 0's) make of `tokens`. All ranks call it; rank 0 gets the comparison."""
-    layout, is_first = model.layout, model.layout.rank == 0
-    stages: list[Any] | None = [None] * layout.world_size if is_first else None
-    dist.gather_object(_states(model, tokens), stages, dst=0, group=layout.control)
-    if stages is None or reference is None:
+    ours = gather_states(model, tokens)
+    if ours is None or reference is None:
         return None
-    ours = {name: value for stage in stages for name, value in stage.items()}
-    shards = [ours.pop((HEAD, rank)) for rank in range(layout.tensor_size)]
-    ours[HEAD] = torch.cat(shards, dim=-1)[:, : model.architecture.vocabulary_size]
     single, double = reference.states(tokens)
     differences = [Difference.of(name, ours[name], single[name], double[name]) for name in double]
     wanted, found = double[HEAD].log_softmax(dim=-1), ours[HEAD].double().log_softmax(dim=-1)
     divergence = torch.nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(dim=-1).mean()
     agreement = int((ours[HEAD].argmax(dim=-1) == double[HEAD].argmax(dim=-1)).sum())
     return Comparison(text, len(tokens), differences, float(divergence), agreement)
+
+
+@torch.no_grad()
+def gather_states(model: Model, tokens: list[int]) -> States | None:
+    """fp32 states of all layers, and logits [tokens, words], on the first rank; None on the others. All ranks call it."""
+    layout = model.layout
+    stages: list[Any] | None = [None] * layout.world_size if layout.rank == 0 else None
+    dist.gather_object(_states(model, tokens), stages, dst=0, group=layout.control)
+    if stages is None:
+        return None
+    found = {name: value for stage in stages for name, value in stage.items()}
+    shards = [found.pop((HEAD, rank)) for rank in range(layout.tensor_size)]
+    return found | {HEAD: torch.cat(shards, dim=-1)[:, : model.architecture.vocabulary_size]}
 
 
 def _rms(values: torch.Tensor) -> float:

@@ -6,7 +6,9 @@ of every layer tell where differences begin.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from megatron_sstoken.checkpoint.save_load import load_checkpoint
 from megatron_sstoken.config import ParallelSettings, Settings
 from megatron_sstoken.conversion.logits import Comparison, compare
 from megatron_sstoken.conversion.reference import Reference, check_streaming
+from megatron_sstoken.conversion.served import ServedComparison, Server, compare_with_server, predict
 from megatron_sstoken.model.build import Model, build_model, load_weights
 from megatron_sstoken.model.families import Split, read_architecture
 from megatron_sstoken.model.weight_files import HuggingFaceWeights
@@ -26,7 +29,7 @@ from megatron_sstoken.model.weights import (
     superfluous_tensors,
     to_hugging_face,
 )
-from megatron_sstoken.parallel import broadcast_object, create_layout, start_processes
+from megatron_sstoken.parallel import agree_on_problems, broadcast_object, create_layout, start_processes
 
 FACTOR = 4.0
 """Differences allowed, as a multiple of the noise of transformers' own fp32: right models come to about 1."""
@@ -46,7 +49,7 @@ class Verification:
     """Tensors of the Hugging Face folder."""
     differing: list[str] = field(default_factory=list)
     """Tensors whose bits differ, and those that the round trip lost or invented, each with the reason."""
-    comparisons: list[Comparison] = field(default_factory=list)
+    comparisons: Sequence[Comparison | ServedComparison] = ()
     factor: float = FACTOR
 
     @property
@@ -73,6 +76,8 @@ def verify(
     positions: int | None = None,
     text: str = REAL_TEXT,
     stream: bool = False,
+    served: str | None = None,
+    served_model: str | None = None,
 ) -> Verification:
     """Compare a Hugging Face folder with megatron's model of it, on the layout `parallel`. All ranks call it.
 
@@ -81,8 +86,12 @@ def verify(
     its embedding, layers, final norm and head compute in fp32 must be no further from transformers in float64 than `factor`
     times transformers' own fp32 is, over random tokens and `text` (where the folder has a tokenizer). `positions`: tokens of
     each; default 256, or more than the sliding window. Rank 0 holds transformers' model in fp32, with `stream` one
-    layer of it at a time. Raises ValueError for input that cannot be read.
+    layer of it at a time. With `served`, a server's address, (b) compares the probabilities of what is served there (as
+    `served_model`, where there are several) instead (`compare_with_server`). Raises ValueError for input that cannot be read.
     """
+    if stream and served is not None:
+        raise ValueError("--stream is of transformers, --served takes a server instead: leave one out")
+    server = None if served is None else Server.at(served, served_model)
     if stream:
         check_streaming()
     architecture, tensors = read_architecture(hf_path), HuggingFaceWeights(hf_path)
@@ -101,28 +110,52 @@ def verify(
                 f"use {architecture.num_layers} or less"
             )
         parallel = replace(parallel, first_stage_layers=ends[0], last_stage_layers=ends[1])
-    settings = Settings(parallel=parallel)
-    settings.training.precision = "fp32"
     start_processes()
-    layout = create_layout(settings.parallel, seed=0)
-    model = build_model(architecture, settings, layout, trainable=False)
-    if stored is None:
-        load_weights(model, hf_path)
-    else:
-        load_checkpoint(stored, model)
-    model.train(False)
-    result = Verification(len(tensors.names()), compare_tensors(model, tensors), factor=factor)
+    layout = create_layout(parallel, seed=0)
+
+    def build(precision: Literal["fp32", "bf16"]) -> Model:
+        settings = Settings(parallel=parallel)
+        settings.training.precision = precision
+        model = build_model(architecture, settings, layout, trainable=False)
+        if stored is None:
+            load_weights(model, hf_path)
+        else:
+            load_checkpoint(stored, model)
+        model.train(False)
+        return model
+
+    model = build("fp32")
+    differing = compare_tensors(model, tensors)
     if positions is None:
         positions = max(256, (architecture.sliding_window or 0) + 64)
     positions = min(positions, architecture.longest_sequence)
-    reference = Reference(hf_path, stream=stream) if layout.rank == 0 else None
-    for name, tokens in _texts(hf_path, architecture.vocabulary_size, positions, text).items():
-        found = compare(model, reference, name, tokens)
-        if found is not None:
-            result.comparisons.append(found)
+    texts = _texts(hf_path, architecture.vocabulary_size, positions, text)
+    comparisons: Sequence[Comparison | ServedComparison]
+    if server is None:
+        comparisons = _compare_with_transformers(model, hf_path, texts, stream=stream)
+    else:
+        single = predict(model, texts)
+        del model  # one of them at a time
+        half = predict(build("bf16"), texts)
+        comparisons, problems = [], []
+        if layout.rank == 0:
+            try:
+                comparisons = compare_with_server(server, texts, single, half)
+            except ValueError as error:
+                problems.append(str(error))
+        agree_on_problems(problems)
+    return broadcast_object(Verification(len(tensors.names()), differing, comparisons, factor), source=0)
+
+
+def _compare_with_transformers(
+    model: Model, hf_path: str, texts: Mapping[str, list[int]], *, stream: bool
+) -> list[Comparison]:
+    """On the first rank; the others get none. All ranks call it."""
+    reference = Reference(hf_path, stream=stream) if model.layout.rank == 0 else None
+    found = [compare(model, reference, name, tokens) for name, tokens in texts.items()]
     if reference is not None:
         reference.close()
-    return broadcast_object(result, source=0)
+    return [one for one in found if one is not None]
 
 
 def compare_tensors(model: Model, tensors: HuggingFaceWeights) -> list[str]:

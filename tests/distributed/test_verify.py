@@ -16,6 +16,7 @@ from megatron_sstoken.model import weights
 from megatron_sstoken.model.families import reading, registry
 from megatron_sstoken.parallel import reset_layout
 from tests.helpers.distributed_runner import run_distributed
+from tests.helpers.served import echo_of, model_in_bf16, serving
 from tests.helpers.toy import make_tokenizer
 from tests.helpers.workbench import EVERYWHERE, FAMILIES, MIXTURES, PARTICULAR, make_model
 
@@ -281,6 +282,33 @@ def test_wrong_conversions_that_round_trip_are_caught_by_the_logits(folder):
         assert same == number, "the round trip alone does not notice"
     code, printed = results["no biases"]
     assert code == 1 and "model.layers.0.self_attn.k_proj.bias is lost" in printed, printed
+
+
+def verify_served(rank, folder, url):
+    """Against servers of the same model, and of one with an error that bf16 does not hide."""
+    return {
+        model: run_program("verify", f"--hf={folder}/llama", f"--served={url}", f"--served_model={model}", "--tensor=2")
+        for model in ("right", "wrong", "short")
+    }
+
+
+@pytest.mark.timeout(120)
+def test_a_server_may_be_the_reference(folder):
+    right, wrong = (model_in_bf16(folder / "llama") for _ in range(2))
+    with torch.no_grad():
+        weight = wrong.model.layers[1].self_attn.q_proj.weight
+        weight.copy_(weight.roll(16, dims=0))  # heads
+
+    def refuse(_):
+        raise ValueError("too long")
+
+    with serving({"right": echo_of(right), "wrong": echo_of(wrong), "short": refuse}) as url:
+        results = run_distributed(verify_served, 2, str(folder), url, timeout=100)
+    for result in results:
+        assert {name: code for name, (code, _) in result.items()} == {"right": 0, "wrong": 1, "short": 2}
+    printed = {name: text for name, (_, text) in results[0].items()}
+    assert float(re.search(r"differences (\S+) times that noise", printed["right"])[1]) < 2, "the limit is 4"
+    assert "NOT THE SAME" in printed["wrong"] and "39 of 39 bit-identical" in printed["wrong"]
 
 
 def test_mistakes_are_told_in_a_line(folder, tmp_path, capsys):
