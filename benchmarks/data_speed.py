@@ -36,7 +36,8 @@ from benchmarks.measure import alternate  # noqa: E402
 from megatron_sstoken.conversion.work import parse_bytes  # noqa: E402
 from megatron_sstoken.data.prepare import prepare  # noqa: E402
 from megatron_sstoken.data.store import SampleStore  # noqa: E402
-from megatron_sstoken.data.tokenizer import TextTokenizer, load_tokenizer  # noqa: E402
+from megatron_sstoken.data.tokenizer import TextTokenizer  # noqa: E402
+from megatron_sstoken.data.tokenizer_files import load_tokenizer  # noqa: E402
 from megatron_sstoken.files import format_bytes  # noqa: E402
 from tools.make_toy import make_tokenizer  # noqa: E402
 

@@ -14,7 +14,8 @@ from benchmarks.workload import RECIPE, Options
 from megatron_sstoken.conversion.hf import from_hf, to_hf
 from megatron_sstoken.conversion.work import ConversionOptions
 from megatron_sstoken.data.prepare import prepare
-from megatron_sstoken.data.tokenizer import TextTokenizer, load_tokenizer
+from megatron_sstoken.data.tokenizer import TextTokenizer
+from megatron_sstoken.data.tokenizer_files import load_tokenizer
 from megatron_sstoken.files import sync
 from megatron_sstoken.parallel import reset_layout
 

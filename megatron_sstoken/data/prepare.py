@@ -20,7 +20,8 @@ from megatron_sstoken.data.recipe import DEFAULT_RECIPE, Recipe
 from megatron_sstoken.data.store import NO_TEMPLATE, StoreManifest
 from megatron_sstoken.data.text.limits import memory_limit
 from megatron_sstoken.data.text.templates import find_template, require_arguments, require_tokens
-from megatron_sstoken.data.tokenizer import RESERVED, TextTokenizer, load_tokenizer
+from megatron_sstoken.data.tokenizer import RESERVED, TextTokenizer
+from megatron_sstoken.data.tokenizer_files import load_tokenizer
 from megatron_sstoken.data.workers import BadPlace, TokenizedChunk, default_workers, start_ahead, tokenize_chunks
 from megatron_sstoken.files import naming, source_inside, whole_folder
 

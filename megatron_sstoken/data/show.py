@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sstoken.data.store import SampleStore
-from megatron_sstoken.data.tokenizer import TextTokenizer, load_tokenizer
+from megatron_sstoken.data.tokenizer import TextTokenizer
+from megatron_sstoken.data.tokenizer_files import load_tokenizer
 
 GREEN, DIM, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 REPLACEMENT = "\ufffd"

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_sstoken.data.store import StoreManifest
-from megatron_sstoken.data.tokenizer import TextTokenizer, load_tokenizer
+from megatron_sstoken.data.tokenizer import TextTokenizer
+from megatron_sstoken.data.tokenizer_files import load_tokenizer
 
 TEXT_TYPE = pa.dictionary(pa.int32(), pa.string())
 """Arrow's type of a column of texts: each text is stored once."""

@@ -24,7 +24,8 @@ from megatron_sstoken.data.store import Samples
 from megatron_sstoken.data.text.limits import BadTemplate, limit_memory
 from megatron_sstoken.data.text.masks import TokenizedSample, tokenize_conversations
 from megatron_sstoken.data.text.template_style import really_unused
-from megatron_sstoken.data.tokenizer import TextTokenizer, load_tokenizer
+from megatron_sstoken.data.tokenizer import TextTokenizer
+from megatron_sstoken.data.tokenizer_files import load_tokenizer
 
 CHUNKS_IN_FLIGHT = 4  # per worker: enough to keep all busy, few enough to bound memory
 

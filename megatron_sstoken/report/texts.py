@@ -52,7 +52,7 @@ def texts_of_tokenizer(path: str | Path) -> Texts:
     """Those of a tokenizer. ValueError for one that cannot be read."""
     # Imported here: takes seconds, and 200 MB, which nobody need spend whose records have texts.
     from megatron_sstoken.data.token_text import TokenTexts
-    from megatron_sstoken.data.tokenizer import load_tokenizer
+    from megatron_sstoken.data.tokenizer_files import load_tokenizer
 
     return Texts(_each(TokenTexts(load_tokenizer(path)).one))
 

@@ -17,7 +17,7 @@ from megatron_sstoken.data.batches import PackOrder, filter_samples
 from megatron_sstoken.data.external import open_external
 from megatron_sstoken.data.store import SampleStore, StoreManifest
 from megatron_sstoken.data.token_text import texts_of_data
-from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.data.tokenizer_files import load_tokenizer
 from megatron_sstoken.model.backend import backend_of, machine_problems, passed_over, preferred_backend
 from megatron_sstoken.model.families import Architecture, read_architecture
 from megatron_sstoken.model.weight_files import HuggingFaceWeights, NoWeights

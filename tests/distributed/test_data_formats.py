@@ -10,7 +10,7 @@ from megatron_sstoken.data.conversation import Conversation, MessageWeight
 from megatron_sstoken.data.prepare import prepare
 from megatron_sstoken.data.rows.formats import parse_row
 from megatron_sstoken.data.store import SampleStore
-from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.data.tokenizer_files import load_tokenizer
 from megatron_sstoken.training.records import read_records
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.documented import rows_of

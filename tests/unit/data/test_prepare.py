@@ -21,7 +21,7 @@ from megatron_sstoken.data.store import SampleStore, StoreWriter
 from megatron_sstoken.data.summary import summary
 from megatron_sstoken.data.text import limits
 from megatron_sstoken.data.text.masks import tokenize_conversations
-from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.data.tokenizer_files import load_tokenizer
 from megatron_sstoken.lock import Lock
 from tests.helpers.preparation import run
 from tests.helpers.toy import (

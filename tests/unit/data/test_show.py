@@ -5,7 +5,7 @@ import pytest
 
 from megatron_sstoken.data.show import decoded_pieces, show
 from megatron_sstoken.data.store import StoreWriter
-from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.data.tokenizer_files import load_tokenizer
 from tests.helpers.toy import make_sentencepiece, make_tokenizer
 
 

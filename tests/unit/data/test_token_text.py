@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_sstoken.data.text.pieces import ALPHABET
 from megatron_sstoken.data.token_text import TEXT_TYPE, TokenTexts
-from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.data.tokenizer_files import load_tokenizer
 from tests.helpers.toy import SENTENCES, SPECIAL_TOKENS, make_sentencepiece, make_tokenizer
 
 BYTES = re.compile(r"(\\x[0-9a-f]{2})+")

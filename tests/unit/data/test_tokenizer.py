@@ -10,7 +10,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from megatron_sstoken.data.conversation import BadRow, Conversation
 from megatron_sstoken.data.text.marks import has_generation_marks
 from megatron_sstoken.data.text.masks import tokenize_conversations
-from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.data.tokenizer_files import load_tokenizer
 from tests.helpers.toy import CHAT_TEMPLATES, exchange, make_sentencepiece, make_tokenizer
 
 MARK = "{% generation %}{{ x }}{% endgeneration %}"

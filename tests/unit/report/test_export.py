@@ -8,7 +8,7 @@ import pytest
 
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.data.token_text import TokenTexts
-from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.data.tokenizer_files import load_tokenizer
 from megatron_sstoken.report import record_files
 from megatron_sstoken.report.export import NO_DATA, export
 from megatron_sstoken.report.prepared import PreparedData

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_sstoken.data.external import DATA_KEY
 from megatron_sstoken.data.token_text import TokenTexts
-from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.data.tokenizer_files import load_tokenizer
 from megatron_sstoken.passes.columns import columns_of
 from megatron_sstoken.training.records import SCHEMA, RecordWriter, read_records
 from tests.helpers.token_batches import TURNS, make_batch, make_report

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tensorboard.plugin_util import markdown_to_safe_html
 
 from megatron_sstoken.data.token_text import TokenTexts
-from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.data.tokenizer_files import load_tokenizer
 from megatron_sstoken.training.sample_text import MOST, escaped, marked_sample
 from tests.helpers.toy import make_tokenizer
 

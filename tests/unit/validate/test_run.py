@@ -186,7 +186,7 @@ def test_data_of_a_larger_vocabulary(settings, folder, tmp_path):
 
 
 def test_tokenizer_beside_the_model(settings, folder, tmp_path):
-    from megatron_sstoken.data.tokenizer import load_tokenizer
+    from megatron_sstoken.data.tokenizer_files import load_tokenizer
 
     shutil.copytree(folder / "model", tmp_path / "model")
     make_tokenizer(tmp_path / "model")
@@ -202,7 +202,7 @@ def test_tokenizer_beside_the_model(settings, folder, tmp_path):
 
 def test_texts_need_the_tokenizer_of_the_data(settings, folder, tmp_path):
     """Beside the model, or where it was when the data was prepared; without it, they are left out unless asked for."""
-    from megatron_sstoken.data.tokenizer import load_tokenizer
+    from megatron_sstoken.data.tokenizer_files import load_tokenizer
 
     assert plan_run(settings(), 1)
     assert only_problem(settings(logging__record_text=True)) == (

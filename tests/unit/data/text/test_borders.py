@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_sstoken.data.conversation import BadRow, Conversation
 from megatron_sstoken.data.recipe import Recipe
 from megatron_sstoken.data.text.masks import tokenize_conversations
-from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.data.tokenizer_files import load_tokenizer
 from tests.helpers.template_styles import BLOCK, CALLS, DONE, END, LOOP, PROMPT, SAID, START, STYLES
 from tests.helpers.toy import CHAT_TEMPLATES, exchange, make_tokenizer
 

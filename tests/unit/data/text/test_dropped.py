@@ -5,7 +5,7 @@ import pytest
 from megatron_sstoken.data.conversation import BadRow, Conversation
 from megatron_sstoken.data.recipe import DROPPABLE, Recipe
 from megatron_sstoken.data.text.masks import tokenize_conversations
-from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.data.tokenizer_files import load_tokenizer
 from tests.helpers.toy import CHAT_TEMPLATES, exchange, make_tokenizer
 
 TOOL = {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": {}}}

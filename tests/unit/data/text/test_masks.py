@@ -10,7 +10,7 @@ from megatron_sstoken.data.recipe import Recipe
 from megatron_sstoken.data.rows.formats import parse_row
 from megatron_sstoken.data.text.masks import tokenize_conversations
 from megatron_sstoken.data.text.rendering import NO_END, SPECIAL_IN_CONTENT
-from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.data.tokenizer_files import load_tokenizer
 from tests.helpers.toy import CHAT_TEMPLATES, exchange, make_sentencepiece, make_tokenizer, random_conversations
 
 MULTI_TURN = [

@@ -9,7 +9,7 @@ from megatron_sstoken.data.conversation import Conversation, MessageWeight
 from megatron_sstoken.data.recipe import Recipe
 from megatron_sstoken.data.text.masks import tokenize_conversations
 from megatron_sstoken.data.text.rendering import render_conversation, weighted
-from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.data.tokenizer_files import load_tokenizer
 from tests.helpers.toy import CHAT_TEMPLATES, exchange, make_tokenizer
 
 

@@ -12,7 +12,7 @@ import megatron_sstoken.data.text.rendering as rendering
 from megatron_sstoken.data.conversation import BadRow, Conversation, MessageWeight
 from megatron_sstoken.data.recipe import Recipe
 from megatron_sstoken.data.text.masks import tokenize_conversations
-from megatron_sstoken.data.tokenizer import load_tokenizer
+from megatron_sstoken.data.tokenizer_files import load_tokenizer
 from tests.helpers.template_styles import STYLES
 from tests.helpers.toy import CHAT_TEMPLATES, exchange, make_sentencepiece, make_tokenizer
 

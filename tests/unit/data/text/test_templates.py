@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_sstoken.commands.prepare_data import parse_arguments
-from megatron_sstoken.data.conversation import Conversation
+from megatron_sstoken.data.conversation import BadRow, Conversation
 from megatron_sstoken.data.prepare import prepare
 from megatron_sstoken.data.store import StoreManifest
 from megatron_sstoken.data.text.marks import has_generation_marks
@@ -29,7 +29,7 @@ from megatron_sstoken.data.text.templates import (
     template_names,
     without_marks,
 )
-from megatron_sstoken.data.tokenizer import BadRow, HuggingFaceTokenizer, load_tokenizer
+from megatron_sstoken.data.tokenizer_files import HuggingFaceTokenizer, load_tokenizer
 from tests.helpers.toy import exchange, make_tokenizer, write_rows
 
 NAMES = list(template_names())
