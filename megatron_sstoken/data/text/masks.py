@@ -88,20 +88,20 @@ class _Plan:
 def _plan(tokenizer: TextTokenizer, conversation: Conversation, recipe: Recipe) -> _Plan | BadRow:
     try:
         for message in conversation.messages:
-            if isinstance(message["content"], str):
-                _check_characters(message["content"])
+            content = message["content"]
+            if isinstance(content, str) and not content.isascii():
+                _check_characters(content)
         if tokenizer.template is None:
             return _plan_plain(tokenizer, conversation, recipe)
         rendering: Rendering = render_conversation(tokenizer, conversation, recipe)
-        _check_characters(rendering.text)
+        if not rendering.text.isascii():
+            _check_characters(rendering.text)
         return _Plan([rendering.text], rendering.segments, notes=rendering.notes, anchors=rendering.anchors)
     except BadRow as bad_row:
         return bad_row
 
 
 def _check_characters(text: str) -> None:
-    if text.isascii():
-        return
     try:
         text.encode()
     except UnicodeEncodeError as error:
