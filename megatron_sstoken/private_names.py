@@ -89,6 +89,20 @@ _MEGATRON_MODEL = (
         "How many layers this stage has; takes vp_stage and pp_rank.",
     ),
     PrivateName(
+        _MEGATRON + "transformer.attention",
+        "num_attention_heads_per_partition",
+        ("model/latents.py",),
+        "Heads of this rank.",
+        in_text=True,
+    ),
+    PrivateName(
+        _MEGATRON + "transformer.attention",
+        "k_layernorm",
+        ("model/latents.py",),
+        "The norm of keys of heads, which forward looks at; None where there is none.",
+        in_text=True,
+    ),
+    PrivateName(
         _MEGATRON + "transformer.utils",
         "is_layer_window_attention",
         ("model/attention.py", "model/spec.py"),

@@ -13,8 +13,8 @@ def causal_pairs(length: float) -> float:
 
 
 def attention_flops(a: Architecture, pairs: float) -> float:
-    """Forward, one layer, all heads: two products of 2 · head_dim operations for each pair."""
-    return 4 * a.num_attention_heads * a.head_dim * pairs
+    """Forward, one layer, all heads: 2 operations for each pair and number of a key, and of a value."""
+    return 2 * a.num_attention_heads * (a.head_dim + a.value_dim) * pairs
 
 
 def model_flops(a: Architecture, tokens: float, pairs: float) -> float:

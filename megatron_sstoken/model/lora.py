@@ -264,7 +264,7 @@ def adapt_layer(layer: TransformerLayerSubmodules, config: TransformerConfig, lo
 def other_sides(a: Architecture) -> dict[str, int]:
     """Target → the side of its weight that is not the hidden size."""
     queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    widths = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}
+    widths = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": a.num_attention_heads * a.value_dim}
     return {name: widths.get(name, a.ffn_hidden_size) for name in TARGETS}
 
 

@@ -83,6 +83,11 @@ def give_lengths(attention: torch.nn.Module, inputs: tuple, options: dict[str, A
     return inputs, options | {"packed_seq_params": bounds.complete or bounds}
 
 
+def halves_of_pairs(turned: torch.Tensor) -> torch.Tensor:
+    """Numbers [..., n], neighbours being pairs → the first of each pair, then the second, as the usual way turns them."""
+    return turned.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
 def turning_pairs(rotary_dim: int) -> type[SelfAttention]:
     """Attention that turns neighbouring numbers of each head as pairs, in its first `rotary_dim` numbers.
 
@@ -96,7 +101,6 @@ def turning_pairs(rotary_dim: int) -> type[SelfAttention]:
             return _halves(query), _halves(key), *others
 
     def _halves(heads: torch.Tensor) -> torch.Tensor:
-        turned, passed = heads[..., :rotary_dim], heads[..., rotary_dim:]
-        return torch.cat([turned.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), passed], dim=-1)
+        return torch.cat([halves_of_pairs(heads[..., :rotary_dim]), heads[..., rotary_dim:]], dim=-1)
 
     return PairsSelfAttention

@@ -10,6 +10,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -22,6 +23,7 @@ from megatron_sstoken.model.attention import AttentionCapture, TorchCoreAttentio
 from megatron_sstoken.model.biases import add_biases
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.last_layer import LastLayer
+from megatron_sstoken.model.latents import LatentSelfAttention, LatentSubmodules
 from megatron_sstoken.model.lora import adapt_layer
 from megatron_sstoken.model.norm import RMSNorm, norm_over_heads
 from megatron_sstoken.model.residual import ResidualAdd
@@ -85,8 +87,10 @@ def _layer_spec(
             # Before experts, too, the norm is stored under the key that megatron's spec for torch gives it.
             spec.submodules.sharded_state_dict_keys_map |= {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
         core_attention = _with_heads_dealt_out(spec.submodules.self_attention.submodules.core_attention)
-        # Transformer Engine's takes sinks or packed samples, not both.
-        core_attention = TorchCoreAttention if architecture.attention_sinks else core_attention
+        # Transformer Engine's takes sinks or packed samples, not both, and of packed samples few kernels take values that are
+        # not as wide as keys.
+        if architecture.attention_sinks or architecture.latents is not None:
+            core_attention = TorchCoreAttention
     else:
         spec = get_gpt_layer_local_spec(normalization="RMSNorm", **kind)
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
@@ -96,7 +100,7 @@ def _layer_spec(
         core_attention = TorchCoreAttention
     if architecture.window_rope_base is not None:
         spec.submodules.self_attention.module = TwoRotariesSelfAttention
-    elif architecture.rotary_pairs:
+    elif architecture.rotary_pairs and architecture.latents is None:
         spec.submodules.self_attention.module = turning_pairs(architecture.rotary_dim)
     _arrange_norms(spec.submodules, config, architecture, norm, layout)
     attention = spec.submodules.self_attention.submodules
@@ -104,7 +108,29 @@ def _layer_spec(
     if lora.rank:
         adapt_layer(spec.submodules, config, lora)
     add_biases(spec.submodules, architecture)
+    if architecture.latents is not None:
+        _make_of_latents(spec.submodules, config, architecture, norm)
     return spec
+
+
+def _make_of_latents(
+    layer: TransformerLayerSubmodules, config: TransformerConfig, architecture: Architecture, norm: Any
+) -> None:
+    """Put latent attention into the spec of a layer, and before it a norm of its own, whose output several linears read."""
+    up_projection: type = ColumnParallelLinear
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+        up_projection = TEColumnParallelLinear
+    layer.input_layernorm = norm
+    # Where megatron stores the norm of a linear that has one.
+    layer.sharded_state_dict_keys_map.pop("input_layernorm.", None)
+    attention = layer.self_attention.submodules
+    layer.self_attention = ModuleSpec(
+        LatentSelfAttention,
+        params={"architecture": architecture},
+        submodules=LatentSubmodules(up_projection, attention.core_attention, attention.linear_proj),
+    )
 
 
 def _arrange_norms(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_sstoken.model.dtypes import is_router_bias
-from megatron_sstoken.model.families import Architecture, Split, WeightRule
+from megatron_sstoken.model.families import Architecture, Latents, Split, WeightRule
 from megatron_sstoken.model.lora import base_parameters
 from megatron_sstoken.model.weight_files import HuggingFaceWeights
 
@@ -92,6 +92,8 @@ def expected_shape(name: str, architecture: Architecture) -> list[int]:
     outputs |= {"qkv_proj": queries + 2 * keys, "gate_up_proj": 2 * width}
     outputs |= {"w1": a.ffn_hidden_size, "w3": a.ffn_hidden_size, "gate": a.num_experts, "router": a.num_experts}
     module, kind = name.split(".")[-2:]
+    if a.latents is not None and (shape := _latent_shapes(a, a.latents).get(module)):
+        return shape
     if kind == "sinks":
         return [a.num_attention_heads]
     if module == "experts":  # of all of them
@@ -106,8 +108,22 @@ def expected_shape(name: str, architecture: Architecture) -> list[int]:
         return [a.head_dim if not a.qk_norm_over_heads else queries if module == "q_norm" else keys]
     if kind == "bias":  # of what is not in `outputs`
         return [a.hidden_size]
-    inputs = {"o_proj": queries, "down_proj": width, "w2": a.ffn_hidden_size}
+    inputs = {"o_proj": a.num_attention_heads * a.value_dim, "down_proj": width, "w2": a.ffn_hidden_size}
     return [a.hidden_size, inputs[module]] if module in inputs else [a.hidden_size]
+
+
+def _latent_shapes(a: Architecture, latents: Latents) -> dict[str, list[int]]:
+    """Module that makes queries, keys and values of latents → shape of its weight."""
+    shapes = {
+        "kv_a_proj_with_mqa": [latents.down_dim, a.hidden_size],
+        "kv_a_layernorm": [latents.key_value],
+        "kv_b_proj": [a.num_attention_heads * latents.up_dim, latents.key_value],
+    }
+    if latents.query is not None:
+        shapes["q_a_proj"] = [latents.query, a.hidden_size]
+        shapes["q_a_layernorm"] = [latents.query]
+        shapes["q_b_proj"] = [a.num_attention_heads * a.head_dim, latents.query]
+    return shapes
 
 
 def read_shard(

@@ -21,7 +21,7 @@ def other_model(checkpoint: Checkpoint, architecture: Architecture, hf_path: str
         f"{_LAYERS}self_attention.linear_proj.weight": (
             a.num_layers,
             a.hidden_size,
-            a.num_attention_heads * a.head_dim,
+            a.num_attention_heads * a.value_dim,
         ),
     }
     if not a.num_experts:

@@ -191,6 +191,12 @@ def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None
         return
     fused = [name for name in lora.targets if name in ("q_proj", "k_proj", "v_proj")]
     found.require(
+        a.latents is None or not fused,
+        f"lora.targets={lora.targets} names {', '.join(fused)}, and model.model_type={a.family} makes queries, keys and values "
+        "of latents by linears that take no adapters (q_a_proj, q_b_proj or q_proj, kv_a_proj_with_mqa, kv_b_proj): leave them "
+        "out, or use lora.rank=0",
+    )
+    found.require(
         not fused or a.num_query_groups % tensor == 0,
         f"parallel.tensor={tensor} does not divide model.num_key_value_heads={a.num_query_groups}, which "
         f"adapters on {', '.join(fused)} need: use {divisors(a.num_query_groups)}, or leave them out of lora.targets",
@@ -236,10 +242,7 @@ def check_fp8(settings: Settings, a: Architecture, found: Findings) -> None:
     widths = {
         "hidden_size": a.hidden_size,
         "intermediate_size": a.ffn_hidden_size // tensor,
-        "num_attention_heads × head_dim": a.num_attention_heads * a.head_dim // tensor,
-        "(num_attention_heads + 2 · num_key_value_heads) × head_dim": (a.num_attention_heads + 2 * a.num_query_groups)
-        * a.head_dim
-        // tensor,
+        **_attention_widths(a, tensor),
     }
     for name, width in widths.items():
         found.require(
@@ -254,6 +257,24 @@ def check_fp8(settings: Settings, a: Architecture, found: Findings) -> None:
             value <= per_stage,
             f"training.{name}={value} is more than the {per_stage} layers of a pipeline stage: use {per_stage} or less",
         )
+
+
+def _attention_widths(a: Architecture, tensor: int) -> dict[str, int]:
+    """Sides of the matrices of a layer's attention, in the words of config.json → what a rank has of them."""
+    queries, latents = a.num_attention_heads * a.head_dim, a.latents
+    if latents is None:
+        together = queries + 2 * a.num_query_groups * a.head_dim
+        return {
+            "num_attention_heads × head_dim": queries // tensor,
+            "(num_attention_heads + 2 · num_key_value_heads) × head_dim": together // tensor,
+        }
+    return {
+        "num_attention_heads × (qk_nope_head_dim + qk_rope_head_dim)": queries // tensor,
+        "num_attention_heads × (qk_nope_head_dim + v_head_dim)": a.num_attention_heads * latents.up_dim // tensor,
+        "num_attention_heads × v_head_dim": a.num_attention_heads * latents.value_dim // tensor,
+        "kv_lora_rank": latents.key_value,
+        **({} if latents.query is None else {"q_lora_rank": latents.query}),
+    }
 
 
 def check_windows(name: str, a: Architecture, settings: Settings, backend: Backend, found: Findings) -> None:

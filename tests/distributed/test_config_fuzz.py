@@ -40,7 +40,17 @@ SCALINGS = [
     LONGROPE,
     LONGROPE | {"attention_factor": 0.8},
 ]
-OWN = {"norm_topk_prob", "num_experts_per_tok", "no_rope_layers", "no_rope_layer_interval", "swiglu_limit"}
+OWN = {
+    "norm_topk_prob",
+    "num_experts_per_tok",
+    "no_rope_layers",
+    "no_rope_layer_interval",
+    "swiglu_limit",
+    "q_lora_rank",
+    "rope_interleave",
+    "topk_group",
+    "v_head_dim",
+}
 """Fields that only families have whose miniatures name them."""
 FIELDS = {
     "rope_scaling": [None, *SCALINGS],
@@ -66,6 +76,10 @@ FIELDS = {
     "norm_topk_prob": [True, False],
     "num_experts_per_tok": [1, 3],
     "no_rope_layers": [[1, 0], [0, 1]],
+    "q_lora_rank": [None, 6],
+    "rope_interleave": [None, False, True],
+    "topk_group": [1, 4],
+    "v_head_dim": [2, 20],
     "swiglu_limit": [0.5, 7.0, ABSENT],
     "hidden_act": ["silu", "gelu", ABSENT],
     "pretraining_tp": [2],

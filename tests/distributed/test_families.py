@@ -116,6 +116,7 @@ def check_sharded(bench, layout, families):
 RESUMED = {
     "qwen3_moe": {"parallel__expert": 2},
     "glm4_moe": {"parallel__expert": 2},
+    "deepseek_v3": {"parallel__tensor": 2, "parallel__sequence": True, "parallel__expert": 2},
     "gpt_oss": {"parallel__tensor": 2, "parallel__sequence": True, "parallel__expert": 2},
 }
 

@@ -48,6 +48,7 @@ EXPORTED = {
     "fused": ("phi3", ALL),
     "fused, some": ("phi3", ["v_proj", "q_proj", "up_proj"]),
     "layers not alike": ("glm4_moe", ["q_proj", "o_proj"]),
+    "latents": ("deepseek_v3", ["o_proj"]),
     "biases, tensors of all experts": ("gpt_oss", ["q_proj", "v_proj", "o_proj"]),
 }
 """Adapters that are exported otherwise than Llama's: name → family, targets."""
@@ -332,7 +333,7 @@ def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     samples = make_samples(8, seed=3, longest=30)
     make_store(folder / "data", samples)
-    for number, family in enumerate(("llama", "qwen2", "phi3", "glm4_moe", "gpt_oss")):
+    for number, family in enumerate(("llama", "qwen2", "phi3", "glm4_moe", "gpt_oss", "deepseek_v3")):
         make_model(folder / family, family, seed=number + 1)
     adapters, expected = {}, {}
     for case, (family, targets, *_) in CASES.items():

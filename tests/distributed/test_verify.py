@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from megatron_sstoken.commands.convert_checkpoint import main
 from megatron_sstoken.conversion import verify as verify_module
 from megatron_sstoken.conversion.hf import from_hf, to_hf
-from megatron_sstoken.model import weights
-from megatron_sstoken.model.families import reading, registry
+from megatron_sstoken.model import latents, weights
+from megatron_sstoken.model.families import deepseek_v3, reading, registry
 from megatron_sstoken.parallel import reset_layout
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.served import echo_of, model_in_bf16, serving
@@ -27,8 +27,8 @@ LAYOUTS = {
     "tp2-pp2": (4, ["--tensor=2", "--pipeline=2"], ["--expert=2"]),
 }
 """Name → processes, options, and what is added for a mixture of experts."""
-CONVERTED = ("phi3", "glm4_moe", "gpt_oss")
-"""Fused tensors; a bias that stays in fp32, layers that are not alike or left out; tensors of all experts, sinks."""
+CONVERTED = ("phi3", "deepseek_v3", "gpt_oss")
+"""Fused tensors; latents, a bias that stays in fp32, layers that are not alike or left out; tensors of all experts, sinks."""
 ORIGINAL = {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
 VARIANTS = {
     "yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **ORIGINAL}}),
@@ -45,6 +45,10 @@ VARIANTS = {
         },
     ),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "latents-of-keys": (
+        "deepseek_v3",
+        {"q_lora_rank": None, "rope_interleave": False, "n_group": 1, "topk_group": 1},
+    ),
     "attention-bias": ("qwen3_moe", {"attention_bias": True}),
 }
 """Name → family, and what its config says more."""
@@ -114,7 +118,7 @@ def write_both_ways(rank, folder):
         tensors = load_file(f"{folder}/{family}-bf16/model.safetensors")
         tensors = {name: t if name.endswith("correction_bias") else t.bfloat16() for name, t in tensors.items()}
         further = (
-            {"model.layers.4.eh_proj.weight": torch.ones(2, 2, dtype=torch.bfloat16)} if family == "glm4_moe" else {}
+            {"model.layers.4.eh_proj.weight": torch.ones(2, 2, dtype=torch.bfloat16)} if family == "deepseek_v3" else {}
         )
         save_file(tensors | further, f"{folder}/{family}-bf16/model.safetensors", metadata={"format": "pt"})
         from_hf(f"{folder}/{family}-bf16", f"{folder}/{family}-megatron")
@@ -214,6 +218,15 @@ def test_wrong_weights_are_caught_and_the_layer_is_named(folder):
         assert f"the first to differ: layer {LAYER}" in printed, (name, printed)
 
 
+OF_LATENTS = {
+    "the model's epsilon in norms of latents": (latents, "_EPSILON", 1e-3),
+    "scores without YaRN's growth": (deepseek_v3, "_growth", lambda config: 1.0),
+    "halves turned, not pairs": (latents, "halves_of_pairs", lambda turned: turned),
+    "experts of all groups": (deepseek_v3, "_groups", lambda config: {}),
+}
+"""Mistakes with latents → where, what, and what takes its place."""
+
+
 def verify_with_wrong_code(rank, folder):
     """Mistakes of the conversion itself that undo themselves on the way back, so that the tensors come out right."""
     results = {}
@@ -266,6 +279,9 @@ def verify_with_wrong_code(rank, folder):
         return original | {"qwen2": replace(original["qwen2"], qkv_bias=False)}
 
     with_changed(registry, "_FAMILIES", without_bias, "no biases", family="qwen2")
+
+    for title, (owner, name, replacement) in OF_LATENTS.items():
+        with_changed(owner, name, lambda original, new=replacement: new, title, family="deepseek_v3")
     return results
 
 
@@ -275,6 +291,7 @@ def test_wrong_conversions_that_round_trip_are_caught_by_the_logits(folder):
     expected = {"transposed both ways": f"layer {LAYER}", "wrong rope base": "layer 0", "no window": "layer 0"}
     expected["rope everywhere"] = "layer 1"  # the first without it
     expected["epsilon of the norms a tenth larger"] = "layer 0"
+    expected |= dict.fromkeys(OF_LATENTS, "layer 0") | {"experts of all groups": "layer 1"}  # the first with experts
     for name, layer in expected.items():
         code, printed = results[name]
         assert code == 1 and f"the first to differ: {layer}\n" in printed, (name, printed)

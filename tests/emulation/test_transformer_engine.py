@@ -62,6 +62,8 @@ TOGETHER = {
     "tp2-sequence, two rotaries": ("olmo3", SEQUENCE),
     "tp2-sequence, sinks": ("gpt_oss", SEQUENCE | {"parallel__expert": 2}),
     "cp2, sinks": ("gpt_oss", {"parallel__context": 2}),
+    "tp2-sequence, latents": ("deepseek_v3", SEQUENCE | {"parallel__expert": 2}),
+    "cp2, latents": ("deepseek_v3", {"parallel__context": 2}),
     "adapters, tp2-sequence, no norms before linears": ("olmo2", ADAPTERS | SEQUENCE),
 }
 

@@ -15,14 +15,14 @@ __all__ = ["VOCABULARY", "make_settings", "make_store"]  # for tests, which find
 FAMILIES = family_names()
 EVERYWHERE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm3")
 """Families that every run of the tests looks at on all layouts; what others do on layouts, slow tests look at."""
-PARTICULAR = ("gemma3_text", "glm4_moe", "gpt_oss", "olmo3")
+PARTICULAR = ("deepseek_v3", "gemma3_text", "glm4_moe", "gpt_oss", "olmo3")
 """Of the others those that are looked at on one layout, with tensor and pipeline parallel."""
 MIXTURES = tuple(name for name in FAMILIES if family_of(name).experts)
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
     """transformers' configuration of a miniature: 4 layers with grouped queries, and what is particular to the family."""
-    return AutoConfig.for_model(family, **(family_of(family).tiny | SHAPE | changes))
+    return AutoConfig.for_model(family, **(SHAPE | family_of(family).tiny | changes))
 
 
 def make_model(folder: str | Path, family: str = "llama", *, seed: int = 0, **changes: Any) -> str:

@@ -50,6 +50,34 @@ class LayerNorms:
 
 
 @dataclass(frozen=True)
+class Latents:
+    """Multi-head latent attention: what queries, keys and values of all heads are made of (DeepSeek-V2, arXiv 2405.04434).
+
+    Each head has a query and a key of `Architecture.head_dim` numbers: `plain_dim` that know no positions, then `rotary_dim`
+    that RoPE turns, which all heads share of their keys.
+    """
+
+    query: int | None
+    """Numbers of a token that all its queries are made of; None: they are made of its hidden state."""
+    key_value: int
+    """Numbers of a token that all its keys, but for what RoPE turns, and values are made of."""
+    plain_dim: int
+    rotary_dim: int
+    value_dim: int
+    """Numbers of each head's value."""
+
+    @property
+    def down_dim(self) -> int:
+        """Numbers of a token that its hidden state is projected to for keys and values: latents, and what RoPE turns."""
+        return self.key_value + self.rotary_dim
+
+    @property
+    def up_dim(self) -> int:
+        """Numbers that each head makes of latents: of its key, and its value."""
+        return self.plain_dim + self.value_dim
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What a decoder computes, in numbers. `vocabulary_size` is the unpadded one."""
 
@@ -77,6 +105,8 @@ class Architecture:
     """Whether routers and experts have biases; then the projections of attention have them, too."""
     attention_sinks: bool = False
     """Whether every head has a learned score that takes part in its softmax beside those of the tokens."""
+    latents: Latents | None = None
+    """Of multi-head latent attention; then every head has a key and a value of its own."""
     qk_norm: bool = False
     """Whether every head of q and k is normalised before RoPE."""
     qk_norm_over_heads: bool = False
@@ -121,7 +151,12 @@ class Architecture:
     @property
     def rotary_dim(self) -> int:
         """Numbers of each head that RoPE turns."""
-        return int(self.head_dim * self.rotary_fraction)
+        return self.latents.rotary_dim if self.latents else int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def value_dim(self) -> int:
+        """Numbers of each head's value."""
+        return self.latents.value_dim if self.latents else self.head_dim
 
     @property
     def longest_sequence(self) -> int:
@@ -156,10 +191,21 @@ class Architecture:
         heads = self.num_attention_heads + self.num_query_groups if self.qk_norm_over_heads else 2
         return self.norms.number * self.hidden_size + (heads * self.head_dim if self.qk_norm else 0)
 
+    def _attention_parameters(self) -> int:
+        """Weights and biases of a layer's attention, but for norms of queries and keys outside of latents."""
+        heads, output = self.num_attention_heads, self.num_attention_heads * self.value_dim * self.hidden_size
+        if (latents := self.latents) is not None:
+            down = self.hidden_size * latents.down_dim + latents.key_value
+            up = latents.key_value * heads * latents.up_dim
+            queries = heads * self.head_dim
+            if latents.query is None:
+                return output + down + up + self.hidden_size * queries
+            return output + down + up + latents.query * (self.hidden_size + 1 + queries)
+        rows = (heads + 2 * self.num_query_groups) * self.head_dim
+        return output + self.hidden_size * rows + (rows if self.qkv_bias else 0)
+
     def _parameters_with(self, num_experts: int) -> int:
-        heads = (self.num_attention_heads + 2 * self.num_query_groups) * self.head_dim
-        layer = self.hidden_size * (heads + self.num_attention_heads * self.head_dim)
-        layer += self.norm_parameters() + (heads if self.qkv_bias else 0)
+        layer = self._attention_parameters() + self.norm_parameters()
         layer += self.hidden_size if self.output_bias else 0
         layer += 2 * self.ffn_hidden_size + self.hidden_size if self.mlp_bias else 0
         layer += self.num_attention_heads if self.attention_sinks else 0

@@ -48,8 +48,7 @@ _LACKING = {
     "gemma2": "it caps attention scores by tanh",
     "gemma3": "it reads images, too: gemma3_text, a model of text alone, is",
     "mistral3": "it reads images, too: its text model alone is, as mistral or ministral3",
-    "deepseek_v3": "it has multi-head latent attention",
-    "kimi_k2": "it has multi-head latent attention",
+    "kimi_k2": "transformers knows such models as deepseek_v3 alone, and config.json may call them so",
     "qwen3_next": "it has gated delta nets in place of most attention",
     "granitemoe": "its experts come in fused tensors of all experts",
 }

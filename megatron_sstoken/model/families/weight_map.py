@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from megatron_sstoken.model.families.architecture import Architecture
+from megatron_sstoken.model.families.architecture import Architecture, Latents
 
 
 class Split(Enum):
@@ -77,6 +77,18 @@ _QK_NORMS = tuple(
     for name in "qk"
 )
 _SINKS = WeightRule(LAYER + "self_attention.core_attention.softmax_offset", (HF + "self_attn.sinks",), Split.ROWS)
+_LATENTS = tuple(
+    WeightRule(LAYER + f"self_attention.{megatron}.weight", (HF + f"self_attn.{name}.weight",), split)
+    for megatron, name, split in (
+        ("linear_q_down_proj", "q_a_proj", Split.WHOLE),
+        ("q_layernorm", "q_a_layernorm", Split.WHOLE),
+        ("linear_q_up_proj", "q_b_proj", Split.ROWS),
+        ("linear_q_proj", "q_proj", Split.ROWS),
+        ("linear_kv_down_proj", "kv_a_proj_with_mqa", Split.WHOLE),
+        ("kv_layernorm", "kv_a_layernorm", Split.WHOLE),
+        ("linear_kv_up_proj", "kv_b_proj", Split.ROWS),
+    )
+)
 _EMBEDDING = WeightRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Split.VOCABULARY)
 _FINAL_NORM = WeightRule("decoder.final_layernorm.weight", ("model.norm.weight",), Split.WHOLE)
 _HEAD = WeightRule("output_layer.weight", ("lm_head.weight",), Split.VOCABULARY)
@@ -161,6 +173,12 @@ def stacked_experts(architecture: Architecture) -> list[WeightRule]:
     return rules
 
 
+def latent_attention(latents: Latents) -> list[WeightRule]:
+    """What makes queries, keys and values of latents, as megatron calls it in its own multi-head latent attention."""
+    absent = {"q_a_proj", "q_a_layernorm", "q_b_proj"} if latents.query is None else {"q_proj"}
+    return [rule for rule in _LATENTS if rule.hugging_face[0].split(".")[-2] not in absent]
+
+
 def decoder_rules(architecture: Architecture, mlp: MlpRules = dense_mlp) -> list[WeightRule]:
     """The rules of a decoder with Llama's names: attention, feed-forward part, embedding, final norm and head."""
     rules = [
@@ -168,7 +186,7 @@ def decoder_rules(architecture: Architecture, mlp: MlpRules = dense_mlp) -> list
         for field, megatron in _NORMS.items()
         if (name := getattr(architecture.norms, field))
     ]
-    rules += [_QKV, _OUTPUT]
+    rules += [_QKV, _OUTPUT] if architecture.latents is None else [*latent_attention(architecture.latents), _OUTPUT]
     if architecture.qkv_bias:
         rules.append(_bias_of(_QKV))
     if architecture.output_bias:

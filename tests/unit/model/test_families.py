@@ -9,6 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_sstoken.model.families import (
     family_of,
+    parse_architecture,
     read_architecture,
     register,
     rope_inverse_frequencies,
@@ -214,7 +215,66 @@ GPT_OSS = {  # as OpenAI's folders have it, smaller and in bf16
     "tie_word_embeddings": False,
     "vocab_size": 320,
 }
+DEEPSEEK_V3 = {  # as DeepSeek's folders have it, smaller and in bf16
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "aux_loss_alpha": 0.001,
+    "ep_size": 1,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "kv_lora_rank": 24,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 48,
+    "moe_layer_freq": 1,
+    "n_group": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 2,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 12,
+    "vocab_size": 320,
+}
 CONFIGS = {
+    "deepseek-v3": DEEPSEEK_V3,
+    "deepseek-v3-without-query-latents": DEEPSEEK_V3 | {"q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    "kimi-k2": DEEPSEEK_V3
+    | {
+        "n_group": 1,
+        "topk_group": 1,
+        "num_nextn_predict_layers": 0,
+        "routed_scaling_factor": 2.827,
+        "rope_scaling": DEEPSEEK_V3["rope_scaling"] | {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0},
+        "rope_theta": 50000.0,
+    },
     "gpt-oss": GPT_OSS,
     "gpt-oss-without-rope": GPT_OSS | {"rope_scaling": None, "layer_types": None},
     "phi4-mini": PHI4_MINI,
@@ -296,6 +356,7 @@ def test_numbers_are_those_of_transformers(folder, name):
         getattr(theirs, "num_experts_per_tok", 0),
     )
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    head_dim = getattr(theirs, "qk_head_dim", head_dim)
     assert (a.num_attention_heads, a.num_query_groups, a.head_dim) == (
         theirs.num_attention_heads,
         theirs.num_key_value_heads,
@@ -316,14 +377,14 @@ def test_numbers_are_those_of_transformers(folder, name):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_has_its_own_meaning_of_absent_fields(folder, family):
     essential = {"vocab_size": 320, "num_hidden_layers": 3, "intermediate_size": 172}
-    wide = {"hidden_size": 256, "num_attention_heads": 64}  # what their defaults of groups divide
+    wide = {"hidden_size": 512, "num_attention_heads": 128}  # what their defaults of groups divide
     experts = family_of(family).experts
     # transformers has a default for the number of experts; where ours has none, the config names it.
     named = {} if experts is None or set(experts.count) & family_of(family).absent.keys() else {"num_experts": 8}
     path = folder({"model_type": family} | essential | wide | named)
     a, theirs = read_architecture(path), AutoConfig.from_pretrained(path)
     assert (a.num_query_groups, a.max_positions) == (theirs.num_key_value_heads, theirs.max_position_embeddings)
-    assert a.head_dim == (getattr(theirs, "head_dim", None) or 4)
+    assert a.head_dim == getattr(theirs, "qk_head_dim", getattr(theirs, "head_dim", None) or 4)
     assert (a.norm_epsilon, a.rope_base) == (theirs.rms_norm_eps, full_rope(theirs)["rope_theta"])
     assert (a.sliding_window, a.tied_embeddings) == (
         getattr(theirs, "sliding_window", None),
@@ -423,6 +484,16 @@ def test_number_of_parameters(folder, name):
     assert read_architecture(path).num_parameters() == sum(p.numel() for p in model.parameters())
 
 
+def test_numbers_of_parameters_are_the_published_ones():
+    """DeepSeek-V3: 671B, 37B of them for each token (arXiv 2412.19437); Kimi K2: 1T and 32B (arXiv 2507.20534)."""
+    deepseek = {"model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "num_hidden_layers": 61}
+    kimi = {"vocab_size": 163840, "num_attention_heads": 64, "num_key_value_heads": 64, "n_routed_experts": 384}
+    kimi |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    for config, whole, active in (({"num_attention_heads": 128}, 671, 37), (kimi, 1026, 32)):
+        a = parse_architecture(deepseek | config, "config.json")
+        assert (a.num_parameters() // 10**9, a.num_active_parameters() // 10**9) == (whole, active)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_tensor_has_one_rule(folder, name):
     path = folder(CONFIGS[name])
@@ -494,8 +565,30 @@ def test_padded_vocabulary(folder, words, multiple, tensor, padded):
         ),
         (
             LLAMA2,
-            {"model_type": "deepseek_v3"},
-            "model_type='deepseek_v3' is not supported, for it has multi-head latent attention: use one",
+            {"model_type": "kimi_k2"},
+            "model_type='kimi_k2' is not supported, for transformers knows such models as deepseek_v3 alone, and",
+        ),
+        (DEEPSEEK_V3, {"attention_bias": True}, "attention_bias=True is not supported: only False is"),
+        (DEEPSEEK_V3, {"topk_method": "greedy"}, "topk_method='greedy' is not supported: only 'noaux_tc' is"),
+        (DEEPSEEK_V3, {"num_key_value_heads": 2}, "num_key_value_heads=2 is not supported: only 4 is"),
+        (DEEPSEEK_V3, {"head_dim": 16}, "head_dim=16 is not supported: only 8 is, which the other sizes say"),
+        (DEEPSEEK_V3, {"norm_topk_prob": None}, "norm_topk_prob=None is not supported: only True is"),
+        (DEEPSEEK_V3, {"kv_lora_rank": 1.5}, "kv_lora_rank=1.5 is not possible: only a whole number from 1 on is"),
+        (
+            DEEPSEEK_V3,
+            {"topk_group": 1, "num_experts_per_tok": 2, "n_group": 3},
+            "n_group=3 with topk_group=1 is not possible for num_experts_per_tok=2 of n_routed_experts=8: groups are equal",
+        ),
+        (DEEPSEEK_V3, {"topk_group": 1}, "n_group=4 with topk_group=1 is not possible for num_experts_per_tok=4"),
+        (
+            DEEPSEEK_V3,
+            {"num_experts_per_tok": 3},
+            "topk_group=2 of n_group=4 with num_experts_per_tok=3 is not supported: megatron ranks groups by their best 1",
+        ),
+        (
+            DEEPSEEK_V3,
+            {"rope_scaling": {"type": "yarn", "mscale_all_dim": 1.0}},
+            "mscale_all_dim=1.0 is not possible without the factor of the rope scaling: add it",
         ),
         (
             LLAMA2,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_sstoken.model.flops import causal_pairs, model_flops
+from megatron_sstoken.model.families import parse_architecture
+from megatron_sstoken.model.flops import attention_flops, causal_pairs, model_flops
 from megatron_sstoken.model.presets import find_architecture
 
 EIGHT = find_architecture("Llama-3.1-8B")
@@ -15,3 +16,10 @@ def test_flops_are_those_of_the_published_figures():
         assert model_flops(architecture, length, causal_pairs(length)) / length == pytest.approx(
             tflops * 1e12 / tokens, rel=2e-3
         )
+
+
+def test_values_narrower_than_keys_cost_less():
+    """A head of DeepSeek-V3 multiplies by 192 numbers of each key and by 128 of each value."""
+    sizes = {"vocab_size": 320, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 128}
+    a = parse_architecture({"model_type": "deepseek_v3"} | sizes, "config.json")
+    assert attention_flops(a, 10) == 2 * 128 * (192 + 128) * 10

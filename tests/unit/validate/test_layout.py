@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_sstoken.model.families import read_architecture
-from megatron_sstoken.validate.layout import Findings, check_windows, divisors
+from megatron_sstoken.validate.layout import Findings, check_adapters, check_fp8, check_windows, divisors
 from megatron_sstoken.validate.run import plan_run
 from tests.helpers.plans import only_problem, problems_of
 from tests.helpers.workbench import make_model, make_settings
@@ -249,10 +249,43 @@ def test_experts_over_all_the_processes_of_a_stage(settings, mixture):
     assert (plan.shape.data_size, plan.architecture.num_experts) == (2, 4)
 
 
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """The architecture of the miniature with latent attention."""
+    return read_architecture(make_model(tmp_path_factory.mktemp("latents"), "deepseek_v3"))
+
+
 def test_a_dense_model_has_no_experts(settings):
     assert only_problem(settings(parallel__expert=2), 2) == (
         "parallel.expert=2 needs a mixture of experts, which model.model_type=llama is not: use 1"
     )
+
+
+def test_latents_take_adapters_on_the_output_alone(latents):
+    def problems(targets):
+        found = Findings([])
+        check_adapters(make_settings("", "", lora__rank=2, lora__targets=targets), latents, found)
+        return found.problems
+
+    assert problems(["o_proj"]) == []
+    (problem,) = problems(["q_proj", "o_proj"])
+    assert "names q_proj, and model.model_type=deepseek_v3 makes queries, keys and values of latents" in problem
+
+
+def test_fp8_wants_tiles_of_latents(latents):
+    settings = make_settings("", "", training__precision="fp8", parallel__tensor=2)
+    found = Findings([])
+    check_fp8(settings, latents, found)
+    named = {problem.split("; model.")[1].split(" leaves")[0] for problem in found.problems}
+    # Of 4 heads a rank has 2: queries of 12 numbers, keys without RoPE of 8, values of 6; latents are whole.
+    assert named == {
+        "num_attention_heads × (qk_nope_head_dim + qk_rope_head_dim)",
+        "num_attention_heads × (qk_nope_head_dim + v_head_dim)",
+        "num_attention_heads × v_head_dim",
+        "kv_lora_rank",
+        "q_lora_rank",
+        "intermediate_size",
+    }
 
 
 @pytest.mark.parametrize(("parallel", "fits"), [((1, 2), True), ((2, 2), False), ((1, 4), False), ((4, 1), True)])
