@@ -168,17 +168,22 @@ class AdaptedColumns(AdaptedLinear):
 
     def add_column_adapters(self, lora: LoraSettings, blocks: Blocks, num_outputs: int) -> None:
         """`num_outputs`: on this rank."""
-        tensor = self.tp_group.size()
-        assert blocks.num_groups is None or blocks.num_groups % tensor == 0, "checked by the plan"
-        self.num_groups = 1 if blocks.num_groups is None else blocks.num_groups // tensor
-        rows, shares = num_outputs // self.num_groups, blocks.shares
-        self.block_rows = {name: rows * share // sum(shares.values()) for name, share in shares.items()}
+        tensor, shares = self.tp_group.size(), blocks.shares
+        groups = tensor if blocks.num_groups is None else blocks.num_groups
+        self.num_groups, self.ranks_of_group = max(groups // tensor, 1), max(tensor // groups, 1)
+        group_rows = num_outputs * self.ranks_of_group // self.num_groups
+        rows = {name: group_rows * share // sum(shares.values()) for name, share in shares.items()}
         sizes: dict[str, tuple[int, int]] = {
-            name: (self.input_size, size * self.num_groups)
-            for name, size in self.block_rows.items()
-            if name in lora.targets
+            name: (self.input_size, rows[name] * groups // tensor) for name in rows if name in lora.targets
         }
         self._add_adapters(lora, sizes, {"lora_B": 0})
+        first = self.tp_group.rank() % self.ranks_of_group * num_outputs
+        last = first + num_outputs if self.ranks_of_group > 1 else group_rows
+        self.block_rows = {}
+        """Of a group: name of each fused linear → its rows that this rank computes."""
+        for name, number in rows.items():
+            self.block_rows[name] = range(number)[max(first, 0) : max(last, 0)]
+            first, last = first - number, last - number
 
     def adapter_output(self, inputs: torch.Tensor) -> torch.Tensor:
         """[tokens (of this rank under sequence parallel), batch, in] → [tokens, batch, out / tensor size]."""
@@ -187,16 +192,37 @@ class AdaptedColumns(AdaptedLinear):
             small = gather_from_sequence_parallel_region(small, group=self.tp_group)
         else:
             small = copy_to_tensor_model_parallel_region(small, group=self.tp_group)
-        adapters = self.named_adapters()
-        pieces = dict(zip(adapters, small.split(self.lora.rank, dim=-1), strict=True))
+        matrices = self._matrices() if self.ranks_of_group == 1 else self._matrices_of_cut_group()
+        pieces = dict(zip(matrices, small.split(self.lora.rank, dim=-1), strict=True))
         shape = (*small.shape[:-1], self.num_groups)
         blocks = [
-            F.linear(pieces[name], adapters[name].lora_B).view(*shape, rows)
+            F.linear(pieces[name], matrices[name]).view(*shape, len(rows))
             if name in pieces
-            else small.new_zeros(*shape, rows)
+            else small.new_zeros(*shape, len(rows))
             for name, rows in self.block_rows.items()
         ]
         return torch.cat(blocks, dim=-1).flatten(-2)
+
+    def _matrices(self) -> dict[str, torch.Tensor]:
+        """Target → its B, of the rows that this rank computes."""
+        return {name: adapter.lora_B for name, adapter in self.named_adapters().items()}
+
+    def _matrices_of_cut_group(self) -> dict[str, torch.Tensor]:
+        """The same where tensor parallel outnumbers the query groups and cuts through them; megatron gathers q, k and v.
+
+        Each rank holds an even share of every B, and a part of one group's rows is what it computes: all B are gathered.
+        Linears of which this rank computes no row stay part of the graph, so that all ranks reduce their gradients.
+        """
+        held = self._matrices()
+        tensor, group = self.tp_group.size(), self.tp_group.rank() // self.ranks_of_group
+        gathered = gather_from_sequence_parallel_region(torch.cat(list(held.values())), group=self.tp_group)
+        parts = gathered.unflatten(0, (tensor, -1)).split([len(matrix) for matrix in held.values()], dim=1)
+        found = {}
+        for name, part in zip(held, parts, strict=True):
+            whole, rows = part.flatten(0, 1), self.block_rows[name]
+            first = group * (len(whole) * self.ranks_of_group // tensor)
+            found[name] = whole[first + rows.start : first + rows.stop]
+        return found
 
 
 class AdaptedRows(AdaptedLinear):

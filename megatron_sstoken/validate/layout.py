@@ -189,11 +189,12 @@ def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None
     lora, tensor = settings.lora, settings.parallel.tensor
     if lora.rank == 0:
         return
-    fused = [name for name in lora.targets if name in ("q_proj", "k_proj", "v_proj")]
+    keys = [name for name in lora.targets if name in ("k_proj", "v_proj")]
+    width = a.num_query_groups * a.head_dim
     found.require(
-        not fused or a.num_query_groups % tensor == 0,
-        f"parallel.tensor={tensor} does not divide model.num_key_value_heads={a.num_query_groups}, which "
-        f"adapters on {', '.join(fused)} need: use {divisors(a.num_query_groups)}, or leave them out of lora.targets",
+        not keys or width % tensor == 0,
+        f"parallel.tensor={tensor} does not divide model.num_key_value_heads × head_dim={width}, the rows of adapters on "
+        f"{' and '.join(keys)}: use {divisors(width)}, or leave them out of lora.targets",
     )
     _check_rank(settings, a, found)
     found.require(

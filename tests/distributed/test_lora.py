@@ -4,7 +4,6 @@ The reference is `peft` on the Hugging Face model, with the same weights and the
 run in processes alone and in pairs; the tests look at what they returned.
 """
 
-import dataclasses
 import json
 import math
 import shutil
@@ -43,7 +42,11 @@ CASES = {
     "llama": ("llama", ALL, "none", True),
     "llama, some": ("llama", SOME, "selective", False),
     "qwen2, full recompute": ("qwen2", ALL, "full", True),
+    "one key head": ("one key head", ALL, "none", True),
+    "one key head, no queries": ("one key head", ["k_proj", "o_proj"], "none", True),
 }
+CUT = ("one key head", "one key head, no queries")
+"""Tensor parallel cuts through the rows of their one query group."""
 EXPORTED = {
     "fused": ("phi3", ALL),
     "fused, some": ("phi3", ["v_proj", "q_proj", "up_proj"]),
@@ -58,7 +61,9 @@ NUM_STEPS, SAVED_AT = 4, 2
 
 def cases_of(parallel):
     """All cases where nothing is sharded; on two processes those that differ there."""
-    return [name for name in CASES if not parallel or name != "llama, some"]
+    if not parallel:
+        return list(CASES)
+    return [name for name in CASES if name != "llama, some" and ("parallel.tensor" in parallel or name not in CUT)]
 
 
 TOKENS = torch.randint(0, 99, (1, 40), generator=torch.Generator().manual_seed(0))
@@ -108,6 +113,10 @@ def train_and_export(folder, name):
 
 def gradients_on_two(rank, folder, adapters):
     return {name: measure_gradients(folder, adapters, parallel) for name, parallel in TWO_RANKS.items()}
+
+
+def gradients_on_four(rank, folder, adapters):
+    return measure_gradients(folder, adapters, {"parallel.tensor": 4, "parallel.sequence": True})
 
 
 def histories_on_two(rank, folder, adapters):
@@ -306,9 +315,10 @@ def train_and_resume(rank, folder):
     found = {"dropout": run(f"{folder}/dropout", **dropped)}
     copy(f"{folder}/dropout", f"{folder}/dropout-again")
     found["dropout, resumed"] = run(f"{folder}/dropout-again", **dropped)
-    found["plain"] = run(f"{folder}/plain", parallel__tensor=2)
+    cut = {"model__hf_path": f"{folder}/one key head"}
+    found["plain"] = run(f"{folder}/plain", parallel__tensor=2, **cut)
     copy(f"{folder}/plain", f"{folder}/plain-pp2")
-    found["plain, resumed on pp2"] = run(f"{folder}/plain-pp2", parallel__pipeline=2)
+    found["plain, resumed on pp2"] = run(f"{folder}/plain-pp2", parallel__pipeline=2, **cut)
     return found
 
 
@@ -334,6 +344,7 @@ def bench(tmp_path_factory):
     make_store(folder / "data", samples)
     for number, family in enumerate(("llama", "qwen2", "phi3", "glm4_moe", "gpt_oss")):
         make_model(folder / family, family, seed=number + 1)
+    make_model(folder / "one key head", "llama", seed=1, num_key_value_heads=1)
     adapters, expected = {}, {}
     for case, (family, targets, *_) in CASES.items():
         torch.manual_seed(7)
@@ -377,6 +388,15 @@ def test_loss_and_gradients_equal_pefts(bench, one, two, layout):
         print(f"{layout:<13} {case:<22} loss ±{abs(loss - wanted_loss):.1e}, gradients ±{worst:.1e}")
         assert loss == pytest.approx(wanted_loss, abs=1e-5), case
         assert worst < 1e-4, case
+
+
+@pytest.mark.slow
+def test_loss_and_gradients_equal_pefts_where_each_of_two_groups_is_cut(bench):
+    results = run_distributed(gradients_on_four, 4, *bench[:2])[0]
+    assert results.keys() > {"llama", "one key head"}
+    for case, (loss, gradients) in results.items():
+        assert loss == pytest.approx(bench[2][case][0], abs=1e-5), case
+        assert largest_difference(gradients, bench[2][case][1]) < 1e-4, case
 
 
 def test_base_is_frozen_and_costs_no_gradient_or_optimizer_memory(two):
@@ -496,8 +516,3 @@ def test_adapters_do_not_load_where_they_do_not_fit(exported):
             resumable_checkpoint(plan_run(resumed, 1))
     fitting = lora_settings(folder, model__checkpoint=checkpoint, lora__rank_stabilized=True)
     assert plan_run(fitting, 1).settings.lora.rank == RANK
-    other = dataclasses.replace(lora_settings(folder), parallel=dataclasses.replace(started.parallel, tensor=4))
-    with pytest.raises(
-        SettingsError, match="parallel.tensor=4 does not divide model.num_key_value_heads=2, which adapters"
-    ):
-        plan_run(other, 4)

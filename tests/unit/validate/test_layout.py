@@ -192,6 +192,22 @@ def test_tensor_parallel_against_the_model(folder, tmp_path, shape, tensor, mess
     assert plan_run(settings, 2).shape.data_size == 1
 
 
+def test_adapters_of_keys_that_tensor_parallel_does_not_divide(folder, tmp_path):
+    few = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 6}
+    make_model(tmp_path / "model", **few)
+    settings = make_settings(
+        str(tmp_path / "model"),
+        str(folder / "data"),
+        parallel__tensor=4,
+        lora__rank=2,
+        lora__targets=["q_proj", "v_proj"],
+    )
+    assert only_problem(settings, 4) == (
+        "parallel.tensor=4 does not divide model.num_key_value_heads × head_dim=6, the rows of adapters on v_proj: "
+        "use 1, 2, 3 or 6, or leave them out of lora.targets"
+    )
+
+
 def test_divisors():
     assert (divisors(1), divisors(7), divisors(12)) == ("1", "1 or 7", "1, 2, 3, 4, 6 or 12")
     assert divisors(128) == "1, 2, 4, 8, 16, 32 or 64"
