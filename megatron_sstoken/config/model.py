@@ -207,7 +207,7 @@ class LoraSettings:
 
     targets: list[LoraTarget] = field(default_factory=lambda: list(get_args(LoraTarget)))
     """The linears that get adapters, by their names in the Hugging Face model (PEFT's target_modules); default: all, which
-    `all-linear` says, too."""
+    `all-linear` says, too. In a mixture gate_proj, up_proj and down_proj are those of every expert."""
 
     train_whole: list[WholeModule] = field(default_factory=list)
     """Modules that are trained whole beside the adapters, as for new tokens (PEFT's modules_to_save); the embedding and the

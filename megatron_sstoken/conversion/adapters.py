@@ -14,11 +14,12 @@ from megatron_sstoken.conversion.torch_dist import CheckpointReader
 from megatron_sstoken.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATE_FILE
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
-from megatron_sstoken.model.lora import (
+from megatron_sstoken.model.lora_targets import (
     FUSED,
     TARGETS,
     WHOLE,
     WHOLE_TENSORS,
+    expert_of,
     hugging_face_linears,
     other_sides,
     peft_name,
@@ -26,7 +27,7 @@ from megatron_sstoken.model.lora import (
     stacked_alpha,
 )
 
-_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(\w+\.\w+)\.weight")
+_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
 
 
 class AdapterCheckpoint:
@@ -57,10 +58,12 @@ class AdapterCheckpoint:
         files = [self.folder / STATE_FILE, *sorted(self.folder.glob("*.distcp"))]
         return fingerprint_files(map(str, files))
 
-    def matrices(self, target: str, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [rank, in] and B [out, rank] of one linear in layer `layer` (from 0), as they were trained."""
+    def matrices(self, target: str, layer: int, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [rank, in] and B [out, rank] of one linear in layer `layer` (from 0), or of an expert in it, as trained."""
+        linear = TARGETS[target] if expert is None else TARGETS[target].replace("mlp.", "mlp.experts.experts.")
+        key = f"decoder.layers.{linear}.adapters.{target}"  # in a checkpoint the layers are the first axis
         read = self._reader.read_layer
-        return read(_key(target, "lora_A"), layer), read(_key(target, "lora_B"), layer)
+        return read(f"{key}.lora_A", layer, expert), read(f"{key}.lora_B", layer, expert)
 
     def merged_delta(self, name: str) -> torch.Tensor | None:
         """What the adapters add to the Hugging Face tensor `name`: scale · B·A, fp32; None if nothing."""
@@ -72,7 +75,7 @@ class AdapterCheckpoint:
 
     def linear_matrices(self, path: str, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of one Hugging Face linear, `path` in layer `layer`, with all the targets that lie in it."""
-        found = {target: self.matrices(target, layer) for target in self.linears[path]}
+        found = {target: self.matrices(target, layer, expert_of(path)) for target in self.linears[path]}
         parts = FUSED.get(path.rpartition(".")[2], self.linears[path])
         first = next(b for _, b in found.values())
         rows = other_sides(self.architecture)
@@ -104,7 +107,11 @@ class AdapterCheckpoint:
     def peft_config(self, base: str) -> dict:
         """PEFT's adapter_config.json; `base` is the Hugging Face folder of the weights that the adapters belong to."""
         fused = {path.rpartition(".")[2]: len(parts) for path, parts in self.linears.items() if len(parts) > 1}
-        alpha, stabilized = self.identity.alpha, self.identity.rank_stabilized
+        alpha, stabilized, dropout = self.identity.alpha, self.identity.rank_stabilized, self.identity.dropout
+        if any(expert_of(path) is not None for path in self.linears):
+            # PEFT has no dropout where experts lie in one tensor. It makes one adapter of those of gate and up, of twice the
+            # rank and the alpha, which is not the same scale where it goes by √rank.
+            alpha, stabilized, dropout = self.identity.scale * self.identity.rank, False, 0.0
         patterns = {
             "rank_pattern": {name: number * self.identity.rank for name, number in fused.items()},
             "alpha_pattern": {
@@ -118,9 +125,9 @@ class AdapterCheckpoint:
             "r": self.identity.rank,
             "lora_alpha": alpha,
             "use_rslora": stabilized,
-            "lora_dropout": self.identity.dropout,
+            "lora_dropout": dropout,
             **({"modules_to_save": list(self.identity.train_whole)} if self.identity.train_whole else {}),
-            "target_modules": [path.rpartition(".")[2] for path in self.linears],
+            "target_modules": list(dict.fromkeys(path.rpartition(".")[2] for path in self.linears)),
             **(patterns if fused else {}),
             "bias": "none",
             "fan_in_fan_out": False,
@@ -144,8 +151,3 @@ class AdapterCheckpoint:
                 f"on ({problem}): name their folder with --hf"
             )
         return source
-
-
-def _key(target: str, matrix: str) -> str:
-    """Name in a checkpoint, where the layers are the first axis."""
-    return f"decoder.layers.{TARGETS[target].megatron}.adapters.{target}.{matrix}"

@@ -21,7 +21,17 @@ from megatron_sstoken.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, local_mode
 from megatron_sstoken.model.dtypes import SAFETENSORS_NAMES
 from megatron_sstoken.model.families import Architecture, Split, read_architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
-from megatron_sstoken.model.lora import FUSED, TARGETS, WHOLE, other_sides, peft_whole_name, stacked_alpha
+from megatron_sstoken.model.lora_targets import (
+    FUSED,
+    OTHER_NAMES,
+    TARGETS,
+    WHOLE,
+    expert_of,
+    other_sides,
+    peft_layer,
+    peft_whole_name,
+    stacked_alpha,
+)
 from megatron_sstoken.model.weight_files import open_safetensors
 
 _UNSUPPORTED = {
@@ -34,7 +44,10 @@ _UNSUPPORTED = {
     "fan_in_fan_out": "transposed weights",
 }
 """Fields of adapter_config.json that change what adapters compute → what they stand for."""
-_TENSOR = re.compile(r"base_model\.model\.model\.layers\.\d+\.\w+\.(\w+)\.lora_[AB]\.weight")
+_TENSOR = re.compile(r"base_model\.model\.model\.layers\.\d+\.\w+(?:\.experts\.\d+)?\.(\w+)\.lora_[AB]\.weight")
+_STACK = re.compile(r"base_model\.model\.model\.layers\.\d+\.mlp\.experts\.((?:base_layer\.)?)lora_[AB]\.weight")
+_STACKS = ("down_proj", "gate_up_proj")
+"""Tensors of all experts that `target_parameters` may name, in the order in which PEFT wraps them, from outside."""
 _MERGE, _OWN = "merge the adapters into their base with PEFT", "name the adapters' own base with --hf"
 
 
@@ -64,18 +77,23 @@ class PeftFolder:
         self._weights = open_safetensors(str(self._weights_file))
         self._names = set(self._weights.keys())
         whole = [module for module in get_args(WholeModule) if module in (self._config.get("modules_to_save") or [])]
-        matches = {
-            name: _TENSOR.fullmatch(name) for name in self._names - {peft_whole_name(module) for module in whole}
+        named = {name.rpartition(".")[2] for name in self._config.get("target_parameters") or []}
+        self._stacks = dict(zip([name for name in _STACKS if name in named], ("", "base_layer."), strict=False))
+        """Tensor of all experts that has an adapter → what the names of its matrices have before `lora_A`."""
+        in_stacks = {
+            name for name in self._names if (found := _STACK.fullmatch(name)) and found[1] in self._stacks.values()
         }
-        self._linears = {match[1] for match in matches.values() if match}
-        known = TARGETS.keys() | FUSED.keys()
+        others = self._names - in_stacks - {peft_whole_name(module) for module in whole}
+        matches = {name: _TENSOR.fullmatch(name) for name in others}
+        self._linears = {match[1] for match in matches.values() if match} | self._stacks.keys()
+        known = TARGETS.keys() | FUSED.keys() | OTHER_NAMES.keys()
         unknown = sorted(name for name, match in matches.items() if match is None) + sorted(self._linears - known)
         if unknown or not self._linears:
             what = f"holds {', '.join(unknown[:3])}" if unknown else "holds no adapters"
             raise ValueError(
                 f"{self._weights_file} {what}: only adapters of {', '.join(sorted(known))} are read: {_MERGE}"
             )
-        targets = {part for name in self._linears for part in FUSED.get(name, (name,))}
+        targets = {part for name in self._linears for part in FUSED.get(name, (OTHER_NAMES.get(name, name),))}
         self.lora = LoraSettings(
             rank=self._config["r"],
             alpha=float(self._config["lora_alpha"]),
@@ -115,7 +133,7 @@ class PeftFolder:
         if parameter.rule.split is Split.VOCABULARY:
             real = self._weights.get_tensor(place.name)
             return torch.cat([real, real.new_zeros(parameter.shape[0] - real.shape[0], real.shape[1])])
-        return self._weights.get_slice(place.name)[place.rows, place.columns].contiguous()
+        return self._weights.get_slice(place.name)[place.rows][:, place.columns].contiguous()
 
     def check(self, parameters: tuple[Parameter, ...], architecture: Architecture) -> None:
         """Raise ValueError unless the folder holds the matrices of all `parameters`, and no others."""
@@ -131,7 +149,11 @@ class PeftFolder:
             )
         for place in places:
             if place.name not in self._names:
-                why = "modules_to_save names it" if place.linear in WHOLE else "adapters have to be on every layer"
+                why = (
+                    "modules_to_save names it"
+                    if place.linear in WHOLE
+                    else "adapters have to be on every layer and expert"
+                )
                 raise ValueError(f"{self._weights_file} holds no {place.name}: {why}")
             shape = list(self._weights.get_slice(place.name).get_shape())
             if shape != place.shape:
@@ -187,8 +209,10 @@ class PeftFolder:
         if parameter.rule.split is Split.VOCABULARY:
             return _Place(name, name.split(".")[-2], [architecture.vocabulary_size, parameter.shape[1]])
         linear, (target, matrix) = name.split(".")[-3], parameter.name.split(".")[-2:]
-        shape = list(parameter.shape)
-        if linear == target:
+        shape, expert = list(parameter.shape), expert_of(parameter.name)
+        if expert is not None and self._stacks:
+            return self._place_in_stack(parameter, expert, architecture)
+        if linear not in FUSED:
             return _Place(name, linear, shape)
         parts, rank, sides = FUSED[linear], self.lora.rank, other_sides(architecture)
         number = parts.index(target)
@@ -200,6 +224,20 @@ class PeftFolder:
         first = sum(sides[part] for part in parts[:number])
         rows = slice(first, first + sides[target])
         return _Place(name, linear, [sum(sides[part] for part in parts), width], rows, ranks)
+
+    def _place_in_stack(self, parameter: Parameter, expert: int, architecture: Architecture) -> _Place:
+        """Where an adapter of all experts has the matrix of one: A holds them below one another, B by turns in its columns."""
+        target, matrix = parameter.name.split(".")[-2:]
+        (stack,) = (name for name in _STACKS if target in FUSED.get(name, (name,)))
+        name = f"{peft_layer(parameter.layer)}.mlp.experts.{self._stacks.get(stack, '')}{matrix}.weight"
+        number, rank = architecture.num_experts, self.lora.rank
+        if matrix == "lora_A":
+            rows = slice(expert * rank, (expert + 1) * rank)
+            return _Place(name, stack, [number * rank, parameter.shape[1]], rows)
+        parts = FUSED.get(stack, (stack,))
+        first = parts.index(target) * parameter.shape[0]
+        rows, columns = slice(first, first + parameter.shape[0]), slice(expert, None, number)
+        return _Place(name, stack, [len(parts) * parameter.shape[0], rank * number], rows, columns)
 
     def _require_blocks(self, place: _Place) -> None:
         """Raise ValueError unless the rows of one part use no A but their own."""

@@ -26,7 +26,8 @@ from megatron_sstoken.model.biases import let_experts_add_biases
 from megatron_sstoken.model.dtypes import is_router_bias, weight_dtype
 from megatron_sstoken.model.families import Architecture, Split, table_frequencies
 from megatron_sstoken.model.head import IGNORE_INDEX, HeadOptions, selective_head, vocabulary_parallel_loss
-from megatron_sstoken.model.lora import adapted_linears, base_parameters, is_adapter, prepare_adapters, whole_parameters
+from megatron_sstoken.model.lora import adapted_linears, prepare_adapters
+from megatron_sstoken.model.lora_targets import expert_of, is_adapter, whole_parameters
 from megatron_sstoken.model.rotary import PackedRotary, multiply_rotated
 from megatron_sstoken.model.rows import HeadRows, head_rows
 from megatron_sstoken.model.spec import block_spec
@@ -403,15 +404,16 @@ def _mark_tensor_parallel(chunk: TokenLossModel, architecture: Architecture) -> 
     are reduced over the expert data-parallel group; megatron arranges for that only with several expert ranks.
     """
     rules = rules_of_chunk(chunk, architecture)
-    for name, parameter in base_parameters(chunk):
-        rule, _ = rules[name]
-        if rule.expert is not None:
-            parameter.allreduce = False  # type: ignore[attr-defined]  # a mark of megatron's
+    for name, parameter in chunk.named_parameters():
+        of_adapter = is_adapter(name)
+        split = Split.WHOLE if of_adapter else rules[name][0].split  # what is cut of adapters is marked
+        of_expert = (expert_of(name) if of_adapter else rules[name][0].expert) is not None
+        if of_expert:
+            parameter.allreduce = False  # a mark of megatron's
             # megatron marks biases of experts as replicas whose gradients are to be summed over the tensor ranks.
-            parameter.sequence_parallel = False  # type: ignore[attr-defined]
-        differs = rule.split is not Split.WHOLE or rule.expert is not None
-        if differs and not hasattr(parameter, "tensor_model_parallel"):
-            dim = 1 if rule.split is Split.COLUMNS else 0
+            parameter.sequence_parallel = False
+        if (split is not Split.WHOLE or of_expert) and not hasattr(parameter, "tensor_model_parallel"):
+            dim = 1 if split is Split.COLUMNS else 0
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
 
 

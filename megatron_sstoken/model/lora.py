@@ -30,49 +30,16 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from megatron_sstoken.compat import dense_mlp
+from megatron_sstoken.compat import dense_mlp, expert_mlp
 from megatron_sstoken.config import LoraSettings
-from megatron_sstoken.model.families import Architecture
-
-_MARK = ".adapters."
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where the linear that PEFT knows by one name lies."""
-
-    megatron: str
-    """The (fused) linear in a megatron layer."""
-    hugging_face: str
-    """The linear in a Hugging Face layer."""
-
-
-TARGETS = {
-    "q_proj": Target("self_attention.linear_qkv", "self_attn.q_proj"),
-    "k_proj": Target("self_attention.linear_qkv", "self_attn.k_proj"),
-    "v_proj": Target("self_attention.linear_qkv", "self_attn.v_proj"),
-    "o_proj": Target("self_attention.linear_proj", "self_attn.o_proj"),
-    "gate_proj": Target("mlp.linear_fc1", "mlp.gate_proj"),
-    "up_proj": Target("mlp.linear_fc1", "mlp.up_proj"),
-    "down_proj": Target("mlp.linear_fc2", "mlp.down_proj"),
-}
-
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Linear of Hugging Face models that fuse some → the targets in it, in the order of its rows."""
-
-
-WHOLE = {"embed_tokens": "embedding.word_embeddings.weight", "lm_head": "output_layer.weight"}
-"""Module of a Hugging Face model that may be trained whole beside the adapters → its parameter in megatron's. The head of a
-tied model is a copy on the last pipeline stage, or nothing."""
-WHOLE_TENSORS = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
-"""The same in Hugging Face folders."""
+from megatron_sstoken.model.lora_targets import OF_MLP, base_parameters, expert_of
 
 
 class Adapter(torch.nn.Module):
     """This rank's slices of one target's A and B.
 
     Column-parallel: A whole, B split by rows. Row-parallel: A split by columns, B whole. Whole matrices are the same on all
-    tensor parallel ranks.
+    tensor parallel ranks. Those of an expert are whole on the ranks that hold it.
     """
 
     def __init__(self, num_inputs: int, num_outputs: int, rank: int, config: TransformerConfig):
@@ -265,7 +232,8 @@ class AdaptedRowParallelLinear(AdaptedRows, RowParallelLinear):
 
 
 def adapt_layer(layer: TransformerLayerSubmodules, config: TransformerConfig, lora: LoraSettings) -> None:
-    """Put adapted linears into a layer's spec wherever `lora.targets` names them; attention and dense feed-forward."""
+    """Put adapted linears into a layer's spec wherever `lora.targets` names them: in attention, and in the dense feed-forward
+    part or in the experts that are computed one after another."""
     column: type[AdaptedColumns] = AdaptedColumnParallelLinear
     row: type[AdaptedRows] = AdaptedRowParallelLinear
     if config.transformer_impl == "transformer_engine":
@@ -279,7 +247,8 @@ def adapt_layer(layer: TransformerLayerSubmodules, config: TransformerConfig, lo
         attention.linear_qkv = partial(column, lora=lora, blocks=fused)
     if "o_proj" in lora.targets:
         attention.linear_proj = ModuleSpec(row, params={"lora": lora, "target": "o_proj"})
-    if (mlp := dense_mlp(layer)) is None:
+    mlp = dense_mlp(layer) or (expert_mlp(layer) if set(OF_MLP) & set(lora.targets) else None)
+    if mlp is None:
         return
     if {"gate_proj", "up_proj"} & set(lora.targets):
         mlp.linear_fc1 = ModuleSpec(column, params={"lora": lora, "blocks": Blocks({"gate_proj": 1, "up_proj": 1})})
@@ -287,94 +256,19 @@ def adapt_layer(layer: TransformerLayerSubmodules, config: TransformerConfig, lo
         mlp.linear_fc2 = ModuleSpec(row, params={"lora": lora, "target": "down_proj"})
 
 
-def other_sides(a: Architecture) -> dict[str, int]:
-    """Target → the side of its weight that is not the hidden size."""
-    queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    widths = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}
-    return {name: widths.get(name, a.ffn_hidden_size) for name in TARGETS}
-
-
-def hugging_face_linears(a: Architecture, targets: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Linears of a Hugging Face layer of `a` that have adapters, by their paths → which of `targets` lie in each."""
-    tensors = {name.removesuffix(".weight") for rule in a.weight_rules() for name in rule.hugging_face}
-    fused_in = {part: name for name, parts in FUSED.items() for part in parts}
-    found: dict[str, tuple[str, ...]] = {}
-    for target in targets:
-        path = TARGETS[target].hugging_face
-        if not any(name.endswith(path) for name in tensors):
-            path = f"{path.rpartition('.')[0]}.{fused_in[target]}"
-        found[path] = (*found.get(path, ()), target)
-    return found
-
-
-def stacked_alpha(alpha: float, number: int, *, rank_stabilized: bool) -> float:
-    """The alpha that scales an adapter of `number` times the rank as `alpha` scales the others."""
-    return alpha * (math.sqrt(number) if rank_stabilized else number)
-
-
-def num_adapter_parameters(a: Architecture, lora: LoraSettings) -> int:
-    """Parameters of all adapters of a model."""
-    sides = other_sides(a)
-    return a.num_layers * lora.rank * sum(a.hidden_size + sides[name] for name in lora.targets)
-
-
-def num_whole_tables(a: Architecture, lora: LoraSettings) -> int:
-    """Matrices of vocabulary × hidden size that are trained whole beside the adapters."""
-    return min(len(lora.train_whole), 1 if a.tied_embeddings else 2)
-
-
-def describe_trained(a: Architecture, lora: LoraSettings) -> str:
-    """What a run trains, for people."""
-    if lora.rank == 0:
-        return "all weights"
-    stabilized = " (rank-stabilized)" if lora.rank_stabilized else ""
-    adapters = (
-        f"{num_adapter_parameters(a, lora):,} parameters in adapters of rank {lora.rank}, alpha {lora.alpha:g}{stabilized}, "
-        f"dropout {lora.dropout:g}, on {', '.join(lora.targets)}"
-    )
-    if not lora.train_whole:
-        return adapters
-    whole = num_whole_tables(a, lora) * a.vocabulary_size * a.hidden_size
-    return f"{adapters}, and {whole:,} of {' and '.join(lora.train_whole)}"
-
-
-def peft_whole_name(module: str) -> str:
-    """PEFT's name of the weight of a module that is trained whole."""
-    return f"base_model.model.{WHOLE_TENSORS[module]}"
-
-
-def peft_name(layer: int, linear: str, matrix: str) -> str:
-    """PEFT's name of a matrix, lora_A or lora_B, of the Hugging Face linear at this path in layer `layer` (from 0)."""
-    return f"base_model.model.model.layers.{layer}.{linear}.{matrix}.weight"
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name belongs to an adapter."""
-    return _MARK in name
-
-
-def whole_parameters(train_whole: Iterable[str]) -> frozenset[str]:
-    """The names of the parameters that are trained whole beside the adapters."""
-    return frozenset(WHOLE[module] for module in train_whole)
-
-
-def base_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The named parameters of a model chunk that come from the Hugging Face model."""
-    return ((name, parameter) for name, parameter in chunk.named_parameters() if not is_adapter(name))
-
-
 def prepare_adapters(chunk: GPTModel, seed: int, whole: frozenset[str], *, full_recompute: bool) -> None:
     """Freeze the base of a model chunk (an unwrapped GPTModel) but its parameters `whole`, and draw its adapters, for training.
 
     A is drawn as PEFT draws it (uniform, kaiming with a = √5), B is zero. Each A is drawn whole from a generator of its
-    own, seeded by `seed`, layer and target, so that it is the same on every layout.
+    own, seeded by `seed`, layer, expert and target, so that it is the same on every layout.
     """
     for name, parameter in base_parameters(chunk):
         parameter.requires_grad_(name in whole)
     for layer in chunk.decoder.layers:
-        for linear in adapted_linears([layer]):
+        for expert, linear in linears_of_layer(layer):
+            place = f"{layer.layer_number}" if expert is None else f"{layer.layer_number}/{expert}"
             for target, adapter in linear.named_adapters().items():
-                _draw(adapter.lora_A, linear, f"{seed}/{layer.layer_number}/{target}")
+                _draw(adapter.lora_A, linear, f"{seed}/{place}/{target}")
     if full_recompute and chunk.pre_process:
         # megatron recomputes layers through an autograd function, which drops all gradients inside it where no input asks
         # for one; the output of a frozen embedding does not.
@@ -401,3 +295,11 @@ def _draw(parameter: torch.nn.Parameter, linear: AdaptedLinear, name: str) -> No
 def adapted_linears(chunks: Iterable[torch.nn.Module]) -> Iterator[AdaptedLinear]:
     """All linears with adapters."""
     return (module for chunk in chunks for module in chunk.modules() if isinstance(module, AdaptedLinear))
+
+
+def linears_of_layer(layer: torch.nn.Module) -> Iterator[tuple[int | None, AdaptedLinear]]:
+    """The linears of a layer that have adapters, each with the number in the model of the expert that it belongs to."""
+    for name, module in layer.named_modules():
+        if isinstance(module, AdaptedLinear):
+            local = expert_of(name)
+            yield (None if local is None else layer.mlp.local_expert_indices[local]), module  # type: ignore

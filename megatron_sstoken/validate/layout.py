@@ -10,7 +10,7 @@ from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import BatchShape, batch_shape
 from megatron_sstoken.model.backend import Backend, preferred_backend, token_multiple
 from megatron_sstoken.model.families import Architecture
-from megatron_sstoken.model.lora import other_sides
+from megatron_sstoken.model.lora_targets import OF_MLP, other_sides
 from megatron_sstoken.parallel import processes_problem
 
 T = TypeVar("T")
@@ -202,10 +202,39 @@ def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None
         f"lora.train_whole={lora.train_whole} parts embedding and head, which are one in this model (tie_word_embeddings): use "
         "[embed_tokens, lm_head], or neither",
     )
-    of_experts = [name for name in lora.targets if name in ("gate_proj", "up_proj", "down_proj")]
+    if a.num_experts and set(OF_MLP) & set(lora.targets):
+        _check_experts_adapters(settings, a, found)
+
+
+def _check_experts_adapters(settings: Settings, a: Architecture, found: Findings) -> None:
+    """Whether the experts can have adapters, of which `lora.targets` names linears."""
+    targets = settings.lora.targets
+    leave = f"leave out {', '.join(name for name in OF_MLP if name in targets)}"
+    others = {
+        "dense layers": a.num_dense_layers,
+        "shared experts": a.shared_ffn_hidden_size,
+        "biases of experts": a.expert_bias,
+    }
+    if strange := [name for name, there in others.items() if there]:
+        found.problems.append(
+            f"lora.targets={targets} names linears of experts, which take no adapters in model.model_type={a.family} with "
+            f"{' and '.join(strange)}: {leave}"
+        )
+        return
+    backend = preferred_backend(settings)
     found.require(
-        not a.num_experts or not of_experts,
-        f"lora.targets={lora.targets} names linears of experts, which take no adapters: leave out {', '.join(of_experts)}",
+        backend == "torch",
+        f"lora.targets={targets} names linears of experts, which take no adapters in the grouped products of "
+        f"model.backend={backend}: use model.backend=torch, or {leave}",
+    )
+    found.require(
+        not set(targets) <= set(OF_MLP),
+        f"lora.targets={targets} names linears of experts alone, which leaves megatron's optimizer of all others nothing: add "
+        "one of attention, as o_proj",
+    )
+    found.require(
+        ("gate_proj" in targets) == ("up_proj" in targets),
+        f"lora.targets={targets} parts gate_proj and up_proj of experts, which PEFT holds in one tensor: name both or neither",
     )
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.validate.run import plan_run
+from tests.helpers.adapters import logits_of, named_adapters, set_adapters, whole
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.gradients import largest_difference
 from tests.helpers.workbench import (
@@ -104,7 +105,7 @@ def train_and_export(folder, name):
         training_step(trainer, number)
         trainer.step = number + 1
     save(trainer)
-    logits = logits_of(trainer.model)
+    logits = logits_of(trainer.model, TOKENS)
     reset_layout()
     to_hf(directory, f"{directory}-peft")
     to_hf(directory, f"{directory}-merged", merge=True)
@@ -148,31 +149,6 @@ def export(rank, folder):
     return {name: math.prod(tensor.global_shape) for name, tensor in stored.items()}
 
 
-def named_adapters(model):
-    """PEFT's names → (parameter on this rank, axis that tensor parallel splits or None)."""
-    from megatron_sstoken.model.lora import TARGETS, adapted_linears
-
-    found = {}
-    for chunk in model.unwrapped:
-        for layer in chunk.decoder.layers:
-            for linear in adapted_linears([layer]):
-                for target, adapter in linear.adapters.items():
-                    path = f"base_model.model.model.layers.{layer.layer_number - 1}.{TARGETS[target].hugging_face}"
-                    for name, parameter in adapter.named_parameters():
-                        found[f"{path}.{name}.weight"] = (parameter, linear.adapter_axis.get(name))
-    return found
-
-
-def set_adapters(model, tensors):
-    """Fill this rank's slices."""
-    for name, (parameter, axis) in named_adapters(model).items():
-        whole = tensors[name]
-        if axis is not None:
-            whole = whole.chunk(model.layout.tensor_size, dim=axis)[model.layout.tensor_rank]
-        with torch.no_grad():
-            parameter.copy_(whole)
-
-
 def measure_gradients(folder, adapters, parallel):
     """For each case: loss, and gradients by PEFT's names."""
     from megatron_sstoken.parallel import reset_layout
@@ -202,23 +178,9 @@ def measure_gradients(folder, adapters, parallel):
     return results
 
 
-def whole(parts):
-    """Slices of all ranks → whole matrices by PEFT's names; copies must agree."""
-    result = {}
-    for name in {name for part in parts for name in part}:
-        found = [part[name] for part in parts if name in part]
-        slices = {rank: gradient for rank, _, gradient in found}
-        axis = found[0][1]
-        ordered = [slices[number] for number in sorted(slices)]
-        result[name] = ordered[0] if axis is None else torch.cat(ordered, dim=axis)
-        for other in ordered[1:] if axis is None else []:
-            torch.testing.assert_close(other, ordered[0])
-    return result
-
-
 def observe_training(rank, folder):
     """What two steps leave in memory, and which masks dropout draws, with tensor parallel 2."""
-    from megatron_sstoken.model.lora import base_parameters
+    from megatron_sstoken.model.lora_targets import base_parameters
     from megatron_sstoken.parallel import reset_layout
     from megatron_sstoken.training.loop import training_step
 
@@ -302,7 +264,7 @@ def train_and_resume(rank, folder):
         trainer = make_trainer(lora_settings(folder, checkpoint__keep=0, **(values | changes)))
         losses = go_on(trainer, (SAVED_AT, NUM_STEPS))
         adapters = {name: parameter.detach().clone() for name, (parameter, _) in named_adapters(trainer.model).items()}
-        logits = logits_of(trainer.model) if "dropout" in directory else None
+        logits = logits_of(trainer.model, TOKENS) if "dropout" in directory else None
         reset_layout()
         return {"losses": losses, "adapters": adapters, "logits": logits}
 
@@ -320,17 +282,6 @@ def train_and_resume(rank, folder):
     copy(f"{folder}/plain", f"{folder}/plain-pp2")
     found["plain, resumed on pp2"] = run(f"{folder}/plain-pp2", parallel__pipeline=2, **cut)
     return found
-
-
-def logits_of(model):
-    """[tokens, words / tensor size] of `TOKENS`."""
-    from megatron_sstoken.model.attention import sample_bounds
-
-    model.train(False)
-    with torch.no_grad():
-        length = TOKENS.shape[1]
-        bounds = sample_bounds([length])
-        return model.unwrapped[0](TOKENS, torch.arange(length).unsqueeze(0), None, packed_seq_params=bounds)[0]
 
 
 # What must come out

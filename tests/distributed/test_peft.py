@@ -198,7 +198,7 @@ WRONG = {
     "experts": (
         {},
         lambda tensors: tensors | {f"{LAYER}.mlp.experts.0.up_proj.lora_A.weight": torch.ones(2)},
-        "holds .*experts.0.up_proj.lora_A.weight: only adapters of .* are read: merge the adapters into their base",
+        "holds .*experts.0.up_proj.lora_A.weight .1 such., for which the base has no place: name the adapters' own base",
     ),
     "an adapter of the embedding": (
         {},

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from megatron_sstoken.conversion.peft import from_peft
-from megatron_sstoken.model.lora import FUSED
+from megatron_sstoken.model.lora_targets import FUSED
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.gradients import largest_difference
 from tests.helpers.workbench import load_model, make_model, make_samples, make_settings, make_store, make_trainer

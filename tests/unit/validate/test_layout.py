@@ -1,9 +1,11 @@
 """Settings against the number of processes and the shape of the model."""
 
+import re
+
 import pytest
 
 from megatron_sstoken.model.families import read_architecture
-from megatron_sstoken.validate.layout import Findings, check_windows, divisors
+from megatron_sstoken.validate.layout import Findings, check_adapters, check_windows, divisors
 from megatron_sstoken.validate.run import plan_run
 from tests.helpers.plans import only_problem, problems_of
 from tests.helpers.workbench import make_model, make_settings
@@ -206,6 +208,41 @@ def test_adapters_of_keys_that_tensor_parallel_does_not_divide(folder, tmp_path)
         "parallel.tensor=4 does not divide model.num_key_value_heads × head_dim=6, the rows of adapters on v_proj: "
         "use 1, 2, 3 or 6, or leave them out of lora.targets"
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "message"),
+    [
+        ("mixtral", ["o_proj", "gate_proj", "up_proj", "down_proj"], None),
+        (
+            "mixtral",
+            ["o_proj", "up_proj"],
+            "parts gate_proj and up_proj of experts, which PEFT holds in one tensor: name both",
+        ),
+        ("qwen3_moe", ["down_proj"], "names linears of experts alone, .*: add one of attention, as o_proj"),
+        (
+            "glm4_moe",
+            ["q_proj", "down_proj"],
+            "take no adapters in model.model_type=glm4_moe with dense layers and shared experts: leave out down_proj",
+        ),
+        ("gpt_oss", ["q_proj", "gate_proj"], "in model.model_type=gpt_oss with biases of experts: leave out gate_proj"),
+    ],
+)
+def test_adapters_of_experts(folder, tmp_path, family, targets, message):
+    make_model(tmp_path / "model", family)
+    settings = make_settings(str(tmp_path / "model"), str(folder / "data"), lora__rank=2, lora__targets=targets)
+    if message is None:
+        assert plan_run(settings, 1).settings.lora.targets == targets
+        settings.model.backend = "transformer_engine"
+        found = Findings([])
+        check_adapters(settings, read_architecture(str(tmp_path / "model")), found)
+        found, message = (
+            found.problems[0],
+            "grouped products of model.backend=transformer_engine: use model.backend=torch",
+        )
+    else:
+        found = only_problem(settings, 1)
+    assert re.search(message, found)
 
 
 def test_divisors():
