@@ -15,6 +15,8 @@ from megatron_sstoken.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATE_FILE
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
 from megatron_sstoken.model.lora_targets import (
+    EMBEDDING,
+    EMBEDDING_MATRICES,
     FUSED,
     TARGETS,
     WHOLE,
@@ -22,6 +24,7 @@ from megatron_sstoken.model.lora_targets import (
     expert_of,
     hugging_face_linears,
     other_sides,
+    peft_embedding_name,
     peft_name,
     peft_whole_name,
     stacked_alpha,
@@ -67,6 +70,9 @@ class AdapterCheckpoint:
 
     def merged_delta(self, name: str) -> torch.Tensor | None:
         """What the adapters add to the Hugging Face tensor `name`: scale · B·A, fp32; None if nothing."""
+        if name == WHOLE_TENSORS[EMBEDDING] and EMBEDDING in self.identity.targets:
+            a, b = self.embedding_matrices()
+            return (a.t().float() @ b.t().float()) * self.identity.scale
         match = _WEIGHT.fullmatch(name)
         if match is None or match[2] not in self.linears:
             return None
@@ -81,6 +87,11 @@ class AdapterCheckpoint:
         rows = other_sides(self.architecture)
         blocks = [found[part][1] if part in found else first.new_zeros(rows[part], 0) for part in parts]
         return torch.cat([found[part][0] for part in parts if part in found]), torch.block_diag(*blocks)
+
+    def embedding_matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [rank, vocabulary] and B [hidden, rank] of the embedding, as they were trained."""
+        first, second = (self._reader.read_tensor(key) for key in EMBEDDING_MATRICES)
+        return first[: self.architecture.vocabulary_size].t(), second
 
     def whole_tensor(self, module: str) -> torch.Tensor:
         """The weight of a module that was trained whole, in its stored type, without padding."""
@@ -101,6 +112,9 @@ class AdapterCheckpoint:
             for path in self.linears:
                 for name, matrix in zip(("lora_A", "lora_B"), self.linear_matrices(path, layer), strict=True):
                     yield peft_name(layer, path, name), matrix.contiguous()
+        if EMBEDDING in self.identity.targets:
+            for name, matrix in zip(EMBEDDING_MATRICES.values(), self.embedding_matrices(), strict=True):
+                yield peft_embedding_name(name), matrix.contiguous()
         for module in self.identity.train_whole:
             yield peft_whole_name(module), self.whole_tensor(module).contiguous()
 
@@ -127,7 +141,10 @@ class AdapterCheckpoint:
             "use_rslora": stabilized,
             "lora_dropout": dropout,
             **({"modules_to_save": list(self.identity.train_whole)} if self.identity.train_whole else {}),
-            "target_modules": list(dict.fromkeys(path.rpartition(".")[2] for path in self.linears)),
+            "target_modules": [
+                *dict.fromkeys(path.rpartition(".")[2] for path in self.linears),
+                *([EMBEDDING] if EMBEDDING in self.identity.targets else []),
+            ],
             **(patterns if fused else {}),
             "bias": "none",
             "fan_in_fan_out": False,

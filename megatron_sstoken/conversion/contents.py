@@ -18,10 +18,12 @@ from megatron_sstoken.config import LoraSettings, Settings
 from megatron_sstoken.model.build import build_model
 from megatron_sstoken.model.families import Architecture, Split, WeightRule
 from megatron_sstoken.model.lora_targets import (
+    EMBEDDING_MATRICES,
     WHOLE,
     expert_of,
     hugging_face_linears,
     is_adapter,
+    peft_embedding_name,
     peft_name,
     peft_whole_name,
 )
@@ -116,7 +118,11 @@ def adapter_contents(architecture: Architecture, lora: LoraSettings) -> Contents
     parameters = []
     with _chunk_of(architecture, Settings(lora=lora)) as (chunk, stored):
         for name, parameter in chunk.named_parameters():
-            if is_adapter(name):
+            if name in EMBEDDING_MATRICES:
+                split = Split.VOCABULARY if name.endswith("lora_A.weight") else Split.WHOLE
+                rule = WeightRule(name, (peft_embedding_name(EMBEDDING_MATRICES[name]),), split)
+                parameters.append(Parameter(name, rule, 0, parameter.shape, stored[name]))
+            elif is_adapter(name):
                 _, _, layer, *_, target, matrix = name.split(".")
                 peft = peft_name(int(layer), path_of[target, expert_of(name)], matrix)
                 rule = WeightRule(name, (peft,), Split.WHOLE)

@@ -22,17 +22,20 @@ from megatron_sstoken.model.dtypes import SAFETENSORS_NAMES
 from megatron_sstoken.model.families import Architecture, Split, read_architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
 from megatron_sstoken.model.lora_targets import (
+    EMBEDDING,
+    EMBEDDING_MATRICES,
     FUSED,
     OTHER_NAMES,
     TARGETS,
-    WHOLE,
+    WHOLE_TENSORS,
     expert_of,
     other_sides,
+    peft_embedding_name,
     peft_layer,
     peft_whole_name,
     stacked_alpha,
 )
-from megatron_sstoken.model.weight_files import open_safetensors
+from megatron_sstoken.model.weight_files import HuggingFaceWeights, open_safetensors
 
 _UNSUPPORTED = {
     "use_dora": "DoRA",
@@ -83,10 +86,17 @@ class PeftFolder:
         in_stacks = {
             name for name in self._names if (found := _STACK.fullmatch(name)) and found[1] in self._stacks.values()
         }
-        others = self._names - in_stacks - {peft_whole_name(module) for module in whole}
+        of_embedding = {peft_embedding_name(matrix) for matrix in EMBEDDING_MATRICES.values()} & self._names
+        base = {peft_embedding_name("base_layer.weight")} & self._names if of_embedding else set()
+        # PEFT saves the embedding itself beside its adapter.
+        self._copies = dict.fromkeys(base, WHOLE_TENSORS[EMBEDDING])
+        """Tensor of the base that the folder holds, too → its name in the base."""
+        self._names -= base
+        others = self._names - in_stacks - of_embedding - {peft_whole_name(module) for module in whole}
         matches = {name: _TENSOR.fullmatch(name) for name in others}
         self._linears = {match[1] for match in matches.values() if match} | self._stacks.keys()
-        known = TARGETS.keys() | FUSED.keys() | OTHER_NAMES.keys()
+        self._linears |= {EMBEDDING} if of_embedding else set()
+        known = TARGETS.keys() | FUSED.keys() | OTHER_NAMES.keys() | {EMBEDDING}
         unknown = sorted(name for name, match in matches.items() if match is None) + sorted(self._linears - known)
         if unknown or not self._linears:
             what = f"holds {', '.join(unknown[:3])}" if unknown else "holds no adapters"
@@ -132,6 +142,7 @@ class PeftFolder:
         place = self._place(parameter, architecture)
         if parameter.rule.split is Split.VOCABULARY:
             real = self._weights.get_tensor(place.name)
+            real = real.t() if place.linear == EMBEDDING and parameter.name in EMBEDDING_MATRICES else real
             return torch.cat([real, real.new_zeros(parameter.shape[0] - real.shape[0], real.shape[1])])
         return self._weights.get_slice(place.name)[place.rows][:, place.columns].contiguous()
 
@@ -143,6 +154,11 @@ class PeftFolder:
             self._require_both()
             shape = [architecture.vocabulary_size, architecture.hidden_size]
             places.append(_Place(peft_whole_name("lm_head"), "lm_head", shape))
+        if architecture.tied_embeddings and EMBEDDING in self._linears:
+            raise ValueError(
+                f"{self._weights_file} has an adapter of the embedding, which in the base is the head, too "
+                f"(tie_word_embeddings): {_MERGE}"
+            )
         if strange := self._linears - {place.linear for place in places}:
             raise ValueError(
                 f"{self._weights_file} has adapters on {', '.join(sorted(strange))}, which the base does not have: {_OWN}"
@@ -151,8 +167,8 @@ class PeftFolder:
             if place.name not in self._names:
                 why = (
                     "modules_to_save names it"
-                    if place.linear in WHOLE
-                    else "adapters have to be on every layer and expert"
+                    if place.linear in self.lora.train_whole
+                    else "adapters have to be whole, on every layer and expert"
                 )
                 raise ValueError(f"{self._weights_file} holds no {place.name}: {why}")
             shape = list(self._weights.get_slice(place.name).get_shape())
@@ -168,6 +184,15 @@ class PeftFolder:
             )
         if ties:
             self._require_one_table()
+
+    def require_copies_of(self, base: HuggingFaceWeights) -> None:
+        """Raise ValueError unless the embedding that the folder holds, if any, is that of the base."""
+        for name, of_base in self._copies.items():
+            ours, theirs = self._weights.get_tensor(name), base.slice(of_base)[:]
+            if ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours.dtype)):
+                raise ValueError(
+                    f"{self._weights_file}: {name} is not the base's embedding, as where words were added to it: {_MERGE}"
+                )
 
     def _require_both(self) -> None:
         """Raise ValueError unless both embedding and head were saved."""
@@ -206,6 +231,10 @@ class PeftFolder:
     def _place(self, parameter: Parameter, architecture: Architecture) -> _Place:
         """Where the folder has the matrix of an adapter's parameter. The parts of a fused linear share its A."""
         (name,) = parameter.rule.hugging_face
+        if parameter.name in EMBEDDING_MATRICES:
+            shapes = {"lora_embedding_A": [self.lora.rank, architecture.vocabulary_size]}
+            matrix = EMBEDDING_MATRICES[parameter.name]
+            return _Place(name, EMBEDDING, shapes.get(matrix, list(parameter.shape)))
         if parameter.rule.split is Split.VOCABULARY:
             return _Place(name, name.split(".")[-2], [architecture.vocabulary_size, parameter.shape[1]])
         linear, (target, matrix) = name.split(".")[-3], parameter.name.split(".")[-2:]
@@ -285,6 +314,7 @@ def from_peft(
     architecture = read_architecture(base)
     contents = adapter_contents(architecture, folder.lora)
     folder.check(contents.parameters, architecture)
+    folder.require_copies_of(HuggingFaceWeights(base))
     base_identity = WeightsSource(base).identity
     made_of = {
         "operation": "from-peft",

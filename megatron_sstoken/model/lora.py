@@ -32,6 +32,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_sstoken.compat import dense_mlp, expert_mlp
 from megatron_sstoken.config import LoraSettings
+from megatron_sstoken.model.lora_embedding import EmbeddingAdapter
 from megatron_sstoken.model.lora_targets import OF_MLP, base_parameters, expert_of
 
 
@@ -259,8 +260,9 @@ def adapt_layer(layer: TransformerLayerSubmodules, config: TransformerConfig, lo
 def prepare_adapters(chunk: GPTModel, seed: int, whole: frozenset[str], *, full_recompute: bool) -> None:
     """Freeze the base of a model chunk (an unwrapped GPTModel) but its parameters `whole`, and draw its adapters, for training.
 
-    A is drawn as PEFT draws it (uniform, kaiming with a = √5), B is zero. Each A is drawn whole from a generator of its
-    own, seeded by `seed`, layer, expert and target, so that it is the same on every layout.
+    A is drawn as PEFT draws it (uniform, kaiming with a = √5), B is zero; of the embedding A is zero and B normal.
+    Each is drawn whole from a generator of its own, seeded by `seed`, layer, expert and target, so that it is the same on
+    every layout.
     """
     for name, parameter in base_parameters(chunk):
         parameter.requires_grad_(name in whole)
@@ -269,6 +271,11 @@ def prepare_adapters(chunk: GPTModel, seed: int, whole: frozenset[str], *, full_
             place = f"{layer.layer_number}" if expert is None else f"{layer.layer_number}/{expert}"
             for target, adapter in linear.named_adapters().items():
                 _draw(adapter.lora_A, linear, f"{seed}/{place}/{target}")
+    if chunk.pre_process and hasattr(chunk.embedding, "adapters"):
+        adapter = chunk.embedding.adapters
+        with torch.no_grad():
+            drawn = torch.empty(adapter.lora_B.shape).normal_(generator=_generator(f"{seed}/embedding"))
+            adapter.lora_B.copy_(drawn)
     if full_recompute and chunk.pre_process:
         # megatron recomputes layers through an autograd function, which drops all gradients inside it where no input asks
         # for one; the output of a frozen embedding does not.
@@ -280,21 +287,24 @@ def _ask_for_gradient(module: torch.nn.Module, inputs: tuple, output: torch.Tens
         output.requires_grad_(True)
 
 
+def _generator(name: str) -> torch.Generator:
+    """A generator whose numbers hang on `name` alone."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1)
+
+
 @torch.no_grad()
 def _draw(parameter: torch.nn.Parameter, linear: AdaptedLinear, name: str) -> None:
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
     bound = 1 / math.sqrt(linear.input_size)  # kaiming_uniform_(a=√5): √(6 / ((1 + 5) · inputs))
-    whole = torch.empty(parameter.shape[0], linear.input_size).uniform_(
-        -bound, bound, generator=torch.Generator().manual_seed(seed)
-    )
+    whole = torch.empty(parameter.shape[0], linear.input_size).uniform_(-bound, bound, generator=_generator(name))
     width = parameter.shape[1]
     first = linear.tp_group.rank() * width if width < linear.input_size else 0
     parameter.copy_(whole[:, first : first + width])
 
 
-def adapted_linears(chunks: Iterable[torch.nn.Module]) -> Iterator[AdaptedLinear]:
-    """All linears with adapters."""
-    return (module for chunk in chunks for module in chunk.modules() if isinstance(module, AdaptedLinear))
+def adapted_modules(chunks: Iterable[torch.nn.Module]) -> Iterator[AdaptedLinear | EmbeddingAdapter]:
+    """All linears with adapters, and the adapter of the embedding."""
+    kinds = AdaptedLinear | EmbeddingAdapter
+    return (module for chunk in chunks for module in chunk.modules() if isinstance(module, kinds))
 
 
 def linears_of_layer(layer: torch.nn.Module) -> Iterator[tuple[int | None, AdaptedLinear]]:

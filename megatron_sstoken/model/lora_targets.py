@@ -24,6 +24,14 @@ TARGETS = {
 }
 """Linear that PEFT knows by this name → the (fused) one in a megatron layer, or in each of its experts."""
 
+EMBEDDING = "embed_tokens"
+"""The target that is no linear."""
+EMBEDDING_MATRICES = {
+    "embedding.adapters.lora_A.weight": "lora_embedding_A",
+    "embedding.adapters.lora_B": "lora_embedding_B",
+}
+"""Parameter of its adapter → PEFT's matrix; the first lies transposed."""
+
 OF_MLP = tuple(name for name, linear in TARGETS.items() if linear.startswith("mlp."))
 """The targets of the feed-forward part; of a mixture, of its experts."""
 
@@ -43,7 +51,7 @@ def other_sides(a: Architecture) -> dict[str, int]:
     """Target → the side of its weight that is not the hidden size."""
     queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
     widths = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}
-    return {name: widths.get(name, a.ffn_hidden_size) for name in TARGETS}
+    return {name: widths.get(name, a.ffn_hidden_size) for name in TARGETS} | {EMBEDDING: a.vocabulary_size}
 
 
 def hugging_face_linears(a: Architecture, targets: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -51,6 +59,8 @@ def hugging_face_linears(a: Architecture, targets: Iterable[str]) -> dict[str, t
     rules = {rule.megatron: rule for rule in a.weight_rules()}
     found: dict[str, tuple[str, ...]] = {}
     for target in targets:
+        if target == EMBEDDING:
+            continue
         linear = TARGETS[target]
         part = [name for name, other in TARGETS.items() if other == linear].index(target)
         places = [linear]
@@ -75,10 +85,13 @@ def stacked_alpha(alpha: float, number: int, *, rank_stabilized: bool) -> float:
 
 
 def num_adapter_parameters(a: Architecture, lora: LoraSettings) -> int:
-    """Parameters of all adapters of a model."""
+    """Parameters of all adapters of a model, without those of the padded vocabulary."""
     sides, experts = other_sides(a), max(a.num_experts, 1)
-    each = {name: (a.hidden_size + sides[name]) * (experts if name in OF_MLP else 1) for name in lora.targets}
-    return a.num_layers * lora.rank * sum(each.values())
+    each: dict[str, int] = {
+        name: (a.hidden_size + sides[name]) * (experts if name in OF_MLP else 1) for name in lora.targets
+    }
+    of_embedding = each.pop(EMBEDDING, 0)
+    return lora.rank * (a.num_layers * sum(each.values()) + of_embedding)
 
 
 def num_whole_tables(a: Architecture, lora: LoraSettings) -> int:
@@ -109,6 +122,11 @@ def peft_whole_name(module: str) -> str:
 def peft_name(layer: int, linear: str, matrix: str) -> str:
     """PEFT's name of a matrix, lora_A or lora_B, of the Hugging Face linear at this path in layer `layer` (from 0)."""
     return f"{peft_layer(layer)}.{linear}.{matrix}.weight"
+
+
+def peft_embedding_name(matrix: str) -> str:
+    """PEFT's name of a tensor of the adapted embedding: lora_embedding_A or lora_embedding_B, or base_layer.weight."""
+    return f"base_model.model.model.embed_tokens.{matrix}"
 
 
 def peft_layer(layer: int) -> str:

@@ -10,7 +10,7 @@ from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import BatchShape, batch_shape
 from megatron_sstoken.model.backend import Backend, preferred_backend, token_multiple
 from megatron_sstoken.model.families import Architecture
-from megatron_sstoken.model.lora_targets import OF_MLP, other_sides
+from megatron_sstoken.model.lora_targets import EMBEDDING, OF_MLP, other_sides
 from megatron_sstoken.parallel import processes_problem
 
 T = TypeVar("T")
@@ -202,6 +202,11 @@ def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None
         f"lora.train_whole={lora.train_whole} parts embedding and head, which are one in this model (tie_word_embeddings): use "
         "[embed_tokens, lm_head], or neither",
     )
+    found.require(
+        not a.tied_embeddings or EMBEDDING not in lora.targets,
+        f"lora.targets={lora.targets} names the embedding, which in this model is the head, too (tie_word_embeddings): PEFT "
+        "adapts the one, and merged changes both: leave out embed_tokens, or use lora.train_whole=[embed_tokens, lm_head]",
+    )
     if a.num_experts and set(OF_MLP) & set(lora.targets):
         _check_experts_adapters(settings, a, found)
 
@@ -228,7 +233,7 @@ def _check_experts_adapters(settings: Settings, a: Architecture, found: Findings
         f"model.backend={backend}: use model.backend=torch, or {leave}",
     )
     found.require(
-        not set(targets) <= set(OF_MLP),
+        not set(targets) <= {*OF_MLP, EMBEDDING},
         f"lora.targets={targets} names linears of experts alone, which leaves megatron's optimizer of all others nothing: add "
         "one of attention, as o_proj",
     )

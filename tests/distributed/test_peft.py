@@ -203,7 +203,7 @@ WRONG = {
     "an adapter of the embedding": (
         {},
         lambda tensors: tensors | {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2)},
-        "holds .*embed_tokens.lora_embedding_A: only adapters of .* are read: merge the adapters into their base",
+        "holds no .*embed_tokens.lora_embedding_B: adapters have to be whole, on every layer and expert",
     ),
     "linears of another model": (
         {},

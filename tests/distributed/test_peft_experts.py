@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from megatron_sstoken.conversion.peft import from_peft
-from tests.helpers.adapters import logits_of, named_adapters, set_adapters, whole
+from tests.helpers.adapters import logits_of, named_adapters, set_adapters, train_peft, whole
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.gradients import largest_difference
 from tests.helpers.workbench import go_on, load_model, make_model, make_samples, make_settings, make_store, make_trainer
@@ -98,15 +98,7 @@ def bench(tmp_path_factory):
         loss, gradients = loss_and_gradients(model, samples, Objective())
         with torch.no_grad():
             logits = model(TOKENS).logits[0]
-        optimizer = torch.optim.AdamW(parameters.values(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
-        losses = []
-        for _ in range(NUM_STEPS):
-            value, found = loss_and_gradients(model, samples, Objective())
-            losses.append(value)
-            for name, parameter in parameters.items():
-                parameter.grad = found[name] * masks.get(name, 1)
-            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            optimizer.step()
+        losses = train_peft(model, samples, LEARNING_RATE, NUM_STEPS, masks)
         with torch.no_grad():
             after = model(TOKENS).logits[0]
         expected[family] = {

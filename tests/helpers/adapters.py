@@ -2,6 +2,8 @@
 
 import torch
 
+from tests.reference.hf_reference import Objective, loss_and_gradients
+
 
 def named_adapters(model):
     """PEFT's names → (parameter on this rank, axis that tensor parallel splits or None)."""
@@ -54,3 +56,21 @@ def logits_of(model, tokens):
         length = tokens.shape[1]
         bounds = sample_bounds([length])
         return model.unwrapped[0](tokens, torch.arange(length).unsqueeze(0), None, packed_seq_params=bounds)[0]
+
+
+def train_peft(model, samples, learning_rate, num_steps, masks=None):
+    """Train PEFT's model as a run does by default, on the same batch each step; each step's loss.
+
+    `masks`: name of a parameter → what its gradient is multiplied by.
+    """
+    parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    losses = []
+    for _ in range(num_steps):
+        loss, gradients = loss_and_gradients(model, samples, Objective())
+        losses.append(loss)
+        for name, parameter in parameters.items():
+            parameter.grad = gradients[name] * (masks or {}).get(name, 1)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+    return losses
