@@ -42,6 +42,7 @@ OTHER_NAMES = {
     "parallel.expert": "expert_model_parallel_size ep",
     "lora.rank": "lora_r r",
     "lora.targets": "target_modules lora_target_modules",
+    "lora.dora": "use_dora",
     "lora.train_whole": "modules_to_save",
     "selection.rho": "ratio topk top_k",
 }

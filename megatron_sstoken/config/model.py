@@ -212,6 +212,10 @@ class LoraSettings:
     `all-linear` says, too. In a mixture gate_proj, up_proj and down_proj are those of every expert. embed_tokens,
     the embedding, is named apart."""
 
+    dora: bool = False
+    """DoRA (arXiv 2402.09353; PEFT's use_dora): each row of the adapted weight gets a trained length, its direction is that
+    of W + scale · B·A."""
+
     train_whole: list[WholeModule] = field(default_factory=list)
     """Modules that are trained whole beside the adapters, as for new tokens (PEFT's modules_to_save); the embedding and the
     head, both or neither where they are tied."""
@@ -233,6 +237,15 @@ class LoraSettings:
         rules.require(
             len(set(self.targets)) == len(self.targets),
             f"lora.targets={self.targets} names a linear twice: use each once",
+        )
+        rules.require(
+            not self.dora or self.dropout == 0,
+            f"lora.dora=true with lora.dropout={self.dropout} would compute every linear a second time, on what dropout "
+            "leaves: use lora.dropout=0",
+        )
+        rules.require(
+            not self.dora or "embed_tokens" not in self.targets,
+            f"lora.dora=true is for linears, and lora.targets={self.targets} names the embedding: leave out embed_tokens",
         )
         rules.require(
             "embed_tokens" not in self.targets or "embed_tokens" not in self.train_whole,

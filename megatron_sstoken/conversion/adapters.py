@@ -104,7 +104,17 @@ class AdapterCheckpoint:
             if WHOLE_TENSORS[module] == name:
                 return self.whole_tensor(module)
         delta = self.merged_delta(name)
-        return tensor if delta is None else delta.add_(tensor)
+        if delta is None:
+            return tensor
+        summed = delta.add_(tensor)
+        if self.identity.dora and (match := _WEIGHT.fullmatch(name)):
+            summed *= (self.magnitude(match[2], int(match[1])).float() / summed.norm(dim=1)).unsqueeze(1)
+        return summed
+
+    def magnitude(self, path: str, layer: int) -> torch.Tensor:
+        """DoRA's [out] of the Hugging Face linear `path` in layer `layer`."""
+        (target,) = self.linears[path]
+        return self._reader.read_layer(f"decoder.layers.{TARGETS[target]}.adapters.{target}.magnitude", layer)
 
     def peft_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All matrices by the names that PEFT gives them."""
@@ -112,6 +122,8 @@ class AdapterCheckpoint:
             for path in self.linears:
                 for name, matrix in zip(("lora_A", "lora_B"), self.linear_matrices(path, layer), strict=True):
                     yield peft_name(layer, path, name), matrix.contiguous()
+                if self.identity.dora:
+                    yield peft_name(layer, path, "magnitude"), self.magnitude(path, layer)
         if EMBEDDING in self.identity.targets:
             for name, matrix in zip(EMBEDDING_MATRICES.values(), self.embedding_matrices(), strict=True):
                 yield peft_embedding_name(name), matrix.contiguous()
@@ -139,6 +151,7 @@ class AdapterCheckpoint:
             "r": self.identity.rank,
             "lora_alpha": alpha,
             "use_rslora": stabilized,
+            "use_dora": self.identity.dora,
             "lora_dropout": dropout,
             **({"modules_to_save": list(self.identity.train_whole)} if self.identity.train_whole else {}),
             "target_modules": [

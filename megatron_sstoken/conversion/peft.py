@@ -38,7 +38,6 @@ from megatron_sstoken.model.lora_targets import (
 from megatron_sstoken.model.weight_files import HuggingFaceWeights, open_safetensors
 
 _UNSUPPORTED = {
-    "use_dora": "DoRA",
     "trainable_token_indices": "tokens trained beside the adapters",
     "lora_bias": "adapters with a bias",
     "layer_replication": "replicated layers",
@@ -47,8 +46,9 @@ _UNSUPPORTED = {
     "fan_in_fan_out": "transposed weights",
 }
 """Fields of adapter_config.json that change what adapters compute → what they stand for."""
-_TENSOR = re.compile(r"base_model\.model\.model\.layers\.\d+\.\w+(?:\.experts\.\d+)?\.(\w+)\.lora_[AB]\.weight")
-_STACK = re.compile(r"base_model\.model\.model\.layers\.\d+\.mlp\.experts\.((?:base_layer\.)?)lora_[AB]\.weight")
+_LAYER = r"base_model\.model\.model\.layers\.\d+\."
+_TENSOR = re.compile(_LAYER + r"\w+(?:\.experts\.\d+)?\.(\w+)\.(?:lora_[AB]\.weight|lora_magnitude_vector)")
+_STACK = re.compile(_LAYER + r"mlp\.experts\.((?:base_layer\.)?)lora_[AB]\.weight")
 _STACKS = ("down_proj", "gate_up_proj")
 """Tensors of all experts that `target_parameters` may name, in the order in which PEFT wraps them, from outside."""
 _MERGE, _OWN = "merge the adapters into their base with PEFT", "name the adapters' own base with --hf"
@@ -111,6 +111,7 @@ class PeftFolder:
             targets=[name for name in get_args(LoraTarget) if name in targets],
             rank_stabilized=bool(self._config.get("use_rslora")),
             train_whole=whole,
+            dora=bool(self._config.get("use_dora")),
         )
         if problems := self.lora.problems():
             raise ValueError(f"{self._config_file}: {'; '.join(problems)}")
@@ -144,6 +145,8 @@ class PeftFolder:
             real = self._weights.get_tensor(place.name)
             real = real.t() if place.linear == EMBEDDING and parameter.name in EMBEDDING_MATRICES else real
             return torch.cat([real, real.new_zeros(parameter.shape[0] - real.shape[0], real.shape[1])])
+        if len(place.shape) == 1:
+            return self._weights.get_tensor(place.name)
         return self._weights.get_slice(place.name)[place.rows][:, place.columns].contiguous()
 
     def check(self, parameters: tuple[Parameter, ...], architecture: Architecture) -> None:
@@ -158,6 +161,11 @@ class PeftFolder:
             raise ValueError(
                 f"{self._weights_file} has an adapter of the embedding, which in the base is the head, too "
                 f"(tie_word_embeddings): {_MERGE}"
+            )
+        if self.lora.dora and (fused := self._linears & FUSED.keys()):
+            raise ValueError(
+                f"{self._config_file}: use_dora on {', '.join(sorted(fused))} (linears that fuse several) is not supported: "
+                f"{_MERGE}"
             )
         if strange := self._linears - {place.linear for place in places}:
             raise ValueError(
@@ -237,7 +245,7 @@ class PeftFolder:
             return _Place(name, EMBEDDING, shapes.get(matrix, list(parameter.shape)))
         if parameter.rule.split is Split.VOCABULARY:
             return _Place(name, name.split(".")[-2], [architecture.vocabulary_size, parameter.shape[1]])
-        linear, (target, matrix) = name.split(".")[-3], parameter.name.split(".")[-2:]
+        linear, (target, matrix) = name.split(".lora_")[0].rpartition(".")[2], parameter.name.split(".")[-2:]
         shape, expert = list(parameter.shape), expert_of(parameter.name)
         if expert is not None and self._stacks:
             return self._place_in_stack(parameter, expert, architecture)

@@ -3,7 +3,7 @@
 A linear with weight W that is named in `lora.targets` computes W·x + scale · B·(A·dropout(x)), with A [rank, in]
 and B [out, rank]; W is frozen. megatron fuses q, k and v into one linear and gate and up into another; each of them keeps
 an A and a B of its own, in the row order of the Hugging Face model, and its own dropout mask. Adapters are parameters
-`<linear>.adapters.<target>.lora_A` and `.lora_B`; the names of the base stay what they are.
+`<linear>.adapters.<target>.lora_A` and `.lora_B`, and DoRA's `.magnitude`; the names of the base stay what they are.
 """
 
 import hashlib
@@ -32,6 +32,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_sstoken.compat import dense_mlp, expert_mlp
 from megatron_sstoken.config import LoraSettings
+from megatron_sstoken.model.dora import squared_row_norms
 from megatron_sstoken.model.lora_embedding import EmbeddingAdapter
 from megatron_sstoken.model.lora_targets import OF_MLP, base_parameters, expert_of
 
@@ -43,8 +44,10 @@ class Adapter(torch.nn.Module):
     tensor parallel ranks. Those of an expert are whole on the ranks that hold it.
     """
 
-    def __init__(self, num_inputs: int, num_outputs: int, rank: int, config: TransformerConfig):
+    def __init__(self, num_inputs: int, num_outputs: int, rank: int, config: TransformerConfig, *, dora: bool):
         super().__init__()
+        if dora:  # the length of each row, cut as B is
+            self.magnitude = torch.nn.Parameter(torch.ones(num_outputs, dtype=config.params_dtype))
         self.lora_A = torch.nn.Parameter(torch.zeros(rank, num_inputs, dtype=config.params_dtype))
         self.lora_B = torch.nn.Parameter(torch.zeros(num_outputs, rank, dtype=config.params_dtype))
 
@@ -61,6 +64,8 @@ class AdaptedLinear(torch.nn.Module):
 
     lora: LoraSettings
     adapters: torch.nn.ModuleDict
+    weight: torch.Tensor
+    bias: torch.Tensor | None
     adapters_on: bool = True
     adapter_axis: dict[str, int]
     """Which parameter of each adapter tensor parallel splits → along which axis."""
@@ -69,7 +74,7 @@ class AdaptedLinear(torch.nn.Module):
         """`sizes`: target → (inputs, outputs) on this rank."""
         self.lora, self.adapter_axis = lora, axis
         self.adapters = torch.nn.ModuleDict(
-            {name: Adapter(*size, lora.rank, self.config) for name, size in sizes.items()}
+            {name: Adapter(*size, lora.rank, self.config, dora=lora.dora) for name, size in sizes.items()}
         )
         for adapter in self.named_adapters().values():
             for name, parameter in adapter.named_parameters():
@@ -82,7 +87,49 @@ class AdaptedLinear(torch.nn.Module):
     def forward(self, input_, *args, **kwargs):
         """The linear's output and bias, with what the adapters add."""
         output, bias = super().forward(input_, *args, **kwargs)
-        return (output + self.adapter_output(input_), bias) if self.adapters_on else (output, bias)
+        return (self._add(output, bias, self.adapter_output(input_)), bias) if self.adapters_on else (output, bias)
+
+    def _add(self, output: torch.Tensor, bias: torch.Tensor | None, added: torch.Tensor) -> torch.Tensor:
+        """The linear's output with what the adapters add; `bias`: what it returned apart."""
+        if not self.lora.dora:
+            return output + added
+        factors = self._in_rows(
+            {name: one.magnitude / norm for name, (one, norm) in self._adapters_and_norms().items()}
+        )
+        within = self.bias if bias is None and self.bias is not None and self.bias.numel() else 0  # not to be scaled
+        return (output - within + added) * factors.to(output.dtype) + within
+
+    @torch.no_grad()
+    def _adapters_and_norms(self) -> dict[str, tuple[Adapter, torch.Tensor]]:
+        """Target → its adapter, and the norms of the rows of W + scale · B·A that this rank computes, fp32 [rows]."""
+        found, adapters = {}, self.named_adapters()
+        for name, weight in self._target_weights().items():
+            one = adapters[name]
+            squares = squared_row_norms(weight, one.lora_A.to(weight.dtype), one.lora_B, self.lora.scale)
+            found[name] = one, self._whole_rows(squares).sqrt()
+        return found
+
+    @torch.no_grad()
+    def start_magnitudes(self) -> None:
+        """Let DoRA's magnitudes be the norms of the rows as they are, so that the linear computes what its base does."""
+        for adapter, norms in self._adapters_and_norms().values():
+            adapter.magnitude.copy_(norms)
+
+    def adapter_output(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the adapters add to the output on this rank."""
+        raise NotImplementedError
+
+    def _target_weights(self) -> dict[str, torch.Tensor]:
+        """Target → the rows of the weight that it adapts, on this rank, in the order of its B."""
+        raise NotImplementedError
+
+    def _in_rows(self, factors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Factors of the targets' rows → those of all rows of the output on this rank."""
+        raise NotImplementedError
+
+    def _whole_rows(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums over the columns that this rank has → over whole rows."""
+        raise NotImplementedError
 
     def named_adapters(self) -> dict[str, Adapter]:
         """Target → its adapter, in the order of the output."""
@@ -144,7 +191,7 @@ class AdaptedColumns(AdaptedLinear):
         sizes: dict[str, tuple[int, int]] = {
             name: (self.input_size, rows[name] * groups // tensor) for name in rows if name in lora.targets
         }
-        self._add_adapters(lora, sizes, {"lora_B": 0})
+        self._add_adapters(lora, sizes, {"lora_B": 0, "magnitude": 0})
         first = self.tp_group.rank() % self.ranks_of_group * num_outputs
         last = first + num_outputs if self.ranks_of_group > 1 else group_rows
         self.block_rows = {}
@@ -152,6 +199,25 @@ class AdaptedColumns(AdaptedLinear):
         for name, number in rows.items():
             self.block_rows[name] = range(number)[max(first, 0) : max(last, 0)]
             first, last = first - number, last - number
+
+    def _target_weights(self) -> dict[str, torch.Tensor]:
+        blocks = self.weight.unflatten(0, (self.num_groups, -1)).split(
+            [len(one) for one in self.block_rows.values()], dim=1
+        )
+        named = zip(self.block_rows, blocks, strict=True)
+        return {name: block.flatten(0, 1) for name, block in named if name in self.adapters}
+
+    def _in_rows(self, factors: dict[str, torch.Tensor]) -> torch.Tensor:
+        blocks = [
+            factors[name].view(self.num_groups, -1)
+            if name in factors
+            else self.weight.new_ones(self.num_groups, len(rows))
+            for name, rows in self.block_rows.items()
+        ]
+        return torch.cat(blocks, dim=1).flatten()
+
+    def _whole_rows(self, sums: torch.Tensor) -> torch.Tensor:
+        return sums
 
     def adapter_output(self, inputs: torch.Tensor) -> torch.Tensor:
         """[tokens (of this rank under sequence parallel), batch, in] → [tokens, batch, out / tensor size]."""
@@ -199,6 +265,18 @@ class AdaptedRows(AdaptedLinear):
     def add_row_adapter(self, lora: LoraSettings, target: str, num_inputs: int, num_outputs: int) -> None:
         """`target` names the linear; `num_inputs`: on this rank."""
         self._add_adapters(lora, {target: (num_inputs, num_outputs)}, {"lora_A": 1})
+
+    def _target_weights(self) -> dict[str, torch.Tensor]:
+        return dict.fromkeys(self.named_adapters(), self.weight)
+
+    def _in_rows(self, factors: dict[str, torch.Tensor]) -> torch.Tensor:
+        (only,) = factors.values()
+        return only
+
+    def _whole_rows(self, sums: torch.Tensor) -> torch.Tensor:
+        if self.tp_group.size() > 1:
+            dist.all_reduce(sums, group=self.tp_group)
+        return sums
 
     def adapter_output(self, inputs: torch.Tensor) -> torch.Tensor:
         """[tokens, batch, in / tensor size] → [tokens (of this rank under sequence parallel), batch, out]."""
@@ -305,6 +383,13 @@ def adapted_modules(chunks: Iterable[torch.nn.Module]) -> Iterator[AdaptedLinear
     """All linears with adapters, and the adapter of the embedding."""
     kinds = AdaptedLinear | EmbeddingAdapter
     return (module for chunk in chunks for module in chunk.modules() if isinstance(module, kinds))
+
+
+def start_magnitudes(chunks: Iterable[torch.nn.Module]) -> None:
+    """Begin DoRA, where it is used, from the base's weights, which have been read. All tensor parallel ranks call it."""
+    for module in adapted_modules(chunks):
+        if isinstance(module, AdaptedLinear) and module.lora.dora:
+            module.start_magnitudes()
 
 
 def linears_of_layer(layer: torch.nn.Module) -> Iterator[tuple[int | None, AdaptedLinear]]:

@@ -87,11 +87,13 @@ def stacked_alpha(alpha: float, number: int, *, rank_stabilized: bool) -> float:
 def num_adapter_parameters(a: Architecture, lora: LoraSettings) -> int:
     """Parameters of all adapters of a model, without those of the padded vocabulary."""
     sides, experts = other_sides(a), max(a.num_experts, 1)
-    each: dict[str, int] = {
-        name: (a.hidden_size + sides[name]) * (experts if name in OF_MLP else 1) for name in lora.targets
-    }
-    of_embedding = each.pop(EMBEDDING, 0)
-    return lora.rank * (a.num_layers * sum(each.values()) + of_embedding)
+    outputs = sides | {"o_proj": a.hidden_size, "down_proj": a.hidden_size}
+    total = 0
+    for name in lora.targets:
+        number = lora.rank * (a.hidden_size + sides[name]) + (outputs[name] if lora.dora else 0)
+        places = 1 if name == EMBEDDING else a.num_layers * (experts if name in OF_MLP else 1)
+        total += number * places
+    return total
 
 
 def num_whole_tables(a: Architecture, lora: LoraSettings) -> int:
@@ -103,9 +105,10 @@ def describe_trained(a: Architecture, lora: LoraSettings) -> str:
     """What a run trains, for people."""
     if lora.rank == 0:
         return "all weights"
+    kind = "DoRA adapters" if lora.dora else "adapters"
     stabilized = " (rank-stabilized)" if lora.rank_stabilized else ""
     adapters = (
-        f"{num_adapter_parameters(a, lora):,} parameters in adapters of rank {lora.rank}, alpha {lora.alpha:g}{stabilized}, "
+        f"{num_adapter_parameters(a, lora):,} parameters in {kind} of rank {lora.rank}, alpha {lora.alpha:g}{stabilized}, "
         f"dropout {lora.dropout:g}, on {', '.join(lora.targets)}"
     )
     if not lora.train_whole:
@@ -120,8 +123,9 @@ def peft_whole_name(module: str) -> str:
 
 
 def peft_name(layer: int, linear: str, matrix: str) -> str:
-    """PEFT's name of a matrix, lora_A or lora_B, of the Hugging Face linear at this path in layer `layer` (from 0)."""
-    return f"{peft_layer(layer)}.{linear}.{matrix}.weight"
+    """PEFT's name of lora_A, lora_B or DoRA's magnitude of the Hugging Face linear at this path in layer `layer` (from 0)."""
+    last = "lora_magnitude_vector" if matrix == "magnitude" else f"{matrix}.weight"
+    return f"{peft_layer(layer)}.{linear}.{last}"
 
 
 def peft_embedding_name(matrix: str) -> str:

@@ -44,6 +44,8 @@ def read_configuration(settings: Settings, world_size: int | None = None, respon
         notes.append("adapters are counted as on all linears, not only on lora.targets")
     if settings.lora.rank and EMBEDDING in settings.lora.targets:
         notes.append("the adapter of the embedding is not counted")
+    if settings.lora.dora:
+        notes.append("the magnitudes and norms of lora.dora are not counted")
     return Configured(settings, Workload.of_settings(settings, architecture, number, response), notes)
 
 

@@ -10,7 +10,7 @@ from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import BatchShape, batch_shape
 from megatron_sstoken.model.backend import Backend, preferred_backend, token_multiple
 from megatron_sstoken.model.families import Architecture
-from megatron_sstoken.model.lora_targets import EMBEDDING, OF_MLP, other_sides
+from megatron_sstoken.model.lora_targets import EMBEDDING, FUSED, OF_MLP, hugging_face_linears, other_sides
 from megatron_sstoken.parallel import processes_problem
 
 T = TypeVar("T")
@@ -207,8 +207,31 @@ def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None
         f"lora.targets={lora.targets} names the embedding, which in this model is the head, too (tie_word_embeddings): PEFT "
         "adapts the one, and merged changes both: leave out embed_tokens, or use lora.train_whole=[embed_tokens, lm_head]",
     )
+    if lora.dora:
+        _check_dora(settings, a, found)
     if a.num_experts and set(OF_MLP) & set(lora.targets):
         _check_experts_adapters(settings, a, found)
+
+
+def _check_dora(settings: Settings, a: Architecture, found: Findings) -> None:
+    """Whether every rank holds whole rows of what `lora.dora` scales, and PEFT's linears are those of `lora.targets`."""
+    lora, tensor = settings.lora, settings.parallel.tensor
+    found.require(
+        a.num_query_groups % tensor == 0 or not {"q_proj", "k_proj", "v_proj"} & set(lora.targets),
+        f"lora.dora=true needs a parallel.tensor that divides model.num_key_value_heads={a.num_query_groups}, which {tensor} "
+        f"does not: use {divisors(a.num_query_groups)}, or leave q_proj, k_proj and v_proj out of lora.targets",
+    )
+    if a.num_experts and set(OF_MLP) & set(lora.targets):
+        found.problems.append(
+            f"lora.dora=true is not for experts, as in PEFT, of which lora.targets={lora.targets} names linears: use "
+            "lora.dora=false, or leave out gate_proj, up_proj and down_proj"
+        )
+        return
+    fused = sorted({path.rpartition(".")[2] for path in hugging_face_linears(a, lora.targets)} & FUSED.keys())
+    found.require(
+        not fused,
+        f"lora.dora=true is not for linears that model.model_type={a.family} fuses ({', '.join(fused)}): use lora.dora=false",
+    )
 
 
 def _check_experts_adapters(settings: Settings, a: Architecture, found: Findings) -> None:

@@ -245,6 +245,31 @@ def test_adapters_of_experts(folder, tmp_path, family, targets, message):
     assert re.search(message, found)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        (
+            "llama",
+            {"parallel__tensor": 4},
+            "a parallel.tensor that divides model.num_key_value_heads=2, which 4 does not: use 1 or 2",
+        ),
+        (
+            "llama",
+            {"lora__dropout": 0.1},
+            "lora.dora=true with lora.dropout=0.1 would compute every linear a second time",
+        ),
+        ("llama", {"lora__targets": ["q_proj", "embed_tokens"]}, "names the embedding: leave out embed_tokens"),
+        ("phi3", {}, r"model.model_type=phi3 fuses \(gate_up_proj, qkv_proj\): use lora.dora=false"),
+        ("mixtral", {}, "lora.dora=true is not for experts, as in PEFT"),
+    ],
+)
+def test_dora(folder, tmp_path, family, changes, message):
+    make_model(tmp_path / "model", family, tie_word_embeddings=False)
+    values = {"lora__rank": 2, "lora__dora": True} | changes
+    settings = make_settings(str(tmp_path / "model"), str(folder / "data"), **values)
+    assert re.search(message, only_problem(settings, settings.parallel.tensor))
+
+
 def test_divisors():
     assert (divisors(1), divisors(7), divisors(12)) == ("1", "1 or 7", "1, 2, 3, 4, 6 or 12")
     assert divisors(128) == "1, 2, 4, 8, 16, 32 or 64"
