@@ -308,8 +308,8 @@ def from_peft(
     """Write a checkpoint of adapters `output`/step_0000000 from a PEFT folder; with it come the settings that fit.
 
     `hf_path`: the Hugging Face folder of the base; default: the one that the adapters name. The matrices get one type: F32, or
-    BF16 where all are. Raises ValueError for what cannot be read, does not fit the base, or computes anything else than LoRA
-    and rsLoRA on the linears of every layer, and for an output in the way.
+    BF16 where all are. Raises ValueError for what cannot be read, does not fit the base, or computes anything else than LoRA,
+    rsLoRA and DoRA on every layer, and for an output in the way.
     """
     options = options or ConversionOptions()
     refuse_existing(output, options.overwrite, [adapter, *([hf_path] if hf_path else [])])
