@@ -76,13 +76,24 @@ def gather_in_next_pass(chunk: torch.nn.Module) -> None:
 
 
 def dense_mlp(layer: TransformerLayerSubmodules) -> MLPSubmodules | None:
-    """What the feed-forward part of a layer's spec is made of, to be changed in place; None for a mixture of experts.
+    """What the feed-forward part of a layer's spec is made of, to be changed in place; None for a mixture of experts."""
+    return _mlp_in(layer.mlp)
 
-    0.16 describes it by a ModuleSpec, 0.19 by a partial function that builds it.
-    """
-    described = layer.mlp.keywords if isinstance(layer.mlp, functools.partial) else vars(layer.mlp)
-    submodules = described.get("submodules")
+
+def expert_mlp(layer: TransformerLayerSubmodules) -> MLPSubmodules | None:
+    """The same of the experts of a mixture that are computed one after another; None for any other feed-forward part."""
+    return _mlp_in(getattr(_submodules(layer.mlp), "experts", None))
+
+
+def _mlp_in(described: Any) -> MLPSubmodules | None:
+    submodules = _submodules(described)
     return submodules if isinstance(submodules, MLPSubmodules) else None
+
+
+def _submodules(described: Any) -> Any:
+    """The submodules of a described module. 0.16 describes one by a ModuleSpec, 0.19 by a partial function that builds it."""
+    options = described.keywords if isinstance(described, functools.partial) else getattr(described, "__dict__", {})
+    return options.get("submodules")
 
 
 COMMON_STATE = "common_state/shard_0_1"

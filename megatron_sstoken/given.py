@@ -13,7 +13,7 @@ import yaml
 
 from megatron_sstoken.config import RENAMED
 from megatron_sstoken.config.catalogue import Entry, entries, sections
-from megatron_sstoken.config.model import ALL_LINEAR
+from megatron_sstoken.config.model import ALL_LINEAR, LINEARS
 from megatron_sstoken.words import ALIKE, SURE, alike, did_you_mean, listed
 
 OTHER_NAMES = {
@@ -42,6 +42,7 @@ OTHER_NAMES = {
     "parallel.expert": "expert_model_parallel_size ep",
     "lora.rank": "lora_r r",
     "lora.targets": "target_modules lora_target_modules",
+    "lora.dora": "use_dora",
     "lora.train_whole": "modules_to_save",
     "selection.rho": "ratio topk top_k",
 }
@@ -298,7 +299,7 @@ def _understood(entry: Entry, value: Any) -> Any:
     if not words or not isinstance(value, str) or value.strip().startswith("["):
         return value
     if value.strip() == ALL_LINEAR:
-        return list(words)
+        return list(LINEARS)
     return [one.strip() for one in value.split(",")]
 
 

@@ -25,7 +25,7 @@ from megatron_sstoken.history.source import open_history
 from megatron_sstoken.model.backend import backend_of, machine_problems
 from megatron_sstoken.model.build import Model, build_model
 from megatron_sstoken.model.families import Architecture, parse_architecture, read_architecture
-from megatron_sstoken.model.lora import base_parameters
+from megatron_sstoken.model.lora_targets import base_parameters
 from megatron_sstoken.model.presets import model_config
 from megatron_sstoken.parallel import create_layout, reset_layout, start_processes
 from megatron_sstoken.planner.hardware import Assumptions

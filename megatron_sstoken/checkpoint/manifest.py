@@ -61,6 +61,7 @@ class AdapterIdentity:
     rank_stabilized: bool = False
     train_whole: list[str] = field(default_factory=list)
     """Modules of the base that the checkpoint holds whole, as they were trained."""
+    dora: bool = False
 
     @classmethod
     def of(cls, lora: LoraSettings, base: ModelIdentity, base_checkpoint: str | None = None) -> "AdapterIdentity":
@@ -74,6 +75,7 @@ class AdapterIdentity:
             base=base,
             rank_stabilized=lora.rank_stabilized,
             train_whole=list(lora.train_whole),
+            dora=lora.dora,
         )
 
     @property
@@ -351,13 +353,14 @@ def adapter_problems(owner: str, saved: AdapterIdentity | None, lora: LoraSettin
     if lora.rank == 0:
         return [
             f"{owner} holds adapters, and lora.rank=0 makes none: set lora.rank={saved.rank}, lora.alpha={saved.alpha:g}"
-            f"{', lora.rank_stabilized=true' * saved.rank_stabilized}{_whole(saved)} and "
+            f"{', lora.rank_stabilized=true' * saved.rank_stabilized}{', lora.dora=true' * saved.dora}{_whole(saved)} and "
             f"lora.targets=[{', '.join(saved.targets)}], or merge them with tools/convert_checkpoint.py to-hf --merge"
         ]
     pairs = {
         "rank": (saved.rank, lora.rank),
         "alpha": (saved.alpha, lora.alpha),
         "rank_stabilized": (saved.rank_stabilized, lora.rank_stabilized),
+        "dora": (saved.dora, lora.dora),
         "targets": (sorted(saved.targets), sorted(lora.targets)),
         "train_whole": (sorted(saved.train_whole), sorted(lora.train_whole)),
     }

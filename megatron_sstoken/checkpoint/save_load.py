@@ -43,7 +43,7 @@ from megatron_sstoken.device import compute_device
 from megatron_sstoken.files import publish_folder, write_durably, write_failure
 from megatron_sstoken.integrity import checksum_of, write_checksums
 from megatron_sstoken.model.build import Model
-from megatron_sstoken.model.lora import is_adapter
+from megatron_sstoken.model.lora_targets import is_adapter
 from megatron_sstoken.model.optimizer import WeightsCopy
 from megatron_sstoken.parallel import Layout, broadcast_object, gather_objects, is_lost_connection
 

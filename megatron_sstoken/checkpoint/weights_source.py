@@ -17,6 +17,7 @@ from megatron_sstoken.model.build import Model, load_weights
 from megatron_sstoken.model.families import read_architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
 from megatron_sstoken.model.identity import ModelIdentity, told, weight_digests
+from megatron_sstoken.model.lora import start_magnitudes
 from megatron_sstoken.model.weight_files import HuggingFaceWeights
 from megatron_sstoken.model.weights import check_weights
 from megatron_sstoken.parallel import Layout, broadcast_object
@@ -57,6 +58,8 @@ class WeightsSource:
             load_weights(model, self.hf_path)
         else:
             load_checkpoint(self.stored, model)
+        if self.adapters is None:
+            start_magnitudes(model.unwrapped)
 
     @functools.cached_property
     def identity(self) -> ModelIdentity:

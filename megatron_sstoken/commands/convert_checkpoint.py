@@ -199,6 +199,7 @@ def _from_peft(arguments: argparse.Namespace) -> int:
         f"written: {written}; train with --model.checkpoint={written} --lora.rank={lora.rank} --lora.alpha={lora.alpha:g} "
         f"--lora.rank_stabilized={str(lora.rank_stabilized).lower()} --lora.dropout={lora.dropout:g} "
         f"'--lora.targets=[{', '.join(lora.targets)}]'"
+        + " --lora.dora=true" * lora.dora
         + (f" '--lora.train_whole=[{', '.join(lora.train_whole)}]'" if lora.train_whole else "")
     )
     return 0

@@ -181,7 +181,9 @@ class DataSettings:
 ALL_LINEAR = "all-linear"
 """PEFT's word for every linear layer, which `lora.targets` may be."""
 WholeModule = Literal["embed_tokens", "lm_head"]
-LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens"]
+LINEARS: tuple[LoraTarget, ...] = get_args(LoraTarget)[:-1]
+"""The targets that `all-linear` stands for."""
 
 
 def adapter_scale(alpha: float, rank: int, *, rank_stabilized: bool) -> float:
@@ -205,9 +207,14 @@ class LoraSettings:
     dropout: float = 0.0
     """Share of the adapters' inputs that is set to zero while training."""
 
-    targets: list[LoraTarget] = field(default_factory=lambda: list(get_args(LoraTarget)))
+    targets: list[LoraTarget] = field(default_factory=lambda: list(LINEARS))
     """The linears that get adapters, by their names in the Hugging Face model (PEFT's target_modules); default: all, which
-    `all-linear` says, too."""
+    `all-linear` says, too. In a mixture gate_proj, up_proj and down_proj are those of every expert. embed_tokens,
+    the embedding, is named apart."""
+
+    dora: bool = False
+    """DoRA (arXiv 2402.09353; PEFT's use_dora): each row of the adapted weight gets a trained length, its direction is that
+    of W + scale · B·A."""
 
     train_whole: list[WholeModule] = field(default_factory=list)
     """Modules that are trained whole beside the adapters, as for new tokens (PEFT's modules_to_save); the embedding and the
@@ -230,6 +237,19 @@ class LoraSettings:
         rules.require(
             len(set(self.targets)) == len(self.targets),
             f"lora.targets={self.targets} names a linear twice: use each once",
+        )
+        rules.require(
+            not self.dora or self.dropout == 0,
+            f"lora.dora=true with lora.dropout={self.dropout} would compute every linear a second time, on what dropout "
+            "leaves: use lora.dropout=0",
+        )
+        rules.require(
+            not self.dora or "embed_tokens" not in self.targets,
+            f"lora.dora=true is for linears, and lora.targets={self.targets} names the embedding: leave out embed_tokens",
+        )
+        rules.require(
+            "embed_tokens" not in self.targets or "embed_tokens" not in self.train_whole,
+            f"lora.targets={self.targets} and lora.train_whole={self.train_whole} both name embed_tokens: use one of them",
         )
         rules.require(
             len(set(self.train_whole)) == len(self.train_whole),

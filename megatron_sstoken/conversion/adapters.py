@@ -14,19 +14,23 @@ from megatron_sstoken.conversion.torch_dist import CheckpointReader
 from megatron_sstoken.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATE_FILE
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
-from megatron_sstoken.model.lora import (
+from megatron_sstoken.model.lora_targets import (
+    EMBEDDING,
+    EMBEDDING_MATRICES,
     FUSED,
     TARGETS,
     WHOLE,
     WHOLE_TENSORS,
+    expert_of,
     hugging_face_linears,
     other_sides,
+    peft_embedding_name,
     peft_name,
     peft_whole_name,
     stacked_alpha,
 )
 
-_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(\w+\.\w+)\.weight")
+_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
 
 
 class AdapterCheckpoint:
@@ -57,13 +61,18 @@ class AdapterCheckpoint:
         files = [self.folder / STATE_FILE, *sorted(self.folder.glob("*.distcp"))]
         return fingerprint_files(map(str, files))
 
-    def matrices(self, target: str, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [rank, in] and B [out, rank] of one linear in layer `layer` (from 0), as they were trained."""
+    def matrices(self, target: str, layer: int, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [rank, in] and B [out, rank] of one linear in layer `layer` (from 0), or of an expert in it, as trained."""
+        linear = TARGETS[target] if expert is None else TARGETS[target].replace("mlp.", "mlp.experts.experts.")
+        key = f"decoder.layers.{linear}.adapters.{target}"  # in a checkpoint the layers are the first axis
         read = self._reader.read_layer
-        return read(_key(target, "lora_A"), layer), read(_key(target, "lora_B"), layer)
+        return read(f"{key}.lora_A", layer, expert), read(f"{key}.lora_B", layer, expert)
 
     def merged_delta(self, name: str) -> torch.Tensor | None:
         """What the adapters add to the Hugging Face tensor `name`: scale · B·A, fp32; None if nothing."""
+        if name == WHOLE_TENSORS[EMBEDDING] and EMBEDDING in self.identity.targets:
+            a, b = self.embedding_matrices()
+            return (a.t().float() @ b.t().float()) * self.identity.scale
         match = _WEIGHT.fullmatch(name)
         if match is None or match[2] not in self.linears:
             return None
@@ -72,12 +81,17 @@ class AdapterCheckpoint:
 
     def linear_matrices(self, path: str, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of one Hugging Face linear, `path` in layer `layer`, with all the targets that lie in it."""
-        found = {target: self.matrices(target, layer) for target in self.linears[path]}
+        found = {target: self.matrices(target, layer, expert_of(path)) for target in self.linears[path]}
         parts = FUSED.get(path.rpartition(".")[2], self.linears[path])
         first = next(b for _, b in found.values())
         rows = other_sides(self.architecture)
         blocks = [found[part][1] if part in found else first.new_zeros(rows[part], 0) for part in parts]
         return torch.cat([found[part][0] for part in parts if part in found]), torch.block_diag(*blocks)
+
+    def embedding_matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [rank, vocabulary] and B [hidden, rank] of the embedding, as they were trained."""
+        first, second = (self._reader.read_tensor(key) for key in EMBEDDING_MATRICES)
+        return first[: self.architecture.vocabulary_size].t(), second
 
     def whole_tensor(self, module: str) -> torch.Tensor:
         """The weight of a module that was trained whole, in its stored type, without padding."""
@@ -90,7 +104,17 @@ class AdapterCheckpoint:
             if WHOLE_TENSORS[module] == name:
                 return self.whole_tensor(module)
         delta = self.merged_delta(name)
-        return tensor if delta is None else delta.add_(tensor)
+        if delta is None:
+            return tensor
+        summed = delta.add_(tensor)
+        if self.identity.dora and (match := _WEIGHT.fullmatch(name)):
+            summed *= (self.magnitude(match[2], int(match[1])).float() / summed.norm(dim=1)).unsqueeze(1)
+        return summed
+
+    def magnitude(self, path: str, layer: int) -> torch.Tensor:
+        """DoRA's [out] of the Hugging Face linear `path` in layer `layer`."""
+        (target,) = self.linears[path]
+        return self._reader.read_layer(f"decoder.layers.{TARGETS[target]}.adapters.{target}.magnitude", layer)
 
     def peft_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All matrices by the names that PEFT gives them."""
@@ -98,13 +122,22 @@ class AdapterCheckpoint:
             for path in self.linears:
                 for name, matrix in zip(("lora_A", "lora_B"), self.linear_matrices(path, layer), strict=True):
                     yield peft_name(layer, path, name), matrix.contiguous()
+                if self.identity.dora:
+                    yield peft_name(layer, path, "magnitude"), self.magnitude(path, layer)
+        if EMBEDDING in self.identity.targets:
+            for name, matrix in zip(EMBEDDING_MATRICES.values(), self.embedding_matrices(), strict=True):
+                yield peft_embedding_name(name), matrix.contiguous()
         for module in self.identity.train_whole:
             yield peft_whole_name(module), self.whole_tensor(module).contiguous()
 
     def peft_config(self, base: str) -> dict:
         """PEFT's adapter_config.json; `base` is the Hugging Face folder of the weights that the adapters belong to."""
         fused = {path.rpartition(".")[2]: len(parts) for path, parts in self.linears.items() if len(parts) > 1}
-        alpha, stabilized = self.identity.alpha, self.identity.rank_stabilized
+        alpha, stabilized, dropout = self.identity.alpha, self.identity.rank_stabilized, self.identity.dropout
+        if any(expert_of(path) is not None for path in self.linears):
+            # PEFT has no dropout where experts lie in one tensor. It makes one adapter of those of gate and up, of twice the
+            # rank and the alpha, which is not the same scale where it goes by √rank.
+            alpha, stabilized, dropout = self.identity.scale * self.identity.rank, False, 0.0
         patterns = {
             "rank_pattern": {name: number * self.identity.rank for name, number in fused.items()},
             "alpha_pattern": {
@@ -118,9 +151,13 @@ class AdapterCheckpoint:
             "r": self.identity.rank,
             "lora_alpha": alpha,
             "use_rslora": stabilized,
-            "lora_dropout": self.identity.dropout,
+            "use_dora": self.identity.dora,
+            "lora_dropout": dropout,
             **({"modules_to_save": list(self.identity.train_whole)} if self.identity.train_whole else {}),
-            "target_modules": [path.rpartition(".")[2] for path in self.linears],
+            "target_modules": [
+                *dict.fromkeys(path.rpartition(".")[2] for path in self.linears),
+                *([EMBEDDING] if EMBEDDING in self.identity.targets else []),
+            ],
             **(patterns if fused else {}),
             "bias": "none",
             "fan_in_fan_out": False,
@@ -144,8 +181,3 @@ class AdapterCheckpoint:
                 f"on ({problem}): name their folder with --hf"
             )
         return source
-
-
-def _key(target: str, matrix: str) -> str:
-    """Name in a checkpoint, where the layers are the first axis."""
-    return f"decoder.layers.{TARGETS[target].megatron}.adapters.{target}.{matrix}"

@@ -17,7 +17,16 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron_sstoken.config import LoraSettings, Settings
 from megatron_sstoken.model.build import build_model
 from megatron_sstoken.model.families import Architecture, Split, WeightRule
-from megatron_sstoken.model.lora import WHOLE, hugging_face_linears, is_adapter, peft_name, peft_whole_name
+from megatron_sstoken.model.lora_targets import (
+    EMBEDDING_MATRICES,
+    WHOLE,
+    expert_of,
+    hugging_face_linears,
+    is_adapter,
+    peft_embedding_name,
+    peft_name,
+    peft_whole_name,
+)
 from megatron_sstoken.model.weights import held_weights, rules_of_chunk, to_hugging_face
 from megatron_sstoken.parallel import create_layout, reset_layout, start_processes
 
@@ -104,14 +113,18 @@ def adapter_contents(architecture: Architecture, lora: LoraSettings) -> Contents
     Each has the name of PEFT's matrix; the parts of a linear that is fused in the Hugging Face model have one name.
     """
     linears = hugging_face_linears(architecture, lora.targets)
-    path_of = {target: path for path, targets in linears.items() for target in targets}
+    path_of = {(target, expert_of(path)): path for path, targets in linears.items() for target in targets}
     module_of = {WHOLE[module]: module for module in lora.train_whole}
     parameters = []
     with _chunk_of(architecture, Settings(lora=lora)) as (chunk, stored):
         for name, parameter in chunk.named_parameters():
-            if is_adapter(name):
+            if name in EMBEDDING_MATRICES:
+                split = Split.VOCABULARY if name.endswith("lora_A.weight") else Split.WHOLE
+                rule = WeightRule(name, (peft_embedding_name(EMBEDDING_MATRICES[name]),), split)
+                parameters.append(Parameter(name, rule, 0, parameter.shape, stored[name]))
+            elif is_adapter(name):
                 _, _, layer, *_, target, matrix = name.split(".")
-                peft = peft_name(int(layer), path_of[target], matrix)
+                peft = peft_name(int(layer), path_of[target, expert_of(name)], matrix)
                 rule = WeightRule(name, (peft,), Split.WHOLE)
                 parameters.append(Parameter(name, rule, int(layer), parameter.shape, stored[name]))
             elif name in module_of:

@@ -21,11 +21,23 @@ from megatron_sstoken.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, local_mode
 from megatron_sstoken.model.dtypes import SAFETENSORS_NAMES
 from megatron_sstoken.model.families import Architecture, Split, read_architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
-from megatron_sstoken.model.lora import FUSED, TARGETS, WHOLE, other_sides, peft_whole_name, stacked_alpha
-from megatron_sstoken.model.weight_files import open_safetensors
+from megatron_sstoken.model.lora_targets import (
+    EMBEDDING,
+    EMBEDDING_MATRICES,
+    FUSED,
+    OTHER_NAMES,
+    TARGETS,
+    WHOLE_TENSORS,
+    expert_of,
+    other_sides,
+    peft_embedding_name,
+    peft_layer,
+    peft_whole_name,
+    stacked_alpha,
+)
+from megatron_sstoken.model.weight_files import HuggingFaceWeights, open_safetensors
 
 _UNSUPPORTED = {
-    "use_dora": "DoRA",
     "trainable_token_indices": "tokens trained beside the adapters",
     "lora_bias": "adapters with a bias",
     "layer_replication": "replicated layers",
@@ -34,7 +46,11 @@ _UNSUPPORTED = {
     "fan_in_fan_out": "transposed weights",
 }
 """Fields of adapter_config.json that change what adapters compute → what they stand for."""
-_TENSOR = re.compile(r"base_model\.model\.model\.layers\.\d+\.\w+\.(\w+)\.lora_[AB]\.weight")
+_LAYER = r"base_model\.model\.model\.layers\.\d+\."
+_TENSOR = re.compile(_LAYER + r"\w+(?:\.experts\.\d+)?\.(\w+)\.(?:lora_[AB]\.weight|lora_magnitude_vector)")
+_STACK = re.compile(_LAYER + r"mlp\.experts\.((?:base_layer\.)?)lora_[AB]\.weight")
+_STACKS = ("down_proj", "gate_up_proj")
+"""Tensors of all experts that `target_parameters` may name, in the order in which PEFT wraps them, from outside."""
 _MERGE, _OWN = "merge the adapters into their base with PEFT", "name the adapters' own base with --hf"
 
 
@@ -64,18 +80,30 @@ class PeftFolder:
         self._weights = open_safetensors(str(self._weights_file))
         self._names = set(self._weights.keys())
         whole = [module for module in get_args(WholeModule) if module in (self._config.get("modules_to_save") or [])]
-        matches = {
-            name: _TENSOR.fullmatch(name) for name in self._names - {peft_whole_name(module) for module in whole}
+        named = {name.rpartition(".")[2] for name in self._config.get("target_parameters") or []}
+        self._stacks = dict(zip([name for name in _STACKS if name in named], ("", "base_layer."), strict=False))
+        """Tensor of all experts that has an adapter → what the names of its matrices have before `lora_A`."""
+        in_stacks = {
+            name for name in self._names if (found := _STACK.fullmatch(name)) and found[1] in self._stacks.values()
         }
-        self._linears = {match[1] for match in matches.values() if match}
-        known = TARGETS.keys() | FUSED.keys()
+        of_embedding = {peft_embedding_name(matrix) for matrix in EMBEDDING_MATRICES.values()} & self._names
+        base = {peft_embedding_name("base_layer.weight")} & self._names if of_embedding else set()
+        # PEFT saves the embedding itself beside its adapter.
+        self._copies = dict.fromkeys(base, WHOLE_TENSORS[EMBEDDING])
+        """Tensor of the base that the folder holds, too → its name in the base."""
+        self._names -= base
+        others = self._names - in_stacks - of_embedding - {peft_whole_name(module) for module in whole}
+        matches = {name: _TENSOR.fullmatch(name) for name in others}
+        self._linears = {match[1] for match in matches.values() if match} | self._stacks.keys()
+        self._linears |= {EMBEDDING} if of_embedding else set()
+        known = TARGETS.keys() | FUSED.keys() | OTHER_NAMES.keys() | {EMBEDDING}
         unknown = sorted(name for name, match in matches.items() if match is None) + sorted(self._linears - known)
         if unknown or not self._linears:
             what = f"holds {', '.join(unknown[:3])}" if unknown else "holds no adapters"
             raise ValueError(
                 f"{self._weights_file} {what}: only adapters of {', '.join(sorted(known))} are read: {_MERGE}"
             )
-        targets = {part for name in self._linears for part in FUSED.get(name, (name,))}
+        targets = {part for name in self._linears for part in FUSED.get(name, (OTHER_NAMES.get(name, name),))}
         self.lora = LoraSettings(
             rank=self._config["r"],
             alpha=float(self._config["lora_alpha"]),
@@ -83,6 +111,7 @@ class PeftFolder:
             targets=[name for name in get_args(LoraTarget) if name in targets],
             rank_stabilized=bool(self._config.get("use_rslora")),
             train_whole=whole,
+            dora=bool(self._config.get("use_dora")),
         )
         if problems := self.lora.problems():
             raise ValueError(f"{self._config_file}: {'; '.join(problems)}")
@@ -114,8 +143,11 @@ class PeftFolder:
         place = self._place(parameter, architecture)
         if parameter.rule.split is Split.VOCABULARY:
             real = self._weights.get_tensor(place.name)
+            real = real.t() if place.linear == EMBEDDING and parameter.name in EMBEDDING_MATRICES else real
             return torch.cat([real, real.new_zeros(parameter.shape[0] - real.shape[0], real.shape[1])])
-        return self._weights.get_slice(place.name)[place.rows, place.columns].contiguous()
+        if len(place.shape) == 1:
+            return self._weights.get_tensor(place.name)
+        return self._weights.get_slice(place.name)[place.rows][:, place.columns].contiguous()
 
     def check(self, parameters: tuple[Parameter, ...], architecture: Architecture) -> None:
         """Raise ValueError unless the folder holds the matrices of all `parameters`, and no others."""
@@ -125,13 +157,27 @@ class PeftFolder:
             self._require_both()
             shape = [architecture.vocabulary_size, architecture.hidden_size]
             places.append(_Place(peft_whole_name("lm_head"), "lm_head", shape))
+        if architecture.tied_embeddings and EMBEDDING in self._linears:
+            raise ValueError(
+                f"{self._weights_file} has an adapter of the embedding, which in the base is the head, too "
+                f"(tie_word_embeddings): {_MERGE}"
+            )
+        if self.lora.dora and (fused := self._linears & FUSED.keys()):
+            raise ValueError(
+                f"{self._config_file}: use_dora on {', '.join(sorted(fused))} (linears that fuse several) is not supported: "
+                f"{_MERGE}"
+            )
         if strange := self._linears - {place.linear for place in places}:
             raise ValueError(
                 f"{self._weights_file} has adapters on {', '.join(sorted(strange))}, which the base does not have: {_OWN}"
             )
         for place in places:
             if place.name not in self._names:
-                why = "modules_to_save names it" if place.linear in WHOLE else "adapters have to be on every layer"
+                why = (
+                    "modules_to_save names it"
+                    if place.linear in self.lora.train_whole
+                    else "adapters have to be whole, on every layer and expert"
+                )
                 raise ValueError(f"{self._weights_file} holds no {place.name}: {why}")
             shape = list(self._weights.get_slice(place.name).get_shape())
             if shape != place.shape:
@@ -146,6 +192,15 @@ class PeftFolder:
             )
         if ties:
             self._require_one_table()
+
+    def require_copies_of(self, base: HuggingFaceWeights) -> None:
+        """Raise ValueError unless the embedding that the folder holds, if any, is that of the base."""
+        for name, of_base in self._copies.items():
+            ours, theirs = self._weights.get_tensor(name), base.slice(of_base)[:]
+            if ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours.dtype)):
+                raise ValueError(
+                    f"{self._weights_file}: {name} is not the base's embedding, as where words were added to it: {_MERGE}"
+                )
 
     def _require_both(self) -> None:
         """Raise ValueError unless both embedding and head were saved."""
@@ -184,11 +239,17 @@ class PeftFolder:
     def _place(self, parameter: Parameter, architecture: Architecture) -> _Place:
         """Where the folder has the matrix of an adapter's parameter. The parts of a fused linear share its A."""
         (name,) = parameter.rule.hugging_face
+        if parameter.name in EMBEDDING_MATRICES:
+            shapes = {"lora_embedding_A": [self.lora.rank, architecture.vocabulary_size]}
+            matrix = EMBEDDING_MATRICES[parameter.name]
+            return _Place(name, EMBEDDING, shapes.get(matrix, list(parameter.shape)))
         if parameter.rule.split is Split.VOCABULARY:
             return _Place(name, name.split(".")[-2], [architecture.vocabulary_size, parameter.shape[1]])
-        linear, (target, matrix) = name.split(".")[-3], parameter.name.split(".")[-2:]
-        shape = list(parameter.shape)
-        if linear == target:
+        linear, (target, matrix) = name.split(".lora_")[0].rpartition(".")[2], parameter.name.split(".")[-2:]
+        shape, expert = list(parameter.shape), expert_of(parameter.name)
+        if expert is not None and self._stacks:
+            return self._place_in_stack(parameter, expert, architecture)
+        if linear not in FUSED:
             return _Place(name, linear, shape)
         parts, rank, sides = FUSED[linear], self.lora.rank, other_sides(architecture)
         number = parts.index(target)
@@ -200,6 +261,20 @@ class PeftFolder:
         first = sum(sides[part] for part in parts[:number])
         rows = slice(first, first + sides[target])
         return _Place(name, linear, [sum(sides[part] for part in parts), width], rows, ranks)
+
+    def _place_in_stack(self, parameter: Parameter, expert: int, architecture: Architecture) -> _Place:
+        """Where an adapter of all experts has the matrix of one: A holds them below one another, B by turns in its columns."""
+        target, matrix = parameter.name.split(".")[-2:]
+        (stack,) = (name for name in _STACKS if target in FUSED.get(name, (name,)))
+        name = f"{peft_layer(parameter.layer)}.mlp.experts.{self._stacks.get(stack, '')}{matrix}.weight"
+        number, rank = architecture.num_experts, self.lora.rank
+        if matrix == "lora_A":
+            rows = slice(expert * rank, (expert + 1) * rank)
+            return _Place(name, stack, [number * rank, parameter.shape[1]], rows)
+        parts = FUSED.get(stack, (stack,))
+        first = parts.index(target) * parameter.shape[0]
+        rows, columns = slice(first, first + parameter.shape[0]), slice(expert, None, number)
+        return _Place(name, stack, [len(parts) * parameter.shape[0], rank * number], rows, columns)
 
     def _require_blocks(self, place: _Place) -> None:
         """Raise ValueError unless the rows of one part use no A but their own."""
@@ -233,8 +308,8 @@ def from_peft(
     """Write a checkpoint of adapters `output`/step_0000000 from a PEFT folder; with it come the settings that fit.
 
     `hf_path`: the Hugging Face folder of the base; default: the one that the adapters name. The matrices get one type: F32, or
-    BF16 where all are. Raises ValueError for what cannot be read, does not fit the base, or computes anything else than LoRA
-    and rsLoRA on the linears of every layer, and for an output in the way.
+    BF16 where all are. Raises ValueError for what cannot be read, does not fit the base, or computes anything else than LoRA,
+    rsLoRA and DoRA on every layer, and for an output in the way.
     """
     options = options or ConversionOptions()
     refuse_existing(output, options.overwrite, [adapter, *([hf_path] if hf_path else [])])
@@ -247,6 +322,7 @@ def from_peft(
     architecture = read_architecture(base)
     contents = adapter_contents(architecture, folder.lora)
     folder.check(contents.parameters, architecture)
+    folder.require_copies_of(HuggingFaceWeights(base))
     base_identity = WeightsSource(base).identity
     made_of = {
         "operation": "from-peft",

@@ -82,27 +82,24 @@ class CheckpointReader:
             self._fill(piece)
         return tensor
 
-    def read_layer(self, key: str, layer: int) -> torch.Tensor:
-        """What the checkpoint holds of `key` for `layer` (from 0), in its stored type.
+    def read_layer(self, key: str, layer: int, expert: int | None = None) -> torch.Tensor:
+        """What the checkpoint holds of `key` for `layer` (from 0), and of a tensor of all experts for `expert`, in its type.
 
         A tensor of that name has the layers as its first axis; where layers are not alike, each has one of its own.
         """
+        place = () if expert is None else (expert,)
         if (own := key.replace(".layers.", f".layers.{layer}.")) in self.tensors:
-            return self.read_tensor(own)
+            return self.read_tensor(own, *place)
+        return self.read_tensor(key, layer, *place)
+
+    def read_tensor(self, key: str, *place: int) -> torch.Tensor:
+        """The stored tensor `key`, or what it has at `place` along its first axes, in its stored type."""
         if key not in self.tensors:
             raise ValueError(f"{self.folder} holds no {key}")
         shape, dtype = self.tensors[key].size, self.tensors[key].properties.dtype
-        tensor = torch.empty(shape[1:], dtype=dtype)
-        self._fill(Piece(key, (layer, *(0 for _ in shape[1:])), tuple(shape), False, tensor.unsqueeze(0)))
-        return tensor
-
-    def read_tensor(self, key: str) -> torch.Tensor:
-        """The whole stored tensor `key`, in its stored type."""
-        if key not in self.tensors:
-            raise ValueError(f"{self.folder} holds no {key}")
-        stored = self.tensors[key]
-        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        self._fill(Piece(key, (0,) * tensor.dim(), tuple(stored.size), False, tensor))
+        tensor = torch.empty(shape[len(place) :], dtype=dtype)
+        view = tensor.reshape((1,) * len(place) + tuple(tensor.shape))
+        self._fill(Piece(key, (*place, *(0 for _ in tensor.shape)), tuple(shape), False, view))
         return tensor
 
     def _fill(self, piece: Piece) -> None:

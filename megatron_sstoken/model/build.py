@@ -26,7 +26,9 @@ from megatron_sstoken.model.biases import let_experts_add_biases
 from megatron_sstoken.model.dtypes import is_router_bias, weight_dtype
 from megatron_sstoken.model.families import Architecture, Split, table_frequencies
 from megatron_sstoken.model.head import IGNORE_INDEX, HeadOptions, selective_head, vocabulary_parallel_loss
-from megatron_sstoken.model.lora import adapted_linears, base_parameters, is_adapter, prepare_adapters, whole_parameters
+from megatron_sstoken.model.lora import adapted_modules, prepare_adapters
+from megatron_sstoken.model.lora_embedding import adapt_embedding
+from megatron_sstoken.model.lora_targets import EMBEDDING, expert_of, is_adapter, whole_parameters
 from megatron_sstoken.model.rotary import PackedRotary, multiply_rotated
 from megatron_sstoken.model.rows import HeadRows, head_rows
 from megatron_sstoken.model.spec import block_spec
@@ -156,7 +158,7 @@ class Model:
     @property
     def has_adapters(self) -> bool:
         """Whether adapters are trained, not the weights."""
-        return any(True for _ in adapted_linears(self.unwrapped))
+        return any(True for _ in adapted_modules(self.unwrapped))
 
     def is_tuned(self, name: str) -> bool:
         """Whether a parameter of this name is what a run with adapters trains: of an adapter, or trained whole beside them."""
@@ -165,14 +167,14 @@ class Model:
     @contextmanager
     def adapters_off(self) -> Iterator["Model"]:
         """Within, the model computes what its base does; yields it as a model whose attention is not captured."""
-        linears = list(adapted_linears(self.unwrapped))
-        for linear in linears:
-            linear.adapters_on = False
+        adapted = list(adapted_modules(self.unwrapped))
+        for module in adapted:
+            module.adapters_on = False
         try:
             yield replace(self, captured_layers=())
         finally:
-            for linear in linears:
-                linear.adapters_on = True
+            for module in adapted:
+                module.adapters_on = True
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -336,6 +338,8 @@ def build_model(
         model.captures.append(AttentionCapture())
         with torch.device("meta") if shapes_only else nullcontext():
             chunk = _build_chunk(model, settings, head, index)
+            if settings.lora.rank and EMBEDDING in settings.lora.targets and chunk.pre_process:
+                adapt_embedding(chunk, settings.lora)
         rotary = chunk.rotary_pos_emb
         table = rotary.table if isinstance(rotary, PackedRotary) else rotary
         table.inv_freq = table_frequencies(architecture).to(compute_device())
@@ -403,15 +407,16 @@ def _mark_tensor_parallel(chunk: TokenLossModel, architecture: Architecture) -> 
     are reduced over the expert data-parallel group; megatron arranges for that only with several expert ranks.
     """
     rules = rules_of_chunk(chunk, architecture)
-    for name, parameter in base_parameters(chunk):
-        rule, _ = rules[name]
-        if rule.expert is not None:
-            parameter.allreduce = False  # type: ignore[attr-defined]  # a mark of megatron's
+    for name, parameter in chunk.named_parameters():
+        of_adapter = is_adapter(name)
+        split = Split.WHOLE if of_adapter else rules[name][0].split  # what is cut of adapters is marked
+        of_expert = (expert_of(name) if of_adapter else rules[name][0].expert) is not None
+        if of_expert:
+            parameter.allreduce = False  # a mark of megatron's
             # megatron marks biases of experts as replicas whose gradients are to be summed over the tensor ranks.
-            parameter.sequence_parallel = False  # type: ignore[attr-defined]
-        differs = rule.split is not Split.WHOLE or rule.expert is not None
-        if differs and not hasattr(parameter, "tensor_model_parallel"):
-            dim = 1 if rule.split is Split.COLUMNS else 0
+            parameter.sequence_parallel = False
+        if (split is not Split.WHOLE or of_expert) and not hasattr(parameter, "tensor_model_parallel"):
+            dim = 1 if split is Split.COLUMNS else 0
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
 
 

@@ -3,7 +3,7 @@
 A linear with weight W that is named in `lora.targets` computes W·x + scale · B·(A·dropout(x)), with A [rank, in]
 and B [out, rank]; W is frozen. megatron fuses q, k and v into one linear and gate and up into another; each of them keeps
 an A and a B of its own, in the row order of the Hugging Face model, and its own dropout mask. Adapters are parameters
-`<linear>.adapters.<target>.lora_A` and `.lora_B`; the names of the base stay what they are.
+`<linear>.adapters.<target>.lora_A` and `.lora_B`, and DoRA's `.magnitude`; the names of the base stay what they are.
 """
 
 import hashlib
@@ -30,53 +30,24 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from megatron_sstoken.compat import dense_mlp
+from megatron_sstoken.compat import dense_mlp, expert_mlp
 from megatron_sstoken.config import LoraSettings
-from megatron_sstoken.model.families import Architecture
-
-_MARK = ".adapters."
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where the linear that PEFT knows by one name lies."""
-
-    megatron: str
-    """The (fused) linear in a megatron layer."""
-    hugging_face: str
-    """The linear in a Hugging Face layer."""
-
-
-TARGETS = {
-    "q_proj": Target("self_attention.linear_qkv", "self_attn.q_proj"),
-    "k_proj": Target("self_attention.linear_qkv", "self_attn.k_proj"),
-    "v_proj": Target("self_attention.linear_qkv", "self_attn.v_proj"),
-    "o_proj": Target("self_attention.linear_proj", "self_attn.o_proj"),
-    "gate_proj": Target("mlp.linear_fc1", "mlp.gate_proj"),
-    "up_proj": Target("mlp.linear_fc1", "mlp.up_proj"),
-    "down_proj": Target("mlp.linear_fc2", "mlp.down_proj"),
-}
-
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Linear of Hugging Face models that fuse some → the targets in it, in the order of its rows."""
-
-
-WHOLE = {"embed_tokens": "embedding.word_embeddings.weight", "lm_head": "output_layer.weight"}
-"""Module of a Hugging Face model that may be trained whole beside the adapters → its parameter in megatron's. The head of a
-tied model is a copy on the last pipeline stage, or nothing."""
-WHOLE_TENSORS = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
-"""The same in Hugging Face folders."""
+from megatron_sstoken.model.dora import squared_row_norms
+from megatron_sstoken.model.lora_embedding import EmbeddingAdapter
+from megatron_sstoken.model.lora_targets import OF_MLP, base_parameters, expert_of
 
 
 class Adapter(torch.nn.Module):
     """This rank's slices of one target's A and B.
 
     Column-parallel: A whole, B split by rows. Row-parallel: A split by columns, B whole. Whole matrices are the same on all
-    tensor parallel ranks.
+    tensor parallel ranks. Those of an expert are whole on the ranks that hold it.
     """
 
-    def __init__(self, num_inputs: int, num_outputs: int, rank: int, config: TransformerConfig):
+    def __init__(self, num_inputs: int, num_outputs: int, rank: int, config: TransformerConfig, *, dora: bool):
         super().__init__()
+        if dora:  # the length of each row, cut as B is
+            self.magnitude = torch.nn.Parameter(torch.ones(num_outputs, dtype=config.params_dtype))
         self.lora_A = torch.nn.Parameter(torch.zeros(rank, num_inputs, dtype=config.params_dtype))
         self.lora_B = torch.nn.Parameter(torch.zeros(num_outputs, rank, dtype=config.params_dtype))
 
@@ -93,6 +64,8 @@ class AdaptedLinear(torch.nn.Module):
 
     lora: LoraSettings
     adapters: torch.nn.ModuleDict
+    weight: torch.Tensor
+    bias: torch.Tensor | None
     adapters_on: bool = True
     adapter_axis: dict[str, int]
     """Which parameter of each adapter tensor parallel splits → along which axis."""
@@ -101,7 +74,7 @@ class AdaptedLinear(torch.nn.Module):
         """`sizes`: target → (inputs, outputs) on this rank."""
         self.lora, self.adapter_axis = lora, axis
         self.adapters = torch.nn.ModuleDict(
-            {name: Adapter(*size, lora.rank, self.config) for name, size in sizes.items()}
+            {name: Adapter(*size, lora.rank, self.config, dora=lora.dora) for name, size in sizes.items()}
         )
         for adapter in self.named_adapters().values():
             for name, parameter in adapter.named_parameters():
@@ -114,7 +87,49 @@ class AdaptedLinear(torch.nn.Module):
     def forward(self, input_, *args, **kwargs):
         """The linear's output and bias, with what the adapters add."""
         output, bias = super().forward(input_, *args, **kwargs)
-        return (output + self.adapter_output(input_), bias) if self.adapters_on else (output, bias)
+        return (self._add(output, bias, self.adapter_output(input_)), bias) if self.adapters_on else (output, bias)
+
+    def _add(self, output: torch.Tensor, bias: torch.Tensor | None, added: torch.Tensor) -> torch.Tensor:
+        """The linear's output with what the adapters add; `bias`: what it returned apart."""
+        if not self.lora.dora:
+            return output + added
+        factors = self._in_rows(
+            {name: one.magnitude / norm for name, (one, norm) in self._adapters_and_norms().items()}
+        )
+        within = self.bias if bias is None and self.bias is not None and self.bias.numel() else 0  # not to be scaled
+        return (output - within + added) * factors.to(output.dtype) + within
+
+    @torch.no_grad()
+    def _adapters_and_norms(self) -> dict[str, tuple[Adapter, torch.Tensor]]:
+        """Target → its adapter, and the norms of the rows of W + scale · B·A that this rank computes, fp32 [rows]."""
+        found, adapters = {}, self.named_adapters()
+        for name, weight in self._target_weights().items():
+            one = adapters[name]
+            squares = squared_row_norms(weight, one.lora_A.to(weight.dtype), one.lora_B, self.lora.scale)
+            found[name] = one, self._whole_rows(squares).sqrt()
+        return found
+
+    @torch.no_grad()
+    def start_magnitudes(self) -> None:
+        """Let DoRA's magnitudes be the norms of the rows as they are, so that the linear computes what its base does."""
+        for adapter, norms in self._adapters_and_norms().values():
+            adapter.magnitude.copy_(norms)
+
+    def adapter_output(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the adapters add to the output on this rank."""
+        raise NotImplementedError
+
+    def _target_weights(self) -> dict[str, torch.Tensor]:
+        """Target → the rows of the weight that it adapts, on this rank, in the order of its B."""
+        raise NotImplementedError
+
+    def _in_rows(self, factors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Factors of the targets' rows → those of all rows of the output on this rank."""
+        raise NotImplementedError
+
+    def _whole_rows(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums over the columns that this rank has → over whole rows."""
+        raise NotImplementedError
 
     def named_adapters(self) -> dict[str, Adapter]:
         """Target → its adapter, in the order of the output."""
@@ -168,17 +183,41 @@ class AdaptedColumns(AdaptedLinear):
 
     def add_column_adapters(self, lora: LoraSettings, blocks: Blocks, num_outputs: int) -> None:
         """`num_outputs`: on this rank."""
-        tensor = self.tp_group.size()
-        assert blocks.num_groups is None or blocks.num_groups % tensor == 0, "checked by the plan"
-        self.num_groups = 1 if blocks.num_groups is None else blocks.num_groups // tensor
-        rows, shares = num_outputs // self.num_groups, blocks.shares
-        self.block_rows = {name: rows * share // sum(shares.values()) for name, share in shares.items()}
+        tensor, shares = self.tp_group.size(), blocks.shares
+        groups = tensor if blocks.num_groups is None else blocks.num_groups
+        self.num_groups, self.ranks_of_group = max(groups // tensor, 1), max(tensor // groups, 1)
+        group_rows = num_outputs * self.ranks_of_group // self.num_groups
+        rows = {name: group_rows * share // sum(shares.values()) for name, share in shares.items()}
         sizes: dict[str, tuple[int, int]] = {
-            name: (self.input_size, size * self.num_groups)
-            for name, size in self.block_rows.items()
-            if name in lora.targets
+            name: (self.input_size, rows[name] * groups // tensor) for name in rows if name in lora.targets
         }
-        self._add_adapters(lora, sizes, {"lora_B": 0})
+        self._add_adapters(lora, sizes, {"lora_B": 0, "magnitude": 0})
+        first = self.tp_group.rank() % self.ranks_of_group * num_outputs
+        last = first + num_outputs if self.ranks_of_group > 1 else group_rows
+        self.block_rows = {}
+        """Of a group: name of each fused linear → its rows that this rank computes."""
+        for name, number in rows.items():
+            self.block_rows[name] = range(number)[max(first, 0) : max(last, 0)]
+            first, last = first - number, last - number
+
+    def _target_weights(self) -> dict[str, torch.Tensor]:
+        blocks = self.weight.unflatten(0, (self.num_groups, -1)).split(
+            [len(one) for one in self.block_rows.values()], dim=1
+        )
+        named = zip(self.block_rows, blocks, strict=True)
+        return {name: block.flatten(0, 1) for name, block in named if name in self.adapters}
+
+    def _in_rows(self, factors: dict[str, torch.Tensor]) -> torch.Tensor:
+        blocks = [
+            factors[name].view(self.num_groups, -1)
+            if name in factors
+            else self.weight.new_ones(self.num_groups, len(rows))
+            for name, rows in self.block_rows.items()
+        ]
+        return torch.cat(blocks, dim=1).flatten()
+
+    def _whole_rows(self, sums: torch.Tensor) -> torch.Tensor:
+        return sums
 
     def adapter_output(self, inputs: torch.Tensor) -> torch.Tensor:
         """[tokens (of this rank under sequence parallel), batch, in] → [tokens, batch, out / tensor size]."""
@@ -187,16 +226,37 @@ class AdaptedColumns(AdaptedLinear):
             small = gather_from_sequence_parallel_region(small, group=self.tp_group)
         else:
             small = copy_to_tensor_model_parallel_region(small, group=self.tp_group)
-        adapters = self.named_adapters()
-        pieces = dict(zip(adapters, small.split(self.lora.rank, dim=-1), strict=True))
+        matrices = self._matrices() if self.ranks_of_group == 1 else self._matrices_of_cut_group()
+        pieces = dict(zip(matrices, small.split(self.lora.rank, dim=-1), strict=True))
         shape = (*small.shape[:-1], self.num_groups)
         blocks = [
-            F.linear(pieces[name], adapters[name].lora_B).view(*shape, rows)
+            F.linear(pieces[name], matrices[name]).view(*shape, len(rows))
             if name in pieces
-            else small.new_zeros(*shape, rows)
+            else small.new_zeros(*shape, len(rows))
             for name, rows in self.block_rows.items()
         ]
         return torch.cat(blocks, dim=-1).flatten(-2)
+
+    def _matrices(self) -> dict[str, torch.Tensor]:
+        """Target → its B, of the rows that this rank computes."""
+        return {name: adapter.lora_B for name, adapter in self.named_adapters().items()}
+
+    def _matrices_of_cut_group(self) -> dict[str, torch.Tensor]:
+        """The same where tensor parallel outnumbers the query groups and cuts through them; megatron gathers q, k and v.
+
+        Each rank holds an even share of every B, and a part of one group's rows is what it computes: all B are gathered.
+        Linears of which this rank computes no row stay part of the graph, so that all ranks reduce their gradients.
+        """
+        held = self._matrices()
+        tensor, group = self.tp_group.size(), self.tp_group.rank() // self.ranks_of_group
+        gathered = gather_from_sequence_parallel_region(torch.cat(list(held.values())), group=self.tp_group)
+        parts = gathered.unflatten(0, (tensor, -1)).split([len(matrix) for matrix in held.values()], dim=1)
+        found = {}
+        for name, part in zip(held, parts, strict=True):
+            whole, rows = part.flatten(0, 1), self.block_rows[name]
+            first = group * (len(whole) * self.ranks_of_group // tensor)
+            found[name] = whole[first + rows.start : first + rows.stop]
+        return found
 
 
 class AdaptedRows(AdaptedLinear):
@@ -205,6 +265,18 @@ class AdaptedRows(AdaptedLinear):
     def add_row_adapter(self, lora: LoraSettings, target: str, num_inputs: int, num_outputs: int) -> None:
         """`target` names the linear; `num_inputs`: on this rank."""
         self._add_adapters(lora, {target: (num_inputs, num_outputs)}, {"lora_A": 1})
+
+    def _target_weights(self) -> dict[str, torch.Tensor]:
+        return dict.fromkeys(self.named_adapters(), self.weight)
+
+    def _in_rows(self, factors: dict[str, torch.Tensor]) -> torch.Tensor:
+        (only,) = factors.values()
+        return only
+
+    def _whole_rows(self, sums: torch.Tensor) -> torch.Tensor:
+        if self.tp_group.size() > 1:
+            dist.all_reduce(sums, group=self.tp_group)
+        return sums
 
     def adapter_output(self, inputs: torch.Tensor) -> torch.Tensor:
         """[tokens, batch, in / tensor size] → [tokens (of this rank under sequence parallel), batch, out]."""
@@ -239,7 +311,8 @@ class AdaptedRowParallelLinear(AdaptedRows, RowParallelLinear):
 
 
 def adapt_layer(layer: TransformerLayerSubmodules, config: TransformerConfig, lora: LoraSettings) -> None:
-    """Put adapted linears into a layer's spec wherever `lora.targets` names them; attention and dense feed-forward."""
+    """Put adapted linears into a layer's spec wherever `lora.targets` names them: in attention, and in the dense feed-forward
+    part or in the experts that are computed one after another."""
     column: type[AdaptedColumns] = AdaptedColumnParallelLinear
     row: type[AdaptedRows] = AdaptedRowParallelLinear
     if config.transformer_impl == "transformer_engine":
@@ -253,7 +326,8 @@ def adapt_layer(layer: TransformerLayerSubmodules, config: TransformerConfig, lo
         attention.linear_qkv = partial(column, lora=lora, blocks=fused)
     if "o_proj" in lora.targets:
         attention.linear_proj = ModuleSpec(row, params={"lora": lora, "target": "o_proj"})
-    if (mlp := dense_mlp(layer)) is None:
+    mlp = dense_mlp(layer) or (expert_mlp(layer) if set(OF_MLP) & set(lora.targets) else None)
+    if mlp is None:
         return
     if {"gate_proj", "up_proj"} & set(lora.targets):
         mlp.linear_fc1 = ModuleSpec(column, params={"lora": lora, "blocks": Blocks({"gate_proj": 1, "up_proj": 1})})
@@ -261,94 +335,25 @@ def adapt_layer(layer: TransformerLayerSubmodules, config: TransformerConfig, lo
         mlp.linear_fc2 = ModuleSpec(row, params={"lora": lora, "target": "down_proj"})
 
 
-def other_sides(a: Architecture) -> dict[str, int]:
-    """Target → the side of its weight that is not the hidden size."""
-    queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    widths = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": a.num_attention_heads * a.value_dim}
-    return {name: widths.get(name, a.ffn_hidden_size) for name in TARGETS}
-
-
-def hugging_face_linears(a: Architecture, targets: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Linears of a Hugging Face layer of `a` that have adapters, by their paths → which of `targets` lie in each."""
-    tensors = {name.removesuffix(".weight") for rule in a.weight_rules() for name in rule.hugging_face}
-    fused_in = {part: name for name, parts in FUSED.items() for part in parts}
-    found: dict[str, tuple[str, ...]] = {}
-    for target in targets:
-        path = TARGETS[target].hugging_face
-        if not any(name.endswith(path) for name in tensors):
-            path = f"{path.rpartition('.')[0]}.{fused_in[target]}"
-        found[path] = (*found.get(path, ()), target)
-    return found
-
-
-def stacked_alpha(alpha: float, number: int, *, rank_stabilized: bool) -> float:
-    """The alpha that scales an adapter of `number` times the rank as `alpha` scales the others."""
-    return alpha * (math.sqrt(number) if rank_stabilized else number)
-
-
-def num_adapter_parameters(a: Architecture, lora: LoraSettings) -> int:
-    """Parameters of all adapters of a model."""
-    sides = other_sides(a)
-    return a.num_layers * lora.rank * sum(a.hidden_size + sides[name] for name in lora.targets)
-
-
-def num_whole_tables(a: Architecture, lora: LoraSettings) -> int:
-    """Matrices of vocabulary × hidden size that are trained whole beside the adapters."""
-    return min(len(lora.train_whole), 1 if a.tied_embeddings else 2)
-
-
-def describe_trained(a: Architecture, lora: LoraSettings) -> str:
-    """What a run trains, for people."""
-    if lora.rank == 0:
-        return "all weights"
-    stabilized = " (rank-stabilized)" if lora.rank_stabilized else ""
-    adapters = (
-        f"{num_adapter_parameters(a, lora):,} parameters in adapters of rank {lora.rank}, alpha {lora.alpha:g}{stabilized}, "
-        f"dropout {lora.dropout:g}, on {', '.join(lora.targets)}"
-    )
-    if not lora.train_whole:
-        return adapters
-    whole = num_whole_tables(a, lora) * a.vocabulary_size * a.hidden_size
-    return f"{adapters}, and {whole:,} of {' and '.join(lora.train_whole)}"
-
-
-def peft_whole_name(module: str) -> str:
-    """PEFT's name of the weight of a module that is trained whole."""
-    return f"base_model.model.{WHOLE_TENSORS[module]}"
-
-
-def peft_name(layer: int, linear: str, matrix: str) -> str:
-    """PEFT's name of a matrix, lora_A or lora_B, of the Hugging Face linear at this path in layer `layer` (from 0)."""
-    return f"base_model.model.model.layers.{layer}.{linear}.{matrix}.weight"
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name belongs to an adapter."""
-    return _MARK in name
-
-
-def whole_parameters(train_whole: Iterable[str]) -> frozenset[str]:
-    """The names of the parameters that are trained whole beside the adapters."""
-    return frozenset(WHOLE[module] for module in train_whole)
-
-
-def base_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The named parameters of a model chunk that come from the Hugging Face model."""
-    return ((name, parameter) for name, parameter in chunk.named_parameters() if not is_adapter(name))
-
-
 def prepare_adapters(chunk: GPTModel, seed: int, whole: frozenset[str], *, full_recompute: bool) -> None:
     """Freeze the base of a model chunk (an unwrapped GPTModel) but its parameters `whole`, and draw its adapters, for training.
 
-    A is drawn as PEFT draws it (uniform, kaiming with a = √5), B is zero. Each A is drawn whole from a generator of its
-    own, seeded by `seed`, layer and target, so that it is the same on every layout.
+    A is drawn as PEFT draws it (uniform, kaiming with a = √5), B is zero; of the embedding A is zero and B normal.
+    Each is drawn whole from a generator of its own, seeded by `seed`, layer, expert and target, so that it is the same on
+    every layout.
     """
     for name, parameter in base_parameters(chunk):
         parameter.requires_grad_(name in whole)
     for layer in chunk.decoder.layers:
-        for linear in adapted_linears([layer]):
+        for expert, linear in linears_of_layer(layer):
+            place = f"{layer.layer_number}" if expert is None else f"{layer.layer_number}/{expert}"
             for target, adapter in linear.named_adapters().items():
-                _draw(adapter.lora_A, linear, f"{seed}/{layer.layer_number}/{target}")
+                _draw(adapter.lora_A, linear, f"{seed}/{place}/{target}")
+    if chunk.pre_process and hasattr(chunk.embedding, "adapters"):
+        adapter = chunk.embedding.adapters
+        with torch.no_grad():
+            drawn = torch.empty(adapter.lora_B.shape).normal_(generator=_generator(f"{seed}/embedding"))
+            adapter.lora_B.copy_(drawn)
     if full_recompute and chunk.pre_process:
         # megatron recomputes layers through an autograd function, which drops all gradients inside it where no input asks
         # for one; the output of a frozen embedding does not.
@@ -360,18 +365,36 @@ def _ask_for_gradient(module: torch.nn.Module, inputs: tuple, output: torch.Tens
         output.requires_grad_(True)
 
 
+def _generator(name: str) -> torch.Generator:
+    """A generator whose numbers hang on `name` alone."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1)
+
+
 @torch.no_grad()
 def _draw(parameter: torch.nn.Parameter, linear: AdaptedLinear, name: str) -> None:
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
     bound = 1 / math.sqrt(linear.input_size)  # kaiming_uniform_(a=√5): √(6 / ((1 + 5) · inputs))
-    whole = torch.empty(parameter.shape[0], linear.input_size).uniform_(
-        -bound, bound, generator=torch.Generator().manual_seed(seed)
-    )
+    whole = torch.empty(parameter.shape[0], linear.input_size).uniform_(-bound, bound, generator=_generator(name))
     width = parameter.shape[1]
     first = linear.tp_group.rank() * width if width < linear.input_size else 0
     parameter.copy_(whole[:, first : first + width])
 
 
-def adapted_linears(chunks: Iterable[torch.nn.Module]) -> Iterator[AdaptedLinear]:
-    """All linears with adapters."""
-    return (module for chunk in chunks for module in chunk.modules() if isinstance(module, AdaptedLinear))
+def adapted_modules(chunks: Iterable[torch.nn.Module]) -> Iterator[AdaptedLinear | EmbeddingAdapter]:
+    """All linears with adapters, and the adapter of the embedding."""
+    kinds = AdaptedLinear | EmbeddingAdapter
+    return (module for chunk in chunks for module in chunk.modules() if isinstance(module, kinds))
+
+
+def start_magnitudes(chunks: Iterable[torch.nn.Module]) -> None:
+    """Begin DoRA, where it is used, from the base's weights, which have been read. All tensor parallel ranks call it."""
+    for module in adapted_modules(chunks):
+        if isinstance(module, AdaptedLinear) and module.lora.dora:
+            module.start_magnitudes()
+
+
+def linears_of_layer(layer: torch.nn.Module) -> Iterator[tuple[int | None, AdaptedLinear]]:
+    """The linears of a layer that have adapters, each with the number in the model of the expert that it belongs to."""
+    for name, module in layer.named_modules():
+        if isinstance(module, AdaptedLinear):
+            local = expert_of(name)
+            yield (None if local is None else layer.mlp.local_expert_indices[local]), module  # type: ignore

@@ -13,7 +13,7 @@ import torch
 
 from megatron_sstoken.model.dtypes import is_router_bias
 from megatron_sstoken.model.families import Architecture, Latents, Split, WeightRule
-from megatron_sstoken.model.lora import base_parameters
+from megatron_sstoken.model.lora_targets import base_parameters
 from megatron_sstoken.model.weight_files import HuggingFaceWeights
 
 _OF_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.(weight|bias)$")

@@ -8,6 +8,7 @@ import yaml
 
 from megatron_sstoken.config import Settings
 from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.model.lora_targets import EMBEDDING
 from megatron_sstoken.model.presets import MODELS, find_architecture
 from megatron_sstoken.planner.workload import LAYOUT, Workload
 from megatron_sstoken.validate.layout import layout_problems
@@ -41,6 +42,10 @@ def read_configuration(settings: Settings, world_size: int | None = None, respon
     architecture, notes = _architecture_of(settings.model.hf_path)
     if settings.lora.rank and len(settings.lora.targets) < 7:
         notes.append("adapters are counted as on all linears, not only on lora.targets")
+    if settings.lora.rank and EMBEDDING in settings.lora.targets:
+        notes.append("the adapter of the embedding is not counted")
+    if settings.lora.dora:
+        notes.append("the magnitudes and norms of lora.dora are not counted")
     return Configured(settings, Workload.of_settings(settings, architecture, number, response), notes)
 
 

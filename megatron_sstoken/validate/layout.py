@@ -10,7 +10,7 @@ from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import BatchShape, batch_shape
 from megatron_sstoken.model.backend import Backend, preferred_backend, token_multiple
 from megatron_sstoken.model.families import Architecture
-from megatron_sstoken.model.lora import other_sides
+from megatron_sstoken.model.lora_targets import EMBEDDING, FUSED, OF_MLP, hugging_face_linears, other_sides
 from megatron_sstoken.parallel import processes_problem
 
 T = TypeVar("T")
@@ -190,6 +190,8 @@ def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None
     if lora.rank == 0:
         return
     fused = [name for name in lora.targets if name in ("q_proj", "k_proj", "v_proj")]
+    keys = [name for name in fused if name != "q_proj"]
+    width = a.num_query_groups * a.head_dim
     found.require(
         a.latents is None or not fused,
         f"lora.targets={lora.targets} names {', '.join(fused)}, and model.model_type={a.family} makes queries, keys and values "
@@ -197,9 +199,9 @@ def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None
         "out, or use lora.rank=0",
     )
     found.require(
-        not fused or a.num_query_groups % tensor == 0,
-        f"parallel.tensor={tensor} does not divide model.num_key_value_heads={a.num_query_groups}, which "
-        f"adapters on {', '.join(fused)} need: use {divisors(a.num_query_groups)}, or leave them out of lora.targets",
+        not keys or width % tensor == 0,
+        f"parallel.tensor={tensor} does not divide model.num_key_value_heads × head_dim={width}, the rows of adapters on "
+        f"{' and '.join(keys)}: use {divisors(width)}, or leave them out of lora.targets",
     )
     _check_rank(settings, a, found)
     found.require(
@@ -207,10 +209,67 @@ def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None
         f"lora.train_whole={lora.train_whole} parts embedding and head, which are one in this model (tie_word_embeddings): use "
         "[embed_tokens, lm_head], or neither",
     )
-    of_experts = [name for name in lora.targets if name in ("gate_proj", "up_proj", "down_proj")]
     found.require(
-        not a.num_experts or not of_experts,
-        f"lora.targets={lora.targets} names linears of experts, which take no adapters: leave out {', '.join(of_experts)}",
+        not a.tied_embeddings or EMBEDDING not in lora.targets,
+        f"lora.targets={lora.targets} names the embedding, which in this model is the head, too (tie_word_embeddings): PEFT "
+        "adapts the one, and merged changes both: leave out embed_tokens, or use lora.train_whole=[embed_tokens, lm_head]",
+    )
+    if lora.dora:
+        _check_dora(settings, a, found)
+    if a.num_experts and set(OF_MLP) & set(lora.targets):
+        _check_experts_adapters(settings, a, found)
+
+
+def _check_dora(settings: Settings, a: Architecture, found: Findings) -> None:
+    """Whether every rank holds whole rows of what `lora.dora` scales, and PEFT's linears are those of `lora.targets`."""
+    lora, tensor = settings.lora, settings.parallel.tensor
+    found.require(
+        a.num_query_groups % tensor == 0 or not {"q_proj", "k_proj", "v_proj"} & set(lora.targets),
+        f"lora.dora=true needs a parallel.tensor that divides model.num_key_value_heads={a.num_query_groups}, which {tensor} "
+        f"does not: use {divisors(a.num_query_groups)}, or leave q_proj, k_proj and v_proj out of lora.targets",
+    )
+    if a.num_experts and set(OF_MLP) & set(lora.targets):
+        found.problems.append(
+            f"lora.dora=true is not for experts, as in PEFT, of which lora.targets={lora.targets} names linears: use "
+            "lora.dora=false, or leave out gate_proj, up_proj and down_proj"
+        )
+        return
+    fused = sorted({path.rpartition(".")[2] for path in hugging_face_linears(a, lora.targets)} & FUSED.keys())
+    found.require(
+        not fused,
+        f"lora.dora=true is not for linears that model.model_type={a.family} fuses ({', '.join(fused)}): use lora.dora=false",
+    )
+
+
+def _check_experts_adapters(settings: Settings, a: Architecture, found: Findings) -> None:
+    """Whether the experts can have adapters, of which `lora.targets` names linears."""
+    targets = settings.lora.targets
+    leave = f"leave out {', '.join(name for name in OF_MLP if name in targets)}"
+    others = {
+        "dense layers": a.num_dense_layers,
+        "shared experts": a.shared_ffn_hidden_size,
+        "biases of experts": a.expert_bias,
+    }
+    if strange := [name for name, there in others.items() if there]:
+        found.problems.append(
+            f"lora.targets={targets} names linears of experts, which take no adapters in model.model_type={a.family} with "
+            f"{' and '.join(strange)}: {leave}"
+        )
+        return
+    backend = preferred_backend(settings)
+    found.require(
+        backend == "torch",
+        f"lora.targets={targets} names linears of experts, which take no adapters in the grouped products of "
+        f"model.backend={backend}: use model.backend=torch, or {leave}",
+    )
+    found.require(
+        not set(targets) <= {*OF_MLP, EMBEDDING},
+        f"lora.targets={targets} names linears of experts alone, which leaves megatron's optimizer of all others nothing: add "
+        "one of attention, as o_proj",
+    )
+    found.require(
+        ("gate_proj" in targets) == ("up_proj" in targets),
+        f"lora.targets={targets} parts gate_proj and up_proj of experts, which PEFT holds in one tensor: name both or neither",
     )
 
 

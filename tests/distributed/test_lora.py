@@ -4,7 +4,6 @@ The reference is `peft` on the Hugging Face model, with the same weights and the
 run in processes alone and in pairs; the tests look at what they returned.
 """
 
-import dataclasses
 import json
 import math
 import shutil
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.validate.run import plan_run
+from tests.helpers.adapters import logits_of, named_adapters, set_adapters, whole
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.gradients import largest_difference
 from tests.helpers.workbench import (
@@ -43,7 +43,11 @@ CASES = {
     "llama": ("llama", ALL, "none", True),
     "llama, some": ("llama", SOME, "selective", False),
     "qwen2, full recompute": ("qwen2", ALL, "full", True),
+    "one key head": ("one key head", ALL, "none", True),
+    "one key head, no queries": ("one key head", ["k_proj", "o_proj"], "none", True),
 }
+CUT = ("one key head", "one key head, no queries")
+"""Tensor parallel cuts through the rows of their one query group."""
 EXPORTED = {
     "fused": ("phi3", ALL),
     "fused, some": ("phi3", ["v_proj", "q_proj", "up_proj"]),
@@ -59,7 +63,9 @@ NUM_STEPS, SAVED_AT = 4, 2
 
 def cases_of(parallel):
     """All cases where nothing is sharded; on two processes those that differ there."""
-    return [name for name in CASES if not parallel or name != "llama, some"]
+    if not parallel:
+        return list(CASES)
+    return [name for name in CASES if name != "llama, some" and ("parallel.tensor" in parallel or name not in CUT)]
 
 
 TOKENS = torch.randint(0, 99, (1, 40), generator=torch.Generator().manual_seed(0))
@@ -100,7 +106,7 @@ def train_and_export(folder, name):
         training_step(trainer, number)
         trainer.step = number + 1
     save(trainer)
-    logits = logits_of(trainer.model)
+    logits = logits_of(trainer.model, TOKENS)
     reset_layout()
     to_hf(directory, f"{directory}-peft")
     to_hf(directory, f"{directory}-merged", merge=True)
@@ -109,6 +115,10 @@ def train_and_export(folder, name):
 
 def gradients_on_two(rank, folder, adapters):
     return {name: measure_gradients(folder, adapters, parallel) for name, parallel in TWO_RANKS.items()}
+
+
+def gradients_on_four(rank, folder, adapters):
+    return measure_gradients(folder, adapters, {"parallel.tensor": 4, "parallel.sequence": True})
 
 
 def histories_on_two(rank, folder, adapters):
@@ -140,31 +150,6 @@ def export(rank, folder):
     return {name: math.prod(tensor.global_shape) for name, tensor in stored.items()}
 
 
-def named_adapters(model):
-    """PEFT's names → (parameter on this rank, axis that tensor parallel splits or None)."""
-    from megatron_sstoken.model.lora import TARGETS, adapted_linears
-
-    found = {}
-    for chunk in model.unwrapped:
-        for layer in chunk.decoder.layers:
-            for linear in adapted_linears([layer]):
-                for target, adapter in linear.adapters.items():
-                    path = f"base_model.model.model.layers.{layer.layer_number - 1}.{TARGETS[target].hugging_face}"
-                    for name, parameter in adapter.named_parameters():
-                        found[f"{path}.{name}.weight"] = (parameter, linear.adapter_axis.get(name))
-    return found
-
-
-def set_adapters(model, tensors):
-    """Fill this rank's slices."""
-    for name, (parameter, axis) in named_adapters(model).items():
-        whole = tensors[name]
-        if axis is not None:
-            whole = whole.chunk(model.layout.tensor_size, dim=axis)[model.layout.tensor_rank]
-        with torch.no_grad():
-            parameter.copy_(whole)
-
-
 def measure_gradients(folder, adapters, parallel):
     """For each case: loss, and gradients by PEFT's names."""
     from megatron_sstoken.parallel import reset_layout
@@ -194,23 +179,9 @@ def measure_gradients(folder, adapters, parallel):
     return results
 
 
-def whole(parts):
-    """Slices of all ranks → whole matrices by PEFT's names; copies must agree."""
-    result = {}
-    for name in {name for part in parts for name in part}:
-        found = [part[name] for part in parts if name in part]
-        slices = {rank: gradient for rank, _, gradient in found}
-        axis = found[0][1]
-        ordered = [slices[number] for number in sorted(slices)]
-        result[name] = ordered[0] if axis is None else torch.cat(ordered, dim=axis)
-        for other in ordered[1:] if axis is None else []:
-            torch.testing.assert_close(other, ordered[0])
-    return result
-
-
 def observe_training(rank, folder):
     """What two steps leave in memory, and which masks dropout draws, with tensor parallel 2."""
-    from megatron_sstoken.model.lora import base_parameters
+    from megatron_sstoken.model.lora_targets import base_parameters
     from megatron_sstoken.parallel import reset_layout
     from megatron_sstoken.training.loop import training_step
 
@@ -294,7 +265,7 @@ def train_and_resume(rank, folder):
         trainer = make_trainer(lora_settings(folder, checkpoint__keep=0, **(values | changes)))
         losses = go_on(trainer, (SAVED_AT, NUM_STEPS))
         adapters = {name: parameter.detach().clone() for name, (parameter, _) in named_adapters(trainer.model).items()}
-        logits = logits_of(trainer.model) if "dropout" in directory else None
+        logits = logits_of(trainer.model, TOKENS) if "dropout" in directory else None
         reset_layout()
         return {"losses": losses, "adapters": adapters, "logits": logits}
 
@@ -307,21 +278,11 @@ def train_and_resume(rank, folder):
     found = {"dropout": run(f"{folder}/dropout", **dropped)}
     copy(f"{folder}/dropout", f"{folder}/dropout-again")
     found["dropout, resumed"] = run(f"{folder}/dropout-again", **dropped)
-    found["plain"] = run(f"{folder}/plain", parallel__tensor=2)
+    cut = {"model__hf_path": f"{folder}/one key head"}
+    found["plain"] = run(f"{folder}/plain", parallel__tensor=2, **cut)
     copy(f"{folder}/plain", f"{folder}/plain-pp2")
-    found["plain, resumed on pp2"] = run(f"{folder}/plain-pp2", parallel__pipeline=2)
+    found["plain, resumed on pp2"] = run(f"{folder}/plain-pp2", parallel__pipeline=2, **cut)
     return found
-
-
-def logits_of(model):
-    """[tokens, words / tensor size] of `TOKENS`."""
-    from megatron_sstoken.model.attention import sample_bounds
-
-    model.train(False)
-    with torch.no_grad():
-        length = TOKENS.shape[1]
-        bounds = sample_bounds([length])
-        return model.unwrapped[0](TOKENS, torch.arange(length).unsqueeze(0), None, packed_seq_params=bounds)[0]
 
 
 # What must come out
@@ -335,6 +296,7 @@ def bench(tmp_path_factory):
     make_store(folder / "data", samples)
     for number, family in enumerate(("llama", "qwen2", "phi3", "glm4_moe", "gpt_oss", "deepseek_v3")):
         make_model(folder / family, family, seed=number + 1)
+    make_model(folder / "one key head", "llama", seed=1, num_key_value_heads=1)
     adapters, expected = {}, {}
     for case, (family, targets, *_) in CASES.items():
         torch.manual_seed(7)
@@ -378,6 +340,15 @@ def test_loss_and_gradients_equal_pefts(bench, one, two, layout):
         print(f"{layout:<13} {case:<22} loss ±{abs(loss - wanted_loss):.1e}, gradients ±{worst:.1e}")
         assert loss == pytest.approx(wanted_loss, abs=1e-5), case
         assert worst < 1e-4, case
+
+
+@pytest.mark.slow
+def test_loss_and_gradients_equal_pefts_where_each_of_two_groups_is_cut(bench):
+    results = run_distributed(gradients_on_four, 4, *bench[:2])[0]
+    assert results.keys() > {"llama", "one key head"}
+    for case, (loss, gradients) in results.items():
+        assert loss == pytest.approx(bench[2][case][0], abs=1e-5), case
+        assert largest_difference(gradients, bench[2][case][1]) < 1e-4, case
 
 
 def test_base_is_frozen_and_costs_no_gradient_or_optimizer_memory(two):
@@ -497,8 +468,3 @@ def test_adapters_do_not_load_where_they_do_not_fit(exported):
             resumable_checkpoint(plan_run(resumed, 1))
     fitting = lora_settings(folder, model__checkpoint=checkpoint, lora__rank_stabilized=True)
     assert plan_run(fitting, 1).settings.lora.rank == RANK
-    other = dataclasses.replace(lora_settings(folder), parallel=dataclasses.replace(started.parallel, tensor=4))
-    with pytest.raises(
-        SettingsError, match="parallel.tensor=4 does not divide model.num_key_value_heads=2, which adapters"
-    ):
-        plan_run(other, 4)

@@ -182,7 +182,8 @@ def of_another_size(tensors):
 
 LAYER = "base_model.model.model.layers.0"
 WRONG = {
-    "DoRA": ({"use_dora": True}, None, "use_dora .DoRA. is not supported"),
+    "DoRA": ({"use_dora": True}, None, "holds no .*o_proj.lora_magnitude_vector: adapters have to be whole"),
+    "tokens": ({"trainable_token_indices": [3]}, None, "trainable_token_indices .tokens .*. is not supported"),
     "modules": ({"modules_to_save": ["norm", "lm_head"]}, None, "modules_to_save .whole .*: norm. is not supported"),
     "a module that is not there": ({"modules_to_save": ["lm_head"]}, None, "holds no base_model.model.lm_head.weight"),
     "biases": ({"layer_replication": [[0, 2]], "bias": "all"}, None, "layer_replication .*bias .trained biases"),
@@ -198,12 +199,12 @@ WRONG = {
     "experts": (
         {},
         lambda tensors: tensors | {f"{LAYER}.mlp.experts.0.up_proj.lora_A.weight": torch.ones(2)},
-        "holds .*experts.0.up_proj.lora_A.weight: only adapters of .* are read: merge the adapters into their base",
+        "holds .*experts.0.up_proj.lora_A.weight .1 such., for which the base has no place: name the adapters' own base",
     ),
     "an adapter of the embedding": (
         {},
         lambda tensors: tensors | {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2)},
-        "holds .*embed_tokens.lora_embedding_A: only adapters of .* are read: merge the adapters into their base",
+        "holds no .*embed_tokens.lora_embedding_B: adapters have to be whole, on every layer and expert",
     ),
     "linears of another model": (
         {},

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from megatron_sstoken.conversion.peft import from_peft
-from megatron_sstoken.model.lora import FUSED
+from megatron_sstoken.model.lora_targets import FUSED
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.gradients import largest_difference
 from tests.helpers.workbench import load_model, make_model, make_samples, make_settings, make_store, make_trainer
@@ -65,7 +65,7 @@ def convert_and_back(rank, folder):
 def train_on_two(rank, folder):
     """With tensor parallel: logits, the first step's loss, and gradients by (layer, target, matrix) as this rank holds them."""
     from megatron_sstoken.model.attention import sample_bounds
-    from megatron_sstoken.model.lora import adapted_linears
+    from megatron_sstoken.model.lora import linears_of_layer
     from megatron_sstoken.training.metrics import summarize
     from megatron_sstoken.training.selector import selector_of, train_on_selected
 
@@ -93,7 +93,7 @@ def train_on_two(rank, folder):
     gradients = {
         (layer.layer_number - 1, target, name): (linear.adapter_axis.get(name), parameter.main_grad.clone())
         for layer in model.unwrapped[0].decoder.layers
-        for linear in adapted_linears([layer])
+        for _, linear in linears_of_layer(layer)
         for target, adapter in linear.named_adapters().items()
         for name, parameter in adapter.named_parameters()
     }

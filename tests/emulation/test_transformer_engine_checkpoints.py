@@ -43,7 +43,7 @@ def compare_case(settings, layout, folder):
     from megatron_sstoken.checkpoint.save_load import load_checkpoint, save_checkpoint
     from megatron_sstoken.model.build import build_model, load_weights
     from megatron_sstoken.model.families import read_architecture
-    from megatron_sstoken.model.lora import is_adapter
+    from megatron_sstoken.model.lora_targets import is_adapter
     from megatron_sstoken.model.weights import rules_of_chunk
 
     path, lora = settings.model.hf_path, settings.lora

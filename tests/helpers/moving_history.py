@@ -3,7 +3,7 @@
 import torch
 
 from megatron_sstoken.model.build import load_weights
-from megatron_sstoken.model.lora import is_adapter
+from megatron_sstoken.model.lora_targets import is_adapter
 from megatron_sstoken.parallel import reset_layout
 from megatron_sstoken.passes import step
 from megatron_sstoken.training import logger, loop

@@ -13,7 +13,7 @@ from megatron_sstoken.config import LoraSettings
 from megatron_sstoken.data.batches import BatchLoader, PackOrder, SampleFilter
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.model.families import Architecture
-from megatron_sstoken.model.lora import num_adapter_parameters
+from megatron_sstoken.model.lora_targets import num_adapter_parameters
 from megatron_sstoken.model.presets import MODELS, find_architecture
 from megatron_sstoken.planner.memory import adapter_parameters, parameter_sizes
 from megatron_sstoken.planner.workload import Workload, problems_of_workload
@@ -114,7 +114,6 @@ def test_adapter_parameters_of_all_ranks_are_the_models(layout):
             {"precision": "fp8", "fp8_recipe": "blockwise", "world_size": 32, "tensor": 32},
             "training.fp8_recipe=blockwise needs multiples of 128",
         ),
-        ({"lora_rank": 8, "world_size": 32, "tensor": 32}, "adapters on q_proj, k_proj, v_proj need"),
     ],
 )
 def test_what_a_run_refuses_is_not_estimated(changes, says):

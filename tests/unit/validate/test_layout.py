@@ -1,5 +1,7 @@
 """Settings against the number of processes and the shape of the model."""
 
+import re
+
 import pytest
 
 from megatron_sstoken.model.families import read_architecture
@@ -190,6 +192,82 @@ def test_tensor_parallel_against_the_model(folder, tmp_path, shape, tensor, mess
     assert message in problems_of(settings, tensor)
     settings.parallel.tensor = 2
     assert plan_run(settings, 2).shape.data_size == 1
+
+
+def test_adapters_of_keys_that_tensor_parallel_does_not_divide(folder, tmp_path):
+    few = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 6}
+    make_model(tmp_path / "model", **few)
+    settings = make_settings(
+        str(tmp_path / "model"),
+        str(folder / "data"),
+        parallel__tensor=4,
+        lora__rank=2,
+        lora__targets=["q_proj", "v_proj"],
+    )
+    assert only_problem(settings, 4) == (
+        "parallel.tensor=4 does not divide model.num_key_value_heads × head_dim=6, the rows of adapters on v_proj: "
+        "use 1, 2, 3 or 6, or leave them out of lora.targets"
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "message"),
+    [
+        ("mixtral", ["o_proj", "gate_proj", "up_proj", "down_proj"], None),
+        (
+            "mixtral",
+            ["o_proj", "up_proj"],
+            "parts gate_proj and up_proj of experts, which PEFT holds in one tensor: name both",
+        ),
+        ("qwen3_moe", ["down_proj"], "names linears of experts alone, .*: add one of attention, as o_proj"),
+        (
+            "glm4_moe",
+            ["q_proj", "down_proj"],
+            "take no adapters in model.model_type=glm4_moe with dense layers and shared experts: leave out down_proj",
+        ),
+        ("gpt_oss", ["q_proj", "gate_proj"], "in model.model_type=gpt_oss with biases of experts: leave out gate_proj"),
+    ],
+)
+def test_adapters_of_experts(folder, tmp_path, family, targets, message):
+    make_model(tmp_path / "model", family)
+    settings = make_settings(str(tmp_path / "model"), str(folder / "data"), lora__rank=2, lora__targets=targets)
+    if message is None:
+        assert plan_run(settings, 1).settings.lora.targets == targets
+        settings.model.backend = "transformer_engine"
+        found = Findings([])
+        check_adapters(settings, read_architecture(str(tmp_path / "model")), found)
+        found, message = (
+            found.problems[0],
+            "grouped products of model.backend=transformer_engine: use model.backend=torch",
+        )
+    else:
+        found = only_problem(settings, 1)
+    assert re.search(message, found)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        (
+            "llama",
+            {"parallel__tensor": 4},
+            "a parallel.tensor that divides model.num_key_value_heads=2, which 4 does not: use 1 or 2",
+        ),
+        (
+            "llama",
+            {"lora__dropout": 0.1},
+            "lora.dora=true with lora.dropout=0.1 would compute every linear a second time",
+        ),
+        ("llama", {"lora__targets": ["q_proj", "embed_tokens"]}, "names the embedding: leave out embed_tokens"),
+        ("phi3", {}, r"model.model_type=phi3 fuses \(gate_up_proj, qkv_proj\): use lora.dora=false"),
+        ("mixtral", {}, "lora.dora=true is not for experts, as in PEFT"),
+    ],
+)
+def test_dora(folder, tmp_path, family, changes, message):
+    make_model(tmp_path / "model", family, tie_word_embeddings=False)
+    values = {"lora__rank": 2, "lora__dora": True} | changes
+    settings = make_settings(str(tmp_path / "model"), str(folder / "data"), **values)
+    assert re.search(message, only_problem(settings, settings.parallel.tensor))
 
 
 def test_divisors():

@@ -1,0 +1,261 @@
+"""Adapters of experts compute and learn what PEFT's do, on every layout, come from its folders and go back.
+
+PEFT holds the adapters of gate and up as one of twice the rank, of all experts; the reference keeps the blocks of its B apart.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from megatron_sstoken.conversion.peft import from_peft
+from tests.helpers.adapters import logits_of, named_adapters, set_adapters, train_peft, whole
+from tests.helpers.distributed_runner import run_distributed
+from tests.helpers.gradients import largest_difference
+from tests.helpers.workbench import go_on, load_model, make_model, make_samples, make_settings, make_store, make_trainer
+from tests.reference.hf_reference import Objective, loss_and_gradients
+
+pytestmark = pytest.mark.timeout(400)
+
+TOKENS = torch.randint(0, 99, (1, 40), generator=torch.Generator().manual_seed(0))
+RANK, ALPHA, LEARNING_RATE, NUM_STEPS, SAVED_AT = 3, 5.0, 1e-2, 3, 2
+TARGETS = ["o_proj", "gate_proj", "up_proj", "down_proj"]
+FAMILIES = {"mixtral": ["o_proj", "w1", "w2", "w3"], "qwen3_moe": TARGETS}
+"""Family → the names of `TARGETS` in its folders."""
+STACKS = {"mixtral": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "qwen3_moe": ["experts.down_proj"]}
+"""Family → the tensors of all experts that have an adapter, each of its own."""
+NUM_EXPERTS = 4
+RUNS = {
+    ("mixtral", "ep2"): {"parallel__expert": 2},
+    ("qwen3_moe", "tp2"): {"parallel__tensor": 2, "parallel__sequence": True, "training__recompute": "full"},
+    ("qwen3_moe", "tp2-ep2"): {"parallel__tensor": 2, "parallel__sequence": True, "parallel__expert": 2},
+}
+"""Family and layout → its settings. The first is resumed on two stages."""
+
+
+def per_expert(name, tensor):
+    """A matrix of PEFT's model, of all experts or of a linear → those of each linear, by the names of `TARGETS`."""
+    if ".mlp.experts." not in name:
+        yield name.replace(".default", ""), tensor
+        return
+    layer, matrix = name.split(".mlp.experts.")[0], "lora_A" if "lora_A" in name else "lora_B"
+    parts = ["gate_proj", "up_proj"] if "base_layer" in name else ["down_proj"]
+    if matrix == "lora_A":  # [experts · parts · rank, in]
+        found = tensor.unflatten(0, (NUM_EXPERTS, len(parts), RANK))
+        blocks = {(part, e): found[e, number] for number, part in enumerate(parts) for e in range(NUM_EXPERTS)}
+    else:  # [parts · out, parts · rank · experts]
+        found = tensor.unflatten(1, (len(parts), RANK, NUM_EXPERTS)).unflatten(0, (len(parts), -1))
+        blocks = {(part, e): found[n, :, n, :, e] for n, part in enumerate(parts) for e in range(NUM_EXPERTS)}
+    for (part, expert), block in blocks.items():
+        yield f"{layer}.mlp.experts.{expert}.{part}.{matrix}.weight", block.clone()
+
+
+def by_linear(tensors, family):
+    """PEFT's tensors by the names of the family's folders."""
+    found = dict(pair for name, tensor in tensors.items() for pair in per_expert(name, tensor))
+    if family != "mixtral":
+        return found
+    names = dict(zip(TARGETS, ("o_proj", "w1", "w3", "w2"), strict=True))
+    return {
+        ".".join(
+            names.get(part, part) for part in name.replace(".mlp.experts.", ".block_sparse_moe.experts.").split(".")
+        ): t
+        for name, t in found.items()
+    }
+
+
+def peft_model(folder, family, targets):
+    """PEFT's model with random adapters, its trained parameters, and masks of the blocks that its B of gate and up have."""
+    torch.manual_seed(7)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(load_model(folder / family), config)
+    parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    masks = {}
+    for name, parameter in parameters.items():
+        torch.nn.init.normal_(parameter, std=0.3)
+        if "base_layer.lora_B" in name:
+            mask = torch.zeros(2, parameter.shape[0] // 2, 2, RANK * NUM_EXPERTS)
+            mask[0, :, 0], mask[1, :, 1] = 1, 1
+            masks[name] = mask.reshape(parameter.shape)
+            parameter.data.mul_(masks[name])
+    return model, parameters, masks
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """Folder with models, data and adapters of PEFT; family → what PEFT makes of them, and of three steps with them."""
+    folder = tmp_path_factory.mktemp("experts")
+    samples = make_samples(8, seed=3, longest=30)
+    make_store(folder / "data", samples)
+    expected = {}
+    for family, targets in FAMILIES.items():
+        make_model(folder / family, family, seed=1)
+        model, parameters, masks = peft_model(folder, family, targets)
+        adapters = by_linear({name: one.detach().clone() for name, one in parameters.items()}, family)
+        loss, gradients = loss_and_gradients(model, samples, Objective())
+        with torch.no_grad():
+            logits = model(TOKENS).logits[0]
+        losses = train_peft(model, samples, LEARNING_RATE, NUM_STEPS, masks)
+        with torch.no_grad():
+            after = model(TOKENS).logits[0]
+        expected[family] = {
+            "adapters": adapters,
+            "loss": loss,
+            "gradients": by_linear(gradients, family),
+            "logits": logits,
+            "losses": losses,
+            "logits after": after,
+        }
+    for family in FAMILIES:
+        shared = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj"], target_parameters=STACKS[family])
+        model = get_peft_model(load_model(folder / family), shared)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(folder / f"{family}-stacks")
+        with torch.no_grad():
+            expected[family]["logits of stacks"] = model(TOKENS).logits[0]
+        save_by_linear(folder / f"{family}-linears", expected[family]["adapters"], FAMILIES[family])
+    torch.save({family: found["adapters"] for family, found in expected.items()}, folder / "adapters.pt")
+    return folder, expected
+
+
+def save_by_linear(folder, adapters, targets):
+    """The folder that PEFT has made where experts are linears."""
+    folder.mkdir()
+    save_file({name: one.contiguous() for name, one in adapters.items()}, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def train(rank, folder):
+    adapters = torch.load(f"{folder}/adapters.pt", weights_only=True)
+    return {run: train_one(folder, adapters, *run) for run in RUNS}
+
+
+def trainer_of(folder, family, layout, directory):
+    values = {
+        "lora__rank": RANK,
+        "lora__alpha": ALPHA,
+        "lora__targets": TARGETS,
+        "data__shuffle": False,
+        "selection__method": "full",
+        "training__steps": NUM_STEPS,
+        "optimizer__learning_rate": LEARNING_RATE,
+        "checkpoint__directory": directory,
+        "checkpoint__keep": 0,
+    }
+    return make_trainer(make_settings(f"{folder}/{family}", f"{folder}/data", **(values | layout)))
+
+
+def train_one(folder, adapters, family, layout_name):
+    from megatron_sstoken.parallel import reset_layout
+    from megatron_sstoken.training.metrics import summarize
+    from megatron_sstoken.training.selector import selector_of, train_on_selected
+
+    settings, directory = RUNS[family, layout_name], f"{folder}/{family}-{layout_name}"
+    trainer = trainer_of(folder, family, settings, directory)
+    model, layout = trainer.model, trainer.layout
+    drawn = {name: one.detach().clone() for name, (one, _) in named_adapters(model).items() if "lora_A" in name}
+    set_adapters(model, adapters[family])
+    trainer.optimizer.reload_model_params()
+    model.zero_gradients()
+    selector = selector_of(trainer.settings, layout, gamma=0.5, step=0)
+    reports = train_on_selected(model, trainer.loader.load(0), selector, whole_gradients=True)
+    mine = {
+        name: (layout.tensor_rank, axis, parameter.main_grad.clone())
+        for name, (parameter, axis) in named_adapters(model).items()
+    }
+    parts = [None] * layout.world_size
+    torch.distributed.all_gather_object(parts, mine)
+    found = {
+        "loss": summarize(reports, model.architecture, layout).loss_selected,
+        "gradients": whole(parts),
+        "drawn": drawn,
+    }
+    found["losses"] = go_on(trainer, (SAVED_AT, NUM_STEPS))
+    if layout_name == "ep2":
+        found["logits"] = logits_of(model, TOKENS)
+        reset_layout()
+        if layout.rank == 0:
+            shutil.copytree(f"{directory}/step_{SAVED_AT:07d}", f"{directory}-again/step_{SAVED_AT:07d}")
+        torch.distributed.barrier()
+        found["resumed"] = go_on(trainer_of(folder, family, {"parallel__pipeline": 2}, f"{directory}-again"), ())
+    reset_layout()
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(bench):
+    return run_distributed(train, 2, str(bench[0]))
+
+
+@pytest.mark.parametrize("run", RUNS, ids="-".join)
+def test_loss_gradients_and_steps_equal_pefts(bench, results, run):
+    expected = bench[1][run[0]]
+    for rank in results:
+        found = rank[run]
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        worst = largest_difference(found["gradients"], expected["gradients"])
+        print(f"{'-'.join(run):<20} gradients ±{worst:.1e}")
+        assert worst < 1e-4
+        assert found["losses"] == pytest.approx(expected["losses"], abs=1e-4)
+        if "resumed" in found:
+            assert found["resumed"] == pytest.approx(expected["losses"][SAVED_AT:], abs=1e-4)
+
+
+def test_matrices_are_drawn_alike_on_every_layout_and_differ_between_experts(results):
+    by_layout = [{**results[0][run]["drawn"], **results[1][run]["drawn"]} for run in RUNS if run[0] == "qwen3_moe"]
+    assert all(torch.equal(one, by_layout[1][name]) for name, one in by_layout[0].items() if ".experts." in name)
+    first, second = (
+        by_layout[0][f"base_model.model.model.layers.0.mlp.experts.{n}.up_proj.lora_A.weight"] for n in (0, 1)
+    )
+    assert not torch.equal(first, second)
+
+
+def convert(rank, folder):
+    from megatron_sstoken.conversion.hf import to_hf
+
+    for family in FAMILIES:
+        for form in ("linears", "stacks"):
+            from_peft(f"{folder}/{family}-{form}", f"{folder}/{family}-{form}-start", hf_path=f"{folder}/{family}")
+            to_hf(f"{folder}/{family}-{form}-start", f"{folder}/{family}-{form}-back")
+    to_hf(f"{folder}/mixtral-ep2", f"{folder}/merged", merge=True)
+    to_hf(f"{folder}/mixtral-ep2", f"{folder}/peft")
+
+
+@pytest.fixture(scope="module")
+def converted(bench, results):
+    run_distributed(convert, 1, str(bench[0]))
+    return bench
+
+
+def logits_with(folder, family, adapters):
+    with torch.no_grad():
+        return PeftModel.from_pretrained(load_model(folder / family), str(folder / adapters))(TOKENS).logits[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folders_of_both_forms_are_read_and_come_back(converted, family):
+    folder, expected = converted
+    once, again = (
+        load_file(folder / f"{family}-{name}" / "adapter_model.safetensors") for name in ("linears", "linears-back")
+    )
+    assert once.keys() == again.keys() and all(torch.equal(once[name], again[name]) for name in once)
+    for form, wanted in (("linears", "logits"), ("stacks", "logits of stacks")):
+        assert (logits_with(folder, family, f"{family}-{form}-back") - expected[family][wanted]).abs().max() < 1e-4, (
+            form
+        )
+
+
+def test_exports_of_a_run_compute_what_pefts_three_steps_give(converted, results):
+    folder, expected = converted
+    with torch.no_grad():
+        merged = load_model(folder / "merged")(TOKENS).logits[0]
+    for logits in (results[0]["mixtral", "ep2"]["logits"][:, :99], merged, logits_with(folder, "mixtral", "peft")):
+        assert (logits - expected["mixtral"]["logits after"]).abs().max() < 2e-3
+    assert (merged - results[0]["mixtral", "ep2"]["logits"][:, :99]).abs().max() < 1e-4
+    assert (merged - expected["mixtral"]["logits"]).abs().max() > 1e-2, "training should have changed the model"

@@ -1,0 +1,76 @@
+"""Adapters of a model by PEFT's names: filled, read and put together again from all ranks."""
+
+import torch
+
+from tests.reference.hf_reference import Objective, loss_and_gradients
+
+
+def named_adapters(model):
+    """PEFT's names → (parameter on this rank, axis that tensor parallel splits or None)."""
+    from megatron_sstoken.model.lora import linears_of_layer
+    from megatron_sstoken.model.lora_targets import TARGETS, expert_of, hugging_face_linears, peft_name
+
+    linears = hugging_face_linears(model.architecture, TARGETS)
+    paths = {(target, expert_of(path)): path for path, targets in linears.items() for target in targets}
+    found = {}
+    for chunk in model.unwrapped:
+        for layer in chunk.decoder.layers:
+            for expert, linear in linears_of_layer(layer):
+                for target, adapter in linear.adapters.items():
+                    for name, parameter in adapter.named_parameters():
+                        peft = peft_name(layer.layer_number - 1, paths[target, expert], name)
+                        found[peft] = (parameter, None if expert is not None else linear.adapter_axis.get(name))
+    return found
+
+
+def set_adapters(model, tensors):
+    """Fill this rank's slices."""
+    for name, (parameter, axis) in named_adapters(model).items():
+        whole = tensors[name]
+        if axis is not None:
+            whole = whole.chunk(model.layout.tensor_size, dim=axis)[model.layout.tensor_rank]
+        with torch.no_grad():
+            parameter.copy_(whole)
+
+
+def whole(parts):
+    """Slices of all ranks → whole matrices by PEFT's names; copies must agree."""
+    result = {}
+    for name in {name for part in parts for name in part}:
+        found = [part[name] for part in parts if name in part]
+        slices = {rank: gradient for rank, _, gradient in found}
+        axis = found[0][1]
+        ordered = [slices[number] for number in sorted(slices)]
+        result[name] = ordered[0] if axis is None else torch.cat(ordered, dim=axis)
+        for other in ordered[1:] if axis is None else []:
+            torch.testing.assert_close(other, ordered[0])
+    return result
+
+
+def logits_of(model, tokens):
+    """[tokens, words / tensor size] of `tokens`, int64 [1, length]."""
+    from megatron_sstoken.model.attention import sample_bounds
+
+    model.train(False)
+    with torch.no_grad():
+        length = tokens.shape[1]
+        bounds = sample_bounds([length])
+        return model.unwrapped[0](tokens, torch.arange(length).unsqueeze(0), None, packed_seq_params=bounds)[0]
+
+
+def train_peft(model, samples, learning_rate, num_steps, masks=None):
+    """Train PEFT's model as a run does by default, on the same batch each step; each step's loss.
+
+    `masks`: name of a parameter → what its gradient is multiplied by.
+    """
+    parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    losses = []
+    for _ in range(num_steps):
+        loss, gradients = loss_and_gradients(model, samples, Objective())
+        losses.append(loss)
+        for name, parameter in parameters.items():
+            parameter.grad = gradients[name] * (masks or {}).get(name, 1)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+    return losses
