@@ -298,7 +298,7 @@ def _understood(entry: Entry, value: Any) -> Any:
     words = _elements(entry)
     if not words or not isinstance(value, str) or value.strip().startswith("["):
         return value
-    if value.strip() == ALL_LINEAR:
+    if value.strip() == ALL_LINEAR and {*LINEARS} <= {*words}:
         return list(LINEARS)
     return [one.strip() for one in value.split(",")]
 

@@ -102,6 +102,7 @@ VALUES = {
     "--training.precision=fp16": " is unknown: use fp32, bf16 or fp8",
     "--training.recompute=selectiv": " is unknown: did you mean selective? use none, selective or full",
     "--world_size=x": ": give a whole number",
+    "--lora.train_whole=all-linear": ": all-linear is unknown: use embed_tokens or lm_head",
     "--lora.targets=[q_porj]": ": q_porj is unknown: did you mean q_proj? use q_proj, k_proj, ",
     "--training.seed=1180591620717411303424": " is outside [0, 4294967295]: use a value in it",
     "--checkpoint.resume=maybe": " is not true or false or a whole number: use one, as true (",
