@@ -102,7 +102,6 @@ VALUES = {
     "--training.precision=fp16": " is unknown: use fp32, bf16 or fp8",
     "--training.recompute=selectiv": " is unknown: did you mean selective? use none, selective or full",
     "--world_size=x": ": give a whole number",
-    "--lora.train_whole=all-linear": ": all-linear is unknown: use embed_tokens or lm_head",
     "--lora.targets=[q_porj]": ": q_porj is unknown: did you mean q_proj? use q_proj, k_proj, ",
     "--training.seed=1180591620717411303424": " is outside [0, 4294967295]: use a value in it",
     "--checkpoint.resume=maybe": " is not true or false or a whole number: use one, as true (",
@@ -117,6 +116,11 @@ def test_values_on_the_command_line(here, capsys):
     for one in typed:
         assert sum(line.removeprefix("--").startswith(one.removeprefix("--") + VALUES[one]) for line in told) == 1, told
     assert len(told) == len(typed)
+
+
+def test_all_linear_stands_for_linears_alone(here, capsys):
+    told = refused(capsys, "--config", "good.yaml", "--lora.rank=4", "--lora.train_whole=all-linear")
+    assert told == ["lora.train_whole=[all-linear]: all-linear is unknown: use embed_tokens or lm_head"]
 
 
 FILES = {
