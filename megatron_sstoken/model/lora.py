@@ -87,9 +87,9 @@ class AdaptedLinear(torch.nn.Module):
     def forward(self, input_, *args, **kwargs):
         """The linear's output and bias, with what the adapters add."""
         output, bias = super().forward(input_, *args, **kwargs)
-        return (self._add(output, bias, self.adapter_output(input_)), bias) if self.adapters_on else (output, bias)
+        return (self.add_to(output, bias, self.adapter_output(input_)), bias) if self.adapters_on else (output, bias)
 
-    def _add(self, output: torch.Tensor, bias: torch.Tensor | None, added: torch.Tensor) -> torch.Tensor:
+    def add_to(self, output: torch.Tensor, bias: torch.Tensor | None, added: torch.Tensor) -> torch.Tensor:
         """The linear's output with what the adapters add; `bias`: what it returned apart."""
         if not self.lora.dora:
             return output + added

@@ -34,7 +34,7 @@ class AdaptedTENormAndLinear(_AdaptedTEColumns, TELayerNormColumnParallelLinear)
         if not self.adapters_on:
             return output, bias
         output, normalised = output
-        return self._add(output, bias, self.adapter_output(normalised)), bias
+        return self.add_to(output, bias, self.adapter_output(normalised)), bias
 
 
 class AdaptedTEColumns(_AdaptedTEColumns, TEColumnParallelLinear):
