@@ -49,6 +49,7 @@ VARIANTS = {
         "deepseek_v3",
         {"q_lora_rank": None, "rope_interleave": False, "n_group": 1, "topk_group": 1},
     ),
+    "groups": ("glm4_moe", {"n_group": 2}),
     "attention-bias": ("qwen3_moe", {"attention_bias": True}),
 }
 """Name → family, and what its config says more."""

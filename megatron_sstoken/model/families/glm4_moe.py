@@ -4,40 +4,21 @@ from functools import partial
 from typing import Any
 
 from megatron_sstoken.model.families.registry import Config, Experts, Family, register
+from megatron_sstoken.model.families.sigmoid_router import FIELDS, mixture_sizes, router_options
 from megatron_sstoken.model.families.weight_map import LLAMA_NAMES, decoder_rules, mixture
 
 
 def further(config: Config) -> dict[str, Any]:
-    """What the docstring of this module says, and the layers that predict further tokens, which transformers leaves out."""
-    return {
-        "qk_norm": bool(config.get("use_qk_norm")),
-        "router_bias": True,
-        "num_dense_layers": min(config["first_k_dense_replace"], config["num_hidden_layers"]),
-        "dense_ffn_hidden_size": config["intermediate_size"],
-        "shared_ffn_hidden_size": config["n_shared_experts"] * config["moe_intermediate_size"],
-        "ignored_layers": config.get("num_nextn_predict_layers") or config.get("num_mtp_layers") or 0,
-    }
-
-
-def transformer_options(config: Config) -> dict[str, Any]:
-    """The router, in fp32 as in transformers."""
-    return {
-        "moe_router_score_function": "sigmoid",
-        "moe_router_topk_scaling_factor": float(config["routed_scaling_factor"]),
-        "moe_router_dtype": "fp32",
-    }
+    """Norms of queries and keys, and the mixture."""
+    return {"qk_norm": bool(config.get("use_qk_norm")), **mixture_sizes(config)}
 
 
 register(
     Family(
         "glm4_moe",
-        # With one group of experts all compete.
-        fixed={"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "sliding_window": None},
+        fixed={"sliding_window": None},
         biases={"attention_bias": frozenset({"qkv_bias"})},
-        understood=frozenset(
-            "use_qk_norm first_k_dense_replace n_shared_experts routed_scaling_factor num_nextn_predict_layers "
-            "num_mtp_layers".split()
-        ),
+        understood=FIELDS | {"use_qk_norm"},
         absent={
             "intermediate_size": 10944,
             "num_key_value_heads": 8,
@@ -48,6 +29,9 @@ register(
             "n_routed_experts": 128,
             "num_experts_per_tok": 8,
             "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
             "routed_scaling_factor": 1.0,
             "first_k_dense_replace": 1,
         },
@@ -55,7 +39,7 @@ register(
         one_kind_of_layer=True,
         experts=Experts("moe_intermediate_size", count=("n_routed_experts",)),
         further=further,
-        transformer_options=transformer_options,
+        transformer_options=router_options,
         weight_rules=partial(decoder_rules, mlp=mixture("mlp", LLAMA_NAMES)),
         tiny={
             "head_dim": 8,

@@ -613,7 +613,9 @@ def test_padded_vocabulary(folder, words, multiple, tensor, padded):
             {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}},
             "quantization_config: weights quantised by 'mxfp4' are not read: .* as docs/models.md shows",
         ),
-        (GLM4_MOE, {"n_group": 2}, "n_group=2 is not supported: only 1 is"),
+        (GLM4_MOE, {"n_group": 2}, "topk_group=1 of n_group=2 with num_experts_per_tok=4 is not supported"),
+        (GLM4_MOE, {"norm_topk_prob": None}, "norm_topk_prob=None is not supported: only True is"),
+        (GLM4_MOE, {"first_k_dense_replace": None}, "first_k_dense_replace=None is not possible"),
         (GLM4_MOE, {"norm_topk_prob": False}, "norm_topk_prob=False is not supported: only True is"),
         (QWEN2, {"use_mrope": True}, "use_mrope=True is not supported: only False is"),
         (
