@@ -63,10 +63,9 @@ class AdapterCheckpoint:
 
     def matrices(self, target: str, layer: int, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """A [rank, in] and B [out, rank] of one linear in layer `layer` (from 0), or of an expert in it, as trained."""
-        linear = TARGETS[target] if expert is None else TARGETS[target].replace("mlp.", "mlp.experts.experts.")
-        key = f"decoder.layers.{linear}.adapters.{target}"  # in a checkpoint the layers are the first axis
-        read = self._reader.read_layer
-        return read(f"{key}.lora_A", layer, expert), read(f"{key}.lora_B", layer, expert)
+        of_experts, read = expert is not None, self._reader.read_layer
+        first, second = (_key(target, matrix, of_experts=of_experts) for matrix in ("lora_A", "lora_B"))
+        return read(first, layer, expert), read(second, layer, expert)
 
     def merged_delta(self, name: str) -> torch.Tensor | None:
         """What the adapters add to the Hugging Face tensor `name`: scale · B·A, fp32; None if nothing."""
@@ -114,7 +113,7 @@ class AdapterCheckpoint:
     def magnitude(self, path: str, layer: int) -> torch.Tensor:
         """DoRA's [out] of the Hugging Face linear `path` in layer `layer`."""
         (target,) = self.linears[path]
-        return self._reader.read_layer(f"decoder.layers.{TARGETS[target]}.adapters.{target}.magnitude", layer)
+        return self._reader.read_layer(_key(target, "magnitude"), layer)
 
     def peft_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All matrices by the names that PEFT gives them."""
@@ -181,3 +180,9 @@ class AdapterCheckpoint:
                 f"on ({problem}): name their folder with --hf"
             )
         return source
+
+
+def _key(target: str, matrix: str, *, of_experts: bool = False) -> str:
+    """Name in a checkpoint, where the layers, and then the experts, are the first axes."""
+    linear = TARGETS[target].replace("mlp.", "mlp.experts.experts.") if of_experts else TARGETS[target]
+    return f"decoder.layers.{linear}.adapters.{target}.{matrix}"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.validate.run import plan_run
-from tests.helpers.adapters import logits_of, named_adapters, set_adapters, whole
+from tests.helpers.adapters import gather_gradients, logits_of, loss_of_first_batch, named_adapters, set_adapters
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.gradients import largest_difference
 from tests.helpers.workbench import (
@@ -153,8 +153,6 @@ def export(rank, folder):
 def measure_gradients(folder, adapters, parallel):
     """For each case: loss, and gradients by PEFT's names."""
     from megatron_sstoken.parallel import reset_layout
-    from megatron_sstoken.training.metrics import summarize
-    from megatron_sstoken.training.selector import selector_of, train_on_selected
 
     results = {}
     for case in cases_of(parallel):
@@ -163,18 +161,8 @@ def measure_gradients(folder, adapters, parallel):
         changes["lora__rank_stabilized"] = case in STABILIZED
         settings = lora_settings(folder, family, targets, **changes)
         trainer = make_trainer(settings)
-        model, layout = trainer.model, trainer.layout
-        set_adapters(model, adapters[case])
-        model.zero_gradients()
-        selector = selector_of(settings, layout, gamma=0.5, step=0)
-        reports = train_on_selected(model, trainer.loader.load(0), selector, whole_gradients=True)
-        mine = {
-            name: (layout.tensor_rank, axis, parameter.main_grad.clone())
-            for name, (parameter, axis) in named_adapters(model).items()
-        }
-        parts = [None] * layout.world_size
-        torch.distributed.all_gather_object(parts, mine)
-        results[case] = summarize(reports, model.architecture, layout).loss_selected, whole(parts)
+        set_adapters(trainer.model, adapters[case])
+        results[case] = loss_of_first_batch(trainer), gather_gradients(trainer.model)
         reset_layout()
     return results
 

@@ -12,7 +12,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from megatron_sstoken.conversion.peft import from_peft
-from tests.helpers.adapters import logits_of, named_adapters, set_adapters, train_peft, whole
+from tests.helpers.adapters import (
+    gather_gradients,
+    logits_of,
+    loss_of_first_batch,
+    named_adapters,
+    set_adapters,
+    train_peft,
+)
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.gradients import largest_difference
 from tests.helpers.workbench import go_on, load_model, make_model, make_samples, make_settings, make_store, make_trainer
@@ -153,8 +160,6 @@ def trainer_of(folder, family, layout, directory):
 
 def train_one(folder, adapters, family, layout_name):
     from megatron_sstoken.parallel import reset_layout
-    from megatron_sstoken.training.metrics import summarize
-    from megatron_sstoken.training.selector import selector_of, train_on_selected
 
     settings, directory = RUNS[family, layout_name], f"{folder}/{family}-{layout_name}"
     trainer = trainer_of(folder, family, settings, directory)
@@ -162,20 +167,7 @@ def train_one(folder, adapters, family, layout_name):
     drawn = {name: one.detach().clone() for name, (one, _) in named_adapters(model).items() if "lora_A" in name}
     set_adapters(model, adapters[family])
     trainer.optimizer.reload_model_params()
-    model.zero_gradients()
-    selector = selector_of(trainer.settings, layout, gamma=0.5, step=0)
-    reports = train_on_selected(model, trainer.loader.load(0), selector, whole_gradients=True)
-    mine = {
-        name: (layout.tensor_rank, axis, parameter.main_grad.clone())
-        for name, (parameter, axis) in named_adapters(model).items()
-    }
-    parts = [None] * layout.world_size
-    torch.distributed.all_gather_object(parts, mine)
-    found = {
-        "loss": summarize(reports, model.architecture, layout).loss_selected,
-        "gradients": whole(parts),
-        "drawn": drawn,
-    }
+    found = {"loss": loss_of_first_batch(trainer), "gradients": gather_gradients(model), "drawn": drawn}
     found["losses"] = go_on(trainer, (SAVED_AT, NUM_STEPS))
     if layout_name == "ep2":
         found["logits"] = logits_of(model, TOKENS)

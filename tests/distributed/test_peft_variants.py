@@ -11,7 +11,7 @@ from megatron_sstoken.config import LoraSettings
 from megatron_sstoken.conversion.peft import from_peft
 from megatron_sstoken.model.families import read_architecture
 from megatron_sstoken.model.lora_targets import num_adapter_parameters
-from tests.helpers.adapters import logits_of, named_adapters, train_peft, whole
+from tests.helpers.adapters import gather_gradients, logits_of, loss_of_first_batch, train_peft
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.gradients import largest_difference
 from tests.helpers.workbench import go_on, load_model, make_model, make_samples, make_settings, make_store, make_trainer
@@ -88,8 +88,6 @@ def train(rank, folder, lora):
 
 def train_one(folder, lora, name, layout):
     from megatron_sstoken.parallel import reset_layout
-    from megatron_sstoken.training.metrics import summarize
-    from megatron_sstoken.training.selector import selector_of, train_on_selected
 
     def trainer_of(directory, **changes):
         values = {
@@ -109,19 +107,12 @@ def train_one(folder, lora, name, layout):
     directory = f"{folder}/{name}"
     trainer = trainer_of(directory, **layout)
     model = trainer.model
-    model.zero_gradients()
-    selector = selector_of(trainer.settings, trainer.layout, gamma=0.5, step=0)
-    reports = train_on_selected(model, trainer.loader.load(0), selector, whole_gradients=True)
-    mine = {name: (one.main_grad.clone(), axis) for name, (one, axis) in named_adapters(model).items()}
+    loss, others = loss_of_first_batch(trainer), {}
     if "embed_tokens" in lora["targets"] and trainer.layout.is_first_stage:
         adapter = model.unwrapped[0].embedding.adapters
-        mine[f"{PREFIX}lora_embedding_A"] = adapter.lora_A.weight.main_grad.t().clone(), 1
-        mine[f"{PREFIX}lora_embedding_B"] = adapter.lora_B.main_grad.clone(), None
-    parts = [None] * trainer.layout.world_size
-    rank = trainer.layout.tensor_rank
-    torch.distributed.all_gather_object(parts, {name: (rank, axis, one) for name, (one, axis) in mine.items()})
-    loss = summarize(reports, model.architecture, trainer.layout).loss_selected
-    found = {"loss": loss, "gradients": whole(parts)}
+        others[f"{PREFIX}lora_embedding_A"] = adapter.lora_A.weight.main_grad.t().clone(), 1
+        others[f"{PREFIX}lora_embedding_B"] = adapter.lora_B.main_grad.clone(), None
+    found = {"loss": loss, "gradients": gather_gradients(model, others)}
     found["losses"] = go_on(trainer, (SAVED_AT, NUM_STEPS))
     if name == "tp2":
         with model.adapters_off() as base:

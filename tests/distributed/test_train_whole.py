@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from megatron_sstoken.conversion.peft import PeftFolder, from_peft
+from tests.helpers.adapters import loss_of_first_batch
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.workbench import go_on, load_model, make_model, make_samples, make_settings, make_store, make_trainer
 from tests.reference.hf_reference import Objective, loss_and_gradients
@@ -97,8 +98,6 @@ def train(rank, folder, runs):
 
 def train_one(folder, case, layout_name):
     from megatron_sstoken.parallel import reset_layout
-    from megatron_sstoken.training.metrics import summarize
-    from megatron_sstoken.training.selector import selector_of, train_on_selected
 
     def trainer_of(directory):
         settings = make_settings(
@@ -122,12 +121,10 @@ def train_one(folder, case, layout_name):
     directory = f"{folder}/{case}/{layout_name}"
     trainer = trainer_of(directory)
     model, layout = trainer.model, trainer.layout
-    model.zero_gradients()
-    selector = selector_of(trainer.settings, layout, gamma=0.5, step=0)
-    reports = train_on_selected(model, trainer.loader.load(0), selector, whole_gradients=True)
+    loss = loss_of_first_batch(trainer)
     trained = {name: one for name, one in model.unwrapped[0].named_parameters() if one.requires_grad}
     found = {
-        "loss": summarize(reports, model.architecture, layout).loss_selected,
+        "loss": loss,
         "gradients": {name: one.main_grad.clone() for name, one in trained.items() if model.is_tuned(name)},
         "others": [name for name in trained if not model.is_tuned(name)],
         "logits before": logits_of(model),

@@ -13,7 +13,7 @@ from megatron_sstoken.commands.convert_checkpoint import main
 from megatron_sstoken.conversion import verify as verify_module
 from megatron_sstoken.conversion.hf import from_hf, to_hf
 from megatron_sstoken.model import latents, weights
-from megatron_sstoken.model.families import deepseek_v3, reading, registry
+from megatron_sstoken.model.families import deepseek_v3, reading, registry, sigmoid_router
 from megatron_sstoken.parallel import reset_layout
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.served import echo_of, model_in_bf16, serving
@@ -223,7 +223,7 @@ OF_LATENTS = {
     "the model's epsilon in norms of latents": (latents, "_EPSILON", 1e-3),
     "scores without YaRN's growth": (deepseek_v3, "_growth", lambda config: 1.0),
     "halves turned, not pairs": (latents, "halves_of_pairs", lambda turned: turned),
-    "experts of all groups": (deepseek_v3, "_groups", lambda config: {}),
+    "experts of all groups": (sigmoid_router, "_groups", lambda config: {}),
 }
 """Mistakes with latents → where, what, and what takes its place."""
 

@@ -33,6 +33,30 @@ def set_adapters(model, tensors):
             parameter.copy_(whole)
 
 
+def loss_of_first_batch(trainer):
+    """Train on the run's first batch but for the optimizer's step; the loss, with gradients left where megatron has them."""
+    from megatron_sstoken.training.metrics import summarize
+    from megatron_sstoken.training.selector import selector_of, train_on_selected
+
+    trainer.model.zero_gradients()
+    selector = selector_of(trainer.settings, trainer.layout, gamma=0.5, step=0)
+    reports = train_on_selected(trainer.model, trainer.loader.load(0), selector, whole_gradients=True)
+    return summarize(reports, trainer.model.architecture, trainer.layout).loss_selected
+
+
+def gather_gradients(model, others=None):
+    """Whole gradients of all adapters by PEFT's names, on every rank.
+
+    `others`: more of this rank's slices, each with the axis that tensor parallel splits or None.
+    """
+    mine = {name: (one.main_grad.clone(), axis) for name, (one, axis) in named_adapters(model).items()}
+    layout, mine = model.layout, mine | (others or {})
+    parts = [None] * layout.world_size
+    told = {name: (layout.tensor_rank, axis, slice_) for name, (slice_, axis) in mine.items()}
+    torch.distributed.all_gather_object(parts, told)
+    return whole(parts)
+
+
 def whole(parts):
     """Slices of all ranks → whole matrices by PEFT's names; copies must agree."""
     result = {}

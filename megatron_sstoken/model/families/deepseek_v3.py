@@ -1,12 +1,11 @@
 """DeepSeek V3 (and R1, Kimi K2): multi-head latent attention, and experts chosen as in GLM-4.5, from some of their groups."""
 
-import math
 from functools import partial
 from typing import Any
 
 from megatron_sstoken.model.families.architecture import Latents
 from megatron_sstoken.model.families.registry import Config, Experts, Family, register
-from megatron_sstoken.model.families.rope import rope_parameters
+from megatron_sstoken.model.families.rope import rope_parameters, yarn_growth
 from megatron_sstoken.model.families.sigmoid_router import FIELDS, mixture_sizes, router_options, whole
 from megatron_sstoken.model.families.weight_map import LLAMA_NAMES, decoder_rules, mixture
 
@@ -51,7 +50,7 @@ def _growth(config: Config) -> float:
     factor = parameters.get("factor")
     if factor is None:
         raise ValueError(f"mscale_all_dim={scale!r} is not possible without the factor of the rope scaling: add it")
-    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return yarn_growth(factor, scale)
 
 
 register(

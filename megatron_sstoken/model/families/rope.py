@@ -116,12 +116,16 @@ def _scaling(kind: str, parameters: dict[str, Any], max_positions: int) -> RopeS
     )
 
 
-def _yarn_attention_factor(factor: float, parameters: dict[str, Any]) -> float:
-    def grown(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+def yarn_growth(factor: float, scale: float) -> float:
+    """By how much YaRN lets angles, or the scale of attention, grow for positions that are `factor` times as many."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
+
+def _yarn_attention_factor(factor: float, parameters: dict[str, Any]) -> float:
     numerator, denominator = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    return grown(numerator) / grown(denominator) if numerator and denominator else grown(1.0)
+    if numerator and denominator:
+        return yarn_growth(factor, numerator) / yarn_growth(factor, denominator)
+    return yarn_growth(factor, 1.0)
 
 
 def rope_by_kind(config: dict[str, Any], default_base: float, default_window_base: float) -> tuple[dict, dict]:
