@@ -18,6 +18,7 @@ from transformers.utils.chat_template_utils import (
 )
 
 from megatron_sstoken.data.conversation import BadRow, Message, Span
+from megatron_sstoken.data.text.finder import Finder
 from megatron_sstoken.data.text.limits import MEMORY, BadTemplate, size_limit, time_limit
 from megatron_sstoken.data.text.marks import has_generation_marks
 from megatron_sstoken.data.text.template_style import TemplateStyle, find_style
@@ -67,7 +68,7 @@ class TextTokenizer(ABC):
     vocabulary_size: int  # largest token id + 1
     special_ids: frozenset[int]
     end_of_turn_ids: frozenset[int]
-    special_pattern: re.Pattern[str]  # the text of any special token
+    specials: Finder  # the text of any special token
     end_pattern: re.Pattern[str]  # the text of any token that ends a turn
     special_tokens: dict[str, Any]  # what templates see: bos_token, eos_token, ...
     fingerprint: str  # hex sha256 over what determines tokenisation

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from megatron_sstoken.data.conversation import BadRow, Span
 from megatron_sstoken.data.text import pieces
+from megatron_sstoken.data.text.finder import Finder
 from megatron_sstoken.data.tokenizer import Encoding, TextTokenizer
 from megatron_sstoken.folders import missing
 
@@ -53,8 +54,8 @@ class HuggingFaceTokenizer(TextTokenizer):
         self.vocabulary_size = max(tokenizer.get_vocab().values()) + 1
         self.end_of_turn_ids = frozenset(known_ends if self.eos_id is None else known_ends | {self.eos_id})
         self.special_ids = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
-        self.special_pattern = _any_of(tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
-        self.end_pattern = _any_of(tokenizer.convert_ids_to_tokens(sorted(self.end_of_turn_ids)))
+        self.specials = Finder.of(tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
+        self.end_pattern = Finder.of(tokenizer.convert_ids_to_tokens(sorted(self.end_of_turn_ids))).pattern
         self._piece_bytes: Callable[[str], bytes] | None = None  # unknown: then tokens are decoded one by one
         if self._backend is not None:
             self._describe_backend(json.loads(self._backend.to_str()), added.values())
@@ -142,8 +143,8 @@ class SentencePieceTokenizer(TextTokenizer):
         known_ends = {ids[piece] for piece in END_OF_TURN if piece in ids}
         self.end_of_turn_ids = frozenset(known_ends if self.eos_id is None else known_ends | {self.eos_id})
         self.special_ids = frozenset(self._controls.values()) | self.end_of_turn_ids
-        self.special_pattern = _any_of([model.id_to_piece(i) for i in sorted(self.special_ids)])
-        self.end_pattern = _any_of([model.id_to_piece(i) for i in sorted(self.end_of_turn_ids)])
+        self.specials = Finder.of(map(model.id_to_piece, sorted(self.special_ids)))
+        self.end_pattern = Finder.of(map(model.id_to_piece, sorted(self.end_of_turn_ids))).pattern
         named = {"bos_token": self.bos_id, "eos_token": self.eos_id}
         self.special_tokens = {name: model.id_to_piece(i) for name, i in named.items() if i is not None}
         self.fingerprint = sha256(Path(path).read_bytes())
@@ -201,12 +202,6 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> TextTo
 def sha256(data: bytes) -> str:
     """Hex sha256 of `data`."""
     return hashlib.sha256(data).hexdigest()
-
-
-def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
-    """Matches any of the texts, the longest first; never the empty one."""
-    longest_first = sorted(filter(None, texts), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) if longest_first else r"(?!)")
 
 
 def _types(part: dict[str, Any] | None) -> list[str]:

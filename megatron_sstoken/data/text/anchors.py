@@ -44,7 +44,7 @@ class Anchors:
         """None where special tokens do not say where the shape's borders are."""
         if not tokenizer.splits_at_specials:
             return None
-        found = [list(tokenizer.special_pattern.finditer(literal)) for literal in shape.literals]
+        found = [list(tokenizer.specials.pattern.finditer(literal)) for literal in shape.literals]
         borders = []
         for start, stop, _ in shape.segments:
             pair = [_anchor(tokenizer, shape, border, found) for border in (start, stop)]

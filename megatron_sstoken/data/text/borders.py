@@ -45,7 +45,7 @@ def find_end(tokenizer: TextTokenizer, text: str, start: int, stop: int) -> int 
     turns, else after the last special token; None without any."""
     if known := tokenizer.end_pattern.search(text, start, stop):
         return known.end()
-    return max((found.end() for found in tokenizer.special_pattern.finditer(text, start, stop)), default=None)
+    return max((found.end() for found in tokenizer.specials.pattern.finditer(text, start, stop)), default=None)
 
 
 # A template with marks

@@ -47,7 +47,7 @@ def render_conversation(tokenizer: TextTokenizer, conversation: Conversation, re
     response cannot be told exactly.
     """
     assert tokenizer.template is not None
-    key, pieces = shape_of(conversation, recipe, tokenizer.special_pattern) or (None, [])
+    key, pieces = shape_of(conversation, recipe, tokenizer.specials) or (None, [])
     shape, anchors = tokenizer.shapes.get(key, (None, None))
     if shape and (written := shape.write(pieces)):
         text, segments = written
@@ -115,7 +115,7 @@ def message_weights(conversation: Conversation, recipe: Recipe) -> list[MessageW
 
 def special_note(tokenizer: TextTokenizer, conversation: Conversation) -> Iterator[str]:
     """The note on contents that hold the text of a special token."""
-    if any(tokenizer.special_pattern.search(message["content"]) for message in conversation.messages):
+    if any(tokenizer.specials.is_in(message["content"]) for message in conversation.messages):
         yield SPECIAL_IN_CONTENT
 
 

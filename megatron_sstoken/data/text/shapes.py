@@ -5,14 +5,15 @@ last character and with marks at the same places. What is remembered then is wha
 goes that way. Only where the template's syntax says that it cannot be otherwise (`verbatim`) the text is written without it.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 from megatron_sstoken.data.conversation import Conversation, Message, Span
 from megatron_sstoken.data.recipe import Recipe
+from megatron_sstoken.data.text.finder import Finder
 from megatron_sstoken.data.text.skeleton import MARKUP, Layout, runs
 
 MOST_SHAPES = 4096
@@ -116,8 +117,13 @@ class Shape:
 
     def _starts(self, runs_of_text: Sequence[str]) -> list[int]:
         """Where each literal starts in the text."""
-        lengths = map(len, self.literals)
-        return [0, *accumulate(length + len(run) for length, run in zip(lengths, runs_of_text, strict=False))]
+        before = accumulate(map(len, runs_of_text), initial=0)
+        return [literals + characters for literals, characters in zip(self._literals_before, before, strict=False)]
+
+    @cached_property
+    def _literals_before(self) -> tuple[int, ...]:
+        """Characters of the literals before each."""
+        return tuple(accumulate(map(len, self.literals), initial=0))
 
     def _segments(self, at: Sequence[int]) -> list[tuple[int, int, float]]:
         return [(at[left] + start, at[right] + stop, weight) for (left, start), (right, stop), weight in self.segments]
@@ -134,7 +140,7 @@ def _with_spaces(layout: Layout, pieces: Sequence[str]) -> list[Span]:
     return spans
 
 
-def shape_of(conversation: Conversation, recipe: Recipe, special: re.Pattern[str]) -> tuple[Any, list[str]] | None:
+def shape_of(conversation: Conversation, recipe: Recipe, specials: Finder) -> tuple[Any, list[str]] | None:
     """What the shape of a conversation depends on, and its runs of characters; None if it is not of the simple kind.
 
     That is: roles and contents only, no text of a special token, no weights of spans or thinking. A run that is a whole
@@ -146,12 +152,18 @@ def shape_of(conversation: Conversation, recipe: Recipe, special: re.Pattern[str
         return None
     shape: list[str] = []
     pieces: list[str] = []
+    together = "".join([message["content"] for message in conversation.messages])
+    may_be_special, may_be_markup = specials.may_be_in(together), MARKUP.may_be_in(together)
     for message in conversation.messages:
         content = message["content"]
-        if len(message) != 2 or special.search(content):
+        if len(message) != 2 or (may_be_special and specials.is_in(content)):
             return None
+        shape.append(message["role"])
+        if content and not may_be_markup and not content.isspace():
+            pieces.append(content)
+            continue
         around, within = pieces_of(content)
-        shape += (message["role"], *around)
+        shape += around
         pieces += within
     arguments = str(recipe.template_arguments)
     return (tuple(shape), conversation.weights, recipe.turns, arguments), pieces
@@ -159,7 +171,7 @@ def shape_of(conversation: Conversation, recipe: Recipe, special: re.Pattern[str
 
 def pieces_of(content: str) -> tuple[list[str], list[str]]:
     """A content as what belongs to the shape, markup and the whitespace around it, and its runs of characters."""
-    if content and not content.isspace() and not MARKUP.search(content):
+    if content and not content.isspace() and not MARKUP.is_in(content):
         return [], [content]
     around, within, position = [], [], 0
     for start, stop in runs(content):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_sstoken.data.conversation import REASONING_KEYS, BadRow, Message
+from megatron_sstoken.data.text.finder import Finder
 
 THINK_TAGS = (
     ("<think>", "</think>"),
@@ -23,9 +24,12 @@ THINK_TAGS = (
 """What families write around thinking."""
 
 _CLOSED = re.compile("|".join(re.escape(close) for _, close in THINK_TAGS[:-1]))
-MARKUP = re.compile(
-    "|".join(re.escape(tag) for tags in THINK_TAGS[:-1] for tag in tags)
-    + r"|</?tool_(?:call|response)>|/(?:no_)?think\b|/system_override\b"
+MARKUP = Finder(
+    re.compile(
+        "|".join(re.escape(tag) for tags in THINK_TAGS[:-1] for tag in tags)
+        + r"|</?tool_(?:call|response)>|/(?:no_)?think\b|/system_override\b"
+    ),
+    beginnings="<[/",
 )
 """What templates look for in a content: it stays, so that they decide as they do for the real one."""
 
@@ -130,7 +134,7 @@ class Marker:
 def runs(text: str) -> Iterator[tuple[int, int]]:
     """Runs of characters of a text, [start, stop), without markup and without the whitespace at their ends."""
     position = 0
-    for start, stop in [*(found.span() for found in MARKUP.finditer(text)), (len(text), len(text))]:
+    for start, stop in [*(found.span() for found in MARKUP.pattern.finditer(text)), (len(text), len(text))]:
         run = text[position:start]
         if stripped := run.strip():
             first = position + run.index(stripped)
