@@ -1,5 +1,6 @@
 """A conversation as the chat template takes it, and how much of it is trained on."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,22 @@ class BadRow(ValueError):
 
     def __init__(self, reason: str):
         super().__init__(printable(reason))
+
+
+def check_characters(text: str) -> None:
+    """Raise `BadRow` for half surrogate pairs, which JSON can write and UTF-8 cannot."""
+    if text.isascii():  # next to no time, and most texts are
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{error.object[error.start]!r} is half a surrogate pair, not a character") from error
+
+
+def check_contents(messages: Iterable[Message]) -> None:
+    """`check_characters` of the contents of messages."""
+    for message in messages:
+        check_characters(message["content"])
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,9 @@ class StoreWriter:
             assert values.dtype == np.float32 and np.array_equal(values > 0, roles == 1), (values.dtype, values, roles)
             self._weights.write(values.tobytes())
             self._weight_hash.update(values.tobytes())
-        self._labels.extend(self._label_numbers.setdefault(label, len(self._label_numbers)) for label in labels)
+        for label in dict.fromkeys(labels):
+            self._label_numbers.setdefault(label, len(self._label_numbers))
+        self._labels.extend(map(self._label_numbers.__getitem__, labels))
         self._rows.extend(rows)
         starts = np.concatenate([[0], np.cumsum(lengths[:-1])])
         responses = np.add.reduceat(roles, starts, dtype=np.int32) - roles[starts]

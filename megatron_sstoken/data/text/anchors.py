@@ -36,6 +36,8 @@ class Anchors:
     """The special tokens of the text."""
     borders: list[tuple[_Anchor, _Anchor]]
     """Of the segments."""
+    equal_weights: bool
+    """Whether all that is trained has weight 1."""
     heads: dict[tuple[str, int], tuple[list[int], Span]] = field(default_factory=dict)
     """Headers with what follows them."""
 
@@ -53,7 +55,9 @@ class Anchors:
             borders.append((pair[0], pair[1]))
         texts = [one[0] for matches in found for one in matches]
         ids = [encoding.ids for encoding in tokenizer.encode_batch(texts, positions=False)]
-        return cls(tokenizer, [one for (one,) in ids], borders) if all(len(one) == 1 for one in ids) else None
+        if any(len(one) != 1 for one in ids):
+            return None
+        return cls(tokenizer, [one for (one,) in ids], borders, all(weight == 1.0 for *_, weight in shape.segments))
 
     def find(
         self, text: str, segments: list[Segment], ids: list[int], places: list[int]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sstoken.data.conversation import BadRow, Conversation
+from megatron_sstoken.data.conversation import BadRow, Conversation, check_characters, check_contents
 from megatron_sstoken.data.recipe import DEFAULT_RECIPE, Recipe
 from megatron_sstoken.data.text.anchors import Anchors
 from megatron_sstoken.data.text.dropped import dropped_without_template
@@ -87,29 +87,18 @@ class _Plan:
 
 def _plan(tokenizer: TextTokenizer, conversation: Conversation, recipe: Recipe) -> _Plan | BadRow:
     try:
-        for message in conversation.messages:
-            content = message["content"]
-            if isinstance(content, str) and not content.isascii():
-                _check_characters(content)
         if tokenizer.template is None:
             return _plan_plain(tokenizer, conversation, recipe)
         rendering: Rendering = render_conversation(tokenizer, conversation, recipe)
-        if not rendering.text.isascii():
-            _check_characters(rendering.text)
+        check_characters(rendering.text)
         return _Plan([rendering.text], rendering.segments, notes=rendering.notes, anchors=rendering.anchors)
     except BadRow as bad_row:
         return bad_row
 
 
-def _check_characters(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(f"{error.object[error.start]!r} is half a surrogate pair, not a character") from error
-
-
 def _plan_plain(tokenizer: TextTokenizer, conversation: Conversation, recipe: Recipe) -> _Plan:
     messages = conversation.messages
+    check_contents(messages)
     if [message["role"] for message in messages] != ["user", "assistant"]:
         raise BadRow(
             "the tokenizer has no chat template, so only one user message and one assistant message can be "
@@ -176,11 +165,14 @@ def _anchored_sample(
     plan: _Plan, found: Sequence[tuple[int, int]], tokens: np.ndarray, roles: np.ndarray
 ) -> TokenizedSample | None:
     """The sample whose segments are the tokens `found`; `roles` are filled in. None if there is nothing to learn."""
+    learns = False
     for start, stop in found:
         roles[start:stop] = RESPONSE
-    if not any(stop > max(start, 1) for start, stop in found):
+        learns |= start < stop > 1
+    if not learns:
         return None
-    if all(weight == 1.0 for *_, weight in plan.segments):
+    assert plan.anchors is not None
+    if plan.anchors.equal_weights:
         return TokenizedSample(tokens, roles, None, plan.notes)
     weights = np.zeros(tokens.size, dtype=np.float32)
     for (start, stop), (*_, weight) in zip(found, plan.segments, strict=True):

@@ -5,7 +5,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_sstoken.data.conversation import BadRow, Conversation, MessageWeight, Span
+from megatron_sstoken.data.conversation import BadRow, Conversation, MessageWeight, Span, check_contents
 from megatron_sstoken.data.recipe import Recipe
 from megatron_sstoken.data.rows.message_weights import says_more_than_zero
 from megatron_sstoken.data.text.anchors import Anchors
@@ -52,6 +52,7 @@ def render_conversation(tokenizer: TextTokenizer, conversation: Conversation, re
     if shape and (written := shape.write(pieces)):
         text, segments = written
         return Rendering(text, segments, shape.notes, anchors)
+    check_contents(conversation.messages)
     arguments = {**recipe.template_arguments, **conversation.template_arguments}
     messages = tokenizer.as_template_wants(conversation.messages)
     chat = tokenizer.render(messages, tools=conversation.tools, arguments=arguments)

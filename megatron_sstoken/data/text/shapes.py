@@ -148,7 +148,8 @@ def shape_of(conversation: Conversation, recipe: Recipe, specials: Finder) -> tu
     """
     if conversation.tools is not None or conversation.template_arguments or recipe.thinking_weight != 1.0:
         return None
-    if any(weight.spans or weight.thinking is not None for weight in conversation.weights):
+    weights = conversation.weights
+    if weights and any(weight.spans or weight.thinking is not None for weight in weights):
         return None
     shape: list[str] = []
     pieces: list[str] = []
@@ -166,7 +167,7 @@ def shape_of(conversation: Conversation, recipe: Recipe, specials: Finder) -> tu
         shape += around
         pieces += within
     arguments = str(recipe.template_arguments)
-    return (tuple(shape), conversation.weights, recipe.turns, arguments), pieces
+    return (tuple(shape), weights, recipe.turns, arguments), pieces
 
 
 def pieces_of(content: str) -> tuple[list[str], list[str]]:
