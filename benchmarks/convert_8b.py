@@ -83,15 +83,18 @@ def make_model(folder: Path, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     architecture = read_architecture(str(folder))
-    shapes = {name: torch.Size(expected_shape(name, architecture)) for name in architecture.tensor_names()}
-    shards = plan_shards(shapes, torch.bfloat16, 5 * 10**9)
+    tensors = {
+        name: torch.empty(expected_shape(name, architecture), dtype=torch.bfloat16, device="meta")
+        for name in architecture.tensor_names()
+    }
+    shards = plan_shards(tensors, 5 * 10**9)
     generator = np.random.default_rng(0)
     for shard in shards:
         writer = ShardWriter(folder, shard)
         for name in shard.places:
-            bits = generator.integers(0, 1 << 16, shapes[name].numel(), dtype=np.uint16)
+            bits = generator.integers(0, 1 << 16, tensors[name].numel(), dtype=np.uint16)
             bits &= 0xBFFF  # below 2, never infinite
-            writer.write(name, torch.from_numpy(bits).view(torch.bfloat16).reshape(shapes[name]))
+            writer.write(name, torch.from_numpy(bits).view(torch.bfloat16).reshape(tensors[name].shape))
         os.fsync(writer.descriptor)
         writer.close()
     if len(shards) > 1:

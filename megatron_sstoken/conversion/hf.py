@@ -18,7 +18,7 @@ from megatron_sstoken.conversion.adapters import AdapterCheckpoint
 from megatron_sstoken.conversion.chat_template import export_stop, export_template
 from megatron_sstoken.conversion.contents import Parameter, checkpoint_contents
 from megatron_sstoken.conversion.folder import FolderReader, copy_companions
-from megatron_sstoken.conversion.output import write_checkpoint, write_safetensors
+from megatron_sstoken.conversion.output import sources_of, write_checkpoint, write_safetensors
 from megatron_sstoken.conversion.torch_dist import CheckpointReader
 from megatron_sstoken.conversion.work import (
     ConversionOptions,
@@ -106,7 +106,7 @@ def to_hf(
     identity = _identity("to-hf", dtype, options, [folder / ".metadata", *reader.identifying_files()])
     identity["chat_template"] = template
     with Workplace(output, identity, _folders_read(options, folder, reader)) as place:
-        write_safetensors(place, reader, contents, dtype, costs, options, adapters)
+        write_safetensors(place, [*sources_of(reader, contents, dtype, costs, adapters)], options)
         copy_companions(Path(source), place.folder, dtype=dtype)
         tell(export_template(place.folder, template))
         if template is not None and (stop := export_stop(place.folder)):

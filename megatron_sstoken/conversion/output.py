@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +47,48 @@ def convert_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.
     return tensor.to(dtype)
 
 
-def write_safetensors(
-    place: Workplace,
+@dataclass(frozen=True)
+class Source:
+    """Where tensors of safetensors files come from that are made together."""
+
+    tensors: dict[str, torch.Tensor]
+    """Name → a meta tensor of its shape and type, in the order of the files."""
+    cost: int
+    """Bytes in memory while they are made."""
+    make: Callable[[], Iterator[tuple[str, torch.Tensor]]]
+    """The tensors, or this part of them along their first axis."""
+    part: int | None = None
+
+
+def sources_of(
     reader: FolderReader | CheckpointReader,
     contents: Contents,
     dtype: torch.dtype,
     costs: dict[str, int],
-    options: ConversionOptions,
     adapters: AdapterCheckpoint | None,
-) -> None:
-    """Write the weights of a checkpoint as safetensors files, all parameters in parallel, and the index."""
-    shards = plan_shards(dict(_hugging_face_shapes(contents)), dtype, options.shard_size)
+) -> Iterator[Source]:
+    """The Hugging Face tensors of a checkpoint's weights, parameter by parameter, with the adapters merged in."""
+
+    def make(parameter: Parameter) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in parameter.hugging_face(reader.read(parameter), contents.architecture):
+            merged = adapters.merged(name, tensor) if adapters else tensor
+            yield name, convert_dtype(name, merged, dtype)
+
+    for parameter in contents.parameters:
+        part = parameter.rule.part
+        parts = 1 if part is None else contents.architecture.num_experts
+        tensors = {
+            name: torch.empty(
+                tensor.shape if part is None else (parts, *tensor.shape), dtype=stored_dtype(name, dtype), device="meta"
+            )
+            for name, tensor in parameter.hugging_face(parameter.meta_tensor(), contents.architecture)
+        }
+        yield Source(tensors, costs[parameter.name], partial(make, parameter), part)
+
+
+def write_safetensors(place: Workplace, sources: Sequence[Source], options: ConversionOptions) -> None:
+    """Write safetensors files, all sources in parallel, and the index."""
+    shards = plan_shards({name: one for source in sources for name, one in source.tensors.items()}, options.shard_size)
     total = sum(shard.size for shard in shards)
     place.require_space(total)
     writers: dict[str, ShardWriter] = {}
@@ -68,27 +100,21 @@ def write_safetensors(
     limit_freed_memory(options.max_memory)
     done = sum(record["size"] for record in place.complete.values())
 
-    def convert(parameter: Parameter, check: Callable[[], None]) -> None:
+    def write(source: Source, check: Callable[[], None]) -> None:
         check()
-        with budget.hold(costs[parameter.name]), torch.no_grad():
-            for name, tensor in parameter.hugging_face(reader.read(parameter), contents.architecture):
+        with budget.hold(source.cost), torch.no_grad():
+            for name, tensor in source.make():
                 writer = writers.get(name)
                 if writer is None:  # in a file that is complete, while its siblings are in another
                     continue
-                merged = adapters.merged(name, tensor) if adapters else tensor
-                merged = convert_dtype(name, merged, dtype).contiguous()
-                is_last = writer.write(name, merged, part=parameter.rule.part)
-                bar.update(merged.nbytes)
+                is_last = writer.write(name, tensor.contiguous(), part=source.part)
+                bar.update(tensor.nbytes)
                 if is_last:
                     place.add(writer.plan.file_name, writer.descriptor, {})
 
-    def missing(parameter: Parameter) -> bool:
-        parts = parameter.hugging_face(parameter.meta_tensor(), contents.architecture)
-        return any(name in writers for name, _ in parts)
-
     try:
         with progress_bar(total, done, "writing") as bar:
-            run_tasks(convert, [one for one in contents.parameters if missing(one)], options.workers)
+            run_tasks(write, [one for one in sources if one.tensors.keys() & writers.keys()], options.workers)
     finally:
         for writer in set(writers.values()):
             writer.close()
@@ -175,10 +201,3 @@ def _data_files(contents: Contents, dtype: torch.dtype, shard_size: int) -> dict
 def _stored_bytes(parameter: Parameter, dtype: torch.dtype) -> int:
     """Of a parameter of a model of `dtype`."""
     return parameter.numel * stored_dtype(parameter.name, dtype).itemsize
-
-
-def _hugging_face_shapes(contents: Contents) -> Iterator[tuple[str, torch.Size]]:
-    for parameter in contents.parameters:
-        for name, tensor in parameter.hugging_face(parameter.meta_tensor(), contents.architecture):
-            stacked = parameter.rule.part is not None
-            yield name, torch.Size([contents.architecture.num_experts, *tensor.shape]) if stacked else tensor.shape

@@ -7,13 +7,14 @@ shape and place; then the bytes of the tensors without gaps. All of the header f
 import json
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megatron_sstoken.files import begin_sync
-from megatron_sstoken.model.dtypes import SAFETENSORS_NAMES, stored_dtype
+from megatron_sstoken.model.dtypes import SAFETENSORS_NAMES
 
 INDEX = "model.safetensors.index.json"
 _LARGEST_WRITE = 1 << 30  # the system writes at most 2 GiB at once
@@ -34,32 +35,34 @@ class ShardPlan:
         return len(self.header) + sum(length for _, length in self.places.values())
 
 
-def plan_shards(shapes: dict[str, torch.Size], dtype: torch.dtype, shard_size: int) -> list[ShardPlan]:
-    """Deal tensors of one type out to files of at most `shard_size` bytes of tensors, in order, with the usual names."""
-    groups: list[dict[str, torch.Size]] = [{}]
+def plan_shards(tensors: Mapping[str, torch.Tensor], shard_size: int) -> list[ShardPlan]:
+    """Deal tensors (name → one of that shape and type, meta) out to files of at most `shard_size` bytes, in order.
+
+    The files have the usual names; a tensor larger than that has one of its own.
+    """
+    groups: list[dict[str, torch.Tensor]] = [{}]
     filled = 0
-    for name, shape in shapes.items():
-        size = shape.numel() * stored_dtype(name, dtype).itemsize
-        if groups[-1] and filled + size > shard_size:
+    for name, tensor in tensors.items():
+        if groups[-1] and filled + tensor.nbytes > shard_size:
             groups.append({})
             filled = 0
-        groups[-1][name] = shape
-        filled += size
+        groups[-1][name] = tensor
+        filled += tensor.nbytes
     if len(groups) == 1:
-        return [_plan("model.safetensors", groups[0], dtype)]
+        return [_plan("model.safetensors", groups[0])]
     return [
-        _plan(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group, dtype)
+        _plan(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group)
         for number, group in enumerate(groups, start=1)
     ]
 
 
-def _plan(file_name: str, shapes: dict[str, torch.Size], dtype: torch.dtype) -> ShardPlan:
+def _plan(file_name: str, tensors: dict[str, torch.Tensor]) -> ShardPlan:
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     places, end = {}, 0
-    for name, shape in shapes.items():
-        stored = stored_dtype(name, dtype)
-        start, end = end, end + shape.numel() * stored.itemsize
-        header[name] = {"dtype": SAFETENSORS_NAMES[stored], "shape": list(shape), "data_offsets": [start, end]}
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        kind = SAFETENSORS_NAMES[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
         places[name] = (start, end - start)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
