@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 # Large tensors in large pages, which the system gives in a third of the time; torch asks once, before its first tensor.
@@ -19,6 +20,7 @@ from megatron_sstoken.conversion.gguf import from_gguf
 from megatron_sstoken.conversion.hf import from_hf, reshard, to_hf
 from megatron_sstoken.conversion.inspection import describe_checkpoint, format_description
 from megatron_sstoken.conversion.peft import from_peft
+from megatron_sstoken.conversion.text_part import put_text, take_text
 from megatron_sstoken.conversion.verify import FACTOR, REAL_TEXT, verify
 from megatron_sstoken.conversion.work import ConversionOptions, parse_bytes
 from megatron_sstoken.folders import local_model
@@ -45,6 +47,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     unpacking.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="type of the weights (default: fp32)")
     unpacking.add_argument("--overwrite", action="store_true", help="replace a folder that a conversion made")
     unpacking.set_defaults(run=_from_gguf)
+
+    taking = commands.add_parser(
+        "take-text", help="folder of a model that reads images, too → folder of its text model"
+    )
+    taking.set_defaults(run=_take_text)
+    putting = commands.add_parser("put-text", help="the same folder with the tuned text model in place of its own")
+    putting.add_argument("--text", type=local_model, required=True, help="folder of the tuned text model")
+    putting.set_defaults(run=_put_text)
+    for command in (taking, putting):
+        command.add_argument("--hf", type=local_model, required=True, help="folder of the model that reads images, too")
+        _add_writing_arguments(command, shard_size="5GB")
 
     export = commands.add_parser("to-hf", help="megatron checkpoint → Hugging Face folder")
     _add_checkpoint_arguments(export)
@@ -151,30 +164,36 @@ def _add_vocabulary_argument(command: argparse.ArgumentParser) -> None:
 
 
 def _add_conversion_arguments(command: argparse.ArgumentParser, *, dtypes: str, shard_size: str) -> None:
-    command.add_argument("--output", required=True, help="folder to write; it appears when it is complete")
-    command.add_argument("--overwrite", action="store_true", help="replace an output that a conversion made")
     command.add_argument("--dtype", help=f"type of the weights written: {dtypes} (default: the source's)")
-    memory_help = "tensors in memory at any time, mapped pages included (default: 4GB)"
-    command.add_argument("--max_memory", default="4GB", help=memory_help)
-    command.add_argument("--shard_size", default=shard_size, help=f"largest file of weights (default: {shard_size})")
-    command.add_argument("--workers", type=int, default=2, help="threads (default: 2)")
     command.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="compare what is read with its checksums meanwhile, where it has them (default: yes)",
     )
+    _add_writing_arguments(command, shard_size=shard_size)
 
 
-def _options(arguments: argparse.Namespace) -> ConversionOptions:
+def _add_writing_arguments(command: argparse.ArgumentParser, *, shard_size: str) -> None:
+    command.add_argument("--output", required=True, help="folder to write; it appears when it is complete")
+    command.add_argument("--overwrite", action="store_true", help="replace an output that a conversion made")
+    memory_help = "tensors in memory at any time, mapped pages included (default: 4GB)"
+    command.add_argument("--max_memory", default="4GB", help=memory_help)
+    command.add_argument("--shard_size", default=shard_size, help=f"largest file of weights (default: {shard_size})")
+    command.add_argument("--workers", type=int, default=2, help="threads (default: 2)")
+
+
+def _writing_options(arguments: argparse.Namespace) -> ConversionOptions:
     return ConversionOptions(
-        dtype=arguments.dtype,
         max_memory=parse_bytes(arguments.max_memory),
         shard_size=parse_bytes(arguments.shard_size),
         workers=arguments.workers,
         overwrite=arguments.overwrite,
-        verify=arguments.verify,
     )
+
+
+def _options(arguments: argparse.Namespace) -> ConversionOptions:
+    return replace(_writing_options(arguments), dtype=arguments.dtype, verify=arguments.verify)
 
 
 def _from_hf(arguments: argparse.Namespace) -> int:
@@ -188,6 +207,19 @@ def _from_hf(arguments: argparse.Namespace) -> int:
 
 def _from_gguf(arguments: argparse.Namespace) -> int:
     written = from_gguf(arguments.gguf, arguments.output, dtype=arguments.dtype, overwrite=arguments.overwrite)
+    print(f"written: {written}")
+    return 0
+
+
+def _take_text(arguments: argparse.Namespace) -> int:
+    written = take_text(arguments.hf, arguments.output, options=_writing_options(arguments), tell=print)
+    print(f"written: {written}")
+    return 0
+
+
+def _put_text(arguments: argparse.Namespace) -> int:
+    options = _writing_options(arguments)
+    written = put_text(arguments.hf, arguments.text, arguments.output, options=options, tell=print)
     print(f"written: {written}")
     return 0
 

@@ -56,6 +56,15 @@ def export_template(folder: Path, template: str | None) -> str:
     return f"chat template: the one that the data was prepared with{instead}"
 
 
+def take_from_processor(folder: Path) -> None:
+    """Make a template that stands where processors alone look for it (`chat_template.json`) the tokenizer's."""
+    if (folder / _LEGACY).is_file():
+        template = own_template(folder)
+        (folder / _LEGACY).unlink()
+        if template is not None:
+            (folder / FILE).write_text(template, encoding="utf-8", newline="")
+
+
 def export_stop(folder: Path) -> str | None:
     """Have answers of a folder's model stop where its chat template ends a turn; returns what was done, in words.
 

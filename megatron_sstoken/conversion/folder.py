@@ -20,14 +20,13 @@ _WEIGHT_FILES = (
 _FOLDERS_OF_TEMPLATES = ("additional_chat_templates",)  # where transformers keeps templates with names
 
 
-class FolderReader:
-    """The weights of a Hugging Face folder, parameter by parameter, as `CheckpointReader` gives those of a checkpoint."""
+class ThreadWeights:
+    """The tensors of a Hugging Face folder for several threads: files that one closes must not be another's."""
 
     def __init__(self, hf_path: str):
         self.hf_path, self.folder = hf_path, Path(hf_path)
-        self._mine = threading.local()  # files that one worker closes must not be another's
+        self._mine = threading.local()
         self.weights.close()  # a folder without weights is told before all else
-        self.architecture = read_architecture(hf_path)
 
     @property
     def weights(self) -> HuggingFaceWeights:
@@ -35,6 +34,18 @@ class FolderReader:
         if not hasattr(self._mine, "weights"):
             self._mine.weights = HuggingFaceWeights(self.hf_path)
         return self._mine.weights
+
+    def release(self) -> None:
+        """Give back what this thread has mapped."""
+        self.weights.close()
+
+
+class FolderReader(ThreadWeights):
+    """The weights of a Hugging Face folder, parameter by parameter, as `CheckpointReader` gives those of a checkpoint."""
+
+    def __init__(self, hf_path: str):
+        super().__init__(hf_path)
+        self.architecture = read_architecture(hf_path)
 
     def identifying_files(self) -> list[Path]:
         """The files that decide what is read."""
@@ -56,10 +67,6 @@ class FolderReader:
     def read(self, parameter: Parameter) -> torch.Tensor:
         """A whole parameter, in the type of its tensors."""
         return read_shard(self.weights, parameter.rule, parameter.layer, self.architecture, parameter.shape, 0, 1)
-
-    def release(self) -> None:
-        """Give back what this thread has mapped."""
-        self.weights.close()
 
 
 def _types(weights: HuggingFaceWeights) -> set[torch.dtype]:

@@ -46,8 +46,6 @@ _UNDERSTOOD = frozenset(
 
 _LACKING = {
     "gemma2": "it caps attention scores by tanh",
-    "gemma3": "it reads images, too: gemma3_text, a model of text alone, is",
-    "mistral3": "it reads images, too: its text model alone is, as mistral or ministral3",
     "kimi_k2": "transformers knows such models as deepseek_v3 alone, and config.json may call them so",
     "qwen3_next": "it has gated delta nets in place of most attention",
     "granitemoe": "its experts come in fused tensors of all experts",
@@ -82,6 +80,12 @@ def parse_architecture(config: Config, path: str) -> Architecture:
     name = config.get("model_type")
     if name not in family_names():
         lacking = f", for {_LACKING[name]}" if name in _LACKING else ""
+        if isinstance(config.get("text_config"), dict):
+            folder = os.path.dirname(path) or "."
+            raise ValueError(
+                f"{path}: model_type={name!r} describes more than a model of text: make a folder of its text model with "
+                f"`python tools/convert_checkpoint.py take-text --hf {folder} --output FOLDER`, and use that"
+            )
         raise ValueError(
             f"{path}: model_type={name!r} is not supported{lacking}: use one of {', '.join(family_names())}"
         )
