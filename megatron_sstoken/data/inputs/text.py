@@ -18,14 +18,17 @@ _STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*("?)|[\[\]{},]', re.DOTALL)
 
 @dataclass(frozen=True)
 class TextChunk(Chunk):
-    """Consecutive JSON texts; the first has the place `first`."""
+    """Consecutive JSON texts, `content` a list of them, or lines as they lie in the file; the first has the place `first`."""
 
     first: int
-    texts: list[bytes]
+    content: list[bytes] | bytes
 
     def rows(self) -> Iterator[tuple[int, bytes]]:
-        for place, text in enumerate(self.texts, start=self.first):
-            if not text.isspace():
+        content = self.content
+        # Lines are cut where they are read: whoever hands them on need not touch each.
+        texts = content.split(b"\n") if isinstance(content, bytes) else content
+        for place, text in enumerate(texts, start=self.first):
+            if not text.isspace() and (text or texts is content):  # an array with an empty element is a mistake
                 yield place, text
 
     def decode(self, raw: bytes) -> dict[str, Any]:
@@ -38,13 +41,9 @@ class TextChunk(Chunk):
 def read_lines(stream: BinaryIO, file: str) -> Iterator[TextChunk]:
     """JSON lines."""
     first = 1
-    while lines := stream.readlines(chunks.CHUNK_BYTES):
-        count = len(lines)
-        if first == 1:
-            lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)
-            lines = lines if lines[0] else [b"\n", *lines[1:]]
-        yield TextChunk(file, "line", first, lines)
-        first += count
+    while content := stream.read(chunks.CHUNK_BYTES) + stream.readline():
+        yield TextChunk(file, "line", first, content.removeprefix(BYTE_ORDER_MARK) if first == 1 else content)
+        first += content.count(b"\n")
 
 
 def read_array(stream: BinaryIO, file: str) -> Iterator[TextChunk]:
