@@ -14,16 +14,13 @@ from megatron_sstoken.conversion.torch_dist import CheckpointReader
 from megatron_sstoken.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATE_FILE
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
+from megatron_sstoken.model.lora_places import Place, adapter_places
 from megatron_sstoken.model.lora_targets import (
     EMBEDDING,
     EMBEDDING_MATRICES,
-    FUSED,
-    TARGETS,
+    OF_MLP,
     WHOLE,
     WHOLE_TENSORS,
-    expert_of,
-    hugging_face_linears,
-    other_sides,
     peft_embedding_name,
     peft_name,
     peft_whole_name,
@@ -47,13 +44,8 @@ class AdapterCheckpoint:
         self.folder = folder
         self.architecture = architecture
         self.identity: AdapterIdentity = state.adapters
-        self.linears = hugging_face_linears(architecture, state.adapters.targets)
+        self.places = {place.path: place for place in adapter_places(architecture, state.adapters.targets)}
         self._reader = CheckpointReader(folder)
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the model."""
-        return self.architecture.num_layers
 
     @property
     def fingerprint(self) -> str:
@@ -61,31 +53,31 @@ class AdapterCheckpoint:
         files = [self.folder / STATE_FILE, *sorted(self.folder.glob("*.distcp"))]
         return fingerprint_files(map(str, files))
 
-    def matrices(self, target: str, layer: int, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [rank, in] and B [out, rank] of one linear in layer `layer` (from 0), or of an expert in it, as trained."""
-        of_experts, read = expert is not None, self._reader.read_layer
-        first, second = (_key(target, matrix, of_experts=of_experts) for matrix in ("lora_A", "lora_B"))
-        return read(first, layer, expert), read(second, layer, expert)
-
     def merged_delta(self, name: str) -> torch.Tensor | None:
         """What the adapters add to the Hugging Face tensor `name`: scale · B·A, fp32; None if nothing."""
         if name == WHOLE_TENSORS[EMBEDDING] and EMBEDDING in self.identity.targets:
             a, b = self.embedding_matrices()
             return (a.t().float() @ b.t().float()) * self.identity.scale
         match = _WEIGHT.fullmatch(name)
-        if match is None or match[2] not in self.linears:
+        if match is None or match[2] not in self.places:
             return None
-        a, b = self.linear_matrices(match[2], int(match[1]))
+        a, b = self.linear_matrices(self.places[match[2]], int(match[1]))
         return (b.float() @ a.float()) * self.identity.scale
 
-    def linear_matrices(self, path: str, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of one Hugging Face linear, `path` in layer `layer`, with all the targets that lie in it."""
-        found = {target: self.matrices(target, layer, expert_of(path)) for target in self.linears[path]}
-        parts = FUSED.get(path.rpartition(".")[2], self.linears[path])
-        first = next(b for _, b in found.values())
-        rows = other_sides(self.architecture)
-        blocks = [found[part][1] if part in found else first.new_zeros(rows[part], 0) for part in parts]
-        return torch.cat([found[part][0] for part in parts if part in found]), torch.block_diag(*blocks)
+    def linear_matrices(self, place: Place, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [rank, in] and B [out, rank] of one Hugging Face linear in layer `layer` (from 0), with all its targets."""
+        first, second = (
+            {target: self._read(place, target, matrix, layer) for target in place.targets}
+            for matrix in ("lora_A", "lora_B")
+        )
+        empty = next(iter(second.values())).new_zeros
+        blocks = [second[part] if part in second else empty(number, 0) for part, number in place.rows.items()]
+        return torch.cat(list(first.values())), torch.block_diag(*blocks)
+
+    def _read(self, place: Place, target: str, matrix: str, layer: int) -> torch.Tensor:
+        """What was trained. In a checkpoint the layers, and then the experts, are the first axes."""
+        linear = re.sub(r"local_experts\.\d+", "experts", place.linear)
+        return self._reader.read_layer(f"decoder.layers.{linear}.adapters.{target}.{matrix}", layer, place.expert)
 
     def embedding_matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A [rank, vocabulary] and B [hidden, rank] of the embedding, as they were trained."""
@@ -107,22 +99,23 @@ class AdapterCheckpoint:
             return tensor
         summed = delta.add_(tensor)
         if self.identity.dora and (match := _WEIGHT.fullmatch(name)):
-            summed *= (self.magnitude(match[2], int(match[1])).float() / summed.norm(dim=1)).unsqueeze(1)
+            lengths = self.magnitude(self.places[match[2]], int(match[1])).float()
+            summed *= (lengths / summed.norm(dim=1)).unsqueeze(1)
         return summed
 
-    def magnitude(self, path: str, layer: int) -> torch.Tensor:
-        """DoRA's [out] of the Hugging Face linear `path` in layer `layer`."""
-        (target,) = self.linears[path]
-        return self._reader.read_layer(_key(target, "magnitude"), layer)
+    def magnitude(self, place: Place, layer: int) -> torch.Tensor:
+        """DoRA's [out] of one Hugging Face linear in layer `layer`."""
+        (target,) = place.targets
+        return self._read(place, target, "magnitude", layer)
 
     def peft_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All matrices by the names that PEFT gives them."""
-        for layer in range(self.num_layers):
-            for path in self.linears:
-                for name, matrix in zip(("lora_A", "lora_B"), self.linear_matrices(path, layer), strict=True):
-                    yield peft_name(layer, path, name), matrix.contiguous()
+        for place in self.places.values():
+            for layer in place.layers:
+                for name, matrix in zip(("lora_A", "lora_B"), self.linear_matrices(place, layer), strict=True):
+                    yield peft_name(layer, place.path, name), matrix.contiguous()
                 if self.identity.dora:
-                    yield peft_name(layer, path, "magnitude"), self.magnitude(path, layer)
+                    yield peft_name(layer, place.path, "magnitude"), self.magnitude(place, layer)
         if EMBEDDING in self.identity.targets:
             for name, matrix in zip(EMBEDDING_MATRICES.values(), self.embedding_matrices(), strict=True):
                 yield peft_embedding_name(name), matrix.contiguous()
@@ -131,12 +124,17 @@ class AdapterCheckpoint:
 
     def peft_config(self, base: str) -> dict:
         """PEFT's adapter_config.json; `base` is the Hugging Face folder of the weights that the adapters belong to."""
-        fused = {path.rpartition(".")[2]: len(parts) for path, parts in self.linears.items() if len(parts) > 1}
+        places = self.places.values()
+        fused = {place.module: len(place.targets) for place in places if len(place.targets) > 1}
         alpha, stabilized, dropout = self.identity.alpha, self.identity.rank_stabilized, self.identity.dropout
-        if any(expert_of(path) is not None for path in self.linears):
+        parameters: list[str] = []
+        if any(place.expert is not None for place in places):
             # PEFT has no dropout where experts lie in one tensor. It makes one adapter of those of gate and up, of twice the
             # rank and the alpha, which is not the same scale where it goes by √rank.
             alpha, stabilized, dropout = self.identity.scale * self.identity.rank, False, 0.0
+            # By the names of its feed-forward linears it finds in a mixture those of experts alone: others as parameters.
+            beside = [place.path for place in places if place.expert is None and {*OF_MLP} & {*place.targets}]
+            parameters = [f"{'.'.join(path.split('.')[-2:])}.weight" for path in beside]
         patterns = {
             "rank_pattern": {name: number * self.identity.rank for name, number in fused.items()},
             "alpha_pattern": {
@@ -154,9 +152,10 @@ class AdapterCheckpoint:
             "lora_dropout": dropout,
             **({"modules_to_save": list(self.identity.train_whole)} if self.identity.train_whole else {}),
             "target_modules": [
-                *dict.fromkeys(path.rpartition(".")[2] for path in self.linears),
+                *dict.fromkeys(place.module for place in places),
                 *([EMBEDDING] if EMBEDDING in self.identity.targets else []),
             ],
+            **({"target_parameters": parameters} if parameters else {}),
             **(patterns if fused else {}),
             "bias": "none",
             "fan_in_fan_out": False,
@@ -180,9 +179,3 @@ class AdapterCheckpoint:
                 f"on ({problem}): name their folder with --hf"
             )
         return source
-
-
-def _key(target: str, matrix: str, *, of_experts: bool = False) -> str:
-    """Name in a checkpoint, where the layers, and then the experts, are the first axes."""
-    linear = TARGETS[target].replace("mlp.", "mlp.experts.experts.") if of_experts else TARGETS[target]
-    return f"decoder.layers.{linear}.adapters.{target}.{matrix}"

@@ -21,6 +21,7 @@ from megatron_sstoken.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, local_mode
 from megatron_sstoken.model.dtypes import SAFETENSORS_NAMES
 from megatron_sstoken.model.families import Architecture, Split, read_architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
+from megatron_sstoken.model.lora_places import rows_of_fused
 from megatron_sstoken.model.lora_targets import (
     EMBEDDING,
     EMBEDDING_MATRICES,
@@ -29,7 +30,6 @@ from megatron_sstoken.model.lora_targets import (
     TARGETS,
     WHOLE_TENSORS,
     expert_of,
-    other_sides,
     peft_embedding_name,
     peft_layer,
     peft_whole_name,
@@ -47,7 +47,9 @@ _UNSUPPORTED = {
 }
 """Fields of adapter_config.json that change what adapters compute → what they stand for."""
 _LAYER = r"base_model\.model\.model\.layers\.\d+\."
-_TENSOR = re.compile(_LAYER + r"\w+(?:\.experts\.\d+)?\.(\w+)\.(?:lora_[AB]\.weight|lora_magnitude_vector)")
+_TENSOR = re.compile(
+    _LAYER + r"\w+(?:\.experts\.\d+|\.shared_experts)?\.(\w+)\.(?:lora_[AB]\.weight|lora_magnitude_vector)"
+)
 _STACK = re.compile(_LAYER + r"mlp\.experts\.((?:base_layer\.)?)lora_[AB]\.weight")
 _STACKS = ("down_proj", "gate_up_proj")
 """Tensors of all experts that `target_parameters` may name, in the order in which PEFT wraps them, from outside."""
@@ -96,7 +98,7 @@ class PeftFolder:
         matches = {name: _TENSOR.fullmatch(name) for name in others}
         self._linears = {match[1] for match in matches.values() if match} | self._stacks.keys()
         self._linears |= {EMBEDDING} if of_embedding else set()
-        known = TARGETS.keys() | FUSED.keys() | OTHER_NAMES.keys() | {EMBEDDING}
+        known = {*TARGETS, *FUSED, *OTHER_NAMES, EMBEDDING}
         unknown = sorted(name for name, match in matches.items() if match is None) + sorted(self._linears - known)
         if unknown or not self._linears:
             what = f"holds {', '.join(unknown[:3])}" if unknown else "holds no adapters"
@@ -251,16 +253,16 @@ class PeftFolder:
             return self._place_in_stack(parameter, expert, architecture)
         if linear not in FUSED:
             return _Place(name, linear, shape)
-        parts, rank, sides = FUSED[linear], self.lora.rank, other_sides(architecture)
-        number = parts.index(target)
+        parts, rank = rows_of_fused(architecture, linear), self.lora.rank
+        number = list(parts).index(target)
         ranks, width = slice(None), rank
         if linear in self._stacked:
             ranks, width = slice(number * rank, (number + 1) * rank), len(parts) * rank
         if matrix == "lora_A":
             return _Place(name, linear, [width, shape[1]], rows=ranks)
-        first = sum(sides[part] for part in parts[:number])
-        rows = slice(first, first + sides[target])
-        return _Place(name, linear, [sum(sides[part] for part in parts), width], rows, ranks)
+        first = sum(list(parts.values())[:number])
+        rows = slice(first, first + parts[target])
+        return _Place(name, linear, [sum(parts.values()), width], rows, ranks)
 
     def _place_in_stack(self, parameter: Parameter, expert: int, architecture: Architecture) -> _Place:
         """Where an adapter of all experts has the matrix of one: A holds them below one another, B by turns in its columns."""

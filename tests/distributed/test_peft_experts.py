@@ -1,4 +1,5 @@
-"""Adapters of experts compute and learn what PEFT's do, on every layout, come from its folders and go back.
+"""Adapters of experts, and of what stands beside them in such models, compute and learn what PEFT's do, on every layout, come
+from its folders and go back.
 
 PEFT holds the adapters of gate and up as one of twice the rank, of all experts; the reference keeps the blocks of its B apart.
 """
@@ -11,7 +12,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from megatron_sstoken.config import LoraSettings
 from megatron_sstoken.conversion.peft import from_peft
+from megatron_sstoken.model.families import read_architecture
+from megatron_sstoken.model.lora_places import num_adapter_parameters
 from tests.helpers.adapters import (
     gather_gradients,
     logits_of,
@@ -30,17 +34,38 @@ pytestmark = pytest.mark.timeout(400)
 TOKENS = torch.randint(0, 99, (1, 40), generator=torch.Generator().manual_seed(0))
 RANK, ALPHA, LEARNING_RATE, NUM_STEPS, SAVED_AT = 3, 5.0, 1e-2, 3, 2
 TARGETS = ["o_proj", "gate_proj", "up_proj", "down_proj"]
-FAMILIES = {"mixtral": ["o_proj", "w1", "w2", "w3"], "qwen3_moe": TARGETS}
-"""Family → the names of `TARGETS` in its folders."""
-STACKS = {"mixtral": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "qwen3_moe": ["experts.down_proj"]}
-"""Family → the tensors of all experts that have an adapter, each of its own."""
+LATENTS = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"]
+FAMILIES = {
+    "mixtral": ["o_proj", "w1", "w2", "w3"],
+    "qwen3_moe": TARGETS,
+    "glm4_moe": TARGETS,
+    "deepseek_v3": [*TARGETS, *LATENTS],
+}
+"""Family → the names of its targets in its folders."""
+CHANGES = {
+    "deepseek_v3": {
+        "num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1
+    },
+}  # fmt: skip
+BESIDE = [f"{block}.{name}.weight" for block in ("mlp", "shared_experts") for name in TARGETS[1:]]
+"""Linears of dense layers, and of shared experts: by names of linears PEFT finds in a mixture those of experts alone."""
+STACKS = {
+    "mixtral": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    "qwen3_moe": ["experts.down_proj"],
+    "glm4_moe": ["experts.gate_up_proj", "experts.down_proj", *BESIDE],
+    "deepseek_v3": ["experts.gate_up_proj", "experts.down_proj", *BESIDE],
+}
+"""Family → the tensors of all experts that have an adapter, each of its own, and the linears beside them."""
 NUM_EXPERTS = 4
 RUNS = {
     ("mixtral", "ep2"): {"parallel__expert": 2},
     ("qwen3_moe", "tp2"): {"parallel__tensor": 2, "parallel__sequence": True, "training__recompute": "full"},
     ("qwen3_moe", "tp2-ep2"): {"parallel__tensor": 2, "parallel__sequence": True, "parallel__expert": 2},
+    ("glm4_moe", "ep2"): {"parallel__expert": 2},
+    ("deepseek_v3", "tp2-ep2"): {"parallel__tensor": 2, "parallel__sequence": True, "parallel__expert": 2},
 }
-"""Family and layout → its settings. The first is resumed on two stages."""
+"""Family and layout → its settings. Those with experts alone dealt out are resumed on two stages."""
+EXPORTED = [family for family, layout in RUNS if layout == "ep2"]
 
 
 def per_expert(name, tensor):
@@ -77,7 +102,9 @@ def by_linear(tensors, family):
 def peft_model(folder, family, targets):
     """PEFT's model with random adapters, its trained parameters, and masks of the blocks that its B of gate and up have."""
     torch.manual_seed(7)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
+    beside = BESIDE if family in ("glm4_moe", "deepseek_v3") else None
+    options = {"target_modules": targets, "target_parameters": beside, "task_type": "CAUSAL_LM"}
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, **options)
     model = get_peft_model(load_model(folder / family), config)
     parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
     masks = {}
@@ -99,7 +126,7 @@ def bench(tmp_path_factory):
     make_store(folder / "data", samples)
     expected = {}
     for family, targets in FAMILIES.items():
-        make_model(folder / family, family, seed=1)
+        make_model(folder / family, family, seed=1, **CHANGES.get(family, {}))
         model, parameters, masks = peft_model(folder, family, targets)
         adapters = by_linear({name: one.detach().clone() for name, one in parameters.items()}, family)
         loss, gradients = loss_and_gradients(model, samples, Objective())
@@ -117,7 +144,7 @@ def bench(tmp_path_factory):
             "logits after": after,
         }
     for family in FAMILIES:
-        shared = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj"], target_parameters=STACKS[family])
+        shared = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["o_proj"], target_parameters=STACKS[family])
         model = get_peft_model(load_model(folder / family), shared)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -143,11 +170,15 @@ def train(rank, folder):
     return {run: train_one(folder, adapters, *run) for run in RUNS}
 
 
+def targets_of(family):
+    return TARGETS if family == "mixtral" else FAMILIES[family]
+
+
 def trainer_of(folder, family, layout, directory):
     values = {
         "lora__rank": RANK,
         "lora__alpha": ALPHA,
-        "lora__targets": TARGETS,
+        "lora__targets": targets_of(family),
         "data__shuffle": False,
         "selection__method": "full",
         "training__steps": NUM_STEPS,
@@ -182,7 +213,7 @@ def train_one(folder, adapters, family, layout_name):
 
 @pytest.fixture(scope="module")
 def results(bench):
-    return run_distributed(train, 2, str(bench[0]))
+    return run_distributed(train, 2, str(bench[0]), timeout=240)
 
 
 @pytest.mark.parametrize("run", RUNS, ids="-".join)
@@ -215,8 +246,9 @@ def convert(rank, folder):
         for form in ("linears", "stacks"):
             from_peft(f"{folder}/{family}-{form}", f"{folder}/{family}-{form}-start", hf_path=f"{folder}/{family}")
             to_hf(f"{folder}/{family}-{form}-start", f"{folder}/{family}-{form}-back")
-    to_hf(f"{folder}/mixtral-ep2", f"{folder}/merged", merge=True)
-    to_hf(f"{folder}/mixtral-ep2", f"{folder}/peft")
+    for family in EXPORTED:
+        to_hf(f"{folder}/{family}-ep2", f"{folder}/{family}-merged", merge=True)
+        to_hf(f"{folder}/{family}-ep2", f"{folder}/{family}-peft")
 
 
 @pytest.fixture(scope="module")
@@ -237,17 +269,21 @@ def test_folders_of_both_forms_are_read_and_come_back(converted, family):
         load_file(folder / f"{family}-{name}" / "adapter_model.safetensors") for name in ("linears", "linears-back")
     )
     assert once.keys() == again.keys() and all(torch.equal(once[name], again[name]) for name in once)
+    lora = LoraSettings(rank=RANK, targets=targets_of(family))
+    number = num_adapter_parameters(read_architecture(str(folder / family)), lora)
+    assert number == sum(one.numel() for one in once.values())
     for form, wanted in (("linears", "logits"), ("stacks", "logits of stacks")):
         assert (logits_with(folder, family, f"{family}-{form}-back") - expected[family][wanted]).abs().max() < 1e-4, (
             form
         )
 
 
-def test_exports_of_a_run_compute_what_pefts_three_steps_give(converted, results):
-    folder, expected = converted
+@pytest.mark.parametrize("family", EXPORTED)
+def test_exports_of_a_run_compute_what_pefts_three_steps_give(converted, results, family):
+    folder, expected, ours = converted[0], converted[1][family], results[0][family, "ep2"]["logits"][:, :99]
     with torch.no_grad():
-        merged = load_model(folder / "merged")(TOKENS).logits[0]
-    for logits in (results[0]["mixtral", "ep2"]["logits"][:, :99], merged, logits_with(folder, "mixtral", "peft")):
-        assert (logits - expected["mixtral"]["logits after"]).abs().max() < 2e-3
-    assert (merged - results[0]["mixtral", "ep2"]["logits"][:, :99]).abs().max() < 1e-4
-    assert (merged - expected["mixtral"]["logits"]).abs().max() > 1e-2, "training should have changed the model"
+        merged = load_model(folder / f"{family}-merged")(TOKENS).logits[0]
+    adapted = logits_with(folder, family, f"{family}-peft")
+    assert (ours - expected["logits after"]).abs().max() < 2e-3
+    assert (merged - ours).abs().max() < 1e-4 and (adapted - ours).abs().max() < 1e-4
+    assert (merged - expected["logits"]).abs().max() > 1e-2, "training should have changed the model"

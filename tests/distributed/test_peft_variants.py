@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from megatron_sstoken.config import LoraSettings
 from megatron_sstoken.conversion.peft import from_peft
 from megatron_sstoken.model.families import read_architecture
-from megatron_sstoken.model.lora_targets import num_adapter_parameters
+from megatron_sstoken.model.lora_places import num_adapter_parameters
 from tests.helpers.adapters import gather_gradients, logits_of, loss_of_first_batch, train_peft
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.gradients import largest_difference
@@ -27,8 +27,13 @@ RANK, ALPHA, LEARNING_RATE, NUM_STEPS, SAVED_AT = 3, 5.0, 1e-2, 3, 2
 CASES = {
     "embedding": ("granite", {"targets": ["q_proj", "embed_tokens"]}),  # a model that multiplies its embedding
     "dora": ("qwen2", {"targets": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"], "dora": True}),  # with biases
+    "dora of latents": (
+        "deepseek_v3",
+        {"targets": ["q_proj", "o_proj", "kv_a_proj_with_mqa", "kv_b_proj"], "dora": True},
+    ),
 }
 """Name → family, and settings of its adapters."""
+CHANGES = {"dora of latents": {"q_lora_rank": None, "num_hidden_layers": 2}}
 PREFIX = "base_model.model.model.embed_tokens."
 LAYOUTS: dict[str, dict] = {
     "tp2": {"parallel__tensor": 2},
@@ -41,7 +46,8 @@ def folder(request, tmp_path_factory):
     """A model, data, PEFT's adapters that do something, and what PEFT makes of them."""
     family, lora = CASES[request.param]
     path = tmp_path_factory.mktemp(request.param)
-    make_model(path / "base", family, seed=1, tie_word_embeddings=False)
+    changes = CHANGES.get(request.param, {})
+    make_model(path / "base", family, seed=1, tie_word_embeddings=False, **changes)
     samples = make_samples(8, seed=3, longest=30)
     make_store(path / "data", samples)
     torch.manual_seed(7)
@@ -83,7 +89,8 @@ def convert(rank, folder, settings):
 
 
 def train(rank, folder, lora):
-    return {name: train_one(folder, lora, name, layout) for name, layout in LAYOUTS.items()}
+    mixture = {"parallel__sequence": True} if read_architecture(f"{folder}/base").num_experts else {}
+    return {name: train_one(folder, lora, name, layout | mixture) for name, layout in LAYOUTS.items()}
 
 
 def train_one(folder, lora, name, layout):

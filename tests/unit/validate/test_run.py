@@ -11,7 +11,7 @@ import pytest
 
 from megatron_sstoken.config import SettingsError
 from megatron_sstoken.data.external import DATA_KEY
-from megatron_sstoken.model.lora_targets import describe_trained
+from megatron_sstoken.model.lora_places import describe_trained
 from megatron_sstoken.validate.describe import describe
 from megatron_sstoken.validate.run import plan_run
 from tests.helpers.plans import NUM_SAMPLES, only_problem, problems_of, write_samples
