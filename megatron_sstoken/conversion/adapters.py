@@ -24,10 +24,11 @@ from megatron_sstoken.model.lora_targets import (
     peft_embedding_name,
     peft_name,
     peft_whole_name,
+    stack_prefixes,
     stacked_alpha,
 )
 
-_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(.+?)(?:\.weight)?")
 
 
 class AdapterCheckpoint:
@@ -45,6 +46,12 @@ class AdapterCheckpoint:
         self.architecture = architecture
         self.identity: AdapterIdentity = state.adapters
         self.places = {place.path: place for place in adapter_places(architecture, state.adapters.targets)}
+        self._linears = [place for place in self.places.values() if not place.in_stack]
+        self._stacks: dict[str, list[Place]] = {}
+        """Tensor of all experts → its parts."""
+        for place in self.places.values():
+            if place.in_stack:
+                self._stacks.setdefault(place.module, []).append(place)
         self._reader = CheckpointReader(folder)
 
     @property
@@ -53,26 +60,46 @@ class AdapterCheckpoint:
         files = [self.folder / STATE_FILE, *sorted(self.folder.glob("*.distcp"))]
         return fingerprint_files(map(str, files))
 
-    def merged_delta(self, name: str) -> torch.Tensor | None:
-        """What the adapters add to the Hugging Face tensor `name`: scale · B·A, fp32; None if nothing."""
+    def merged_delta(self, name: str, part: int | None = None) -> torch.Tensor | None:
+        """What the adapters add to the Hugging Face tensor `name`, or to its `part` of a tensor of all experts: scale · B·A,
+        fp32; None if nothing."""
         if name == WHOLE_TENSORS[EMBEDDING] and EMBEDDING in self.identity.targets:
             a, b = self.embedding_matrices()
             return (a.t().float() @ b.t().float()) * self.identity.scale
-        match = _WEIGHT.fullmatch(name)
-        if match is None or match[2] not in self.places:
+        if (found := self._place_of(name, part)) is None:
             return None
-        a, b = self.linear_matrices(self.places[match[2]], int(match[1]))
-        return (b.float() @ a.float()) * self.identity.scale
+        a, b = self.linear_matrices(*found)
+        delta = (b.float() @ a.float()) * self.identity.scale
+        return delta.t() if found[0].in_stack else delta
+
+    def _place_of(self, name: str, part: int | None) -> tuple[Place, int] | None:
+        """What has adapters in a Hugging Face tensor, and its layer."""
+        if (match := _WEIGHT.fullmatch(name)) is None:
+            return None
+        parent, _, module = match[2].rpartition(".")
+        path = match[2] if part is None else f"{parent}.{part}.{module}"
+        return (self.places[path], int(match[1])) if path in self.places else None
 
     def linear_matrices(self, place: Place, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [rank, in] and B [out, rank] of one Hugging Face linear in layer `layer` (from 0), with all its targets."""
+        """A [rank, in] and B [out, rank] of one Hugging Face linear in layer `layer` (from 0), with all its targets.
+
+        In a tensor of all experts rows of gate and up take turns.
+        """
         first, second = (
             {target: self._read(place, target, matrix, layer) for target in place.targets}
             for matrix in ("lora_A", "lora_B")
         )
         empty = next(iter(second.values())).new_zeros
         blocks = [second[part] if part in second else empty(number, 0) for part, number in place.rows.items()]
-        return torch.cat(list(first.values())), torch.block_diag(*blocks)
+        b = torch.block_diag(*blocks)
+        if place.in_stack and len(blocks) > 1:
+            b = b.unflatten(0, (len(blocks), -1)).transpose(0, 1).flatten(0, 1)
+        return torch.cat(list(first.values())), b
+
+    def _stack_matrices(self, module: str, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of a tensor of all experts, as PEFT holds them: A of all below one another, B by turns in its columns."""
+        of_experts = [self.linear_matrices(place, layer) for place in self._stacks[module]]
+        return torch.cat([a for a, _ in of_experts]), torch.stack([b for _, b in of_experts], dim=2).flatten(1)
 
     def _read(self, place: Place, target: str, matrix: str, layer: int) -> torch.Tensor:
         """What was trained. In a checkpoint the layers, and then the experts, are the first axes."""
@@ -89,17 +116,18 @@ class AdapterCheckpoint:
         key = WHOLE["embed_tokens"] if self.architecture.tied_embeddings else WHOLE[module]
         return self._reader.read_tensor(key)[: self.architecture.vocabulary_size]
 
-    def merged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The Hugging Face tensor `name` of the base → that of the tuned model; summed in fp32, and not rounded yet."""
+    def merged(self, name: str, tensor: torch.Tensor, part: int | None = None) -> torch.Tensor:
+        """The Hugging Face tensor `name` of the base, or its `part` of a tensor of all experts → that of the tuned model;
+        summed in fp32, and not rounded yet."""
         for module in self.identity.train_whole:
             if WHOLE_TENSORS[module] == name:
                 return self.whole_tensor(module)
-        delta = self.merged_delta(name)
+        delta = self.merged_delta(name, part)
         if delta is None:
             return tensor
         summed = delta.add_(tensor)
-        if self.identity.dora and (match := _WEIGHT.fullmatch(name)):
-            lengths = self.magnitude(self.places[match[2]], int(match[1])).float()
+        if self.identity.dora and (found := self._place_of(name, part)):
+            lengths = self.magnitude(*found).float()
             summed *= (lengths / summed.norm(dim=1)).unsqueeze(1)
         return summed
 
@@ -110,7 +138,11 @@ class AdapterCheckpoint:
 
     def peft_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All matrices by the names that PEFT gives them."""
-        for place in self.places.values():
+        for module, prefix in stack_prefixes(self._stacks).items():
+            for layer in self._stacks[module][0].layers:
+                for name, matrix in zip(("lora_A", "lora_B"), self._stack_matrices(module, layer), strict=True):
+                    yield peft_name(layer, "mlp.experts", f"{prefix}{name}"), matrix.contiguous()
+        for place in self._linears:
             for layer in place.layers:
                 for name, matrix in zip(("lora_A", "lora_B"), self.linear_matrices(place, layer), strict=True):
                     yield peft_name(layer, place.path, name), matrix.contiguous()
@@ -135,6 +167,7 @@ class AdapterCheckpoint:
             # By the names of its feed-forward linears it finds in a mixture those of experts alone: others as parameters.
             beside = [place.path for place in places if place.expert is None and {*OF_MLP} & {*place.targets}]
             parameters = [f"{'.'.join(path.split('.')[-2:])}.weight" for path in beside]
+            parameters += [f"mlp.experts.{module}" for module in self._stacks]
         patterns = {
             "rank_pattern": {name: number * self.identity.rank for name, number in fused.items()},
             "alpha_pattern": {
@@ -152,7 +185,7 @@ class AdapterCheckpoint:
             "lora_dropout": dropout,
             **({"modules_to_save": list(self.identity.train_whole)} if self.identity.train_whole else {}),
             "target_modules": [
-                *dict.fromkeys(place.module for place in places),
+                *dict.fromkeys(place.module for place in self._linears),
                 *([EMBEDDING] if EMBEDDING in self.identity.targets else []),
             ],
             **({"target_parameters": parameters} if parameters else {}),

@@ -109,10 +109,11 @@ def checkpoint_contents(architecture: Architecture, *, vocabulary_multiple: int 
 def adapter_contents(architecture: Architecture, lora: LoraSettings) -> Contents:
     """What a checkpoint of the adapters of `architecture` holds, as `checkpoint_contents`.
 
-    Each has the name of PEFT's matrix; the parts of a linear that is fused in the Hugging Face model have one name.
+    Each has the name of PEFT's matrix; the parts of a linear that is fused in the Hugging Face model have one name. Those in a
+    tensor of all experts are named as if it held linears.
     """
     places = adapter_places(architecture, lora.targets)
-    path_of = {(place.linear, target): place.path for place in places for target in place.targets}
+    place_of = {(place.linear, target): place for place in places for target in place.targets}
     module_of = {WHOLE[module]: module for module in lora.train_whole}
     parameters = []
     with _chunk_of(architecture, Settings(lora=lora)) as (chunk, stored):
@@ -123,8 +124,9 @@ def adapter_contents(architecture: Architecture, lora: LoraSettings) -> Contents
                 parameters.append(Parameter(name, rule, 0, parameter.shape, stored[name]))
             elif is_adapter(name):
                 _, _, layer, *linear, _, target, matrix = name.split(".")
-                peft = peft_name(int(layer), path_of[".".join(linear), target], matrix)
-                rule = WeightRule(name, (peft,), Split.WHOLE)
+                place = place_of[".".join(linear), target]
+                peft = peft_name(int(layer), place.path, matrix)
+                rule = WeightRule(name, (peft,), Split.WHOLE, stacked=place.in_stack)
                 parameters.append(Parameter(name, rule, int(layer), parameter.shape, stored[name]))
             elif name in module_of:
                 rule = WeightRule(name, (peft_whole_name(module_of[name]),), Split.VOCABULARY)

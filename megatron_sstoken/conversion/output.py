@@ -75,7 +75,7 @@ def write_safetensors(
                 writer = writers.get(name)
                 if writer is None:  # in a file that is complete, while its siblings are in another
                     continue
-                merged = adapters.merged(name, tensor) if adapters else tensor
+                merged = adapters.merged(name, tensor, parameter.rule.part) if adapters else tensor
                 merged = convert_dtype(name, merged, dtype).contiguous()
                 is_last = writer.write(name, merged, part=parameter.rule.part)
                 bar.update(merged.nbytes)

@@ -27,12 +27,14 @@ from megatron_sstoken.model.lora_targets import (
     EMBEDDING_MATRICES,
     FUSED,
     OTHER_NAMES,
+    STACKS,
     TARGETS,
     WHOLE_TENSORS,
     expert_of,
     peft_embedding_name,
     peft_layer,
     peft_whole_name,
+    stack_prefixes,
     stacked_alpha,
 )
 from megatron_sstoken.model.weight_files import HuggingFaceWeights, open_safetensors
@@ -51,8 +53,6 @@ _TENSOR = re.compile(
     _LAYER + r"\w+(?:\.experts\.\d+|\.shared_experts)?\.(\w+)\.(?:lora_[AB]\.weight|lora_magnitude_vector)"
 )
 _STACK = re.compile(_LAYER + r"mlp\.experts\.((?:base_layer\.)?)lora_[AB]\.weight")
-_STACKS = ("down_proj", "gate_up_proj")
-"""Tensors of all experts that `target_parameters` may name, in the order in which PEFT wraps them, from outside."""
 _MERGE, _OWN = "merge the adapters into their base with PEFT", "name the adapters' own base with --hf"
 
 
@@ -67,6 +67,8 @@ class _Place:
     """Of the whole matrix."""
     rows: slice = field(default_factory=lambda: slice(None))
     columns: slice = field(default_factory=lambda: slice(None))
+    zeros: tuple[slice, ...] = ()
+    """Columns in which the rows hold nothing."""
 
 
 class PeftFolder:
@@ -83,7 +85,7 @@ class PeftFolder:
         self._names = set(self._weights.keys())
         whole = [module for module in get_args(WholeModule) if module in (self._config.get("modules_to_save") or [])]
         named = {name.rpartition(".")[2] for name in self._config.get("target_parameters") or []}
-        self._stacks = dict(zip([name for name in _STACKS if name in named], ("", "base_layer."), strict=False))
+        self._stacks = stack_prefixes(named)
         """Tensor of all experts that has an adapter → what the names of its matrices have before `lora_A`."""
         in_stacks = {
             name for name in self._names if (found := _STACK.fullmatch(name)) and found[1] in self._stacks.values()
@@ -149,7 +151,7 @@ class PeftFolder:
             return torch.cat([real, real.new_zeros(parameter.shape[0] - real.shape[0], real.shape[1])])
         if len(place.shape) == 1:
             return self._weights.get_tensor(place.name)
-        return self._weights.get_slice(place.name)[place.rows][:, place.columns].contiguous()
+        return self._rows(place)[:, place.columns].contiguous()
 
     def check(self, parameters: tuple[Parameter, ...], architecture: Architecture) -> None:
         """Raise ValueError unless the folder holds the matrices of all `parameters`, and no others."""
@@ -186,7 +188,7 @@ class PeftFolder:
                 raise ValueError(
                     f"{self._weights_file}: {place.name} has shape {shape}, the base asks for {place.shape}: {_OWN}"
                 )
-            if place.linear in self._stacked and place.name.endswith("lora_B.weight"):
+            if place.zeros:
                 self._require_blocks(place)
         if extra := self._names - {place.name for place in places}:
             raise ValueError(
@@ -225,7 +227,10 @@ class PeftFolder:
 
         So `to-hf` writes them, with a rank and an alpha as many times as large. Raises ValueError for other patterns.
         """
-        ranks, alphas = (self._config.get(f"{name}_pattern") or {} for name in ("rank", "alpha"))
+        ranks, alphas = (  # PEFT's own patterns for experts begin as regular expressions
+            {linear.removeprefix(r".*\."): said for linear, said in (self._config.get(f"{name}_pattern") or {}).items()}
+            for name in ("rank", "alpha")
+        )
         stacked, stabilized = set(), self.lora.rank_stabilized
         for linear in sorted({*ranks, *alphas}):
             number = len(FUSED.get(linear, ()))
@@ -255,34 +260,47 @@ class PeftFolder:
             return _Place(name, linear, shape)
         parts, rank = rows_of_fused(architecture, linear), self.lora.rank
         number = list(parts).index(target)
-        ranks, width = slice(None), rank
-        if linear in self._stacked:
-            ranks, width = slice(number * rank, (number + 1) * rank), len(parts) * rank
+        blocks = self._blocks(linear, len(parts), 1)
         if matrix == "lora_A":
-            return _Place(name, linear, [width, shape[1]], rows=ranks)
+            return _Place(name, linear, [len(blocks) * rank, shape[1]], rows=blocks[number % len(blocks)])
         first = sum(list(parts.values())[:number])
-        rows = slice(first, first + parts[target])
-        return _Place(name, linear, [sum(parts.values()), width], rows, ranks)
+        rows, own = slice(first, first + parts[target]), blocks.pop(number % len(blocks))
+        return _Place(name, linear, [sum(parts.values()), (len(blocks) + 1) * rank], rows, own, tuple(blocks))
+
+    def _blocks(self, linear: str, num_parts: int, num_experts: int, expert: int = 0) -> list[slice]:
+        """The columns of B that hold the parts of a fused linear one after another, or the one block that all of them share;
+        experts take turns."""
+        width, number = self.lora.rank * num_experts, num_parts if linear in self._stacked else 1
+        return [slice(part * width + expert, (part + 1) * width, num_experts) for part in range(number)]
 
     def _place_in_stack(self, parameter: Parameter, expert: int, architecture: Architecture) -> _Place:
         """Where an adapter of all experts has the matrix of one: A holds them below one another, B by turns in its columns."""
         target, matrix = parameter.name.split(".")[-2:]
-        (stack,) = (name for name in _STACKS if target in FUSED.get(name, (name,)))
+        (stack,) = (name for name in STACKS if target in FUSED.get(name, (name,)))
         name = f"{peft_layer(parameter.layer)}.mlp.experts.{self._stacks.get(stack, '')}{matrix}.weight"
-        number, rank = architecture.num_experts, self.lora.rank
+        parts, number, rank = FUSED.get(stack, (stack,)), architecture.num_experts, self.lora.rank
+        part, blocks = parts.index(target), self._blocks(stack, len(parts), number, expert)
+        width, block = len(blocks) * rank * number, part % len(blocks)
         if matrix == "lora_A":
-            rows = slice(expert * rank, (expert + 1) * rank)
-            return _Place(name, stack, [number * rank, parameter.shape[1]], rows)
-        parts = FUSED.get(stack, (stack,))
-        first = parts.index(target) * parameter.shape[0]
-        rows, columns = slice(first, first + parameter.shape[0]), slice(expert, None, number)
-        return _Place(name, stack, [len(parts) * parameter.shape[0], rank * number], rows, columns)
+            first = (expert * len(blocks) + block) * rank
+            return _Place(name, stack, [width, parameter.shape[1]], slice(first, first + rank))
+        outputs = parameter.shape[0]
+        rows = slice(part * outputs, (part + 1) * outputs)
+        if parameter.rule.stacked:  # in its order of outputs parts take turns
+            rows = slice(part, None, len(parts))
+        own = blocks.pop(block)
+        return _Place(name, stack, [len(parts) * outputs, width], rows, own, tuple(blocks))
+
+    def _rows(self, place: _Place) -> torch.Tensor:
+        """The rows of a matrix that a part has, all columns."""
+        if place.rows.step is not None:  # which slices of files do not know
+            return self._weights.get_tensor(place.name)[place.rows]
+        return self._weights.get_slice(place.name)[place.rows]
 
     def _require_blocks(self, place: _Place) -> None:
         """Raise ValueError unless the rows of one part use no A but their own."""
-        rows = self._weights.get_slice(place.name)[place.rows].clone()  # what is read may be the mapped file itself
-        rows[:, place.columns] = 0
-        if rows.any():
+        rows = self._rows(place)
+        if any(rows[:, columns].any() for columns in place.zeros):
             raise ValueError(
                 f"{self._weights_file}: {place.name} has another rank than other linears, and its parts share it: {_MERGE}"
             )

@@ -16,7 +16,7 @@ class Place:
     """A linear of the Hugging Face model's layers that has adapters."""
 
     path: str
-    """In its layer."""
+    """In its layer; of a part of a tensor of all experts with the expert's number in it, as if it were a linear."""
     linear: str
     """The linear of megatron's layer that it is, or is a part of."""
     targets: tuple[str, ...]
@@ -26,6 +26,8 @@ class Place:
     inputs: int
     layers: range
     """The layers that have it, from 0."""
+    in_stack: bool = False
+    """Whether folders hold it in a tensor of all experts, in which outputs of gate and up take turns."""
 
     @property
     def module(self) -> str:
@@ -42,18 +44,21 @@ def adapter_places(a: Architecture, targets: Collection[str]) -> list[Place]:
     """The linears of `a` that any of `targets` reaches by its name, wherever in a layer, as in PEFT."""
     found = []
     for rule in a.weight_rules():
-        if not rule.megatron.startswith(LAYER) or rule.megatron.endswith(".bias") or rule.stacked:
+        if not rule.megatron.startswith(LAYER) or rule.megatron.endswith(".bias"):
             continue
         for name in rule.hugging_face:
             path = name.removeprefix(HF).removesuffix(".weight")
-            module = path.rpartition(".")[2]
+            parent, _, module = path.rpartition(".")
             parts = FUSED.get(module, (OTHER_NAMES.get(module, module),))
             reached = tuple(part for part in parts if part in targets)
             if reached:
-                outputs, inputs = expected_shape(name, a)
+                if rule.stacked:
+                    path, (_, inputs, outputs) = f"{parent}.{rule.expert}.{module}", expected_shape(name, a)
+                else:
+                    outputs, inputs = expected_shape(name, a)
                 rows = rows_of_fused(a, module) if module in FUSED else {parts[0]: outputs}
                 linear = rule.megatron.removeprefix(LAYER).removesuffix(".weight")
-                found.append(Place(path, linear, reached, rows, inputs, rule.layers(a)))
+                found.append(Place(path, linear, reached, rows, inputs, rule.layers(a), rule.stacked))
     return found
 
 

@@ -27,6 +27,8 @@ OF_MLP = ("gate_proj", "up_proj", "down_proj")
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Linear of Hugging Face models that fuse some → the targets in it, in the order of its rows."""
+STACKS = ("down_proj", "gate_up_proj")
+"""Tensors of all experts that PEFT's `target_parameters` may name, in the order in which it wraps them, from outside."""
 OTHER_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 """Linear of Mixtral's experts → the target that it is."""
 
@@ -57,6 +59,11 @@ def peft_name(layer: int, linear: str, matrix: str) -> str:
     """PEFT's name of lora_A, lora_B or DoRA's magnitude of the Hugging Face linear at this path in layer `layer` (from 0)."""
     last = "lora_magnitude_vector" if matrix == "magnitude" else f"{matrix}.weight"
     return f"{peft_layer(layer)}.{linear}.{last}"
+
+
+def stack_prefixes(modules: Iterable[str]) -> dict[str, str]:
+    """Tensor of all experts among `modules` → what PEFT, which wraps one in another, writes before `lora_A`."""
+    return dict(zip([name for name in STACKS if name in modules], ("", "base_layer."), strict=False))
 
 
 def peft_embedding_name(matrix: str) -> str:

@@ -12,7 +12,11 @@ def named_adapters(model):
     from megatron_sstoken.model.lora_targets import TARGETS, expert_of, peft_name
 
     places = adapter_places(model.architecture, TARGETS)
-    paths = {(place.linear, target): place.path for place in places for target in place.targets}
+    paths = {
+        (place.linear, target): f"{place.path.rpartition('.')[0]}.{target}" if place.in_stack else place.path
+        for place in places
+        for target in place.targets
+    }
     found = {}
     for chunk in model.unwrapped:
         for layer in chunk.decoder.layers:

@@ -223,6 +223,7 @@ def test_adapters_of_keys_that_tensor_parallel_does_not_divide(folder, tmp_path)
         ("qwen3_moe", ["down_proj"], "names linears of experts alone, .*: add one of attention, as o_proj"),
         ("glm4_moe", ["down_proj"], None),  # also of shared experts, which the optimizer of all others has
         ("deepseek_v3", ["q_a_proj", "gate_proj", "up_proj"], None),
+        ("gpt_oss", ["q_proj", "down_proj"], None),
         (
             "deepseek_v3",
             ["q_proj", "o_proj"],
