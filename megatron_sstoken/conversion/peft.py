@@ -96,6 +96,11 @@ class PeftFolder:
         self._copies = dict.fromkeys(base, WHOLE_TENSORS[EMBEDDING])
         """Tensor of the base that the folder holds, too → its name in the base."""
         self._names -= base
+        if of_embedding and self._config.get("ensure_weight_tying"):
+            raise ValueError(
+                f"{self._config_file}: ensure_weight_tying of an adapter of the embedding, which gives the head one, too, is "
+                "not supported, and PEFT merges such adapters twice: train them without it"
+            )
         others = self._names - in_stacks - of_embedding - {peft_whole_name(module) for module in whole}
         matches = {name: _TENSOR.fullmatch(name) for name in others}
         self._linears = {match[1] for match in matches.values() if match} | self._stacks.keys()
@@ -161,11 +166,6 @@ class PeftFolder:
             self._require_both()
             shape = [architecture.vocabulary_size, architecture.hidden_size]
             places.append(_Place(peft_whole_name("lm_head"), "lm_head", shape))
-        if architecture.tied_embeddings and EMBEDDING in self._linears:
-            raise ValueError(
-                f"{self._weights_file} has an adapter of the embedding, which in the base is the head, too "
-                f"(tie_word_embeddings): {_MERGE}"
-            )
         if self.lora.dora and (fused := self._linears & FUSED.keys()):
             raise ValueError(
                 f"{self._config_file}: use_dora on {', '.join(sorted(fused))} (linears that fuse several) is not supported: "

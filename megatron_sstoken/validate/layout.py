@@ -10,7 +10,7 @@ from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import BatchShape, batch_shape
 from megatron_sstoken.model.backend import Backend, preferred_backend, token_multiple
 from megatron_sstoken.model.families import Architecture
-from megatron_sstoken.model.lora_places import adapter_places, smaller_sides
+from megatron_sstoken.model.lora_places import adapter_places, can_merge, smaller_sides
 from megatron_sstoken.model.lora_targets import EMBEDDING, FUSED, OF_MLP, TARGETS
 from megatron_sstoken.parallel import processes_problem
 
@@ -211,11 +211,11 @@ def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None
         f"lora.train_whole={lora.train_whole} parts embedding and head, which are one in this model (tie_word_embeddings): use "
         "[embed_tokens, lm_head], or neither",
     )
-    found.require(
-        not a.tied_embeddings or EMBEDDING not in lora.targets,
-        f"lora.targets={lora.targets} names the embedding, which in this model is the head, too (tie_word_embeddings): PEFT "
-        "adapts the one, and merged changes both: leave out embed_tokens, or use lora.train_whole=[embed_tokens, lm_head]",
-    )
+    if not can_merge(a, lora.targets):
+        found.notes.append(
+            f"lora.targets={lora.targets} names the embedding, which in this model is the head, too (tie_word_embeddings): "
+            "the adapter is of the embedding alone, as in PEFT, and can be exported, not merged"
+        )
     if lora.dora:
         _check_dora(settings, a, found)
     if a.num_experts and set(OF_MLP) & set(lora.targets):
