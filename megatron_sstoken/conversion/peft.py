@@ -87,6 +87,9 @@ class PeftFolder:
         named = {name.rpartition(".")[2] for name in self._config.get("target_parameters") or []}
         self._stacks = stack_prefixes(named)
         """Tensor of all experts that has an adapter → what the names of its matrices have before `lora_A`."""
+        self._absent: frozenset[str] = frozenset()
+        """Matrices of shared experts and dense layers, where `target_parameters` names tensors of all experts alone: zeros, A
+        and B, which training leaves as they are."""
         in_stacks = {
             name for name in self._names if (found := _STACK.fullmatch(name)) and found[1] in self._stacks.values()
         }
@@ -150,6 +153,8 @@ class PeftFolder:
     def matrix(self, parameter: Parameter, architecture: Architecture) -> torch.Tensor:
         """The matrix of an adapter's parameter."""
         place = self._place(parameter, architecture)
+        if place.name in self._absent:
+            return torch.zeros(parameter.shape, dtype=self.dtype)
         if parameter.rule.split is Split.VOCABULARY:
             real = self._weights.get_tensor(place.name)
             real = real.t() if place.linear == EMBEDDING and parameter.name in EMBEDDING_MATRICES else real
@@ -160,7 +165,11 @@ class PeftFolder:
 
     def check(self, parameters: tuple[Parameter, ...], architecture: Architecture) -> None:
         """Raise ValueError unless the folder holds the matrices of all `parameters`, and no others."""
-        places = [self._place(parameter, architecture) for parameter in parameters]
+        named = {parameter.name: self._place(parameter, architecture) for parameter in parameters}
+        places = list(named.values())
+        if self._stacks:
+            beside = {one.name for name, one in named.items() if ".mlp." in name and expert_of(name) is None}
+            self._absent = frozenset() if beside & self._names else frozenset(beside)
         ties = architecture.tied_embeddings and bool(self.lora.train_whole)
         if ties:  # of one parameter the folder holds two copies
             self._require_both()
@@ -176,6 +185,8 @@ class PeftFolder:
                 f"{self._weights_file} has adapters on {', '.join(sorted(strange))}, which the base does not have: {_OWN}"
             )
         for place in places:
+            if place.name in self._absent:
+                continue
             if place.name not in self._names:
                 why = (
                     "modules_to_save names it"

@@ -183,6 +183,18 @@ def _check_experts(name: str, a: Architecture, settings: Settings, found: Findin
         f"parallel.sequence=false with parallel.tensor={parallel.tensor} would compute the experts of every token "
         f"{parallel.tensor} times: use parallel.sequence=true",
     )
+    stages = parallel.stage_layers(a.num_layers)
+    trains_experts = name == "model" and (settings.lora.rank == 0 or {*OF_MLP} & {*settings.lora.targets})
+    saves = settings.checkpoint.directory is not None and preferred_backend(settings) == "torch"
+    found.require(
+        not (stages and trains_experts and saves)
+        or parallel.virtual_pipeline > 1
+        or stages[0] > a.num_dense_layers
+        or parallel.pipeline == 1,
+        f"parallel.pipeline={parallel.pipeline} leaves its first stage no experts (model.first_k_dense_replace="
+        f"{a.num_dense_layers}), and the state of torch's optimizer can be saved only where every stage trains some: use "
+        f"parallel.first_stage_layers={a.num_dense_layers + 1} or more, or fewer stages",
+    )
 
 
 def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None:

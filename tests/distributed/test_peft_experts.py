@@ -54,10 +54,10 @@ STACKS = {
     "mixtral": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     "qwen3_moe": ["experts.down_proj"],
     "glm4_moe": ["experts.gate_up_proj", "experts.down_proj", *BESIDE],
-    "deepseek_v3": ["experts.gate_up_proj", "experts.down_proj", *BESIDE],
+    "deepseek_v3": ["experts.gate_up_proj", "experts.down_proj"],
     "gpt_oss": ["experts.gate_up_proj", "experts.down_proj"],
 }
-"""Family → the tensors of all experts that have an adapter, each of its own, and the linears beside them."""
+"""Family → the tensors of all experts that have an adapter, each of its own, and in one the linears beside them."""
 NUM_EXPERTS = 4
 RUNS = {
     ("mixtral", "ep2"): {"parallel__expert": 2},

@@ -325,6 +325,17 @@ def test_experts_must_be_dealt_out_evenly(settings, mixture, world_size, paralle
     assert message in problems
 
 
+def test_a_stage_of_dense_layers_alone(settings, tmp_path):
+    path = make_model(tmp_path / "model", "glm4_moe", first_k_dense_replace=2)
+    values = {"model__hf_path": path, "parallel__pipeline": 2, "checkpoint__directory": str(tmp_path / "run")}
+    problem = only_problem(settings(**values), 2)
+    assert "pipeline=2 leaves its first stage no experts (model.first_k_dense_replace=2)" in problem
+    assert "use parallel.first_stage_layers=3 or more, or fewer stages" in problem
+    lora = {"lora__rank": 2, "lora__targets": ["o_proj"]}
+    for changes in ({"parallel__first_stage_layers": 3}, {"checkpoint__directory": None}, lora):
+        assert plan_run(settings(**(values | changes)), 2).world_size == 2
+
+
 def test_experts_over_all_the_processes_of_a_stage(settings, mixture):
     split = {"parallel__tensor": 2, "parallel__sequence": True, "parallel__pipeline": 2, "parallel__expert": 4}
     plan = plan_run(settings(model__hf_path=mixture, **split), 8)
