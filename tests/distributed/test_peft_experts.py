@@ -68,7 +68,9 @@ RUNS = {
     ("gpt_oss", "ep2"): {"parallel__expert": 2},
     ("deepseek_v3", "tp2-ep2"): {"parallel__tensor": 2, "parallel__sequence": True, "parallel__expert": 2},
 }
-"""Family and layout → its settings. Those with experts alone dealt out are resumed on two stages."""
+"""Family and layout → its settings."""
+RESUMED = {("mixtral", "ep2"), ("glm4_moe", "ep2")}
+"""Those that are resumed on two stages."""
 EXPORTED = [family for family, layout in RUNS if layout == "ep2"]
 
 
@@ -220,6 +222,7 @@ def train_one(folder, adapters, family, layout_name):
     found["losses"] = go_on(trainer, (SAVED_AT, NUM_STEPS) if "ep2" in layout_name and family != "deepseek_v3" else ())
     if layout_name == "ep2":
         found["logits"] = logits_of(model, TOKENS)
+    if (family, layout_name) in RESUMED:
         reset_layout()
         if layout.rank == 0:
             shutil.copytree(f"{directory}/step_{SAVED_AT:07d}", f"{directory}-again/step_{SAVED_AT:07d}")
