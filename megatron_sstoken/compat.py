@@ -85,6 +85,11 @@ def expert_mlp(layer: TransformerLayerSubmodules) -> MLPSubmodules | None:
     return _mlp_in(getattr(_submodules(layer.mlp), "experts", None))
 
 
+def shared_expert_mlp(layer: TransformerLayerSubmodules) -> MLPSubmodules | None:
+    """The same of the shared experts of a mixture; None where it has none."""
+    return _mlp_in(getattr(_submodules(layer.mlp), "shared_experts", None))
+
+
 def _mlp_in(described: Any) -> MLPSubmodules | None:
     submodules = _submodules(described)
     return submodules if isinstance(submodules, MLPSubmodules) else None

@@ -6,7 +6,7 @@ from megatron_sstoken.config import Settings
 from megatron_sstoken.files import format_bytes
 from megatron_sstoken.model.dtypes import weight_dtype
 from megatron_sstoken.model.families import Architecture
-from megatron_sstoken.model.lora_targets import num_adapter_parameters, num_whole_tables
+from megatron_sstoken.model.lora_places import num_adapter_parameters, num_whole_tables
 
 OPTIMIZER_BYTES = 12
 """Of each trained parameter: its fp32 copy and two moments, in fp32 whatever the run keeps them in."""

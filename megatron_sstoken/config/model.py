@@ -181,9 +181,12 @@ class DataSettings:
 ALL_LINEAR = "all-linear"
 """PEFT's word for every linear layer, which `lora.targets` may be."""
 WholeModule = Literal["embed_tokens", "lm_head"]
-LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens"]
-LINEARS: tuple[LoraTarget, ...] = get_args(LoraTarget)[:-1]
-"""The targets that `all-linear` stands for."""
+Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LatentLinear = Literal["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"]
+"""What makes queries, keys and values of latents (DeepSeek V3)."""
+LoraTarget = Literal[Linear, LatentLinear, "embed_tokens"]
+LINEARS: tuple[LoraTarget, ...] = get_args(Linear)
+"""The targets that `all-linear` stands for; of latent attention its own linears take the place of the first three."""
 
 
 def adapter_scale(alpha: float, rank: int, *, rank_stabilized: bool) -> float:
@@ -209,8 +212,8 @@ class LoraSettings:
 
     targets: list[LoraTarget] = field(default_factory=lambda: list(LINEARS))
     """The linears that get adapters, by their names in the Hugging Face model (PEFT's target_modules); default: all, which
-    `all-linear` says, too. In a mixture gate_proj, up_proj and down_proj are those of every expert. embed_tokens,
-    the embedding, is named apart."""
+    `all-linear` says, too. In a mixture gate_proj, up_proj and down_proj are those of every expert, of shared experts and of
+    dense layers. embed_tokens, the embedding, is named apart."""
 
     dora: bool = False
     """DoRA (arXiv 2402.09353; PEFT's use_dora): each row of the adapted weight gets a trained length, its direction is that

@@ -14,23 +14,21 @@ from megatron_sstoken.conversion.torch_dist import CheckpointReader
 from megatron_sstoken.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATE_FILE
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
+from megatron_sstoken.model.lora_places import Place, adapter_places
 from megatron_sstoken.model.lora_targets import (
     EMBEDDING,
     EMBEDDING_MATRICES,
-    FUSED,
-    TARGETS,
+    OF_MLP,
     WHOLE,
     WHOLE_TENSORS,
-    expert_of,
-    hugging_face_linears,
-    other_sides,
     peft_embedding_name,
     peft_name,
     peft_whole_name,
+    stack_prefixes,
     stacked_alpha,
 )
 
-_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(.+?)(?:\.weight)?")
 
 
 class AdapterCheckpoint:
@@ -47,13 +45,14 @@ class AdapterCheckpoint:
         self.folder = folder
         self.architecture = architecture
         self.identity: AdapterIdentity = state.adapters
-        self.linears = hugging_face_linears(architecture, state.adapters.targets)
+        self.places = {place.path: place for place in adapter_places(architecture, state.adapters.targets)}
+        self._linears = [place for place in self.places.values() if not place.in_stack]
+        self._stacks: dict[str, list[Place]] = {}
+        """Tensor of all experts → its parts."""
+        for place in self.places.values():
+            if place.in_stack:
+                self._stacks.setdefault(place.module, []).append(place)
         self._reader = CheckpointReader(folder)
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the model."""
-        return self.architecture.num_layers
 
     @property
     def fingerprint(self) -> str:
@@ -61,31 +60,51 @@ class AdapterCheckpoint:
         files = [self.folder / STATE_FILE, *sorted(self.folder.glob("*.distcp"))]
         return fingerprint_files(map(str, files))
 
-    def matrices(self, target: str, layer: int, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [rank, in] and B [out, rank] of one linear in layer `layer` (from 0), or of an expert in it, as trained."""
-        of_experts, read = expert is not None, self._reader.read_layer
-        first, second = (_key(target, matrix, of_experts=of_experts) for matrix in ("lora_A", "lora_B"))
-        return read(first, layer, expert), read(second, layer, expert)
-
-    def merged_delta(self, name: str) -> torch.Tensor | None:
-        """What the adapters add to the Hugging Face tensor `name`: scale · B·A, fp32; None if nothing."""
+    def merged_delta(self, name: str, part: int | None = None) -> torch.Tensor | None:
+        """What the adapters add to the Hugging Face tensor `name`, or to its `part` of a tensor of all experts: scale · B·A,
+        fp32; None if nothing."""
         if name == WHOLE_TENSORS[EMBEDDING] and EMBEDDING in self.identity.targets:
             a, b = self.embedding_matrices()
             return (a.t().float() @ b.t().float()) * self.identity.scale
-        match = _WEIGHT.fullmatch(name)
-        if match is None or match[2] not in self.linears:
+        if (found := self._place_of(name, part)) is None:
             return None
-        a, b = self.linear_matrices(match[2], int(match[1]))
-        return (b.float() @ a.float()) * self.identity.scale
+        a, b = self.linear_matrices(*found)
+        delta = (b.float() @ a.float()) * self.identity.scale
+        return delta.t() if found[0].in_stack else delta
 
-    def linear_matrices(self, path: str, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of one Hugging Face linear, `path` in layer `layer`, with all the targets that lie in it."""
-        found = {target: self.matrices(target, layer, expert_of(path)) for target in self.linears[path]}
-        parts = FUSED.get(path.rpartition(".")[2], self.linears[path])
-        first = next(b for _, b in found.values())
-        rows = other_sides(self.architecture)
-        blocks = [found[part][1] if part in found else first.new_zeros(rows[part], 0) for part in parts]
-        return torch.cat([found[part][0] for part in parts if part in found]), torch.block_diag(*blocks)
+    def _place_of(self, name: str, part: int | None) -> tuple[Place, int] | None:
+        """What has adapters in a Hugging Face tensor, and its layer."""
+        if (match := _WEIGHT.fullmatch(name)) is None:
+            return None
+        parent, _, module = match[2].rpartition(".")
+        path = match[2] if part is None else f"{parent}.{part}.{module}"
+        return (self.places[path], int(match[1])) if path in self.places else None
+
+    def linear_matrices(self, place: Place, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [rank, in] and B [out, rank] of one Hugging Face linear in layer `layer` (from 0), with all its targets.
+
+        In a tensor of all experts rows of gate and up take turns.
+        """
+        first, second = (
+            {target: self._read(place, target, matrix, layer) for target in place.targets}
+            for matrix in ("lora_A", "lora_B")
+        )
+        empty = next(iter(second.values())).new_zeros
+        blocks = [second[part] if part in second else empty(number, 0) for part, number in place.rows.items()]
+        b = torch.block_diag(*blocks)
+        if place.in_stack and len(blocks) > 1:
+            b = b.unflatten(0, (len(blocks), -1)).transpose(0, 1).flatten(0, 1)
+        return torch.cat(list(first.values())), b
+
+    def _stack_matrices(self, module: str, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of a tensor of all experts, as PEFT holds them: A of all below one another, B by turns in its columns."""
+        of_experts = [self.linear_matrices(place, layer) for place in self._stacks[module]]
+        return torch.cat([a for a, _ in of_experts]), torch.stack([b for _, b in of_experts], dim=2).flatten(1)
+
+    def _read(self, place: Place, target: str, matrix: str, layer: int) -> torch.Tensor:
+        """What was trained. In a checkpoint the layers, and then the experts, are the first axes."""
+        linear = re.sub(r"local_experts\.\d+", "experts", place.linear)
+        return self._reader.read_layer(f"decoder.layers.{linear}.adapters.{target}.{matrix}", layer, place.expert)
 
     def embedding_matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A [rank, vocabulary] and B [hidden, rank] of the embedding, as they were trained."""
@@ -97,32 +116,38 @@ class AdapterCheckpoint:
         key = WHOLE["embed_tokens"] if self.architecture.tied_embeddings else WHOLE[module]
         return self._reader.read_tensor(key)[: self.architecture.vocabulary_size]
 
-    def merged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The Hugging Face tensor `name` of the base → that of the tuned model; summed in fp32, and not rounded yet."""
+    def merged(self, name: str, tensor: torch.Tensor, part: int | None = None) -> torch.Tensor:
+        """The Hugging Face tensor `name` of the base, or its `part` of a tensor of all experts → that of the tuned model;
+        summed in fp32, and not rounded yet."""
         for module in self.identity.train_whole:
             if WHOLE_TENSORS[module] == name:
                 return self.whole_tensor(module)
-        delta = self.merged_delta(name)
+        delta = self.merged_delta(name, part)
         if delta is None:
             return tensor
         summed = delta.add_(tensor)
-        if self.identity.dora and (match := _WEIGHT.fullmatch(name)):
-            summed *= (self.magnitude(match[2], int(match[1])).float() / summed.norm(dim=1)).unsqueeze(1)
+        if self.identity.dora and (found := self._place_of(name, part)):
+            lengths = self.magnitude(*found).float()
+            summed *= (lengths / summed.norm(dim=1)).unsqueeze(1)
         return summed
 
-    def magnitude(self, path: str, layer: int) -> torch.Tensor:
-        """DoRA's [out] of the Hugging Face linear `path` in layer `layer`."""
-        (target,) = self.linears[path]
-        return self._reader.read_layer(_key(target, "magnitude"), layer)
+    def magnitude(self, place: Place, layer: int) -> torch.Tensor:
+        """DoRA's [out] of one Hugging Face linear in layer `layer`."""
+        (target,) = place.targets
+        return self._read(place, target, "magnitude", layer)
 
     def peft_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All matrices by the names that PEFT gives them."""
-        for layer in range(self.num_layers):
-            for path in self.linears:
-                for name, matrix in zip(("lora_A", "lora_B"), self.linear_matrices(path, layer), strict=True):
-                    yield peft_name(layer, path, name), matrix.contiguous()
+        for module, prefix in stack_prefixes(self._stacks).items():
+            for layer in self._stacks[module][0].layers:
+                for name, matrix in zip(("lora_A", "lora_B"), self._stack_matrices(module, layer), strict=True):
+                    yield peft_name(layer, "mlp.experts", f"{prefix}{name}"), matrix.contiguous()
+        for place in self._linears:
+            for layer in place.layers:
+                for name, matrix in zip(("lora_A", "lora_B"), self.linear_matrices(place, layer), strict=True):
+                    yield peft_name(layer, place.path, name), matrix.contiguous()
                 if self.identity.dora:
-                    yield peft_name(layer, path, "magnitude"), self.magnitude(path, layer)
+                    yield peft_name(layer, place.path, "magnitude"), self.magnitude(place, layer)
         if EMBEDDING in self.identity.targets:
             for name, matrix in zip(EMBEDDING_MATRICES.values(), self.embedding_matrices(), strict=True):
                 yield peft_embedding_name(name), matrix.contiguous()
@@ -131,12 +156,18 @@ class AdapterCheckpoint:
 
     def peft_config(self, base: str) -> dict:
         """PEFT's adapter_config.json; `base` is the Hugging Face folder of the weights that the adapters belong to."""
-        fused = {path.rpartition(".")[2]: len(parts) for path, parts in self.linears.items() if len(parts) > 1}
+        places = self.places.values()
+        fused = {place.module: len(place.targets) for place in places if len(place.targets) > 1}
         alpha, stabilized, dropout = self.identity.alpha, self.identity.rank_stabilized, self.identity.dropout
-        if any(expert_of(path) is not None for path in self.linears):
+        parameters: list[str] = []
+        if any(place.expert is not None for place in places):
             # PEFT has no dropout where experts lie in one tensor. It makes one adapter of those of gate and up, of twice the
             # rank and the alpha, which is not the same scale where it goes by √rank.
             alpha, stabilized, dropout = self.identity.scale * self.identity.rank, False, 0.0
+            # By the names of its feed-forward linears it finds in a mixture those of experts alone: others as parameters.
+            beside = [place.path for place in places if place.expert is None and {*OF_MLP} & {*place.targets}]
+            parameters = [f"{'.'.join(path.split('.')[-2:])}.weight" for path in beside]
+            parameters += [f"mlp.experts.{module}" for module in self._stacks]
         patterns = {
             "rank_pattern": {name: number * self.identity.rank for name, number in fused.items()},
             "alpha_pattern": {
@@ -154,9 +185,10 @@ class AdapterCheckpoint:
             "lora_dropout": dropout,
             **({"modules_to_save": list(self.identity.train_whole)} if self.identity.train_whole else {}),
             "target_modules": [
-                *dict.fromkeys(path.rpartition(".")[2] for path in self.linears),
+                *dict.fromkeys(place.module for place in self._linears),
                 *([EMBEDDING] if EMBEDDING in self.identity.targets else []),
             ],
+            **({"target_parameters": parameters} if parameters else {}),
             **(patterns if fused else {}),
             "bias": "none",
             "fan_in_fan_out": False,
@@ -180,9 +212,3 @@ class AdapterCheckpoint:
                 f"on ({problem}): name their folder with --hf"
             )
         return source
-
-
-def _key(target: str, matrix: str, *, of_experts: bool = False) -> str:
-    """Name in a checkpoint, where the layers, and then the experts, are the first axes."""
-    linear = TARGETS[target].replace("mlp.", "mlp.experts.experts.") if of_experts else TARGETS[target]
-    return f"decoder.layers.{linear}.adapters.{target}.{matrix}"

@@ -17,11 +17,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron_sstoken.config import LoraSettings, Settings
 from megatron_sstoken.model.build import build_model
 from megatron_sstoken.model.families import Architecture, Split, WeightRule
+from megatron_sstoken.model.lora_places import adapter_places
 from megatron_sstoken.model.lora_targets import (
     EMBEDDING_MATRICES,
     WHOLE,
-    expert_of,
-    hugging_face_linears,
     is_adapter,
     peft_embedding_name,
     peft_name,
@@ -110,10 +109,11 @@ def checkpoint_contents(architecture: Architecture, *, vocabulary_multiple: int 
 def adapter_contents(architecture: Architecture, lora: LoraSettings) -> Contents:
     """What a checkpoint of the adapters of `architecture` holds, as `checkpoint_contents`.
 
-    Each has the name of PEFT's matrix; the parts of a linear that is fused in the Hugging Face model have one name.
+    Each has the name of PEFT's matrix; the parts of a linear that is fused in the Hugging Face model have one name. Those in a
+    tensor of all experts are named as if it held linears.
     """
-    linears = hugging_face_linears(architecture, lora.targets)
-    path_of = {(target, expert_of(path)): path for path, targets in linears.items() for target in targets}
+    places = adapter_places(architecture, lora.targets)
+    place_of = {(place.linear, target): place for place in places for target in place.targets}
     module_of = {WHOLE[module]: module for module in lora.train_whole}
     parameters = []
     with _chunk_of(architecture, Settings(lora=lora)) as (chunk, stored):
@@ -123,9 +123,10 @@ def adapter_contents(architecture: Architecture, lora: LoraSettings) -> Contents
                 rule = WeightRule(name, (peft_embedding_name(EMBEDDING_MATRICES[name]),), split)
                 parameters.append(Parameter(name, rule, 0, parameter.shape, stored[name]))
             elif is_adapter(name):
-                _, _, layer, *_, target, matrix = name.split(".")
-                peft = peft_name(int(layer), path_of[target, expert_of(name)], matrix)
-                rule = WeightRule(name, (peft,), Split.WHOLE)
+                _, _, layer, *linear, _, target, matrix = name.split(".")
+                place = place_of[".".join(linear), target]
+                peft = peft_name(int(layer), place.path, matrix)
+                rule = WeightRule(name, (peft,), Split.WHOLE, stacked=place.in_stack)
                 parameters.append(Parameter(name, rule, int(layer), parameter.shape, stored[name]))
             elif name in module_of:
                 rule = WeightRule(name, (peft_whole_name(module_of[name]),), Split.VOCABULARY)

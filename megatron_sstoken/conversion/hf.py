@@ -29,6 +29,7 @@ from megatron_sstoken.conversion.work import (
 from megatron_sstoken.model.dtypes import DTYPES
 from megatron_sstoken.model.families import read_architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
+from megatron_sstoken.model.lora_places import can_merge
 from megatron_sstoken.model.weights import check_weights
 
 
@@ -94,6 +95,11 @@ def to_hf(
     adapters = AdapterCheckpoint(opened, architecture) if merge or opened.state.adapters else None
     if adapters is not None and not merge:
         return _write_adapters(adapters, source, hf_path, output, options, template, tell)
+    if adapters is not None and not can_merge(architecture, adapters.identity.targets):
+        raise ValueError(
+            f"{folder} has an adapter of the embedding, which in {source} is the head, too (tie_word_embeddings): merged, "
+            "it would change both: export the adapters, without --merge"
+        )
     contents = checkpoint_contents(architecture)  # unpadded
     reader = _reader_of(WeightsSource(source, str(folder)) if adapters is None else adapters.base(source))
     reader.check(contents)

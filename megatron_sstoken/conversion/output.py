@@ -71,7 +71,7 @@ def sources_of(
 
     def make(parameter: Parameter) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in parameter.hugging_face(reader.read(parameter), contents.architecture):
-            merged = adapters.merged(name, tensor) if adapters else tensor
+            merged = adapters.merged(name, tensor, parameter.rule.part) if adapters else tensor
             yield name, convert_dtype(name, merged, dtype)
 
     for parameter in contents.parameters:

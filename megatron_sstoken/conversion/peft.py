@@ -21,18 +21,20 @@ from megatron_sstoken.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, local_mode
 from megatron_sstoken.model.dtypes import SAFETENSORS_NAMES
 from megatron_sstoken.model.families import Architecture, Split, read_architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
+from megatron_sstoken.model.lora_places import rows_of_fused
 from megatron_sstoken.model.lora_targets import (
     EMBEDDING,
     EMBEDDING_MATRICES,
     FUSED,
     OTHER_NAMES,
+    STACKS,
     TARGETS,
     WHOLE_TENSORS,
     expert_of,
-    other_sides,
     peft_embedding_name,
     peft_layer,
     peft_whole_name,
+    stack_prefixes,
     stacked_alpha,
 )
 from megatron_sstoken.model.weight_files import HuggingFaceWeights, open_safetensors
@@ -47,10 +49,10 @@ _UNSUPPORTED = {
 }
 """Fields of adapter_config.json that change what adapters compute → what they stand for."""
 _LAYER = r"base_model\.model\.model\.layers\.\d+\."
-_TENSOR = re.compile(_LAYER + r"\w+(?:\.experts\.\d+)?\.(\w+)\.(?:lora_[AB]\.weight|lora_magnitude_vector)")
+_TENSOR = re.compile(
+    _LAYER + r"\w+(?:\.experts\.\d+|\.shared_experts)?\.(\w+)\.(?:lora_[AB]\.weight|lora_magnitude_vector)"
+)
 _STACK = re.compile(_LAYER + r"mlp\.experts\.((?:base_layer\.)?)lora_[AB]\.weight")
-_STACKS = ("down_proj", "gate_up_proj")
-"""Tensors of all experts that `target_parameters` may name, in the order in which PEFT wraps them, from outside."""
 _MERGE, _OWN = "merge the adapters into their base with PEFT", "name the adapters' own base with --hf"
 
 
@@ -65,6 +67,8 @@ class _Place:
     """Of the whole matrix."""
     rows: slice = field(default_factory=lambda: slice(None))
     columns: slice = field(default_factory=lambda: slice(None))
+    zeros: tuple[slice, ...] = ()
+    """Columns in which the rows hold nothing."""
 
 
 class PeftFolder:
@@ -81,8 +85,11 @@ class PeftFolder:
         self._names = set(self._weights.keys())
         whole = [module for module in get_args(WholeModule) if module in (self._config.get("modules_to_save") or [])]
         named = {name.rpartition(".")[2] for name in self._config.get("target_parameters") or []}
-        self._stacks = dict(zip([name for name in _STACKS if name in named], ("", "base_layer."), strict=False))
+        self._stacks = stack_prefixes(named)
         """Tensor of all experts that has an adapter → what the names of its matrices have before `lora_A`."""
+        self._absent: frozenset[str] = frozenset()
+        """Matrices of shared experts and dense layers, where `target_parameters` names tensors of all experts alone: zeros, A
+        and B, which training leaves as they are."""
         in_stacks = {
             name for name in self._names if (found := _STACK.fullmatch(name)) and found[1] in self._stacks.values()
         }
@@ -92,11 +99,16 @@ class PeftFolder:
         self._copies = dict.fromkeys(base, WHOLE_TENSORS[EMBEDDING])
         """Tensor of the base that the folder holds, too → its name in the base."""
         self._names -= base
+        if of_embedding and self._config.get("ensure_weight_tying"):
+            raise ValueError(
+                f"{self._config_file}: ensure_weight_tying of an adapter of the embedding, which gives the head one, too, is "
+                "not supported, and PEFT merges such adapters twice: train them without it"
+            )
         others = self._names - in_stacks - of_embedding - {peft_whole_name(module) for module in whole}
         matches = {name: _TENSOR.fullmatch(name) for name in others}
         self._linears = {match[1] for match in matches.values() if match} | self._stacks.keys()
         self._linears |= {EMBEDDING} if of_embedding else set()
-        known = TARGETS.keys() | FUSED.keys() | OTHER_NAMES.keys() | {EMBEDDING}
+        known = {*TARGETS, *FUSED, *OTHER_NAMES, EMBEDDING}
         unknown = sorted(name for name, match in matches.items() if match is None) + sorted(self._linears - known)
         if unknown or not self._linears:
             what = f"holds {', '.join(unknown[:3])}" if unknown else "holds no adapters"
@@ -141,27 +153,28 @@ class PeftFolder:
     def matrix(self, parameter: Parameter, architecture: Architecture) -> torch.Tensor:
         """The matrix of an adapter's parameter."""
         place = self._place(parameter, architecture)
+        if place.name in self._absent:
+            return torch.zeros(parameter.shape, dtype=self.dtype)
         if parameter.rule.split is Split.VOCABULARY:
             real = self._weights.get_tensor(place.name)
             real = real.t() if place.linear == EMBEDDING and parameter.name in EMBEDDING_MATRICES else real
             return torch.cat([real, real.new_zeros(parameter.shape[0] - real.shape[0], real.shape[1])])
         if len(place.shape) == 1:
             return self._weights.get_tensor(place.name)
-        return self._weights.get_slice(place.name)[place.rows][:, place.columns].contiguous()
+        return self._rows(place)[:, place.columns].contiguous()
 
     def check(self, parameters: tuple[Parameter, ...], architecture: Architecture) -> None:
         """Raise ValueError unless the folder holds the matrices of all `parameters`, and no others."""
-        places = [self._place(parameter, architecture) for parameter in parameters]
+        named = {parameter.name: self._place(parameter, architecture) for parameter in parameters}
+        places = list(named.values())
+        if self._stacks:
+            beside = {one.name for name, one in named.items() if ".mlp." in name and expert_of(name) is None}
+            self._absent = frozenset() if beside & self._names else frozenset(beside)
         ties = architecture.tied_embeddings and bool(self.lora.train_whole)
         if ties:  # of one parameter the folder holds two copies
             self._require_both()
             shape = [architecture.vocabulary_size, architecture.hidden_size]
             places.append(_Place(peft_whole_name("lm_head"), "lm_head", shape))
-        if architecture.tied_embeddings and EMBEDDING in self._linears:
-            raise ValueError(
-                f"{self._weights_file} has an adapter of the embedding, which in the base is the head, too "
-                f"(tie_word_embeddings): {_MERGE}"
-            )
         if self.lora.dora and (fused := self._linears & FUSED.keys()):
             raise ValueError(
                 f"{self._config_file}: use_dora on {', '.join(sorted(fused))} (linears that fuse several) is not supported: "
@@ -172,6 +185,8 @@ class PeftFolder:
                 f"{self._weights_file} has adapters on {', '.join(sorted(strange))}, which the base does not have: {_OWN}"
             )
         for place in places:
+            if place.name in self._absent:
+                continue
             if place.name not in self._names:
                 why = (
                     "modules_to_save names it"
@@ -184,7 +199,7 @@ class PeftFolder:
                 raise ValueError(
                     f"{self._weights_file}: {place.name} has shape {shape}, the base asks for {place.shape}: {_OWN}"
                 )
-            if place.linear in self._stacked and place.name.endswith("lora_B.weight"):
+            if place.zeros:
                 self._require_blocks(place)
         if extra := self._names - {place.name for place in places}:
             raise ValueError(
@@ -223,7 +238,10 @@ class PeftFolder:
 
         So `to-hf` writes them, with a rank and an alpha as many times as large. Raises ValueError for other patterns.
         """
-        ranks, alphas = (self._config.get(f"{name}_pattern") or {} for name in ("rank", "alpha"))
+        ranks, alphas = (  # PEFT's own patterns for experts begin as regular expressions
+            {linear.removeprefix(r".*\."): said for linear, said in (self._config.get(f"{name}_pattern") or {}).items()}
+            for name in ("rank", "alpha")
+        )
         stacked, stabilized = set(), self.lora.rank_stabilized
         for linear in sorted({*ranks, *alphas}):
             number = len(FUSED.get(linear, ()))
@@ -251,36 +269,49 @@ class PeftFolder:
             return self._place_in_stack(parameter, expert, architecture)
         if linear not in FUSED:
             return _Place(name, linear, shape)
-        parts, rank, sides = FUSED[linear], self.lora.rank, other_sides(architecture)
-        number = parts.index(target)
-        ranks, width = slice(None), rank
-        if linear in self._stacked:
-            ranks, width = slice(number * rank, (number + 1) * rank), len(parts) * rank
+        parts, rank = rows_of_fused(architecture, linear), self.lora.rank
+        number = list(parts).index(target)
+        blocks = self._blocks(linear, len(parts), 1)
         if matrix == "lora_A":
-            return _Place(name, linear, [width, shape[1]], rows=ranks)
-        first = sum(sides[part] for part in parts[:number])
-        rows = slice(first, first + sides[target])
-        return _Place(name, linear, [sum(sides[part] for part in parts), width], rows, ranks)
+            return _Place(name, linear, [len(blocks) * rank, shape[1]], rows=blocks[number % len(blocks)])
+        first = sum(list(parts.values())[:number])
+        rows, own = slice(first, first + parts[target]), blocks.pop(number % len(blocks))
+        return _Place(name, linear, [sum(parts.values()), (len(blocks) + 1) * rank], rows, own, tuple(blocks))
+
+    def _blocks(self, linear: str, num_parts: int, num_experts: int, expert: int = 0) -> list[slice]:
+        """The columns of B that hold the parts of a fused linear one after another, or the one block that all of them share;
+        experts take turns."""
+        width, number = self.lora.rank * num_experts, num_parts if linear in self._stacked else 1
+        return [slice(part * width + expert, (part + 1) * width, num_experts) for part in range(number)]
 
     def _place_in_stack(self, parameter: Parameter, expert: int, architecture: Architecture) -> _Place:
         """Where an adapter of all experts has the matrix of one: A holds them below one another, B by turns in its columns."""
         target, matrix = parameter.name.split(".")[-2:]
-        (stack,) = (name for name in _STACKS if target in FUSED.get(name, (name,)))
+        (stack,) = (name for name in STACKS if target in FUSED.get(name, (name,)))
         name = f"{peft_layer(parameter.layer)}.mlp.experts.{self._stacks.get(stack, '')}{matrix}.weight"
-        number, rank = architecture.num_experts, self.lora.rank
+        parts, number, rank = FUSED.get(stack, (stack,)), architecture.num_experts, self.lora.rank
+        part, blocks = parts.index(target), self._blocks(stack, len(parts), number, expert)
+        width, block = len(blocks) * rank * number, part % len(blocks)
         if matrix == "lora_A":
-            rows = slice(expert * rank, (expert + 1) * rank)
-            return _Place(name, stack, [number * rank, parameter.shape[1]], rows)
-        parts = FUSED.get(stack, (stack,))
-        first = parts.index(target) * parameter.shape[0]
-        rows, columns = slice(first, first + parameter.shape[0]), slice(expert, None, number)
-        return _Place(name, stack, [len(parts) * parameter.shape[0], rank * number], rows, columns)
+            first = (expert * len(blocks) + block) * rank
+            return _Place(name, stack, [width, parameter.shape[1]], slice(first, first + rank))
+        outputs = parameter.shape[0]
+        rows = slice(part * outputs, (part + 1) * outputs)
+        if parameter.rule.stacked:  # in its order of outputs parts take turns
+            rows = slice(part, None, len(parts))
+        own = blocks.pop(block)
+        return _Place(name, stack, [len(parts) * outputs, width], rows, own, tuple(blocks))
+
+    def _rows(self, place: _Place) -> torch.Tensor:
+        """The rows of a matrix that a part has, all columns."""
+        if place.rows.step is not None:  # which slices of files do not know
+            return self._weights.get_tensor(place.name)[place.rows]
+        return self._weights.get_slice(place.name)[place.rows]
 
     def _require_blocks(self, place: _Place) -> None:
         """Raise ValueError unless the rows of one part use no A but their own."""
-        rows = self._weights.get_slice(place.name)[place.rows].clone()  # what is read may be the mapped file itself
-        rows[:, place.columns] = 0
-        if rows.any():
+        rows = self._rows(place)
+        if any(rows[:, columns].any() for columns in place.zeros):
             raise ValueError(
                 f"{self._weights_file}: {place.name} has another rank than other linears, and its parts share it: {_MERGE}"
             )

@@ -12,12 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 
 from megatron_sstoken.model.families import Architecture
@@ -28,27 +30,40 @@ _EPSILON = 1e-6
 """Of the norms of latents: transformers gives them its default, whatever `rms_norm_eps` says."""
 
 
-@dataclass
-class LatentSubmodules:
-    """What the attention of a layer's spec is made of."""
-
-    up_projection: type[torch.nn.Module]
-    """A column-parallel linear: latents → heads."""
-    core_attention: Callable[..., torch.nn.Module]
-    linear_proj: type | ModuleSpec
+LinearMaker = Callable[..., torch.nn.Module]
+"""Makes a linear of its numbers of inputs and outputs; it returns its output and no bias."""
 
 
-class ReplicatedLinear(torch.nn.Module):
+class ReplicatedLinear(MegatronModule):
     """A linear without bias that is the same on all tensor parallel ranks: [tokens of this rank, batch, in] → [..., out]."""
 
-    def __init__(self, num_inputs: int, num_outputs: int, config: TransformerConfig):
-        super().__init__()
+    bias: torch.Tensor | None = None
+    weight: torch.Tensor
+
+    def __init__(self, num_inputs: int, num_outputs: int, *, config: TransformerConfig, tp_group: dist.ProcessGroup):
+        super().__init__(config)
+        self.input_size, self.tp_group, self.sequence_parallel = num_inputs, tp_group, config.sequence_parallel
         self.weight = torch.nn.Parameter(torch.empty(num_outputs, num_inputs, dtype=config.params_dtype))
         # Each rank sees its share of the tokens: megatron sums such gradients over the tensor ranks.
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010  (an attribute of megatron's)
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return F.linear(inputs, self.weight)
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """As megatron's linears: the output, and no bias."""
+        return F.linear(input_, self.weight), None
+
+
+@dataclass
+class LatentSubmodules:
+    """What the attention of a layer's spec is made of."""
+
+    linear_q_proj: LinearMaker
+    linear_q_up_proj: LinearMaker
+    linear_kv_up_proj: LinearMaker
+    """Column-parallel, of the layer's input, and of latents: → heads."""
+    core_attention: Callable[..., torch.nn.Module]
+    linear_proj: type | ModuleSpec
+    linear_q_down_proj: LinearMaker = ReplicatedLinear
+    linear_kv_down_proj: LinearMaker = ReplicatedLinear
 
 
 class LatentSelfAttention(Attention):
@@ -78,19 +93,24 @@ class LatentSelfAttention(Attention):
         a, latents = architecture, architecture.latents
         assert latents is not None
         self.latents, self.pairs = latents, a.rotary_pairs
-        linear = partial(_linear, config=config, tp_group=self.pg_collection.tp)
-        up, queries = partial(linear, submodules.up_projection), a.num_attention_heads * a.head_dim
+        group, queries = self.pg_collection.tp, a.num_attention_heads * a.head_dim
+        up = partial(_columns, config=config, tp_group=group)
         self.k_layernorm = None  # megatron's attention asks for it
         self.q_layernorm: RMSNorm | None = None
         if latents.query is None:
-            self.linear_q_proj = up(a.hidden_size, queries, name="q_proj")
+            self.linear_q_proj = up(submodules.linear_q_proj, a.hidden_size, queries, name="q_proj")
         else:
-            self.linear_q_down_proj = ReplicatedLinear(a.hidden_size, latents.query, config)
+            self.linear_q_down_proj = submodules.linear_q_down_proj(
+                a.hidden_size, latents.query, config=config, tp_group=group
+            )
             self.q_layernorm = RMSNorm(config, latents.query, eps=_EPSILON)
-            self.linear_q_up_proj = up(latents.query, queries, name="q_up_proj")
-        self.linear_kv_down_proj = ReplicatedLinear(a.hidden_size, latents.down_dim, config)
+            self.linear_q_up_proj = up(submodules.linear_q_up_proj, latents.query, queries, name="q_up_proj")
+        self.linear_kv_down_proj = submodules.linear_kv_down_proj(
+            a.hidden_size, latents.down_dim, config=config, tp_group=group
+        )
         self.kv_layernorm = RMSNorm(config, latents.key_value, eps=_EPSILON)
-        self.linear_kv_up_proj = up(latents.key_value, a.num_attention_heads * latents.up_dim, name="kv_up_proj")
+        heads = a.num_attention_heads * latents.up_dim
+        self.linear_kv_up_proj = up(submodules.linear_kv_up_proj, latents.key_value, heads, name="kv_up_proj")
         self.linear_proj = build_module(
             submodules.linear_proj,
             a.num_attention_heads * latents.value_dim,
@@ -110,7 +130,7 @@ class LatentSelfAttention(Attention):
         latents = self.latents
         query = self._heads(self._queries(hidden_states))
         query_plain, query_turned = query.split([latents.plain_dim, latents.rotary_dim], dim=-1)
-        down = self.linear_kv_down_proj(hidden_states)
+        down, _ = self.linear_kv_down_proj(hidden_states)
         compressed, key_turned = down.split([latents.key_value, latents.rotary_dim], dim=-1)
         up, _ = self.linear_kv_up_proj(self.kv_layernorm(compressed))
         key_plain, value = self._heads(up).split([latents.plain_dim, latents.value_dim], dim=-1)
@@ -125,7 +145,7 @@ class LatentSelfAttention(Attention):
         """All heads' one after another, [tokens, 1, heads of this rank · head_dim]."""
         if self.q_layernorm is None:
             return self.linear_q_proj(hidden_states)[0]
-        return self.linear_q_up_proj(self.q_layernorm(self.linear_q_down_proj(hidden_states)))[0]
+        return self.linear_q_up_proj(self.q_layernorm(self.linear_q_down_proj(hidden_states)[0]))[0]
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         return projected.unflatten(-1, (self.num_attention_heads_per_partition, -1))
@@ -137,10 +157,9 @@ class LatentSelfAttention(Attention):
         return copy_to_tensor_model_parallel_region(shared, group=self.pg_collection.tp)
 
 
-def _linear(kind: type[torch.nn.Module], num_inputs: int, num_outputs: int, *, name: str, config, tp_group):
+def _columns(make: LinearMaker, num_inputs: int, num_outputs: int, *, name: str, config, tp_group):
     """A column-parallel linear without bias, megatron's or Transformer Engine's."""
-    return build_module(
-        kind,
+    return make(
         num_inputs,
         num_outputs,
         config=config,

@@ -10,7 +10,6 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -26,15 +25,14 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from megatron_sstoken.compat import dense_mlp, expert_mlp
 from megatron_sstoken.config import LoraSettings
 from megatron_sstoken.model.dora import squared_row_norms
+from megatron_sstoken.model.latents import ReplicatedLinear
 from megatron_sstoken.model.lora_embedding import EmbeddingAdapter
-from megatron_sstoken.model.lora_targets import OF_MLP, base_parameters, expert_of
+from megatron_sstoken.model.lora_targets import base_parameters, expert_of
 
 
 class Adapter(torch.nn.Module):
@@ -259,12 +257,8 @@ class AdaptedColumns(AdaptedLinear):
         return found
 
 
-class AdaptedRows(AdaptedLinear):
-    """The adapter of a row-parallel linear."""
-
-    def add_row_adapter(self, lora: LoraSettings, target: str, num_inputs: int, num_outputs: int) -> None:
-        """`target` names the linear; `num_inputs`: on this rank."""
-        self._add_adapters(lora, {target: (num_inputs, num_outputs)}, {"lora_A": 1})
+class OneAdapter(AdaptedLinear):
+    """What linears share that have one adapter, of all their rows."""
 
     def _target_weights(self) -> dict[str, torch.Tensor]:
         return dict.fromkeys(self.named_adapters(), self.weight)
@@ -272,6 +266,19 @@ class AdaptedRows(AdaptedLinear):
     def _in_rows(self, factors: dict[str, torch.Tensor]) -> torch.Tensor:
         (only,) = factors.values()
         return only
+
+    def _grow(self, small: torch.Tensor) -> torch.Tensor:
+        """B of what A has made: [tokens, batch, rank] → [tokens, batch, out]."""
+        (adapter,) = self.named_adapters().values()
+        return F.linear(small, adapter.lora_B)
+
+
+class AdaptedRows(OneAdapter):
+    """The adapter of a row-parallel linear."""
+
+    def add_row_adapter(self, lora: LoraSettings, target: str, num_inputs: int, num_outputs: int) -> None:
+        """`target` names the linear; `num_inputs`: on this rank."""
+        self._add_adapters(lora, {target: (num_inputs, num_outputs)}, {"lora_A": 1})
 
     def _whole_rows(self, sums: torch.Tensor) -> torch.Tensor:
         if self.tp_group.size() > 1:
@@ -285,8 +292,22 @@ class AdaptedRows(AdaptedLinear):
             small = reduce_scatter_to_sequence_parallel_region(small, group=self.tp_group)
         else:
             small = reduce_from_tensor_model_parallel_region(small, group=self.tp_group)
-        (adapter,) = self.named_adapters().values()
-        return F.linear(small, adapter.lora_B)
+        return self._grow(small)
+
+
+class AdaptedReplicatedLinear(OneAdapter, ReplicatedLinear):
+    """A linear of latent attention that is whole on every tensor parallel rank, with an adapter that is, too."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, *, lora: LoraSettings, target: str, **kwargs):
+        super().__init__(num_inputs, num_outputs, **kwargs)
+        self._add_adapters(lora, {target: (num_inputs, num_outputs)}, {})
+
+    def _whole_rows(self, sums: torch.Tensor) -> torch.Tensor:
+        return sums
+
+    def adapter_output(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[tokens (of this rank under sequence parallel), batch, in] → [..., out]."""
+        return self._grow(self._shrink(inputs, replicated=True))
 
 
 class AdaptedColumnParallelLinear(AdaptedColumns, ColumnParallelLinear):
@@ -310,31 +331,6 @@ class AdaptedRowParallelLinear(AdaptedRows, RowParallelLinear):
         self.add_row_adapter(lora, target, self.input_size_per_partition, self.output_size)
 
 
-def adapt_layer(layer: TransformerLayerSubmodules, config: TransformerConfig, lora: LoraSettings) -> None:
-    """Put adapted linears into a layer's spec wherever `lora.targets` names them: in attention, and in the dense feed-forward
-    part or in the experts that are computed one after another."""
-    column: type[AdaptedColumns] = AdaptedColumnParallelLinear
-    row: type[AdaptedRows] = AdaptedRowParallelLinear
-    if config.transformer_impl == "transformer_engine":
-        from megatron_sstoken.model.lora_transformer_engine import AdaptedTELinear, adapted_columns
-
-        column, row = adapted_columns(layer.self_attention.submodules.linear_qkv), AdaptedTELinear
-    attention = layer.self_attention.submodules
-    heads_per_group = config.num_attention_heads // config.num_query_groups
-    if {"q_proj", "k_proj", "v_proj"} & set(lora.targets):
-        fused = Blocks({"q_proj": heads_per_group, "k_proj": 1, "v_proj": 1}, config.num_query_groups)
-        attention.linear_qkv = partial(column, lora=lora, blocks=fused)
-    if "o_proj" in lora.targets:
-        attention.linear_proj = ModuleSpec(row, params={"lora": lora, "target": "o_proj"})
-    mlp = dense_mlp(layer) or (expert_mlp(layer) if set(OF_MLP) & set(lora.targets) else None)
-    if mlp is None:
-        return
-    if {"gate_proj", "up_proj"} & set(lora.targets):
-        mlp.linear_fc1 = ModuleSpec(column, params={"lora": lora, "blocks": Blocks({"gate_proj": 1, "up_proj": 1})})
-    if "down_proj" in lora.targets:
-        mlp.linear_fc2 = ModuleSpec(row, params={"lora": lora, "target": "down_proj"})
-
-
 def prepare_adapters(chunk: GPTModel, seed: int, whole: frozenset[str], *, full_recompute: bool) -> None:
     """Freeze the base of a model chunk (an unwrapped GPTModel) but its parameters `whole`, and draw its adapters, for training.
 
@@ -345,7 +341,8 @@ def prepare_adapters(chunk: GPTModel, seed: int, whole: frozenset[str], *, full_
     for name, parameter in base_parameters(chunk):
         parameter.requires_grad_(name in whole)
     for layer in chunk.decoder.layers:
-        for expert, linear in linears_of_layer(layer):
+        for path, linear in linears_of_layer(layer):
+            expert = expert_of(path)
             place = f"{layer.layer_number}" if expert is None else f"{layer.layer_number}/{expert}"
             for target, adapter in linear.named_adapters().items():
                 _draw(adapter.lora_A, linear, f"{seed}/{place}/{target}")
@@ -392,9 +389,11 @@ def start_magnitudes(chunks: Iterable[torch.nn.Module]) -> None:
             module.start_magnitudes()
 
 
-def linears_of_layer(layer: torch.nn.Module) -> Iterator[tuple[int | None, AdaptedLinear]]:
-    """The linears of a layer that have adapters, each with the number in the model of the expert that it belongs to."""
+def linears_of_layer(layer: torch.nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
+    """The linears of a layer that have adapters, each with its path in it, where experts have their numbers in the model."""
     for name, module in layer.named_modules():
         if isinstance(module, AdaptedLinear):
-            local = expert_of(name)
-            yield (None if local is None else layer.mlp.local_expert_indices[local]), module  # type: ignore
+            if (local := expert_of(name)) is not None:
+                number = layer.mlp.local_expert_indices[local]  # type: ignore
+                name = name.replace(f"experts.{local}.", f"experts.{number}.")
+            yield name, module

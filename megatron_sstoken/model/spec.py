@@ -24,7 +24,7 @@ from megatron_sstoken.model.biases import add_biases
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.last_layer import LastLayer
 from megatron_sstoken.model.latents import LatentSelfAttention, LatentSubmodules
-from megatron_sstoken.model.lora import adapt_layer
+from megatron_sstoken.model.lora_layer import adapt_layer
 from megatron_sstoken.model.norm import RMSNorm, norm_over_heads
 from megatron_sstoken.model.residual import ResidualAdd
 from megatron_sstoken.model.rotary import TwoRotariesSelfAttention, give_lengths, turning_pairs
@@ -105,11 +105,11 @@ def _layer_spec(
     _arrange_norms(spec.submodules, config, architecture, norm, layout)
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = make_core(core_attention)
+    if architecture.latents is not None:
+        _make_of_latents(spec.submodules, config, architecture, norm)
     if lora.rank:
         adapt_layer(spec.submodules, config, lora)
     add_biases(spec.submodules, architecture)
-    if architecture.latents is not None:
-        _make_of_latents(spec.submodules, config, architecture, norm)
     return spec
 
 
@@ -129,7 +129,13 @@ def _make_of_latents(
     layer.self_attention = ModuleSpec(
         LatentSelfAttention,
         params={"architecture": architecture},
-        submodules=LatentSubmodules(up_projection, attention.core_attention, attention.linear_proj),
+        submodules=LatentSubmodules(
+            linear_q_proj=up_projection,
+            linear_q_up_proj=up_projection,
+            linear_kv_up_proj=up_projection,
+            core_attention=attention.core_attention,
+            linear_proj=attention.linear_proj,
+        ),
     )
 
 

@@ -7,7 +7,7 @@ from megatron_sstoken.checkpoint.size import describe_checkpoint
 from megatron_sstoken.config import Settings
 from megatron_sstoken.history.source import source_of
 from megatron_sstoken.model.backend import backend_of, numerics_of, transformer_engine_problem
-from megatron_sstoken.model.lora_targets import describe_trained
+from megatron_sstoken.model.lora_places import describe_trained
 from megatron_sstoken.run_plan import RunPlan
 from megatron_sstoken.selection.methods import find_method
 

@@ -10,7 +10,8 @@ from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import BatchShape, batch_shape
 from megatron_sstoken.model.backend import Backend, preferred_backend, token_multiple
 from megatron_sstoken.model.families import Architecture
-from megatron_sstoken.model.lora_targets import EMBEDDING, FUSED, OF_MLP, hugging_face_linears, other_sides
+from megatron_sstoken.model.lora_places import adapter_places, can_merge, smaller_sides
+from megatron_sstoken.model.lora_targets import EMBEDDING, FUSED, OF_MLP, TARGETS
 from megatron_sstoken.parallel import processes_problem
 
 T = TypeVar("T")
@@ -182,6 +183,18 @@ def _check_experts(name: str, a: Architecture, settings: Settings, found: Findin
         f"parallel.sequence=false with parallel.tensor={parallel.tensor} would compute the experts of every token "
         f"{parallel.tensor} times: use parallel.sequence=true",
     )
+    stages = parallel.stage_layers(a.num_layers)
+    trains_experts = name == "model" and (settings.lora.rank == 0 or {*OF_MLP} & {*settings.lora.targets})
+    saves = settings.checkpoint.directory is not None and preferred_backend(settings) == "torch"
+    found.require(
+        not (stages and trains_experts and saves)
+        or parallel.virtual_pipeline > 1
+        or stages[0] > a.num_dense_layers
+        or parallel.pipeline == 1,
+        f"parallel.pipeline={parallel.pipeline} leaves its first stage no experts (model.first_k_dense_replace="
+        f"{a.num_dense_layers}), and the state of torch's optimizer can be saved only where every stage trains some: use "
+        f"parallel.first_stage_layers={a.num_dense_layers + 1} or more, or fewer stages",
+    )
 
 
 def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None:
@@ -189,15 +202,16 @@ def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None
     lora, tensor = settings.lora, settings.parallel.tensor
     if lora.rank == 0:
         return
-    fused = [name for name in lora.targets if name in ("q_proj", "k_proj", "v_proj")]
-    keys = [name for name in fused if name != "q_proj"]
+    keys = [name for name in lora.targets if name in ("k_proj", "v_proj")]
     width = a.num_query_groups * a.head_dim
-    found.require(
-        a.latents is None or not fused,
-        f"lora.targets={lora.targets} names {', '.join(fused)}, and model.model_type={a.family} makes queries, keys and values "
-        "of latents by linears that take no adapters (q_a_proj, q_b_proj or q_proj, kv_a_proj_with_mqa, kv_b_proj): leave them "
-        "out, or use lora.rank=0",
-    )
+    has = {target for place in adapter_places(a, TARGETS) for target in place.targets}
+    lacking = [name for name in lora.targets if name not in has and name != EMBEDDING]
+    if lacking:
+        found.problems.append(
+            f"lora.targets={lora.targets} names {', '.join(lacking)}, which model.model_type={a.family} does not have: use "
+            f"some of {', '.join(name for name in TARGETS if name in has)}"
+        )
+        return
     found.require(
         not keys or width % tensor == 0,
         f"parallel.tensor={tensor} does not divide model.num_key_value_heads × head_dim={width}, the rows of adapters on "
@@ -209,11 +223,11 @@ def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None
         f"lora.train_whole={lora.train_whole} parts embedding and head, which are one in this model (tie_word_embeddings): use "
         "[embed_tokens, lm_head], or neither",
     )
-    found.require(
-        not a.tied_embeddings or EMBEDDING not in lora.targets,
-        f"lora.targets={lora.targets} names the embedding, which in this model is the head, too (tie_word_embeddings): PEFT "
-        "adapts the one, and merged changes both: leave out embed_tokens, or use lora.train_whole=[embed_tokens, lm_head]",
-    )
+    if not can_merge(a, lora.targets):
+        found.notes.append(
+            f"lora.targets={lora.targets} names the embedding, which in this model is the head, too (tie_word_embeddings): "
+            "the adapter is of the embedding alone, as in PEFT, and can be exported, not merged"
+        )
     if lora.dora:
         _check_dora(settings, a, found)
     if a.num_experts and set(OF_MLP) & set(lora.targets):
@@ -234,7 +248,7 @@ def _check_dora(settings: Settings, a: Architecture, found: Findings) -> None:
             "lora.dora=false, or leave out gate_proj, up_proj and down_proj"
         )
         return
-    fused = sorted({path.rpartition(".")[2] for path in hugging_face_linears(a, lora.targets)} & FUSED.keys())
+    fused = sorted({place.module for place in adapter_places(a, lora.targets)} & FUSED.keys())
     found.require(
         not fused,
         f"lora.dora=true is not for linears that model.model_type={a.family} fuses ({', '.join(fused)}): use lora.dora=false",
@@ -245,17 +259,6 @@ def _check_experts_adapters(settings: Settings, a: Architecture, found: Findings
     """Whether the experts can have adapters, of which `lora.targets` names linears."""
     targets = settings.lora.targets
     leave = f"leave out {', '.join(name for name in OF_MLP if name in targets)}"
-    others = {
-        "dense layers": a.num_dense_layers,
-        "shared experts": a.shared_ffn_hidden_size,
-        "biases of experts": a.expert_bias,
-    }
-    if strange := [name for name, there in others.items() if there]:
-        found.problems.append(
-            f"lora.targets={targets} names linears of experts, which take no adapters in model.model_type={a.family} with "
-            f"{' and '.join(strange)}: {leave}"
-        )
-        return
     backend = preferred_backend(settings)
     found.require(
         backend == "torch",
@@ -263,7 +266,7 @@ def _check_experts_adapters(settings: Settings, a: Architecture, found: Findings
         f"model.backend={backend}: use model.backend=torch, or {leave}",
     )
     found.require(
-        not set(targets) <= {*OF_MLP, EMBEDDING},
+        a.shared_ffn_hidden_size > 0 or not set(targets) <= {*OF_MLP, EMBEDDING},
         f"lora.targets={targets} names linears of experts alone, which leaves megatron's optimizer of all others nothing: add "
         "one of attention, as o_proj",
     )
@@ -275,11 +278,10 @@ def _check_experts_adapters(settings: Settings, a: Architecture, found: Findings
 
 def _check_rank(settings: Settings, a: Architecture, found: Findings) -> None:
     """A product of matrices of a rank above the smaller side of a weight is no better than the weight, and larger."""
-    rank, others = settings.lora.rank, other_sides(a)
-    sides = {name: min(others[name], a.hidden_size) for name in settings.lora.targets}
-    below = {name: side for name, side in sides.items() if side < rank}
-    if len(below) == len(sides):
-        most = max(sides.values())
+    rank, sides = settings.lora.rank, smaller_sides(a, settings.lora.targets)
+    below = {name: min(numbers) for name, numbers in sides.items() if min(numbers) < rank}
+    most = max(map(max, sides.values()))
+    if most < rank:
         found.problems.append(
             f"lora.rank={rank} is above the smaller side of every weight in lora.targets (at most {most}): use {most} or less, "
             "8 to 128 being customary, or lora.rank=0 to train the weights themselves"

@@ -1,6 +1,8 @@
 """DoRA, and the embedding's adapter, compute and learn what PEFT's do, on every layout, come from its folders and go back."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from megatron_sstoken.config import LoraSettings
 from megatron_sstoken.conversion.peft import from_peft
 from megatron_sstoken.model.families import read_architecture
-from megatron_sstoken.model.lora_targets import num_adapter_parameters
+from megatron_sstoken.model.lora_places import num_adapter_parameters
 from tests.helpers.adapters import gather_gradients, logits_of, loss_of_first_batch, train_peft
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.gradients import largest_difference
@@ -20,15 +22,26 @@ from tests.reference.hf_reference import Objective, loss_and_gradients
 pytestmark = [
     pytest.mark.timeout(400),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),  # PEFT's, of what it saves, too
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
 ]
 
 TOKENS = torch.randint(0, 99, (1, 40), generator=torch.Generator().manual_seed(0))
 RANK, ALPHA, LEARNING_RATE, NUM_STEPS, SAVED_AT = 3, 5.0, 1e-2, 3, 2
 CASES = {
     "embedding": ("granite", {"targets": ["q_proj", "embed_tokens"]}),  # a model that multiplies its embedding
+    "tied embedding": ("qwen2", {"targets": ["q_proj", "embed_tokens"]}),
     "dora": ("qwen2", {"targets": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"], "dora": True}),  # with biases
+    "dora of latents": (
+        "deepseek_v3",
+        {"targets": ["q_proj", "o_proj", "kv_a_proj_with_mqa", "kv_b_proj"], "dora": True},
+    ),
 }
 """Name → family, and settings of its adapters."""
+CHANGES: dict[str, dict] = {
+    "tied embedding": {"tie_word_embeddings": True, "num_hidden_layers": 2},
+    "dora of latents": {"q_lora_rank": None, "num_hidden_layers": 2},
+}
+"""What their models differ in; they run on one layout."""
 PREFIX = "base_model.model.model.embed_tokens."
 LAYOUTS: dict[str, dict] = {
     "tp2": {"parallel__tensor": 2},
@@ -41,7 +54,7 @@ def folder(request, tmp_path_factory):
     """A model, data, PEFT's adapters that do something, and what PEFT makes of them."""
     family, lora = CASES[request.param]
     path = tmp_path_factory.mktemp(request.param)
-    make_model(path / "base", family, seed=1, tie_word_embeddings=False)
+    make_model(path / "base", family, seed=1, **({"tie_word_embeddings": False} | CHANGES.get(request.param, {})))
     samples = make_samples(8, seed=3, longest=30)
     make_store(path / "data", samples)
     torch.manual_seed(7)
@@ -76,14 +89,26 @@ def convert(rank, folder, settings):
     weights = load_file(f"{folder}/other/adapter_model.safetensors")
     weights[f"{PREFIX}base_layer.weight"][5, 6] += 1
     save_file(weights, f"{folder}/other/adapter_model.safetensors")
+    change_config(f"{folder}/adapters", f"{folder}/both", ensure_weight_tying=True)
+    with pytest.raises(ValueError, match="ensure_weight_tying of an adapter of the embedding, .* is not supported"):
+        from_peft(f"{folder}/both", f"{folder}/out", hf_path=f"{folder}/base")
     with pytest.raises(
         ValueError, match=f"{PREFIX}base_layer.weight is not the base's embedding, .*: merge the adapters"
     ):
         from_peft(f"{folder}/other", f"{folder}/out", hf_path=f"{folder}/base")
 
 
-def train(rank, folder, lora):
-    return {name: train_one(folder, lora, name, layout) for name, layout in LAYOUTS.items()}
+def change_config(folder, copy, **changes):
+    """A copy of PEFT's folder with changes in its configuration."""
+    shutil.copytree(folder, copy)
+    path = Path(copy, "adapter_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def train(rank, folder, case, lora):
+    mixture = {"parallel__sequence": True} if read_architecture(f"{folder}/base").num_experts else {}
+    layouts = LAYOUTS if case not in CHANGES else {"tp2": LAYOUTS["tp2"]}
+    return {name: train_one(folder, lora, name, layout | mixture) for name, layout in layouts.items()}
 
 
 def train_one(folder, lora, name, layout):
@@ -127,11 +152,19 @@ def train_one(folder, lora, name, layout):
     return found
 
 
-def export(rank, folder):
+def export(rank, folder, tied):
     from megatron_sstoken.conversion.hf import to_hf
 
     to_hf(f"{folder}/tp2", f"{folder}/peft")
-    to_hf(f"{folder}/tp2", f"{folder}/merged", merge=True)
+    if not tied:
+        to_hf(f"{folder}/tp2", f"{folder}/merged", merge=True)
+        return
+    with pytest.raises(ValueError, match="is the head, too .* change both: export the adapters, without --merge"):
+        to_hf(f"{folder}/tp2", f"{folder}/merged", merge=True)
+
+
+def is_tied(folder):
+    return read_architecture(str(folder / "base")).tied_embeddings
 
 
 @pytest.fixture(scope="module")
@@ -139,15 +172,14 @@ def results(folder):
     expected = torch.load(folder / "expected.pt", weights_only=True)
     lora = CASES[expected["case"]][1]
     run_distributed(convert, 1, str(folder), lora)
-    found = run_distributed(train, 2, str(folder), lora)
-    run_distributed(export, 1, str(folder))
+    found = run_distributed(train, 2, str(folder), expected["case"], lora)
+    run_distributed(export, 1, str(folder), is_tied(folder))
     return expected, found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_gradients_and_steps_equal_pefts(results, layout):
-    expected, ranks = results[0], [rank[layout] for rank in results[1]]
-    for rank in ranks:
+def test_loss_gradients_and_steps_equal_pefts(results):
+    expected, ranks = results
+    for rank in [found for layouts in ranks for found in layouts.values()]:
         assert rank["loss"] == pytest.approx(expected["loss"], abs=1e-5)
         assert rank["losses"] == pytest.approx(expected["losses"], abs=1e-4)
         assert rank.get("resumed", rank["losses"][SAVED_AT:]) == pytest.approx(expected["losses"][SAVED_AT:], abs=1e-4)
@@ -174,9 +206,9 @@ def test_exports_of_a_run_compute_what_pefts_three_steps_give(folder, results):
     base = load_model(folder / "base")
     with torch.no_grad():
         assert (base(TOKENS).logits[0] - off).abs().max() < 1e-4
-        merged = load_model(folder / "merged")(TOKENS).logits[0]
+        merged = None if is_tied(folder) else load_model(folder / "merged")(TOKENS).logits[0]
         adapted = PeftModel.from_pretrained(base, str(folder / "peft"))(TOKENS).logits[0]
     for found in (merged, adapted):
-        assert (found - logits).abs().max() < 1e-4
+        assert found is None or (found - logits).abs().max() < 1e-4
     assert (logits - expected["logits after"]).abs().max() < 2e-3
     assert (expected["logits"] - logits).abs().max() > 1e-2, "training should have changed the model"

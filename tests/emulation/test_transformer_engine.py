@@ -63,6 +63,10 @@ TOGETHER = {
     "tp2-sequence, sinks": ("gpt_oss", SEQUENCE | {"parallel__expert": 2}),
     "cp2, sinks": ("gpt_oss", {"parallel__context": 2}),
     "tp2-sequence, latents": ("deepseek_v3", SEQUENCE | {"parallel__expert": 2}),
+    "adapters of latents, tp2-sequence": (
+        "deepseek_v3",
+        ADAPTERS | SEQUENCE | {"lora__targets": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"]},
+    ),
     "cp2, latents": ("deepseek_v3", {"parallel__context": 2}),
     "adapters, tp2-sequence, no norms before linears": ("olmo2", ADAPTERS | SEQUENCE),
 }

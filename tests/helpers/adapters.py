@@ -8,18 +8,24 @@ from tests.reference.hf_reference import Objective, loss_and_gradients
 def named_adapters(model):
     """PEFT's names → (parameter on this rank, axis that tensor parallel splits or None)."""
     from megatron_sstoken.model.lora import linears_of_layer
-    from megatron_sstoken.model.lora_targets import TARGETS, expert_of, hugging_face_linears, peft_name
+    from megatron_sstoken.model.lora_places import adapter_places
+    from megatron_sstoken.model.lora_targets import TARGETS, expert_of, peft_name
 
-    linears = hugging_face_linears(model.architecture, TARGETS)
-    paths = {(target, expert_of(path)): path for path, targets in linears.items() for target in targets}
+    places = adapter_places(model.architecture, TARGETS)
+    paths = {
+        (place.linear, target): f"{place.path.rpartition('.')[0]}.{target}" if place.in_stack else place.path
+        for place in places
+        for target in place.targets
+    }
     found = {}
     for chunk in model.unwrapped:
         for layer in chunk.decoder.layers:
-            for expert, linear in linears_of_layer(layer):
+            for path, linear in linears_of_layer(layer):
                 for target, adapter in linear.adapters.items():
                     for name, parameter in adapter.named_parameters():
-                        peft = peft_name(layer.layer_number - 1, paths[target, expert], name)
-                        found[peft] = (parameter, None if expert is not None else linear.adapter_axis.get(name))
+                        peft = peft_name(layer.layer_number - 1, paths[path, target], name)
+                        whole = expert_of(path) is not None
+                        found[peft] = (parameter, None if whole else linear.adapter_axis.get(name))
     return found
 
 

@@ -13,7 +13,7 @@ from megatron_sstoken.config import LoraSettings
 from megatron_sstoken.data.batches import BatchLoader, PackOrder, SampleFilter
 from megatron_sstoken.data.store import SampleStore
 from megatron_sstoken.model.families import Architecture
-from megatron_sstoken.model.lora_targets import num_adapter_parameters
+from megatron_sstoken.model.lora_places import num_adapter_parameters
 from megatron_sstoken.model.presets import MODELS, find_architecture
 from megatron_sstoken.planner.memory import adapter_parameters, parameter_sizes
 from megatron_sstoken.planner.workload import Workload, problems_of_workload

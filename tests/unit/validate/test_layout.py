@@ -5,6 +5,7 @@ import re
 import pytest
 
 from megatron_sstoken.model.families import read_architecture
+from megatron_sstoken.model.lora_targets import OF_MLP
 from megatron_sstoken.validate.layout import Findings, check_adapters, check_fp8, check_windows, divisors
 from megatron_sstoken.validate.run import plan_run
 from tests.helpers.plans import only_problem, problems_of
@@ -220,12 +221,15 @@ def test_adapters_of_keys_that_tensor_parallel_does_not_divide(folder, tmp_path)
             "parts gate_proj and up_proj of experts, which PEFT holds in one tensor: name both",
         ),
         ("qwen3_moe", ["down_proj"], "names linears of experts alone, .*: add one of attention, as o_proj"),
+        ("glm4_moe", ["down_proj"], None),  # also of shared experts, which the optimizer of all others has
+        ("deepseek_v3", ["q_a_proj", "gate_proj", "up_proj"], None),
+        ("gpt_oss", ["q_proj", "down_proj"], None),
         (
-            "glm4_moe",
-            ["q_proj", "down_proj"],
-            "take no adapters in model.model_type=glm4_moe with dense layers and shared experts: leave out down_proj",
+            "deepseek_v3",
+            ["q_proj", "o_proj"],
+            "names q_proj, which model.model_type=deepseek_v3 does not have: use some of o_proj, gate_proj, up_proj, "
+            "down_proj, q_a_proj, q_b_proj, kv_a_proj_with_mqa, kv_b_proj$",
         ),
-        ("gpt_oss", ["q_proj", "gate_proj"], "in model.model_type=gpt_oss with biases of experts: leave out gate_proj"),
     ],
 )
 def test_adapters_of_experts(folder, tmp_path, family, targets, message):
@@ -321,6 +325,17 @@ def test_experts_must_be_dealt_out_evenly(settings, mixture, world_size, paralle
     assert message in problems
 
 
+def test_a_stage_of_dense_layers_alone(settings, tmp_path):
+    path = make_model(tmp_path / "model", "glm4_moe", first_k_dense_replace=2)
+    values = {"model__hf_path": path, "parallel__pipeline": 2, "checkpoint__directory": str(tmp_path / "run")}
+    problem = only_problem(settings(**values), 2)
+    assert "pipeline=2 leaves its first stage no experts (model.first_k_dense_replace=2)" in problem
+    assert "use parallel.first_stage_layers=3 or more, or fewer stages" in problem
+    lora = {"lora__rank": 2, "lora__targets": ["o_proj"]}
+    for changes in ({"parallel__first_stage_layers": 3}, {"checkpoint__directory": None}, lora):
+        assert plan_run(settings(**(values | changes)), 2).world_size == 2
+
+
 def test_experts_over_all_the_processes_of_a_stage(settings, mixture):
     split = {"parallel__tensor": 2, "parallel__sequence": True, "parallel__pipeline": 2, "parallel__expert": 4}
     plan = plan_run(settings(model__hf_path=mixture, **split), 8)
@@ -339,15 +354,14 @@ def test_a_dense_model_has_no_experts(settings):
     )
 
 
-def test_latents_take_adapters_on_the_output_alone(latents):
-    def problems(targets):
-        found = Findings([])
-        check_adapters(make_settings("", "", lora__rank=2, lora__targets=targets), latents, found)
-        return found.problems
-
-    assert problems(["o_proj"]) == []
-    (problem,) = problems(["q_proj", "o_proj"])
-    assert "names q_proj, and model.model_type=deepseek_v3 makes queries, keys and values of latents" in problem
+def test_all_linear_means_the_linears_that_a_model_has(folder, tmp_path):
+    for family, first in (("deepseek_v3", "o_proj"), ("glm4_moe", "q_proj")):
+        make_model(tmp_path / family, family)
+        settings = make_settings(str(tmp_path / family), str(folder / "data"), lora__rank=2)
+        lora = plan_run(settings, 1).settings.lora
+        assert lora.targets[0] == first and {*OF_MLP} < {*lora.targets}
+        linears = set(lora.targets) & {"q_proj", "q_a_proj", "k_proj", "kv_b_proj"}
+        assert linears == ({"q_a_proj", "kv_b_proj"} if family == "deepseek_v3" else {"q_proj", "k_proj"})
 
 
 def test_fp8_wants_tiles_of_latents(latents):
