@@ -23,6 +23,7 @@ from megatron_sstoken.model.lora_targets import (
     WHOLE_TENSORS,
     expert_of,
     hugging_face_linears,
+    layers_of,
     other_sides,
     peft_embedding_name,
     peft_name,
@@ -49,11 +50,6 @@ class AdapterCheckpoint:
         self.identity: AdapterIdentity = state.adapters
         self.linears = hugging_face_linears(architecture, state.adapters.targets)
         self._reader = CheckpointReader(folder)
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the model."""
-        return self.architecture.num_layers
 
     @property
     def fingerprint(self) -> str:
@@ -117,8 +113,10 @@ class AdapterCheckpoint:
 
     def peft_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All matrices by the names that PEFT gives them."""
-        for layer in range(self.num_layers):
-            for path in self.linears:
+        for layer in range(self.architecture.num_layers):
+            for path, targets in self.linears.items():
+                if layer not in layers_of(self.architecture, targets[0]):
+                    continue
                 for name, matrix in zip(("lora_A", "lora_B"), self.linear_matrices(path, layer), strict=True):
                     yield peft_name(layer, path, name), matrix.contiguous()
                 if self.identity.dora:

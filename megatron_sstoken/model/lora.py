@@ -321,6 +321,7 @@ def adapt_layer(layer: TransformerLayerSubmodules, config: TransformerConfig, lo
         column, row = adapted_columns(layer.self_attention.submodules.linear_qkv), AdaptedTELinear
     attention = layer.self_attention.submodules
     heads_per_group = config.num_attention_heads // config.num_query_groups
+    heads_per_group *= 2 if config.attention_output_gate else 1  # gates come from the queries' linear
     if {"q_proj", "k_proj", "v_proj"} & set(lora.targets):
         fused = Blocks({"q_proj": heads_per_group, "k_proj": 1, "v_proj": 1}, config.num_query_groups)
         attention.linear_qkv = partial(column, lora=lora, blocks=fused)

@@ -49,8 +49,8 @@ WHOLE_TENSORS = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_hea
 
 def other_sides(a: Architecture) -> dict[str, int]:
     """Target → the side of its weight that is not the hidden size."""
-    queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    widths = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": a.num_attention_heads * a.value_dim}
+    keys = a.num_query_groups * a.head_dim
+    widths = {"q_proj": a.query_rows, "k_proj": keys, "v_proj": keys, "o_proj": a.num_attention_heads * a.value_dim}
     return {name: widths.get(name, a.ffn_hidden_size) for name in TARGETS} | {EMBEDDING: a.vocabulary_size}
 
 
@@ -73,6 +73,11 @@ def hugging_face_linears(a: Architecture, targets: Iterable[str]) -> dict[str, t
     return found
 
 
+def layers_of(a: Architecture, target: str) -> tuple[int, ...]:
+    """The layers (from 0) of `a` that have the linear `target`."""
+    return tuple(range(a.num_layers)) if target in OF_MLP else a.attention_layers
+
+
 def expert_of(name: str) -> int | None:
     """The number of the expert that a parameter, or a Hugging Face linear, of this name belongs to."""
     match = _EXPERT.search(name)
@@ -91,7 +96,7 @@ def num_adapter_parameters(a: Architecture, lora: LoraSettings) -> int:
     total = 0
     for name in lora.targets:
         number = lora.rank * (a.hidden_size + sides[name]) + (outputs[name] if lora.dora else 0)
-        places = 1 if name == EMBEDDING else a.num_layers * (experts if name in OF_MLP else 1)
+        places = 1 if name == EMBEDDING else len(layers_of(a, name)) * (experts if name in OF_MLP else 1)
         total += number * places
     return total
 

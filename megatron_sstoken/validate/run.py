@@ -163,6 +163,7 @@ def _check_model(settings: Settings, a: Architecture, found: Findings) -> None:
         f"selection.layer={settings.selection.layer} names a layer twice in a model of {a.num_layers} layers: "
         f"use each once",
     )
+    _check_captured(settings, a, found)
     check_fp8(settings, a, found)
     check_windows("model", a, settings, backend_of(settings), found)
     if _reads_folder(settings):
@@ -310,6 +311,19 @@ def _check_checkpoint(settings: Settings, architecture: Architecture | None, fou
             "checkpoint.resume=false would mix with new ones: name another directory, or remove them"
         )
     found.problems += writing_problems(settings)
+
+
+def _check_captured(settings: Settings, a: Architecture, found: Findings) -> None:
+    """Whether the layers whose attention is captured have some."""
+    without = [str(number - 1) for number in _captured_layers(settings, a) if number - 1 not in a.attention_layers]
+    remedy = f"use some of {', '.join(map(str, a.attention_layers))}"
+    if not a.attention_layers:
+        remedy = f"use another selection.method than {settings.selection.method}, which captures attention"
+    found.require(
+        not without,
+        f"selection.layer={settings.selection.layer} names layers without attention ({', '.join(without)}), in place of which "
+        f"model.model_type={a.family} has gated delta nets there: {remedy}",
+    )
 
 
 def frozen_models(settings: Settings) -> list[tuple[str, str]]:

@@ -118,14 +118,16 @@ RESUMED = {
     "glm4_moe": {"parallel__expert": 2},
     "deepseek_v3": {"parallel__tensor": 2, "parallel__sequence": True, "parallel__expert": 2},
     "gpt_oss": {"parallel__tensor": 2, "parallel__sequence": True, "parallel__expert": 2},
+    "qwen3_next": {"parallel__tensor": 2, "parallel__sequence": True, "parallel__expert": 2},
+    "qwen3_5_text": {"parallel__tensor": 2, "parallel__sequence": True},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("family", RESUMED)
-def test_a_mixture_resumes_on_another_layout(bench, tmp_path, family):
-    """Two steps with experts on two ranks, two more on one: the losses and norms of four steps on one."""
+def test_a_run_resumes_on_another_layout(bench, tmp_path, family):
+    """Two steps with experts or heads on two ranks, two more on one: the losses and norms of four steps on one."""
     folder = bench[0]
 
     (expected,) = run_distributed(run_training, 1, [four_steps(folder, family)])[0]

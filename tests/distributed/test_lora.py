@@ -53,6 +53,7 @@ EXPORTED = {
     "fused, some": ("phi3", ["v_proj", "q_proj", "up_proj"]),
     "layers not alike": ("glm4_moe", ["q_proj", "o_proj"]),
     "latents": ("deepseek_v3", ["o_proj"]),
+    "delta nets, gates": ("qwen3_5_text", ALL),
     "biases, tensors of all experts": ("gpt_oss", ["q_proj", "v_proj", "o_proj"]),
 }
 """Adapters that are exported otherwise than Llama's: name → family, targets."""
@@ -282,7 +283,7 @@ def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     samples = make_samples(8, seed=3, longest=30)
     make_store(folder / "data", samples)
-    for number, family in enumerate(("llama", "qwen2", "phi3", "glm4_moe", "gpt_oss", "deepseek_v3")):
+    for number, family in enumerate(("llama", "qwen2", "phi3", "glm4_moe", "gpt_oss", "deepseek_v3", "qwen3_5_text")):
         make_model(folder / family, family, seed=number + 1)
     make_model(folder / "one key head", "llama", seed=1, num_key_value_heads=1)
     adapters, expected = {}, {}

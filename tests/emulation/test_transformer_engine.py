@@ -64,6 +64,8 @@ TOGETHER = {
     "cp2, sinks": ("gpt_oss", {"parallel__context": 2}),
     "tp2-sequence, latents": ("deepseek_v3", SEQUENCE | {"parallel__expert": 2}),
     "cp2, latents": ("deepseek_v3", {"parallel__context": 2}),
+    "tp2-sequence, delta nets": ("qwen3_next", SEQUENCE | {"parallel__expert": 2}),
+    "cp2, delta nets": ("qwen3_5_text", {"parallel__context": 2}),
     "adapters, tp2-sequence, no norms before linears": ("olmo2", ADAPTERS | SEQUENCE),
 }
 

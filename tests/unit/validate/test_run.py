@@ -45,6 +45,22 @@ def test_layers_are_counted_from_either_end(settings):
     assert plan_run(settings(selection__layer=0, parallel__pipeline=2), 2).captured_layers == (1,)
 
 
+def test_captured_layers_have_attention(settings, tmp_path):
+    model = make_model(tmp_path / "model", "qwen3_5_text")
+    assert plan_run(settings(model__hf_path=model, selection__layer=[0, -1]), 1).captured_layers == (1, 4)
+    assert only_problem(settings(model__hf_path=model, selection__layer=[3, 1, -2])) == (
+        "selection.layer=[3, 1, -2] names layers without attention (1, 2), in place of which model.model_type=qwen3_5_text has "
+        "gated delta nets there: use some of 0, 3"
+    )
+    assert (
+        plan_run(settings(model__hf_path=model, selection__layer=1, selection__method="full"), 1).captured_layers == ()
+    )
+    none = make_model(tmp_path / "none", "qwen3_5_text", layer_types=["linear_attention"] * 4)
+    assert only_problem(settings(model__hf_path=none)).endswith(
+        "use another selection.method than sstoken, which captures attention"
+    )
+
+
 @pytest.mark.parametrize(
     ("method", "history", "attention"),
     [("sstoken", True, (4,)), ("full", False, ()), ("random", False, ())],
