@@ -63,7 +63,7 @@ class GatedDeltaNet(MegatronModule):
         layer_number: int,
         net: DeltaNet,
         pg_collection: Any,
-        cp_comm_type: str | None = None,
+        **_of_attention: Any,
     ):
         super().__init__(config=config)
         self.net, self.layer_number = net, layer_number

@@ -13,7 +13,7 @@ sample. The rule is computed in fp32 (in float64 where its inputs are).
 import functools
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,11 +78,10 @@ def gated_delta_rule(
     served = value.shape[1] // key.shape[1]
     if served > 1:
         query, key = query.repeat_interleave(served, dim=1), key.repeat_interleave(served, dim=1)
-    if (kernel := _kernel(value.device)) is not None:
-        bounds = torch.tensor([0, *lengths]).cumsum(0).to(value.device)
-        inputs = (one.unsqueeze(0) for one in (query, key, value))
-        options = {"g": decay.unsqueeze(0), "beta": strength.unsqueeze(0), "cu_seqlens": bounds}
-        return kernel(*inputs, **options, use_qk_l2norm_in_kernel=True)[0].squeeze(0)
+    if (kernel := _kernel(value.device.type, value.dtype)) is not None:
+        inputs = (one.unsqueeze(0) for one in (query, key, value, decay, strength))
+        bounds = _bounds(tuple(lengths), value.device)
+        return kernel(*inputs, cu_seqlens=bounds, use_qk_l2norm_in_kernel=True)[0].squeeze(0)
     wide = torch.promote_types(value.dtype, torch.float32)
     query, key, values, decay, strength = (one.to(wide) for one in (query, key, value, decay, strength))
     query = _of_length_one(query) * query.shape[-1] ** -0.5
@@ -90,12 +89,19 @@ def gated_delta_rule(
     return answers.to(value.dtype)
 
 
-@functools.lru_cache(maxsize=2)
-def _kernel(device: torch.device):
-    """flash-linear-attention's kernel for packed samples, where there is a GPU and it is installed; else None."""
-    if device.type != "cuda" or importlib.util.find_spec("fla") is None:
+@functools.lru_cache(maxsize=4)
+def _kernel(device_type: str, dtype: torch.dtype) -> Callable[..., tuple[torch.Tensor, None]] | None:
+    """flash-linear-attention's kernel for packed samples, on a GPU where it is installed; None elsewhere, and for fp32, which
+    it does not take."""
+    if device_type != "cuda" or dtype is torch.float32 or importlib.util.find_spec("fla") is None:
         return None
     return importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+
+
+@functools.lru_cache(maxsize=4)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """int64 [samples + 1]: where samples begin, and the last ends."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(device)
 
 
 def _of_length_one(vectors: torch.Tensor) -> torch.Tensor:

@@ -77,6 +77,31 @@ def test_each_sample_is_computed_as_transformers_computes_it(decay):
     assert all(torch.isfinite(one).all() for one in torch.autograd.grad(found.sum(), inputs))
 
 
+def test_the_kernel_of_a_gpu_is_asked_as_it_wants(monkeypatch):
+    """One batch, a query and a key for every value head, bounds of samples; stood in for by the recurrence."""
+
+    def kernel(query, key, value, decay, strength, *, cu_seqlens, use_qk_l2norm_in_kernel):
+        assert query.shape == key.shape == (1, 9, VALUE_HEADS, KEY_DIM) and value.shape == (
+            1,
+            9,
+            VALUE_HEADS,
+            VALUE_DIM,
+        )
+        assert cu_seqlens.tolist() == [0, 4, 9] and use_qk_l2norm_in_kernel
+        inputs = (one.squeeze(0) for one in (query, key, value, decay, strength))
+        return recurrence(*inputs, cu_seqlens.diff().tolist()).unsqueeze(0), None
+
+    inputs = drawn(9)
+    wanted = gated_delta_rule(*inputs, [4, 5])
+    monkeypatch.setattr(delta_rule, "_kernel", lambda device, dtype: kernel)
+    torch.testing.assert_close(gated_delta_rule(*inputs, [4, 5]), wanted)
+
+
+def test_no_kernel_is_taken_where_there_is_none():
+    choose = delta_rule._kernel.__wrapped__
+    assert choose("cpu", torch.bfloat16) is None and choose("cuda", torch.float32) is None
+
+
 def test_padding_behind_a_sample_changes_nothing():
     inputs = drawn(12)
     short = gated_delta_rule(*(torch.cat([one[:5], one[8:]]) for one in inputs), [5, 4])
