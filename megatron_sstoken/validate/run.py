@@ -83,7 +83,7 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
             found.notes += _differing_templates(settings, train.store.manifest, validation.store.manifest)
     has_enough = train is None or check_amounts(settings, train, found)
     shape = batch_shape_of(settings, data_size, found) if data_size and has_enough else None
-    found.notes += _notes(settings, dry_run)
+    found.notes += _notes(settings, architecture, dry_run)
     _check_checkpoint(settings, architecture, found)
     if found.problems or not (architecture and train and shape):
         raise SettingsError(found.problems)
@@ -137,10 +137,11 @@ def _differing_templates(settings: Settings, train: StoreManifest, validation: S
     ]
 
 
-def _notes(settings: Settings, dry_run: bool) -> list[str]:
+def _notes(settings: Settings, a: Architecture | None, dry_run: bool) -> list[str]:
     """What works and does not do what is hoped for."""
     backend = preferred_backend(settings) if dry_run else backend_of(settings)
-    if settings.training.recompute == "selective" and backend == "transformer_engine":
+    fused = backend == "transformer_engine" and (a is None or a.delta_net is None)
+    if settings.training.recompute == "selective" and fused:
         return [
             "training.recompute=selective computes attention again and saves nothing: Transformer Engine's fused attention "
             "keeps nothing of it; use none, or full"

@@ -61,6 +61,17 @@ def test_captured_layers_have_attention(settings, tmp_path):
     )
 
 
+def test_selective_recomputation_saves_nothing_of_fused_attention(settings, tmp_path):
+    """A note says so; not where delta nets take the place of most attention."""
+    changes = {"training__recompute": "selective", "training__precision": "bf16"}
+
+    def told(**more):
+        notes = plan_run(settings(**changes, **more), 1, dry_run=True).notes
+        return any(note.startswith("training.recompute=selective computes attention again and saves") for note in notes)
+
+    assert told() and not told(model__hf_path=make_model(tmp_path / "model", "qwen3_5_text"))
+
+
 @pytest.mark.parametrize(
     ("method", "history", "attention"),
     [("sstoken", True, (4,)), ("full", False, ()), ("random", False, ())],
