@@ -141,6 +141,11 @@ def _notes(settings: Settings, a: Architecture | None, dry_run: bool) -> list[st
     """What works and does not do what is hoped for."""
     backend = preferred_backend(settings) if dry_run else backend_of(settings)
     fused = backend == "transformer_engine" and (a is None or a.delta_net is None)
+    if settings.training.recompute == "none" and a is not None and a.delta_net is not None:
+        return [
+            "training.recompute=none keeps all that gated delta nets compute, unless flash-linear-attention does it: use "
+            "selective, which keeps a small part, for the time of one more of their forward passes"
+        ]
     if settings.training.recompute == "selective" and fused:
         return [
             "training.recompute=selective computes attention again and saves nothing: Transformer Engine's fused attention "

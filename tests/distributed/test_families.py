@@ -40,8 +40,9 @@ LAYOUTS = {
 }
 """Name → processes, settings, and what is added for a mixture of experts."""
 ROWS = 4
-PACKED = {"data__packing": True, "training__global_batch_size": 2}
-"""Two samples in each pack; in families with delta nets, whose states must not go from one to the next."""
+PACKED = {"data__packing": True, "training__global_batch_size": 2, "training__recompute": "selective"}
+"""Two samples in each pack; in families with delta nets, whose states must not go from one to the next, and are computed again
+in the backward pass."""
 
 
 @pytest.fixture(scope="module")

@@ -62,14 +62,17 @@ def test_captured_layers_have_attention(settings, tmp_path):
 
 
 def test_selective_recomputation_saves_nothing_of_fused_attention(settings, tmp_path):
-    """A note says so; not where delta nets take the place of most attention."""
-    changes = {"training__recompute": "selective", "training__precision": "bf16"}
+    """A note says so; but much of delta nets, of which a note says that."""
+    model = make_model(tmp_path / "model", "qwen3_5_text")
 
-    def told(**more):
-        notes = plan_run(settings(**changes, **more), 1, dry_run=True).notes
-        return any(note.startswith("training.recompute=selective computes attention again and saves") for note in notes)
+    def told(start, recompute, **more):
+        changes = {"training__recompute": recompute, "training__precision": "bf16"} | more
+        notes = plan_run(settings(**changes), 1, dry_run=True).notes
+        return any(note.startswith(f"training.recompute={start}") for note in notes)
 
-    assert told() and not told(model__hf_path=make_model(tmp_path / "model", "qwen3_5_text"))
+    fused, kept = "selective computes attention again and saves", "none keeps all that gated delta nets compute"
+    assert told(fused, "selective") and not told(fused, "selective", model__hf_path=model)
+    assert told(kept, "none", model__hf_path=model) and not told(kept, "none")
 
 
 @pytest.mark.parametrize(
