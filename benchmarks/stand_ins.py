@@ -46,7 +46,7 @@ class Conversation(NamedTuple):
 def save_random_model(folder: str | Path, config: PretrainedConfig, *, seed: int = 0) -> str:
     """Save a random model of a Hugging Face configuration; returns its folder.
 
-    Biases and norms are not what they are initialised to.
+    Biases and norms are not what they are initialised to, and the states of delta nets fade less fast.
     """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
@@ -56,6 +56,8 @@ def save_random_model(folder: str | Path, config: PretrainedConfig, *, seed: int
                 parameter.normal_(std=0.3)
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith("A_log"):
+                parameter.uniform_(-4.0, 0.0)
         for name, buffer in model.named_buffers():
             if name.endswith("bias"):
                 buffer.normal_(std=0.3)

@@ -95,10 +95,23 @@ _MEGATRON_MODEL = (
         "Heads of this rank.",
         in_text=True,
     ),
+    *(
+        PrivateName(_MEGATRON + "transformer.attention", name, ("model/gated_attention.py",), why, in_text=True)
+        for name, why in (
+            ("hidden_size_per_attention_head", "Numbers of a head."),
+            ("num_query_groups_per_partition", "Query groups of this rank; 1 where several ranks share one."),
+        )
+    ),
+    PrivateName(
+        _MEGATRON + "transformer.attention",
+        "SelfAttention._apply_output_gate",
+        ("model/gated_attention.py",),
+        "Overridden: attention's output times the sigmoid of what `get_query_key_value_tensors` gives fourth.",
+    ),
     PrivateName(
         _MEGATRON + "transformer.attention",
         "k_layernorm",
-        ("model/latents.py",),
+        ("model/latents.py", "model/gated_attention.py"),
         "The norm of keys of heads, which forward looks at; None where there is none.",
         in_text=True,
     ),
@@ -111,8 +124,8 @@ _MEGATRON_MODEL = (
     PrivateName(
         _MEGATRON + "transformer.utils",
         "make_sharded_tensors_for_checkpoint",
-        (_LORA,),
-        "The checkpoint's entries of adapters.",
+        (_LORA, "model/attention.py", "model/delta_net.py"),
+        "The checkpoint's entries of adapters, of sinks and of a delta net's own parameters.",
     ),
     PrivateName(
         _MEGATRON + "transformer.moe.moe_layer",

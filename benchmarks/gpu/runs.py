@@ -211,4 +211,5 @@ def layers_that_fit(settings: Settings, architecture: Architecture) -> int:
 
 def with_layers(architecture: Architecture, layers: int) -> Architecture:
     """The same with its first layers alone."""
-    return replace(architecture, num_layers=layers, windowed_layers=architecture.windowed_layers[:layers])
+    kinds = {name: getattr(architecture, name)[:layers] for name in ("windowed_layers", "delta_layers")}
+    return replace(architecture, num_layers=layers, **kinds)

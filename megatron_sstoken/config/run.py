@@ -124,8 +124,8 @@ class TrainingSettings:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again instead of keeping them: none, those of attention, or whole layers.
 
-    selective is for the torch path, whose attention keeps what it computes from queries, keys and values. Fused attention
-    (Transformer Engine) keeps nothing of it: there selective costs time and saves nothing.
+    selective is for the torch path, whose attention keeps what it computes from queries, keys and values, and for gated delta
+    nets. Fused attention (Transformer Engine) keeps nothing of it: there selective costs time and saves nothing.
     """
 
     offload_layers: int = 0

@@ -39,7 +39,8 @@ class SelectionSettings:
     """Weight of the retrospective excess loss in the score; 1 − gamma is the weight of the attention."""
 
     layer: int | list[int] = -1
-    """Layer whose attention is scored, from 0; negative numbers count from the last. The mean over the layers of a list."""
+    """Layer whose attention is scored, from 0; negative numbers count from the last. The mean over the layers of a list. In
+    models with gated delta nets, of layers that have attention."""
 
     rule: Literal["top", "threshold"] | None = None
     """top: the best share `rho` of the tokens that compete. threshold: every token whose score is `threshold` or more,

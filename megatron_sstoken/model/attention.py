@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -67,6 +68,12 @@ def sample_bounds(lengths: list[int], context_size: int = 1, context_rank: int =
     return bounds
 
 
+def whole_samples(tensor: torch.Tensor, bounds: SampleBounds, group: dist.ProcessGroup) -> torch.Tensor:
+    """[T / cp, …] of this rank of the context parallel group → [T, …] of all in the samples' order; differentiable."""
+    gathered = gather_from_sequence_parallel_region(tensor.contiguous(), group=group)
+    return gathered.index_select(0, bounds.gathered_order)
+
+
 class TorchCoreAttention(torch.nn.Module):
     """Causal attention within each sample, or within its sliding window; takes the place of megatron's
     `DotProductAttention`.
@@ -101,7 +108,7 @@ class TorchCoreAttention(torch.nn.Module):
         num_ranks = 1
         if bounds.gathered_order is not None:
             num_ranks = self.context_group.size()
-            key, value = (self._whole(tensor, bounds.gathered_order) for tensor in (key, value))
+            key, value = (whole_samples(tensor, bounds, self.context_group) for tensor in (key, value))
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1:
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
@@ -110,11 +117,6 @@ class TorchCoreAttention(torch.nn.Module):
         attend = self._attend_to_sample if num_ranks == 1 else self._attend_in_chunks
         pieces = [attend(q, k, v) for q, k, v in zip(queries, keys, values, strict=True)]
         return torch.cat(pieces, dim=1).transpose(0, 1).flatten(1)
-
-    def _whole(self, tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        """[T / cp, …] of this rank → [T, …] in the samples' order; differentiable."""
-        gathered = gather_from_sequence_parallel_region(tensor.contiguous(), group=self.context_group)
-        return gathered.index_select(0, order)
 
     def _attend_to_sample(self, query, key, value):
         if self.window is not None and self.window < query.shape[1]:

@@ -219,6 +219,9 @@ def transformer_config(architecture: Architecture, settings: Settings, layout: L
         add_qkv_bias=a.qkv_bias,
         layernorm_zero_centered_gamma=a.zero_centered_norms,
         qk_layernorm=a.qk_norm,
+        attention_output_gate=a.output_gate,
+        # Layers that are not alike are stored one by one.
+        linear_attention_freq=[int(delta) for delta in a.delta_layers] or None,
         softmax_type="learnable" if a.attention_sinks else "vanilla",
         window_size=None if a.sliding_window is None else (a.sliding_window - 1, 0),
         window_attn_skip_freq=[int(windowed) for windowed in a.windowed_layers] or None,
@@ -287,10 +290,9 @@ def _mixture_config(a: Architecture, layout: Layout, backend: Backend) -> dict[s
         "num_moe_experts": a.num_experts,
         "moe_ffn_hidden_size": a.ffn_hidden_size,
         "moe_router_topk": a.experts_per_token,
-        "moe_layer_freq": [int(layer >= a.num_dense_layers) for layer in range(a.num_layers)]
-        if a.num_dense_layers
-        else 1,
+        "moe_layer_freq": [int(layer in a.sparse_layers) for layer in range(a.num_layers)] if a.dense_layers else 1,
         "moe_shared_expert_intermediate_size": a.shared_ffn_hidden_size or None,
+        "moe_shared_expert_gate": a.shared_gate,
         "moe_router_enable_expert_bias": a.router_bias,
         "moe_router_bias_update_rate": 0.0,  # what balances experts in pretraining
         # The softmax over all experts, unless it is taken over the chosen ones, which is the same as renormalising.

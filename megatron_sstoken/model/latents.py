@@ -20,18 +20,14 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import build_module
 
 from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.model.linears import LinearMaker, column_parallel, row_parallel
 from megatron_sstoken.model.norm import RMSNorm
 from megatron_sstoken.model.rotary import halves_of_pairs
 
 _EPSILON = 1e-6
 """Of the norms of latents: transformers gives them its default, whatever `rms_norm_eps` says."""
-
-
-LinearMaker = Callable[..., torch.nn.Module]
-"""Makes a linear of its numbers of inputs and outputs; it returns its output and no bias."""
 
 
 class ReplicatedLinear(MegatronModule):
@@ -94,7 +90,7 @@ class LatentSelfAttention(Attention):
         assert latents is not None
         self.latents, self.pairs = latents, a.rotary_pairs
         group, queries = self.pg_collection.tp, a.num_attention_heads * a.head_dim
-        up = partial(_columns, config=config, tp_group=group)
+        up = partial(column_parallel, config, group)
         self.k_layernorm = None  # megatron's attention asks for it
         self.q_layernorm: RMSNorm | None = None
         if latents.query is None:
@@ -111,19 +107,8 @@ class LatentSelfAttention(Attention):
         self.kv_layernorm = RMSNorm(config, latents.key_value, eps=_EPSILON)
         heads = a.num_attention_heads * latents.up_dim
         self.linear_kv_up_proj = up(submodules.linear_kv_up_proj, latents.key_value, heads, name="kv_up_proj")
-        self.linear_proj = build_module(
-            submodules.linear_proj,
-            a.num_attention_heads * latents.value_dim,
-            a.hidden_size,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=config.add_bias_linear,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=False,
-            tp_comm_buffer_name="proj",
-            tp_group=self.pg_collection.tp,
-        )
+        values = a.num_attention_heads * latents.value_dim
+        self.linear_proj = row_parallel(config, group, submodules.linear_proj, values, a.hidden_size)
 
     def get_query_key_value_tensors(self, hidden_states, *args, **options):
         """Hidden states [tokens of this rank, 1, hidden] → queries, keys, values [tokens, 1, heads of this rank, numbers]."""
@@ -155,19 +140,3 @@ class LatentSelfAttention(Attention):
         if self.config.sequence_parallel:
             return gather_from_sequence_parallel_region(shared, group=self.pg_collection.tp)
         return copy_to_tensor_model_parallel_region(shared, group=self.pg_collection.tp)
-
-
-def _columns(make: LinearMaker, num_inputs: int, num_outputs: int, *, name: str, config, tp_group):
-    """A column-parallel linear without bias, megatron's or Transformer Engine's."""
-    return make(
-        num_inputs,
-        num_outputs,
-        config=config,
-        init_method=config.init_method,
-        gather_output=False,
-        bias=False,
-        skip_bias_add=False,
-        is_expert=False,
-        tp_comm_buffer_name=name,
-        tp_group=tp_group,
-    )

@@ -33,6 +33,7 @@ def adapt_layer(layer: TransformerLayerSubmodules, config: TransformerConfig, lo
         _adapt_latents(attention, config, lora)
     elif _QKV & targets:
         heads_per_group = config.num_attention_heads // config.num_query_groups
+        heads_per_group *= 2 if config.attention_output_gate else 1  # gates come from the queries' linear
         fused = Blocks({"q_proj": heads_per_group, "k_proj": 1, "v_proj": 1}, config.num_query_groups)
         attention.linear_qkv = partial(_columns(attention.linear_qkv, config), lora=lora, blocks=fused)
     row = _rows(config)

@@ -24,7 +24,7 @@ class Place:
     rows: dict[str, int]
     """All targets that it is made of, in the order of its rows → their outputs."""
     inputs: int
-    layers: range
+    layers: tuple[int, ...]
     """The layers that have it, from 0."""
     in_stack: bool = False
     """Whether folders hold it in a tensor of all experts, in which outputs of gate and up take turns."""
@@ -65,7 +65,7 @@ def adapter_places(a: Architecture, targets: Collection[str]) -> list[Place]:
 def rows_of_fused(a: Architecture, module: str) -> dict[str, int]:
     """What a linear of Hugging Face models that fuses some is made of, in the order of its rows → their outputs."""
     keys = a.num_query_groups * a.head_dim
-    of_attention = {"q_proj": a.num_attention_heads * a.head_dim, "k_proj": keys, "v_proj": keys}
+    of_attention = {"q_proj": a.query_rows, "k_proj": keys, "v_proj": keys}
     return {part: of_attention.get(part, a.ffn_hidden_size) for part in FUSED[module]}
 
 

@@ -1,5 +1,6 @@
 """Which modules the layers are made of: megatron's own specs with our parts in the places made for that."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -21,7 +22,9 @@ from megatron_sstoken.compat import dense_mlp
 from megatron_sstoken.config import LoraSettings
 from megatron_sstoken.model.attention import AttentionCapture, TorchCoreAttention, core_attention_builder
 from megatron_sstoken.model.biases import add_biases
+from megatron_sstoken.model.delta_net import DeltaNetSubmodules, GatedDeltaNet
 from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.model.gated_attention import GatedSelfAttention
 from megatron_sstoken.model.last_layer import LastLayer
 from megatron_sstoken.model.latents import LatentSelfAttention, LatentSubmodules
 from megatron_sstoken.model.lora_layer import adapt_layer
@@ -48,12 +51,11 @@ def block_spec(
     the model ends in this chunk.
     """
     make_core = partial(core_attention_builder, captured_layers=frozenset(captured_layers), capture=capture)
-    make_layer = partial(_layer_spec, config, architecture, layout, lora, make_core)
+    make_layer = functools.cache(partial(_layer_spec, config, architecture, layout, lora, make_core))
     first = get_transformer_layer_offset(config, vp_stage, layout.pipeline_rank)
     numbers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=layout.pipeline_rank))
-    dense = architecture.num_dense_layers if architecture.num_experts else architecture.num_layers
-    kinds = {mixed: make_layer(mixed=mixed) for mixed in {number >= dense for number in numbers}}
-    layers = [kinds[number >= dense] for number in numbers]
+    mixed, attention = architecture.sparse_layers, architecture.attention_layers
+    layers = [make_layer(mixed=number in mixed, attention=number in attention) for number in numbers]
     # Not in a mixture, whose experts take tokens of many ranks, nor in FP8, whose tiles want certain numbers of rows.
     if with_last_layer and not config.num_moe_experts and not config.fp8:
         layers[-1] = replace(layers[-1], module=LastLayer)
@@ -77,8 +79,12 @@ def _layer_spec(
     make_core: Callable[..., Any],
     *,
     mixed: bool,
+    attention: bool,
 ) -> ModuleSpec:
-    """A layer, with a mixture of experts if `mixed`. `make_core`: core attention of a spec → what takes its place."""
+    """A layer, with a mixture of experts if `mixed`, with attention or else a delta net.
+
+    `make_core`: core attention of a spec → what takes its place.
+    """
     kind = {"num_experts": config.num_moe_experts if mixed else None, "qk_layernorm": config.qk_layernorm}
     norm = _norm(config)
     if config.transformer_impl == "transformer_engine":
@@ -102,29 +108,26 @@ def _layer_spec(
         spec.submodules.self_attention.module = TwoRotariesSelfAttention
     elif architecture.rotary_pairs and architecture.latents is None:
         spec.submodules.self_attention.module = turning_pairs(architecture.rotary_dim)
+    elif architecture.output_gate:
+        spec.submodules.self_attention.module = GatedSelfAttention
     _arrange_norms(spec.submodules, config, architecture, norm, layout)
-    attention = spec.submodules.self_attention.submodules
-    attention.core_attention = make_core(core_attention)
-    if architecture.latents is not None:
+    parts = spec.submodules.self_attention.submodules
+    parts.core_attention = make_core(core_attention)
+    if attention and architecture.latents is not None:
         _make_of_latents(spec.submodules, config, architecture, norm)
     if lora.rank:
         adapt_layer(spec.submodules, config, lora)
     add_biases(spec.submodules, architecture)
+    if not attention:
+        _make_delta_net(spec.submodules, config, architecture, norm)
     return spec
 
 
 def _make_of_latents(
     layer: TransformerLayerSubmodules, config: TransformerConfig, architecture: Architecture, norm: Any
 ) -> None:
-    """Put latent attention into the spec of a layer, and before it a norm of its own, whose output several linears read."""
-    up_projection: type = ColumnParallelLinear
-    if config.transformer_impl == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
-
-        up_projection = TEColumnParallelLinear
-    layer.input_layernorm = norm
-    # Where megatron stores the norm of a linear that has one.
-    layer.sharded_state_dict_keys_map.pop("input_layernorm.", None)
+    """Put latent attention into the spec of a layer."""
+    up_projection = _apart_from_norm(layer, config, norm)
     attention = layer.self_attention.submodules
     layer.self_attention = ModuleSpec(
         LatentSelfAttention,
@@ -137,6 +140,34 @@ def _make_of_latents(
             linear_proj=attention.linear_proj,
         ),
     )
+
+
+def _make_delta_net(
+    layer: TransformerLayerSubmodules, config: TransformerConfig, architecture: Architecture, norm: Any
+) -> None:
+    """Put a delta net in place of the attention of a layer's spec, without adapters."""
+    row_parallel: type = RowParallelLinear
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TERowParallelLinear
+
+        row_parallel = TERowParallelLinear
+    layer.self_attention = ModuleSpec(
+        GatedDeltaNet,
+        params={"net": architecture.delta_net},
+        submodules=DeltaNetSubmodules(_apart_from_norm(layer, config, norm), row_parallel),
+    )
+
+
+def _apart_from_norm(layer: TransformerLayerSubmodules, config: TransformerConfig, norm: Any) -> type:
+    """Give attention a norm of its own before it; a column-parallel linear without one."""
+    layer.input_layernorm = norm
+    # Where megatron stores the norm of a linear that has one.
+    layer.sharded_state_dict_keys_map.pop("input_layernorm.", None)
+    if config.transformer_impl != "transformer_engine":
+        return ColumnParallelLinear
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+    return TEColumnParallelLinear
 
 
 def _arrange_norms(

@@ -6,13 +6,13 @@ Every rank opens the files memory-mapped and reads its own slices only, whatever
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from megatron_sstoken.model.dtypes import is_router_bias
-from megatron_sstoken.model.families import Architecture, Latents, Split, WeightRule
+from megatron_sstoken.model.families import Architecture, DeltaNet, Latents, Split, WeightRule
 from megatron_sstoken.model.lora_targets import base_parameters
 from megatron_sstoken.model.weight_files import HuggingFaceWeights
 
@@ -60,6 +60,8 @@ def superfluous_tensors(tensors: HuggingFaceWeights, architecture: Architecture)
     found = {name for name in tensors.names() if name.endswith("rotary_emb.inv_freq")}
     for layer in range(architecture.num_layers, architecture.num_layers + architecture.ignored_layers):
         found |= {name for name in tensors.names() if name.startswith(f"model.layers.{layer}.")}
+    if (prefix := architecture.ignored_prefix) is not None:
+        found |= {name for name in tensors.names() if name.startswith(prefix)}
     if architecture.tied_embeddings and (head := _HEAD_NAME) in tensors:
         if not _same(tensors, head, _EMBEDDING_NAME):
             raise ValueError(
@@ -81,16 +83,19 @@ def _same(tensors: HuggingFaceWeights, first: str, second: str) -> bool:
 def expected_shape(name: str, architecture: Architecture) -> list[int]:
     """Shape that config.json gives the Hugging Face tensor `name`."""
     a = architecture
+    if a.delta_net is not None and ".linear_attn." in name:
+        return _delta_net_shapes(a, a.delta_net)[name.partition(".linear_attn.")[2]]
     width = a.ffn_hidden_size
-    if ".shared_experts." in name:
+    if ".shared_expert" in name:
         width = a.shared_ffn_hidden_size
-    elif a.num_dense_layers and ".experts." not in name:
+    elif a.dense_layers and ".experts." not in name:
         width = a.dense_ffn_hidden_size
-    queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+    queries, keys = a.query_rows, a.num_query_groups * a.head_dim
     outputs = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": width}
     outputs |= {"up_proj": width, "embed_tokens": a.vocabulary_size, "lm_head": a.vocabulary_size}
     outputs |= {"qkv_proj": queries + 2 * keys, "gate_up_proj": 2 * width}
     outputs |= {"w1": a.ffn_hidden_size, "w3": a.ffn_hidden_size, "gate": a.num_experts, "router": a.num_experts}
+    outputs |= {"shared_expert_gate": 1}
     module, kind = name.split(".")[-2:]
     if a.latents is not None and (shape := _latent_shapes(a, a.latents).get(module)):
         return shape
@@ -126,6 +131,20 @@ def _latent_shapes(a: Architecture, latents: Latents) -> dict[str, list[int]]:
     return shapes
 
 
+def _delta_net_shapes(a: Architecture, net: DeltaNet) -> dict[str, list[int]]:
+    """Tensor of what stands in place of attention → its shape."""
+    fused = net.key_heads * sum(net.blocks[:4])
+    outputs = {"qkvz": fused, "ba": 2 * net.value_heads, "qkv": net.convolved, "z": net.values}
+    outputs |= {"b": net.value_heads, "a": net.value_heads}
+    return {f"in_proj_{name}.weight": [number, a.hidden_size] for name, number in outputs.items()} | {
+        "conv1d.weight": [net.convolved, 1, net.kernel],
+        "dt_bias": [net.value_heads],
+        "A_log": [net.value_heads],
+        "norm.weight": [net.value_dim],
+        "out_proj.weight": [a.hidden_size, net.values],
+    }
+
+
 def read_shard(
     tensors: HuggingFaceWeights,
     rule: WeightRule,
@@ -140,8 +159,9 @@ def read_shard(
     if rule.part is not None:
         part = sources[0][rule.part].t()
         return torch.cat([part[0::2], part[1::2]]) if rule.split is Split.GATED else part
-    if rule.fused:
-        sources = _parts(sources[0], rule, architecture)
+    if rule.split is Split.GATED and rule.fused:
+        half = sources[0].get_shape()[0] // 2
+        sources = [_Rows(sources[0], 0, half), _Rows(sources[0], half, 2 * half)]
     if rule.split is Split.WHOLE:
         return sources[0][:]
     if rule.split is Split.COLUMNS:
@@ -159,7 +179,7 @@ def read_shard(
         if real.shape[0] == rows:  # no copy of what is often the largest matrix
             return real
         return torch.cat([real, real.new_zeros(rows - real.shape[0], *real.shape[1:])])
-    return _read_qkv(sources, architecture, first, last)
+    return _read_interleaved(sources, *_interleaved(rule, architecture), first, last)
 
 
 @dataclass(frozen=True)
@@ -175,37 +195,31 @@ class _Rows:
         return self.tensor[self.first + start : self.first + stop]
 
 
-def _parts(fused: Any, rule: WeightRule, architecture: Architecture) -> list[_Rows]:
-    """The parts of a fused tensor's slice object."""
-    if rule.split is Split.GATED:
-        rows = [fused.get_shape()[0] // 2] * 2
-    else:
-        rows = [block * architecture.num_query_groups for block in _qkv_group(architecture)[1]]
-    borders = [0, *accumulate(rows)]
-    return [_Rows(fused, first, last) for first, last in pairwise(borders)]
+def _interleaved(rule: WeightRule, architecture: Architecture) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """Number of groups that the megatron parameter consists of; for each Hugging Face tensor, the rows that a group has of each
+    of the parts that lie in it one after another."""
+    if rule.split is Split.KEY_HEADS:
+        assert architecture.delta_net is not None
+        return architecture.delta_net.key_heads, rule.blocks
+    groups, head_dim = architecture.num_query_groups, architecture.head_dim
+    blocks = (architecture.query_rows // groups, head_dim, head_dim)
+    return groups, (blocks,) if rule.fused else tuple((block,) for block in blocks)
 
 
-def _read_qkv(sources, architecture: Architecture, first: int, last: int) -> torch.Tensor:
-    """Rows [first, last) of the fused matrix, which holds for each query group its q heads, its k and its v.
+def _read_interleaved(sources, num_groups: int, blocks: tuple[tuple[int, ...], ...], first: int, last: int):
+    """Rows [first, last) of the fused matrix, which holds for each group its rows of every part: of q, k and v, say.
 
     Where tensor parallel outnumbers the query groups the cut goes through a group: megatron gathers before use.
     """
-    group_rows, blocks = _qkv_group(architecture)
+    parts = [
+        (_Rows(source, before * num_groups, (before + rows) * num_groups), rows)
+        for source, own in zip(sources, blocks, strict=True)
+        for before, rows in zip(accumulate(own, initial=0), own, strict=False)
+    ]
+    group_rows = sum(rows for _, rows in parts)
     groups = range(first // group_rows, -(-last // group_rows))
-    fused = torch.cat(
-        [
-            source[group * rows : (group + 1) * rows]
-            for group in groups
-            for source, rows in zip(sources, blocks, strict=True)
-        ]
-    )
+    fused = torch.cat([part[group * rows : (group + 1) * rows] for group in groups for part, rows in parts])
     return fused[first - groups.start * group_rows :][: last - first]
-
-
-def _qkv_group(architecture: Architecture) -> tuple[int, tuple[int, int, int]]:
-    heads_per_group = architecture.num_attention_heads // architecture.num_query_groups
-    blocks = (heads_per_group * architecture.head_dim, architecture.head_dim, architecture.head_dim)
-    return sum(blocks), blocks
 
 
 def to_hugging_face(
@@ -217,18 +231,20 @@ def to_hugging_face(
         part = torch.stack(parameter.chunk(2), dim=1).flatten(0, 1) if rule.split is Split.GATED else parameter
         yield names[0], part.t().contiguous()
         return
-    if rule.split is Split.QKV:
-        group_rows, blocks = _qkv_group(architecture)
-        grouped = parameter.reshape(-1, group_rows, *parameter.shape[1:])
-        parts = [part.reshape(-1, *parameter.shape[1:]) for part in grouped.split(blocks, dim=1)]
+    if rule.split in (Split.QKV, Split.KEY_HEADS):
+        num_groups, blocks = _interleaved(rule, architecture)
+        grouped = parameter.unflatten(0, (num_groups, -1)).split([sum(own) for own in blocks], dim=1)
+        parts = [
+            torch.cat([part.flatten(0, 1) for part in one.split(own, dim=1)])
+            for one, own in zip(grouped, blocks, strict=True)
+        ]
     elif rule.split is Split.GATED:
         parts = list(parameter.chunk(2))
+        parts = [torch.cat(parts)] if rule.fused else parts
     elif rule.split is Split.VOCABULARY:
         parts = [parameter[: architecture.vocabulary_size]]
     else:
         parts = [parameter]
-    if rule.fused:
-        parts = [torch.cat(parts)]
     for name, part in zip(names, parts, strict=True):
         yield name, part.contiguous()
 

@@ -33,7 +33,7 @@ def read_configuration(settings: Settings, world_size: int | None = None, respon
     """The workload of a run on `world_size` GPUs, or on as many as the configuration names (`hardware.gpus`).
 
     Where `model.hf_path` is no folder here, its last part may name one of the presets. Raises ValueError where the model
-    cannot be told, is a mixture of experts, or no number of GPUs is known.
+    cannot be told, is one of those without an estimate (`dense_architecture`), or no number of GPUs is known.
     """
     number = settings.hardware.gpus if world_size is None else world_size
     if number is None:
@@ -93,10 +93,14 @@ def _architecture_of(path: str) -> tuple[Architecture, list[str]]:
 
 
 def dense_architecture(model: str) -> Architecture:
-    """`find_architecture`; raises ValueError also for a mixture of experts."""
+    """`find_architecture`; raises ValueError also for a mixture of experts, and for delta nets in place of attention."""
     architecture = find_architecture(model)
     if architecture.num_experts:
         raise ValueError(
             f"the model {model!r} is a mixture of experts, for which there is no estimate: name a dense model"
+        )
+    if architecture.delta_net is not None:
+        raise ValueError(
+            f"the model {model!r} has gated delta nets, for which there is no estimate: name one with attention in all layers"
         )
     return architecture

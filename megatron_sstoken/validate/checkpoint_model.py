@@ -15,9 +15,9 @@ def other_model(checkpoint: Checkpoint, architecture: Architecture, hf_path: str
         a, stored = architecture, checkpoint.metadata.state_dict_metadata
     except ValueError:  # told where it is read
         return None
-    heads = (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim
+    rows = a.query_rows + 2 * a.num_query_groups * a.head_dim
     expected = {
-        f"{_LAYERS}self_attention.linear_qkv.weight": (a.num_layers, heads, a.hidden_size),
+        f"{_LAYERS}self_attention.linear_qkv.weight": (a.num_layers, rows, a.hidden_size),
         f"{_LAYERS}self_attention.linear_proj.weight": (
             a.num_layers,
             a.hidden_size,

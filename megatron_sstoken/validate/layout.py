@@ -4,6 +4,7 @@ Broken rules are collected as messages that name setting, value, rule and remedy
 """
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import TypeVar
 
 from megatron_sstoken.config import Settings
@@ -91,7 +92,7 @@ def check_split(name: str, a: Architecture, settings: Settings, found: Findings)
     widths = [("num_attention_heads", a.num_attention_heads), ("intermediate_size", a.ffn_hidden_size)]
     if a.shared_ffn_hidden_size:
         widths.append(("n_shared_experts × moe_intermediate_size", a.shared_ffn_hidden_size))
-    if a.num_dense_layers:
+    if a.dense_layers:
         widths.append(("intermediate_size", a.dense_ffn_hidden_size))
     for field, number in widths:
         found.require(
@@ -109,6 +110,12 @@ def check_split(name: str, a: Architecture, settings: Settings, found: Findings)
         f"parallel.tensor={tensor} does not divide {name}.num_key_value_heads={groups}, over all of which "
         f"{name}.model_type={a.family} normalises: use {divisors(groups)}",
     )
+    if a.delta_net is not None:
+        heads = a.delta_net.key_heads
+        found.require(
+            heads % tensor == 0,
+            f"parallel.tensor={tensor} does not divide {name}.linear_num_key_heads={heads}: use {divisors(heads)}",
+        )
     _check_stages(name, a, settings, found)
     offloaded = settings.training.offload_layers
     found.require(
@@ -217,6 +224,8 @@ def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None
         f"parallel.tensor={tensor} does not divide model.num_key_value_heads × head_dim={width}, the rows of adapters on "
         f"{' and '.join(keys)}: use {divisors(width)}, or leave them out of lora.targets",
     )
+    if a.delta_net is not None:
+        _check_adapted_stages(settings, a, found)
     _check_rank(settings, a, found)
     found.require(
         not a.tied_embeddings or len(lora.train_whole) != 1,
@@ -276,6 +285,30 @@ def _check_experts_adapters(settings: Settings, a: Architecture, found: Findings
     )
 
 
+def _check_adapted_stages(settings: Settings, a: Architecture, found: Findings) -> None:
+    """Delta nets take no adapters; where attention alone does, every part of the pipeline needs a layer with attention."""
+    lora, parallel = settings.lora, settings.parallel
+    found.notes.append(
+        f"the linears of gated delta nets (in_proj_…, out_proj), which model.model_type={a.family} has in "
+        f"{a.num_layers - len(a.attention_layers)} of {a.num_layers} layers in place of attention, take no adapters"
+    )
+    stages = parallel.stage_layers(a.num_layers)
+    if stages is None or {*OF_MLP, *lora.train_whole, EMBEDDING} & {*lora.targets, *lora.train_whole}:
+        return
+    chunks = [layers // parallel.virtual_pipeline for _ in range(parallel.virtual_pipeline) for layers in stages]
+    ends = list(accumulate(chunks))
+    without = [
+        f"{end - number} to {end - 1}"
+        for number, end in zip(chunks, ends, strict=True)
+        if not set(range(end - number, end)) & set(a.attention_layers)
+    ]
+    found.require(
+        not without,
+        f"lora.targets={lora.targets} names linears of attention alone, which leaves nothing to train in the pipeline's layers "
+        f"{', '.join(without)}: add gate_proj, up_proj or down_proj, or use a smaller parallel.pipeline",
+    )
+
+
 def _check_rank(settings: Settings, a: Architecture, found: Findings) -> None:
     """A product of matrices of a rank above the smaller side of a weight is no better than the weight, and larger."""
     rank, sides = settings.lora.rank, smaller_sides(a, settings.lora.targets)
@@ -304,6 +337,7 @@ def check_fp8(settings: Settings, a: Architecture, found: Findings) -> None:
         "hidden_size": a.hidden_size,
         "intermediate_size": a.ffn_hidden_size // tensor,
         **_attention_widths(a, tensor),
+        **_delta_net_widths(a, tensor),
     }
     for name, width in widths.items():
         found.require(
@@ -324,10 +358,10 @@ def _attention_widths(a: Architecture, tensor: int) -> dict[str, int]:
     """Sides of the matrices of a layer's attention, in the words of config.json → what a rank has of them."""
     queries, latents = a.num_attention_heads * a.head_dim, a.latents
     if latents is None:
-        together = queries + 2 * a.num_query_groups * a.head_dim
+        together, twice = a.query_rows + 2 * a.num_query_groups * a.head_dim, "2 · " if a.output_gate else ""
         return {
             "num_attention_heads × head_dim": queries // tensor,
-            "(num_attention_heads + 2 · num_key_value_heads) × head_dim": together // tensor,
+            f"({twice}num_attention_heads + 2 · num_key_value_heads) × head_dim": together // tensor,
         }
     return {
         "num_attention_heads × (qk_nope_head_dim + qk_rope_head_dim)": queries // tensor,
@@ -335,6 +369,17 @@ def _attention_widths(a: Architecture, tensor: int) -> dict[str, int]:
         "num_attention_heads × v_head_dim": a.num_attention_heads * latents.value_dim // tensor,
         "kv_lora_rank": latents.key_value,
         **({} if latents.query is None else {"q_lora_rank": latents.query}),
+    }
+
+
+def _delta_net_widths(a: Architecture, tensor: int) -> dict[str, int]:
+    """The same of what stands in place of attention."""
+    if (net := a.delta_net) is None:
+        return {}
+    made = "2 · linear_num_key_heads × linear_key_head_dim + 2 · linear_num_value_heads × (linear_value_head_dim + 1)"
+    return {
+        made: net.key_heads * sum(net.blocks) // tensor,
+        "linear_num_value_heads × linear_value_head_dim": net.values // tensor,
     }
 
 

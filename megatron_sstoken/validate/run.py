@@ -87,7 +87,7 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
             found.notes += _differing_templates(settings, train.store.manifest, validation.store.manifest)
     has_enough = train is None or check_amounts(settings, train, found)
     shape = batch_shape_of(settings, data_size, found) if data_size and has_enough else None
-    found.notes += _notes(settings, dry_run)
+    found.notes += _notes(settings, architecture, dry_run)
     _check_checkpoint(settings, architecture, found)
     if found.problems or not (architecture and train and shape):
         raise SettingsError(found.problems)
@@ -141,10 +141,16 @@ def _differing_templates(settings: Settings, train: StoreManifest, validation: S
     ]
 
 
-def _notes(settings: Settings, dry_run: bool) -> list[str]:
+def _notes(settings: Settings, a: Architecture | None, dry_run: bool) -> list[str]:
     """What works and does not do what is hoped for."""
     backend = preferred_backend(settings) if dry_run else backend_of(settings)
-    if settings.training.recompute == "selective" and backend == "transformer_engine":
+    fused = backend == "transformer_engine" and (a is None or a.delta_net is None)
+    if settings.training.recompute == "none" and a is not None and a.delta_net is not None:
+        return [
+            "training.recompute=none keeps all that gated delta nets compute, unless flash-linear-attention does it: use "
+            "selective, which keeps a small part, for the time of one more of their forward passes"
+        ]
+    if settings.training.recompute == "selective" and fused:
         return [
             "training.recompute=selective computes attention again and saves nothing: Transformer Engine's fused attention "
             "keeps nothing of it; use none, or full"
@@ -167,6 +173,7 @@ def _check_model(settings: Settings, a: Architecture, found: Findings) -> None:
         f"selection.layer={settings.selection.layer} names a layer twice in a model of {a.num_layers} layers: "
         f"use each once",
     )
+    _check_captured(settings, a, found)
     check_fp8(settings, a, found)
     check_windows("model", a, settings, backend_of(settings), found)
     if _reads_folder(settings):
@@ -314,6 +321,19 @@ def _check_checkpoint(settings: Settings, architecture: Architecture | None, fou
             "checkpoint.resume=false would mix with new ones: name another directory, or remove them"
         )
     found.problems += writing_problems(settings)
+
+
+def _check_captured(settings: Settings, a: Architecture, found: Findings) -> None:
+    """Whether the layers whose attention is captured have some."""
+    without = [str(number - 1) for number in _captured_layers(settings, a) if number - 1 not in a.attention_layers]
+    remedy = f"use some of {', '.join(map(str, a.attention_layers))}"
+    if not a.attention_layers:
+        remedy = f"use another selection.method than {settings.selection.method}, which captures attention"
+    found.require(
+        not without,
+        f"selection.layer={settings.selection.layer} names layers without attention ({', '.join(without)}), in place of which "
+        f"model.model_type={a.family} has gated delta nets there: {remedy}",
+    )
 
 
 def frozen_models(settings: Settings) -> list[tuple[str, str]]:

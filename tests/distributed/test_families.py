@@ -9,6 +9,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
+from megatron_sstoken.model.families import family_of
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.gradients import largest_difference, run_cases
 from tests.helpers.workbench import (
@@ -39,6 +40,9 @@ LAYOUTS = {
 }
 """Name → processes, settings, and what is added for a mixture of experts."""
 ROWS = 4
+PACKED = {"data__packing": True, "training__global_batch_size": 2, "training__recompute": "selective"}
+"""Two samples in each pack; in families with delta nets, whose states must not go from one to the next, and are computed again
+in the backward pass."""
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +59,16 @@ def bench(tmp_path_factory):
 
 
 def settings_of(folder, family, **changes):
-    return make_settings(
-        f"{folder}/{family}",
-        f"{folder}/data",
-        history__hf_path=f"{folder}/{family}-history",
-        history__store=f"{folder}/{family}-losses",
-        training__global_batch_size=ROWS,
-        training__steps=1,
-        data__shuffle=False,
-        selection__layer=[0, -1],  # with windows in the upper half, one of each kind
-        **changes,
-    )
+    packed = PACKED if family_of(family).other_kind == "linear_attention" else {}
+    common = {
+        "history__hf_path": f"{folder}/{family}-history",
+        "history__store": f"{folder}/{family}-losses",
+        "training__global_batch_size": ROWS,
+        "training__steps": 1,
+        "data__shuffle": False,
+        "selection__layer": [0, -1],  # with windows in the upper half, one of each kind
+    }
+    return make_settings(f"{folder}/{family}", f"{folder}/data", **(common | packed | changes))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,7 +89,7 @@ def test_loss_and_gradients_equal_transformers(bench, family):
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sharded_runs_equal_the_unsharded(bench, layout):
-    further = PARTICULAR if layout == "tp2-pp2" else ()
+    further = {"tp2-pp2": PARTICULAR, "cp2": ("qwen3_5_text",)}.get(layout, ())
     check_sharded(bench, layout, [one for one in FAMILIES if one in EVERYWHERE + further])
 
 
@@ -118,14 +121,16 @@ RESUMED = {
     "glm4_moe": {"parallel__expert": 2},
     "deepseek_v3": {"parallel__tensor": 2, "parallel__sequence": True, "parallel__expert": 2},
     "gpt_oss": {"parallel__tensor": 2, "parallel__sequence": True, "parallel__expert": 2},
+    "qwen3_next": {"parallel__tensor": 2, "parallel__sequence": True, "parallel__expert": 2},
+    "qwen3_5_text": {"parallel__tensor": 2, "parallel__sequence": True},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("family", RESUMED)
-def test_a_mixture_resumes_on_another_layout(bench, tmp_path, family):
-    """Two steps with experts on two ranks, two more on one: the losses and norms of four steps on one."""
+def test_a_run_resumes_on_another_layout(bench, tmp_path, family):
+    """Two steps with experts or heads on two ranks, two more on one: the losses and norms of four steps on one."""
     folder = bench[0]
 
     (expected,) = run_distributed(run_training, 1, [four_steps(folder, family)])[0]

@@ -38,11 +38,14 @@ SOME = ["q_proj", "v_proj", "up_proj", "down_proj"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TWO_RANKS = {name: parallel for name, (num_ranks, parallel) in LAYOUTS.items() if num_ranks == 2}
 TWO_RANKS["cp2"] = {"parallel.context": 2}
+TWO_KEY_HEADS = "delta nets, gates"
+"""The delta nets cannot be dealt out to more ranks than two."""
 # name → (family, targets, recompute, packed)
 CASES = {
     "llama": ("llama", ALL, "none", True),
     "llama, some": ("llama", SOME, "selective", False),
     "qwen2, full recompute": ("qwen2", ALL, "full", True),
+    TWO_KEY_HEADS: ("qwen3_5_text", ["q_proj", "k_proj", "up_proj"], "selective", True),
     "one key head": ("one key head", ALL, "none", True),
     "one key head, no queries": ("one key head", ["k_proj", "o_proj"], "none", True),
 }
@@ -53,6 +56,7 @@ EXPORTED = {
     "fused, some": ("phi3", ["v_proj", "q_proj", "up_proj"]),
     "layers not alike": ("glm4_moe", ["q_proj", "o_proj"]),
     "latents": ("deepseek_v3", ["o_proj"]),
+    "delta nets, gates": ("qwen3_5_text", ALL),
     "biases, tensors of all experts": ("gpt_oss", ["q_proj", "v_proj", "o_proj"]),
 }
 """Adapters that are exported otherwise than Llama's: name → family, targets."""
@@ -65,7 +69,9 @@ def cases_of(parallel):
     """All cases where nothing is sharded; on two processes those that differ there."""
     if not parallel:
         return list(CASES)
-    return [name for name in CASES if name != "llama, some" and ("parallel.tensor" in parallel or name not in CUT)]
+    left_out = {"llama, some", *(() if "parallel.tensor" in parallel else CUT)}
+    left_out |= {TWO_KEY_HEADS} if parallel.get("parallel.tensor", 1) > 2 else set()
+    return [name for name in CASES if name not in left_out]
 
 
 TOKENS = torch.randint(0, 99, (1, 40), generator=torch.Generator().manual_seed(0))
@@ -282,7 +288,7 @@ def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     samples = make_samples(8, seed=3, longest=30)
     make_store(folder / "data", samples)
-    for number, family in enumerate(("llama", "qwen2", "phi3", "glm4_moe", "gpt_oss", "deepseek_v3")):
+    for number, family in enumerate(("llama", "qwen2", "phi3", "glm4_moe", "gpt_oss", "deepseek_v3", "qwen3_5_text")):
         make_model(folder / family, family, seed=number + 1)
     make_model(folder / "one key head", "llama", seed=1, num_key_value_heads=1)
     adapters, expected = {}, {}

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from megatron_sstoken.commands.convert_checkpoint import main
 from megatron_sstoken.conversion import verify as verify_module
 from megatron_sstoken.conversion.hf import from_hf, to_hf
-from megatron_sstoken.model import latents, weights
+from megatron_sstoken.model import delta_net, delta_rule, latents, weights
 from megatron_sstoken.model.families import deepseek_v3, reading, registry, sigmoid_router
+from megatron_sstoken.model.gated_attention import GatedSelfAttention
 from megatron_sstoken.parallel import reset_layout
 from tests.helpers.distributed_runner import run_distributed
 from tests.helpers.served import echo_of, model_in_bf16, serving
@@ -27,8 +28,11 @@ LAYOUTS = {
     "tp2-pp2": (4, ["--tensor=2", "--pipeline=2"], ["--expert=2"]),
 }
 """Name → processes, options, and what is added for a mixture of experts."""
-CONVERTED = ("phi3", "deepseek_v3", "gpt_oss")
-"""Fused tensors; latents, a bias that stays in fp32, layers that are not alike or left out; tensors of all experts, sinks."""
+CONVERTED = ("phi3", "deepseek_v3", "gpt_oss", "qwen3_5_text", "qwen3_next")
+"""Fused tensors; latents, a bias that stays in fp32, layers that are not alike or left out; tensors of all experts, sinks;
+delta nets, their linears by kind and by head."""
+LEFT_OUT = {"deepseek_v3": "model.layers.4.eh_proj.weight", "qwen3_next": "mtp.fc.weight"}
+"""Tensors of layers that predict further tokens."""
 ORIGINAL = {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
 VARIANTS = {
     "yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **ORIGINAL}}),
@@ -51,6 +55,20 @@ VARIANTS = {
     ),
     "groups": ("glm4_moe", {"n_group": 2}),
     "attention-bias": ("qwen3_moe", {"attention_bias": True}),
+    # Tensor parallel cuts through the one group of queries and gates; text has one position, whatever the sections.
+    "gates-of-one-group": (
+        "qwen3_5_text",
+        {
+            "num_key_value_heads": 1,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            },
+        },
+    ),
 }
 """Name → family, and what its config says more."""
 MODELS = {family: (family, {}) for family in FAMILIES} | VARIANTS
@@ -118,9 +136,7 @@ def write_both_ways(rank, folder):
         make_model(f"{folder}/{family}-bf16", family, vocab_size=384)
         tensors = load_file(f"{folder}/{family}-bf16/model.safetensors")
         tensors = {name: t if name.endswith("correction_bias") else t.bfloat16() for name, t in tensors.items()}
-        further = (
-            {"model.layers.4.eh_proj.weight": torch.ones(2, 2, dtype=torch.bfloat16)} if family == "deepseek_v3" else {}
-        )
+        further = {LEFT_OUT[family]: torch.ones(2, 2, dtype=torch.bfloat16)} if family in LEFT_OUT else {}
         save_file(tensors | further, f"{folder}/{family}-bf16/model.safetensors", metadata={"format": "pt"})
         from_hf(f"{folder}/{family}-bf16", f"{folder}/{family}-megatron")
         reset_layout()
@@ -226,6 +242,12 @@ OF_LATENTS = {
     "experts of all groups": (sigmoid_router, "_groups", lambda config: {}),
 }
 """Mistakes with latents → where, what, and what takes its place."""
+OF_DELTA_NETS = {
+    "no convolution": (delta_net, "short_convolution", lambda inputs, weight, lengths: inputs),
+    "keys as long as they are": (delta_rule, "_of_length_one", lambda vectors: vectors),
+    "no gates": (GatedSelfAttention, "_apply_output_gate", lambda attention, output, gate: output),
+}
+"""The same with delta nets, and with gates of attention."""
 
 
 def verify_with_wrong_code(rank, folder):
@@ -283,6 +305,8 @@ def verify_with_wrong_code(rank, folder):
 
     for title, (owner, name, replacement) in OF_LATENTS.items():
         with_changed(owner, name, lambda original, new=replacement: new, title, family="deepseek_v3")
+    for title, (owner, name, replacement) in OF_DELTA_NETS.items():
+        with_changed(owner, name, lambda original, new=replacement: new, title, family="qwen3_5_text")
     return results
 
 
@@ -292,6 +316,7 @@ def test_wrong_conversions_that_round_trip_are_caught_by_the_logits(folder):
     expected = {"transposed both ways": f"layer {LAYER}", "wrong rope base": "layer 0", "no window": "layer 0"}
     expected["rope everywhere"] = "layer 1"  # the first without it
     expected["epsilon of the norms a tenth larger"] = "layer 0"
+    expected |= dict.fromkeys(OF_DELTA_NETS, "layer 1") | {"no gates": "layer 0"}
     expected |= dict.fromkeys(OF_LATENTS, "layer 0") | {"experts of all groups": "layer 1"}  # the first with experts
     for name, layer in expected.items():
         code, printed = results[name]

@@ -19,6 +19,7 @@ CASES = {
     "adapters": ("llama", "tensor", {"lora__rank": 3}),
     "mixture": ("mixtral", "expert", {}),
     "latents": ("deepseek_v3", "expert", {}),
+    "delta nets": ("qwen3_5_text", "tensor", {}),
 }
 BACKENDS = ("torch", "transformer_engine")
 

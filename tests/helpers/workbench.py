@@ -15,7 +15,7 @@ __all__ = ["VOCABULARY", "make_settings", "make_store"]  # for tests, which find
 FAMILIES = family_names()
 EVERYWHERE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm3")
 """Families that every run of the tests looks at on all layouts; what others do on layouts, slow tests look at."""
-PARTICULAR = ("deepseek_v3", "gemma3_text", "glm4_moe", "gpt_oss", "olmo3")
+PARTICULAR = ("deepseek_v3", "gemma3_text", "glm4_moe", "gpt_oss", "olmo3", "qwen3_5_text", "qwen3_next")
 """Of the others those that are looked at on one layout, with tensor and pipeline parallel."""
 MIXTURES = tuple(name for name in FAMILIES if family_of(name).experts)
 

@@ -7,7 +7,7 @@ what the model computes and is not understood is an error that names it.
 import importlib
 import pkgutil
 
-from megatron_sstoken.model.families.architecture import Architecture, Latents, RopeScaling
+from megatron_sstoken.model.families.architecture import Architecture, DeltaNet, Latents, RopeScaling
 from megatron_sstoken.model.families.reading import parse_architecture, read_architecture
 from megatron_sstoken.model.families.registry import Experts, Family, family_names, family_of, register
 from megatron_sstoken.model.families.rope import rope_inverse_frequencies, table_frequencies
@@ -15,6 +15,7 @@ from megatron_sstoken.model.families.weight_map import Split, WeightRule
 
 __all__ = [
     "Architecture",
+    "DeltaNet",
     "Experts",
     "Family",
     "Latents",

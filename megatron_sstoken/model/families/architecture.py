@@ -78,6 +78,41 @@ class Latents:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """Sizes of gated delta nets, which stand in some layers in place of attention. Each key head serves as many value heads."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    """Numbers of each key, and of each query."""
+    value_dim: int
+    kernel: int
+    """Tokens that the convolution sees, the last included."""
+
+    @property
+    def values_per_key(self) -> int:
+        """Value heads that a key head serves."""
+        return self.value_heads // self.key_heads
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """What is made of a token's hidden state for each key head: query, key, values, the values' gates, and for each of its
+        value heads the strength of what it writes and how fast it fades."""
+        served = self.values_per_key
+        return (self.key_dim, self.key_dim, *[served * self.value_dim] * 2, served, served)
+
+    @property
+    def convolved(self) -> int:
+        """Of these, for all key heads, what goes through the convolution: queries, keys and values."""
+        return self.key_heads * sum(self.blocks[:3])
+
+    @property
+    def values(self) -> int:
+        """Numbers of all values of a token."""
+        return self.value_heads * self.value_dim
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What a decoder computes, in numbers. `vocabulary_size` is the unpadded one."""
 
@@ -107,6 +142,11 @@ class Architecture:
     """Whether every head has a learned score that takes part in its softmax beside those of the tokens."""
     latents: Latents | None = None
     """Of multi-head latent attention; then every head has a key and a value of its own."""
+    output_gate: bool = False
+    """Whether what a head's attention gives is multiplied by the sigmoid of a gate, which is made beside its query."""
+    delta_net: DeltaNet | None = None
+    delta_layers: tuple[bool, ...] = ()
+    """For every layer whether a gated delta net takes the place of attention; empty where none does."""
     qk_norm: bool = False
     """Whether every head of q and k is normalised before RoPE."""
     qk_norm_over_heads: bool = False
@@ -140,13 +180,39 @@ class Architecture:
     """Whether a bias, which is not trained, decides with the scores which experts a token is sent to."""
     num_dense_layers: int = 0
     """Leading layers of a mixture that have one feed-forward part, of `dense_ffn_hidden_size`."""
+    also_dense: tuple[int, ...] = ()
+    """Other layers (from 0) of that kind."""
     dense_ffn_hidden_size: int = 0
     shared_ffn_hidden_size: int = 0
     """Of what every token meets beside its experts; 0 is nothing."""
+    shared_gate: bool = False
+    """Whether that is multiplied by the sigmoid of a number that is made of the token."""
     ignored_layers: int = 0
     """Layers behind the last that folders hold and transformers does not compute (they predict further tokens)."""
+    ignored_prefix: str | None = None
+    """How the names of tensors of such layers begin that are not numbered with the others."""
     transformer_options: tuple[tuple[str, Hashable], ...] = ()
     """What the family adds to megatron's TransformerConfig, as (field, value), lists as tuples."""
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers (from 0) that have attention."""
+        return tuple(layer for layer in range(self.num_layers) if not (self.delta_layers and self.delta_layers[layer]))
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """The layers (from 0) of a mixture that have no experts."""
+        return (*range(self.num_dense_layers), *self.also_dense)
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers (from 0) that have experts."""
+        return tuple(sorted({*range(self.num_layers)} - {*self.dense_layers})) if self.num_experts else ()
+
+    @property
+    def query_rows(self) -> int:
+        """Numbers of a token that all its queries have, and their gates."""
+        return self.num_attention_heads * self.head_dim * (2 if self.output_gate else 1)
 
     @property
     def rotary_dim(self) -> int:
@@ -187,9 +253,13 @@ class Architecture:
         return self._parameters_with(max(self.experts_per_token, 1))
 
     def norm_parameters(self) -> int:
-        """Weights of a layer's norms."""
+        """Weights of the norms of a layer with attention."""
+        return self.norms.number * self.hidden_size + self._head_norm_parameters()
+
+    def _head_norm_parameters(self) -> int:
+        """Weights of the norms of queries and keys, outside of latents."""
         heads = self.num_attention_heads + self.num_query_groups if self.qk_norm_over_heads else 2
-        return self.norms.number * self.hidden_size + (heads * self.head_dim if self.qk_norm else 0)
+        return heads * self.head_dim if self.qk_norm else 0
 
     def _attention_parameters(self) -> int:
         """Weights and biases of a layer's attention, but for norms of queries and keys outside of latents."""
@@ -201,22 +271,33 @@ class Architecture:
             if latents.query is None:
                 return output + down + up + self.hidden_size * queries
             return output + down + up + latents.query * (self.hidden_size + 1 + queries)
-        rows = (heads + 2 * self.num_query_groups) * self.head_dim
+        rows = self.query_rows + 2 * self.num_query_groups * self.head_dim
         return output + self.hidden_size * rows + (rows if self.qkv_bias else 0)
 
+    def _delta_net_parameters(self, net: DeltaNet) -> int:
+        """Weights of what takes the place of a layer's attention."""
+        projections = self.hidden_size * (net.key_heads * sum(net.blocks) + net.values)
+        return projections + net.convolved * net.kernel + 2 * net.value_heads + net.value_dim
+
     def _parameters_with(self, num_experts: int) -> int:
-        layer = self._attention_parameters() + self.norm_parameters()
-        layer += self.hidden_size if self.output_bias else 0
+        attention = self._attention_parameters() + self._head_norm_parameters()
+        attention += self.hidden_size if self.output_bias else 0
+        attention += self.num_attention_heads if self.attention_sinks else 0
+        number = len(self.attention_layers)
+        mixers = number * attention
+        if self.delta_net is not None:
+            mixers += (self.num_layers - number) * self._delta_net_parameters(self.delta_net)
+        layer = self.norms.number * self.hidden_size
         layer += 2 * self.ffn_hidden_size + self.hidden_size if self.mlp_bias else 0
-        layer += self.num_attention_heads if self.attention_sinks else 0
         embeddings = self.vocabulary_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         feed_forward = num_experts * self.ffn_hidden_size + self.shared_ffn_hidden_size
         mixed = 3 * self.hidden_size * feed_forward + self.num_experts * self.hidden_size
+        mixed += self.hidden_size if self.shared_gate else 0
         if self.expert_bias:
             mixed += num_experts * (2 * self.ffn_hidden_size + self.hidden_size) + self.num_experts
         dense = 3 * self.hidden_size * self.dense_ffn_hidden_size
-        mlps = (self.num_layers - self.num_dense_layers) * mixed + self.num_dense_layers * dense
-        return self.num_layers * layer + mlps + embeddings + self.hidden_size
+        mlps = (self.num_layers - len(self.dense_layers)) * mixed + len(self.dense_layers) * dense
+        return mixers + self.num_layers * layer + mlps + embeddings + self.hidden_size
 
     def weight_rules(self) -> "tuple[WeightRule, ...]":
         """The weight map, without the rules for tensors that this architecture lacks; a rule for every expert."""

@@ -47,7 +47,8 @@ _UNDERSTOOD = frozenset(
 _LACKING = {
     "gemma2": "it caps attention scores by tanh",
     "kimi_k2": "transformers knows such models as deepseek_v3 alone, and config.json may call them so",
-    "qwen3_next": "it has gated delta nets in place of most attention",
+    "qwen3_5": "it reads images, too: qwen3_5_text, its text model alone, is (docs/models.md shows how to write that)",
+    "qwen3_5_moe": "it reads images, too: qwen3_5_moe_text, its text model alone, is (docs/models.md shows how to write that)",
     "granitemoe": "its experts come in fused tensors of all experts",
 }
 """Models that people have → what they need and is not computed."""
@@ -113,7 +114,9 @@ def parse_architecture(config: Config, path: str) -> Architecture:
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(path) else f"{path}: {error}") from error
     num_layers = number("num_hidden_layers")
-    window, windowed = _sliding_window(path, config, family, num_layers)
+    kinds = _layer_kinds(path, config, family, num_layers)
+    window, windowed = _sliding_window(path, config, family, kinds)
+    delta_layers = tuple(kind == "linear_attention" for kind in kinds)
     architecture = Architecture(
         family=name,
         hidden_size=number("hidden_size"),
@@ -134,6 +137,7 @@ def parse_architecture(config: Config, path: str) -> Architecture:
         norms=family.norms,
         sliding_window=window,
         windowed_layers=windowed,
+        delta_layers=delta_layers if any(delta_layers) else (),
         transformer_options=_transformer_options(path, config, family),
         **_mixture_of_experts(path, config, family),
     )
@@ -206,20 +210,25 @@ def _transformer_options(path: str, config: Config, family: Family) -> tuple[tup
     return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in options.items())
 
 
-def _sliding_window(path: str, config: Config, family: Family, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """The window and the layers where it holds."""
-    window = config.get("sliding_window")
-    if family.optional_window and not config.get("use_sliding_window"):
-        window = None
+def _layer_kinds(path: str, config: Config, family: Family, num_layers: int) -> list[str]:
+    """What each layer has: full attention, or the family's other kind."""
     try:
         kinds = family.layer_kinds(config, num_layers)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
+    if len(kinds) != num_layers or set(kinds) - {"full_attention", family.other_kind}:
         raise ValueError(
-            f"{path}: layer_types={kinds!r} is not supported: one of full_attention and sliding_attention for each of "
+            f"{path}: layer_types={kinds!r} is not supported: one of full_attention and {family.other_kind} for each of "
             f"num_hidden_layers={num_layers} is"
         )
+    return kinds
+
+
+def _sliding_window(path: str, config: Config, family: Family, kinds: list[str]) -> tuple[int | None, tuple[bool, ...]]:
+    """The window and the layers where it holds."""
+    window = config.get("sliding_window")
+    if family.optional_window and not config.get("use_sliding_window"):
+        window = None
     everywhere = "full_attention" if window is None else "sliding_attention"
     if family.one_kind_of_layer and config.get("layer_types") is not None and set(kinds) != {everywhere}:
         raise ValueError(

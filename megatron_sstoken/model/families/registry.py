@@ -97,7 +97,10 @@ class Family:
     one_kind_of_layer: bool = False
     """Whether transformers' model does without `layer_types`: a window holds in all layers."""
     layer_kinds: Callable[[Config, int], list[str]] = listed_kinds
-    """Config and number of layers → for each layer `full_attention` or `sliding_attention`, where there is a window."""
+    """Config and number of layers → for each layer `full_attention` or its other kind: `sliding_attention`, where there is a
+    window, or what `other_kind` says."""
+    other_kind: str = "sliding_attention"
+    """`linear_attention` in families with delta nets."""
     transformer_options: Callable[[Config], dict[str, Any]] = nothing_added
     """What the family adds to megatron's TransformerConfig: numbers, strings, and lists of them."""
     full_rope: Callable[[Config], Config] = lambda config: config

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from megatron_sstoken.model.families.architecture import Architecture, Latents
+from megatron_sstoken.model.families.architecture import Architecture, DeltaNet, Latents
 
 
 class Split(Enum):
@@ -17,6 +17,7 @@ class Split(Enum):
     ROWS = "rows"  # consecutive output rows (column-parallel linear)
     COLUMNS = "columns"  # consecutive input columns (row-parallel linear)
     QKV = "qkv"  # q, k, v interleaved by query group, then rows
+    KEY_HEADS = "key heads"  # parts interleaved by key head of a delta net, then rows
     GATED = "gated"  # on each rank its rows of the gate, then its rows of the up projection
     VOCABULARY = "vocabulary"  # rows, zeros appended to the padded vocabulary
 
@@ -35,9 +36,11 @@ class WeightRule:
     expert: int | None = None
     fused: bool = False
     """Whether one Hugging Face tensor holds the parts (q, k and v, or gate and up) one after another by rows."""
-    from_layer: int = 0
-    to_layer: int | None = None
-    """The layers that have it: from this one on (from 0), to before that one (None: the model's end)."""
+    blocks: tuple[tuple[int, ...], ...] = ()
+    """Of parts that are interleaved by key head: for each Hugging Face tensor the rows that a head has of each of the parts
+    that lie in it one after another."""
+    only: tuple[int, ...] | None = None
+    """The layers (from 0) that have it; None: all."""
     stacked: bool = False
     """Whether the Hugging Face tensor holds all experts, along its first axis: matrices [inputs, outputs], in which outputs of
     gate and up take turns, and biases alike."""
@@ -47,11 +50,11 @@ class WeightRule:
         """Which part of the Hugging Face tensor it is, along the first axis; None: all of it."""
         return self.expert if self.stacked else None
 
-    def layers(self, architecture: Architecture) -> range:
+    def layers(self, architecture: Architecture) -> tuple[int, ...]:
         """The layers that have it; 0 for what lies outside of layers."""
         if "{layer}" not in self.megatron:
-            return range(1)
-        return range(self.from_layer, architecture.num_layers if self.to_layer is None else self.to_layer)
+            return (0,)
+        return tuple(range(architecture.num_layers)) if self.only is None else self.only
 
 
 MlpRules = Callable[[Architecture], list[WeightRule]]
@@ -135,8 +138,8 @@ def _bias_of(weight: WeightRule) -> WeightRule:
     return WeightRule(next(names), tuple(names), split, weight.expert)
 
 
-def mixture(block: str, names: tuple[str, str, str]) -> MlpRules:
-    """Router and experts under the Hugging Face module `block`."""
+def mixture(block: str, names: tuple[str, str, str], shared: str = "shared_experts") -> MlpRules:
+    """Router and experts under the Hugging Face module `block`, and `shared` in it, which every token meets."""
 
     def rules(architecture: Architecture) -> list[WeightRule]:
         found = [WeightRule(LAYER + "mlp.router.weight", (f"{HF}{block}.gate.weight",), Split.WHOLE)]
@@ -147,11 +150,14 @@ def mixture(block: str, names: tuple[str, str, str]) -> MlpRules:
             bias = (f"{HF}{block}.gate.e_score_correction_bias",)
             found.append(WeightRule(LAYER + "mlp.router.expert_bias", bias, Split.WHOLE))
         if architecture.shared_ffn_hidden_size:
-            found += gated_mlp(f"{LAYER}mlp.shared_experts.", f"{HF}{block}.shared_experts.", names, expert=None)
-        if not (first := architecture.num_dense_layers):
+            found += gated_mlp(f"{LAYER}mlp.shared_experts.", f"{HF}{block}.{shared}.", names, expert=None)
+        if architecture.shared_gate:
+            gate = (f"{HF}{block}.{shared}_gate.weight",)
+            found.append(WeightRule(LAYER + "mlp.shared_experts.gate_weight", gate, Split.WHOLE))
+        if not architecture.dense_layers:
             return found
         dense = gated_mlp(LAYER + "mlp.", f"{HF}{block}.", names, expert=None)
-        return [replace(rule, to_layer=first) for rule in dense] + [replace(rule, from_layer=first) for rule in found]
+        return in_layers(architecture.dense_layers, dense) + in_layers(architecture.sparse_layers, found)
 
     return rules
 
@@ -179,22 +185,59 @@ def latent_attention(latents: Latents) -> list[WeightRule]:
     return [rule for rule in _LATENTS if rule.hugging_face[0].split(".")[-2] not in absent]
 
 
-def decoder_rules(architecture: Architecture, mlp: MlpRules = dense_mlp) -> list[WeightRule]:
-    """The rules of a decoder with Llama's names: attention, feed-forward part, embedding, final norm and head."""
+def in_layers(layers: tuple[int, ...], rules: list[WeightRule]) -> list[WeightRule]:
+    """The rules, of parameters that only these layers (from 0) have."""
+    return [replace(rule, only=layers) for rule in rules] if layers else []
+
+
+def delta_net(net: DeltaNet, *, by_head: bool) -> list[WeightRule]:
+    """What stands in place of attention.
+
+    Two or four linears make `DeltaNet.blocks` of hidden states: `by_head` all of them for one key head after another, as they
+    are needed here; else each for all heads before the next.
+    """
+    megatron, hugging_face = LAYER + "self_attention.", HF + "linear_attn."
+    names: tuple[str, ...]
+    blocks: tuple[tuple[int, ...], ...]
+    if by_head:
+        names, blocks = ("qkvz", "ba"), ((sum(net.blocks[:4]),), (sum(net.blocks[4:]),))
+    else:
+        names, blocks = ("qkv", "z", "b", "a"), (net.blocks[:3], *((block,) for block in net.blocks[3:]))
+    tensors = tuple(f"{hugging_face}in_proj_{name}.weight" for name in names)
+    convolution = (hugging_face + "conv1d.weight",)
+    return [
+        WeightRule(megatron + "in_proj.weight", tensors, Split.KEY_HEADS, blocks=blocks),
+        WeightRule(megatron + "conv_weight", convolution, Split.KEY_HEADS, blocks=(net.blocks[:3],)),
+        WeightRule(megatron + "dt_bias", (hugging_face + "dt_bias",), Split.ROWS),
+        WeightRule(megatron + "A_log", (hugging_face + "A_log",), Split.ROWS),
+        WeightRule(megatron + "out_norm.weight", (hugging_face + "norm.weight",), Split.WHOLE),
+        WeightRule(megatron + "out_proj.weight", (hugging_face + "out_proj.weight",), Split.COLUMNS),
+    ]
+
+
+def decoder_rules(
+    architecture: Architecture, mlp: MlpRules = dense_mlp, *, delta_by_head: bool = False
+) -> list[WeightRule]:
+    """The rules of a decoder with Llama's names: attention or delta nets, feed-forward part, embedding, final norm and head."""
     rules = [
         WeightRule(f"{LAYER}{megatron}.weight", (f"{HF}{name}.weight",), Split.WHOLE)
         for field, megatron in _NORMS.items()
         if (name := getattr(architecture.norms, field))
     ]
-    rules += [_QKV, _OUTPUT] if architecture.latents is None else [*latent_attention(architecture.latents), _OUTPUT]
+    attention = [_QKV, _OUTPUT] if architecture.latents is None else [*latent_attention(architecture.latents), _OUTPUT]
     if architecture.qkv_bias:
-        rules.append(_bias_of(_QKV))
+        attention.append(_bias_of(_QKV))
     if architecture.output_bias:
-        rules.append(_bias_of(_OUTPUT))
+        attention.append(_bias_of(_OUTPUT))
     if architecture.qk_norm:
-        rules += _QK_NORMS
+        attention += _QK_NORMS
     if architecture.attention_sinks:
-        rules.append(_SINKS)
+        attention.append(_SINKS)
+    if architecture.delta_net is not None:
+        attention = in_layers(architecture.attention_layers, attention)
+        without = tuple(n for n in range(architecture.num_layers) if n not in architecture.attention_layers)
+        attention += in_layers(without, delta_net(architecture.delta_net, by_head=delta_by_head))
+    rules += attention
     rules += mlp(architecture)
     rules += [_EMBEDDING, _FINAL_NORM]
     if not architecture.tied_embeddings:

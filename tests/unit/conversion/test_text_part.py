@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from megatron_sstoken.commands.convert_checkpoint import main
 from megatron_sstoken.conversion.text_part import put_text, take_text
 from megatron_sstoken.conversion.work import ConversionOptions
+from megatron_sstoken.model.families.registry import family_of
 from tests.helpers.workbench import load_model, make_model
 
 TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -18,11 +19,32 @@ TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 SEEING = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SEEING |= {"image_size": 28, "patch_size": 14}
 PARTS = {
-    "gemma3": ({"model_type": "gemma3_text", "sliding_window": 16}, "siglip_vision_model", {"mm_tokens_per_image": 4}),
-    "mistral3": ({"model_type": "mistral", "sliding_window": 16}, "pixtral", {}),
-    "llava": ({"model_type": "llama"}, "clip_vision_model", {}),
+    "gemma3": (
+        {"model_type": "gemma3_text", "sliding_window": 16},
+        {"model_type": "siglip_vision_model", **SEEING},
+        {"mm_tokens_per_image": 4, "image_token_index": 63},
+    ),
+    "mistral3": (
+        {"model_type": "mistral", "sliding_window": 16},
+        {"model_type": "pixtral", **SEEING},
+        {"image_token_index": 63},
+    ),
+    "llava": ({"model_type": "llama"}, {"model_type": "clip_vision_model", **SEEING}, {"image_token_index": 63}),
+    "qwen3_5": (
+        family_of("qwen3_5_text").tiny
+        | {"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention"]},
+        {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 4,
+        },
+        {"image_token_id": 63, "video_token_id": 62},
+    ),
 }
-"""Model → fields of its text model, the type of what sees, and more fields."""
+"""Model → fields of its text model, of what sees, and more."""
 SMALL_FILES = ConversionOptions(shard_size=20_000)
 
 
@@ -47,8 +69,7 @@ def folders(tmp_path_factory):
         config = AutoConfig.for_model(
             name,
             text_config={**TEXT, **text},
-            vision_config={"model_type": seeing, **SEEING},
-            image_token_index=63,
+            vision_config=seeing,
             **more,
         )
         AutoModelForImageTextToText.from_config(config).save_pretrained(path / name)
@@ -68,7 +89,7 @@ def folders(tmp_path_factory):
 def test_the_text_model_is_taken_out_and_put_back(folders, tmp_path, name):
     told: list[str] = []
     text = take_text(folders / name, tmp_path / "text", options=SMALL_FILES, tell=told.append)
-    assert "vision_tower" in told[0] and "multi_modal_projector" in told[0]
+    assert ("visual (" if name == "qwen3_5" else "multi_modal_projector (") in told[0]
     assert (text / "chat_template.jinja").read_text() == "{{ messages }}"
     assert not {"chat_template.json", "preprocessor_config.json"} & {file.name for file in text.iterdir()}
     before, model = load_whole(folders / name), load_model(text)
@@ -80,7 +101,7 @@ def test_the_text_model_is_taken_out_and_put_back(folders, tmp_path, name):
     assert {key: torch.equal(one, whole[key]) for key, one in tensors_of(back).items()} == dict.fromkeys(whole, True)
 
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight.mul_(1.5)
+        model.model.layers[1].mlp.down_proj.weight.mul_(50)
     model.save_pretrained(tmp_path / "tuned")
     (tmp_path / "tuned" / "chat_template.jinja").write_text("tuned {{ messages }}")
     back = put_text(folders / name, tmp_path / "tuned", tmp_path / "back", tell=told.append)

@@ -263,7 +263,89 @@ DEEPSEEK_V3 = {  # as DeepSeek's folders have it, smaller and in bf16
     "v_head_dim": 12,
     "vocab_size": 320,
 }
+QWEN3_NEXT = {  # as Qwen's folder has it, smaller
+    "architectures": ["Qwen3NextForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "full_attention_interval": 4,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "initializer_range": 0.02,
+    "intermediate_size": 160,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 24,
+    "max_position_embeddings": 262144,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_next",
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+    "num_attention_heads": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "num_hidden_layers": 6,
+    "num_key_value_heads": 2,
+    "output_router_logits": False,
+    "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000000,
+    "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 24,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 320,
+}
+QWEN3_5_TEXT = {  # as the text_config of Qwen's folders has it, smaller
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_output_gate": True,
+    "bos_token_id": None,
+    "dtype": "bfloat16",
+    "eos_token_id": 248044,
+    "full_attention_interval": 4,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_value_head_dim": 16,
+    "mamba_ssm_dtype": "float32",
+    "max_position_embeddings": 262144,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_5_text",
+    "mtp_num_hidden_layers": 1,
+    "mtp_use_dedicated_embeddings": False,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {
+        "mrope_interleaved": True,
+        "mrope_section": [2, 1, 1],
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000,
+        "rope_type": "default",
+    },
+    "tie_word_embeddings": True,
+    "vocab_size": 320,
+}
 CONFIGS = {
+    "qwen3-next": QWEN3_NEXT,
+    "qwen3-next-some-dense": QWEN3_NEXT | {"decoder_sparse_step": 2, "mlp_only_layers": [3], "attention_bias": True},
+    "qwen3.5": QWEN3_5_TEXT,
+    "qwen3.5-of-one-kind": QWEN3_5_TEXT | {"layer_types": ["full_attention"] * 4},
     "deepseek-v3": DEEPSEEK_V3,
     "deepseek-v3-without-query-latents": DEEPSEEK_V3 | {"q_lora_rank": None, "n_group": 1, "topk_group": 1},
     "kimi-k2": DEEPSEEK_V3
@@ -485,13 +567,21 @@ def test_number_of_parameters(folder, name):
 
 
 def test_numbers_of_parameters_are_the_published_ones():
-    """DeepSeek-V3: 671B, 37B of them for each token (arXiv 2412.19437); Kimi K2: 1T and 32B (arXiv 2507.20534)."""
+    """DeepSeek-V3: 671B, 37B of them for each token (arXiv 2412.19437); Kimi K2: 1T and 32B (arXiv 2507.20534).
+
+    Qwen3-Next: 80B and 3B, 79B of them without embeddings (its model card).
+    """
     deepseek = {"model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "num_hidden_layers": 61}
     kimi = {"vocab_size": 163840, "num_attention_heads": 64, "num_key_value_heads": 64, "n_routed_experts": 384}
     kimi |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
     for config, whole, active in (({"num_attention_heads": 128}, 671, 37), (kimi, 1026, 32)):
         a = parse_architecture(deepseek | config, "config.json")
         assert (a.num_parameters() // 10**9, a.num_active_parameters() // 10**9) == (whole, active)
+    qwen = {"vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48}
+    a = parse_architecture({"model_type": "qwen3_next"} | qwen, "config.json")
+    embeddings = 2 * a.vocabulary_size * a.hidden_size
+    found = a.num_parameters(), a.num_parameters() - embeddings, a.num_active_parameters() - embeddings
+    assert [round(number / 1e9) for number in found] == [80, 79, 3]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -567,6 +657,36 @@ def test_padded_vocabulary(folder, words, multiple, tensor, padded):
             LLAMA2,
             {"model_type": "kimi_k2"},
             "model_type='kimi_k2' is not supported, for transformers knows such models as deepseek_v3 alone, and",
+        ),
+        (
+            QWEN3_5_TEXT,
+            {"model_type": "qwen3_5"},
+            "model_type='qwen3_5' is not supported, for it reads images, too: qwen3_5_text, its text model alone, is",
+        ),
+        (QWEN3_NEXT, {"linear_num_key_heads": 3}, "linear_num_key_heads=3 does not divide linear_num_value_heads=4"),
+        (
+            QWEN3_NEXT,
+            {"linear_conv_kernel_dim": 0},
+            "linear_conv_kernel_dim=0 is not possible: only a whole number from",
+        ),
+        (
+            QWEN3_NEXT,
+            {"decoder_sparse_step": 7},
+            r"decoder_sparse_step=7 and mlp_only_layers=\[\] leave no layer experts",
+        ),
+        (QWEN3_NEXT, {"mlp_only_layers": "0"}, "mlp_only_layers='0' is not possible: only a list of layers"),
+        (
+            QWEN3_NEXT,
+            {"full_attention_interval": "4"},
+            "full_attention_interval='4' is not possible: only a whole number",
+        ),
+        (QWEN3_NEXT, {"attn_output_gate": False}, "attn_output_gate=False is not supported: only True is"),
+        (QWEN3_NEXT, {"mamba_ssm_dtype": "bfloat16"}, "mamba_ssm_dtype='bfloat16' is not supported: only 'float32' is"),
+        (QWEN3_5_TEXT, {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\] is not supported: only \[\] is"),
+        (
+            QWEN3_5_TEXT,
+            {"layer_types": ["sliding_attention"] * 4},
+            r"layer_types=\[.*\] is not supported: one of full_attention and linear_attention for each of num_hidden_layers=4",
         ),
         (DEEPSEEK_V3, {"attention_bias": True}, "attention_bias=True is not supported: only False is"),
         (DEEPSEEK_V3, {"topk_method": "greedy"}, "topk_method='greedy' is not supported: only 'noaux_tc' is"),

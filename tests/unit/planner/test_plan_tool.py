@@ -185,6 +185,11 @@ def test_mistakes_are_told_in_the_words_of_a_run(capsys, options, message):
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_mixture_of_experts_is_refused(tmp_path, capsys):
+def test_models_without_an_estimate_are_refused(tmp_path, capsys):
+    assert main(["--model", make_model(tmp_path / "delta nets", "qwen3_5_text")]) == 2
+    assert (
+        "has gated delta nets, for which there is no estimate: name one with attention in all"
+        in capsys.readouterr().err
+    )
     assert main(["--model", make_model(tmp_path / "mixture", "mixtral")]) == 2
     assert "is a mixture of experts, for which there is no estimate: name a dense model" in capsys.readouterr().err

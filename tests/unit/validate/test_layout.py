@@ -6,7 +6,14 @@ import pytest
 
 from megatron_sstoken.model.families import read_architecture
 from megatron_sstoken.model.lora_targets import OF_MLP
-from megatron_sstoken.validate.layout import Findings, check_adapters, check_fp8, check_windows, divisors
+from megatron_sstoken.validate.layout import (
+    Findings,
+    check_adapters,
+    check_fp8,
+    check_split,
+    check_windows,
+    divisors,
+)
 from megatron_sstoken.validate.run import plan_run
 from tests.helpers.plans import only_problem, problems_of
 from tests.helpers.workbench import make_model, make_settings
@@ -362,6 +369,49 @@ def test_all_linear_means_the_linears_that_a_model_has(folder, tmp_path):
         assert lora.targets[0] == first and {*OF_MLP} < {*lora.targets}
         linears = set(lora.targets) & {"q_proj", "q_a_proj", "k_proj", "kv_b_proj"}
         assert linears == ({"q_a_proj", "kv_b_proj"} if family == "deepseek_v3" else {"q_proj", "k_proj"})
+
+
+@pytest.fixture(scope="module")
+def delta_nets(tmp_path_factory):
+    """The architecture of the miniature with delta nets in its layers 1 and 2."""
+    return read_architecture(make_model(tmp_path_factory.mktemp("delta nets"), "qwen3_5_text"))
+
+
+def test_key_heads_of_delta_nets_are_dealt_out(delta_nets):
+    found = Findings([])
+    check_split("model", delta_nets, make_settings("", "", parallel__tensor=4), found)
+    assert found.problems == ["parallel.tensor=4 does not divide model.linear_num_key_heads=2: use 1 or 2"]
+
+
+def test_delta_nets_take_no_adapters(delta_nets):
+    def findings(targets, **parallel):
+        found = Findings([])
+        check_adapters(make_settings("", "", lora__rank=2, lora__targets=targets, **parallel), delta_nets, found)
+        return found
+
+    assert findings(["q_proj", "o_proj"], parallel__pipeline=2).problems == []
+    (note,) = findings(["q_proj"]).notes
+    assert note.endswith(
+        "which model.model_type=qwen3_5_text has in 2 of 4 layers in place of attention, take no adapters"
+    )
+    assert findings(["q_proj", "up_proj"], parallel__pipeline=4).problems == []
+    (problem,) = findings(["q_proj"], parallel__pipeline=4).problems
+    assert "leaves nothing to train in the pipeline's layers 1 to 1, 2 to 2: add gate_proj" in problem
+    virtual = findings(["q_proj"], parallel__pipeline=2, parallel__virtual_pipeline=2).problems
+    assert virtual == [problem]
+
+
+def test_fp8_wants_tiles_of_delta_nets(delta_nets):
+    found = Findings([])
+    settings = make_settings("", "", training__precision="fp8", training__fp8_recipe="mxfp8", parallel__tensor=2)
+    check_fp8(settings, delta_nets, found)
+    widths = dict(
+        problem.split("; model.")[1].split(" with ")[0].split(" leaves a rank ") for problem in found.problems
+    )
+    # A rank has 1 of 2 key heads of 6 numbers, with 2 value heads of 8, which have gates of 8 and two numbers more.
+    assert widths["linear_num_value_heads × linear_value_head_dim"] == "16"
+    made = "2 · linear_num_key_heads × linear_key_head_dim + 2 · linear_num_value_heads × (linear_value_head_dim + 1)"
+    assert widths[made] == str(2 * 6 + 2 * 2 * (8 + 1))
 
 
 def test_fp8_wants_tiles_of_latents(latents):

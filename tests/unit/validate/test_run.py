@@ -45,6 +45,36 @@ def test_layers_are_counted_from_either_end(settings):
     assert plan_run(settings(selection__layer=0, parallel__pipeline=2), 2).captured_layers == (1,)
 
 
+def test_captured_layers_have_attention(settings, tmp_path):
+    model = make_model(tmp_path / "model", "qwen3_5_text")
+    assert plan_run(settings(model__hf_path=model, selection__layer=[0, -1]), 1).captured_layers == (1, 4)
+    assert only_problem(settings(model__hf_path=model, selection__layer=[3, 1, -2])) == (
+        "selection.layer=[3, 1, -2] names layers without attention (1, 2), in place of which model.model_type=qwen3_5_text has "
+        "gated delta nets there: use some of 0, 3"
+    )
+    assert (
+        plan_run(settings(model__hf_path=model, selection__layer=1, selection__method="full"), 1).captured_layers == ()
+    )
+    none = make_model(tmp_path / "none", "qwen3_5_text", layer_types=["linear_attention"] * 4)
+    assert only_problem(settings(model__hf_path=none)).endswith(
+        "use another selection.method than sstoken, which captures attention"
+    )
+
+
+def test_selective_recomputation_saves_nothing_of_fused_attention(settings, tmp_path):
+    """A note says so; but much of delta nets, of which a note says that."""
+    model = make_model(tmp_path / "model", "qwen3_5_text")
+
+    def told(start, recompute, **more):
+        changes = {"training__recompute": recompute, "training__precision": "bf16"} | more
+        notes = plan_run(settings(**changes), 1, dry_run=True).notes
+        return any(note.startswith(f"training.recompute={start}") for note in notes)
+
+    fused, kept = "selective computes attention again and saves", "none keeps all that gated delta nets compute"
+    assert told(fused, "selective") and not told(fused, "selective", model__hf_path=model)
+    assert told(kept, "none", model__hf_path=model) and not told(kept, "none")
+
+
 @pytest.mark.parametrize(
     ("method", "history", "attention"),
     [("sstoken", True, (4,)), ("full", False, ()), ("random", False, ())],
