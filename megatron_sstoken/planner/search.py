@@ -13,7 +13,7 @@ from megatron_sstoken.planner.memory import StageMemory, memory_of
 from megatron_sstoken.planner.step_time import Speed, speed_of
 from megatron_sstoken.planner.workload import Workload, problems_of_workload
 from megatron_sstoken.supported import fp8_problem
-from megatron_sstoken.validate.layout import divisors_of
+from megatron_sstoken.validate.findings import divisors_of
 
 NEW_CUDA = "13.0"
 

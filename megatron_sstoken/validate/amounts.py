@@ -2,7 +2,7 @@
 
 from megatron_sstoken.config import Settings
 from megatron_sstoken.run_plan import DataPlan
-from megatron_sstoken.validate.layout import Findings
+from megatron_sstoken.validate.findings import Findings
 
 _MANY = 0.1
 """Share of the samples from which it is told that they are cut or left out."""

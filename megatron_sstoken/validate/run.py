@@ -27,18 +27,12 @@ from megatron_sstoken.model.weights import check_weights
 from megatron_sstoken.run_plan import DataPlan, RunPlan
 from megatron_sstoken.selection.methods import find_method
 from megatron_sstoken.selection.weights import find_weight
+from megatron_sstoken.validate.adapters import check_adapters
 from megatron_sstoken.validate.amounts import check_amounts
 from megatron_sstoken.validate.checkpoint_model import other_model
+from megatron_sstoken.validate.findings import Findings
 from megatron_sstoken.validate.first import writing_problems
-from megatron_sstoken.validate.layout import (
-    Findings,
-    batch_shape_of,
-    check_adapters,
-    check_fp8,
-    check_processes,
-    check_split,
-    check_windows,
-)
+from megatron_sstoken.validate.layout import batch_shape_of, check_fp8, check_processes, check_split, check_windows
 from megatron_sstoken.validate.settings import problems_of
 
 

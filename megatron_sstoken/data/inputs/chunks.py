@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-CHUNK_BYTES = 256 * 1024
-"""Bytes of the rows of a chunk, about; one row may be larger."""
+CHUNK_BYTES = 1 << 20
+"""Bytes of the rows of a chunk, about; one row may be larger. Handing smaller ones to workers takes longer."""
 
 
 @dataclass(frozen=True)

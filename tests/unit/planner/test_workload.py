@@ -18,7 +18,8 @@ from megatron_sstoken.model.presets import MODELS, find_architecture
 from megatron_sstoken.planner.memory import adapter_parameters, parameter_sizes
 from megatron_sstoken.planner.workload import Workload, problems_of_workload
 from megatron_sstoken.supported import TOKEN_MULTIPLE
-from megatron_sstoken.validate.layout import Findings, batch_shape_of
+from megatron_sstoken.validate.findings import Findings
+from megatron_sstoken.validate.layout import batch_shape_of
 
 EIGHT = find_architecture("Llama-3.1-8B")
 
