@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import uuid
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -40,8 +39,8 @@ class Lock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(3):
             if self._create():
-                for kind in ("now", "stale"):  # left where another process was killed in the middle of a look
-                    delete_old(self.path.parent, f"{self.path.name}.{kind}-*", seconds=STALE)
+                # Left where another process was killed in the middle of a look.
+                delete_old(self.path.parent, f"{self.path.name}.now-*", seconds=STALE)
                 self._stop.clear()
                 self._heart = threading.Thread(target=self._beat, name=f"lock {self.path}", daemon=True)
                 self._heart.start()
@@ -94,25 +93,38 @@ class Lock:
 
     def _holder(self) -> str | None:
         """Who holds the lock; None if it is free now, a stale one having been removed."""
+        if (found := self._look()) is None:
+            return None
+        content, stale = found
+        who = f"process {content['pid']} on {content['host']}" if content else "a process that has just started"
+        if not stale:
+            return who
+        delete_old(self.path.parent, self._removing.name, seconds=STALE)
+        try:
+            self._removing.touch(exist_ok=False)
+        except FileExistsError:
+            return None  # another one removes it
+        try:
+            if self._look() != found:  # another one has removed it since, and may have made its own
+                return None
+            self.path.unlink(missing_ok=True)
+        finally:
+            self._removing.unlink(missing_ok=True)
+        print(f"note: {self.path} was left behind by {who}, which has ended: taken over", file=sys.stderr, flush=True)
+        return None
+
+    def _look(self) -> tuple[dict, bool] | None:
+        """What the lock file says, and whether it is stale; None if there is none."""
         content, age = _read(self.path), self._age()
         if age is None:
             return None
-        who = f"process {content['pid']} on {content['host']}" if content else "a process that has just started"
         gone = content.get("host") == socket.gethostname() and not _is_alive(content.get("pid"))
-        if age < STALE and not gone:
-            return who
-        stale = self.path.with_name(f"{self.path.name}.stale-{self._token}")
-        try:
-            os.replace(self.path, stale)  # of several that find it stale one succeeds
-        except FileNotFoundError:
-            return None
-        with suppress(FileNotFoundError):  # whoever has the lock by now may have tidied it up
-            if _read(stale) != content:  # another one had taken it over in between: put it back
-                os.replace(stale, self.path)
-                return "another process"
-            stale.unlink()
-        print(f"note: {self.path} was left behind by {who}, which has ended: taken over", file=sys.stderr, flush=True)
-        return None
+        return content, age >= STALE or gone
+
+    @property
+    def _removing(self) -> Path:
+        """There while a process removes a stale lock: only one may, and after another look."""
+        return self.path.with_name(f"{self.path.name}.removing")
 
     def _touched(self) -> int | None:
         """When the holder last gave a sign of life; None if there is none."""

@@ -106,14 +106,36 @@ def test_of_many_at_once_one_gets_it(tmp_path, stale):
     assert sum(success for _, success in taken) == 1
 
 
-def test_a_stale_lock_that_whoever_has_the_lock_tidies_up(tmp_path, monkeypatch):
-    path, replace = tmp_path / "lock", os.replace
+@pytest.mark.parametrize("content", ['{"host": "node-far-away", "pid": 1, "token": "theirs"}', "nonsense"])
+def test_a_stale_lock_that_another_takes_over_in_the_middle_of_a_look(tmp_path, monkeypatch, content):
+    """Its lock must stay where it is all the time: while it was away a third one could make its own."""
+    path, others = tmp_path / "lock", Lock(tmp_path / "lock")
+    of_another_machine(path, 0)
+    path.write_text(content)
+    os.utime(path, (then := time.time() - locks.STALE - 5, then))
+    look, looks = Lock._look, []
+
+    def look_and_be_late(lock):
+        found = look(lock)
+        if lock is late and not looks:
+            looks.append(found)
+            assert others.take() is None
+        return found
+
+    monkeypatch.setattr(Lock, "_look", look_and_be_late)
+    late = Lock(path)
+    with others:
+        assert late.take() == f"process {os.getpid()} on {socket.gethostname()}"
+        assert looks[0][1] and locks._read(path)["token"] == others._token
+        assert [left.name for left in tmp_path.iterdir()] == ["lock"]
+
+
+def test_only_one_removes_a_stale_lock_and_a_killed_one_is_not_waited_for_long(tmp_path):
+    path = tmp_path / "lock"
     of_another_machine(path, locks.STALE + 5)
-
-    def replace_and_lose(source, target):
-        replace(source, target)
-        os.unlink(target)
-
-    monkeypatch.setattr(locks.os, "replace", replace_and_lose)
+    removing = tmp_path / "lock.removing"
+    removing.touch()
+    assert Lock(path).take() == "another process" and path.exists()
+    os.utime(removing, (then := time.time() - locks.STALE - 5, then))
     with Lock(path) as lock:
-        assert lock.take() is None
+        assert lock.take() is None and not removing.exists()
