@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_sstoken.conversion.contents import Contents, Parameter
-from megatron_sstoken.model.dtypes import SAFETENSORS_DTYPES, is_router_bias
+from megatron_sstoken.model.dtypes import is_router_bias
 from megatron_sstoken.model.families import read_architecture
 from megatron_sstoken.model.weight_files import HuggingFaceWeights
 from megatron_sstoken.model.weights import check_weights, read_shard
@@ -72,7 +72,7 @@ class FolderReader(ThreadWeights):
 def _types(weights: HuggingFaceWeights) -> set[torch.dtype]:
     """The types of all tensors but those whose type is not the model's."""
     names = (name for name in weights.names() if not is_router_bias(name))
-    return {SAFETENSORS_DTYPES[weights.slice(name).get_dtype()] for name in names}
+    return {weights.dtype(name) for name in names}
 
 
 def copy_companions(source: Path, target: Path, *, dtype: torch.dtype) -> None:

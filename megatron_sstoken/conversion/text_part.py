@@ -16,7 +16,6 @@ from megatron_sstoken.conversion.folder import ThreadWeights, copy_companions
 from megatron_sstoken.conversion.output import Source, convert_dtype, write_safetensors
 from megatron_sstoken.conversion.work import ConversionOptions, Workplace, check_memory, refuse_existing
 from megatron_sstoken.files import write_json
-from megatron_sstoken.model.dtypes import SAFETENSORS_DTYPES
 from megatron_sstoken.model.families import Architecture, parse_architecture, read_architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
 from megatron_sstoken.model.weight_files import HuggingFaceWeights
@@ -82,7 +81,7 @@ def take_text(
     reader, part = ThreadWeights(hf_path), TextPart(hf_path)
     architecture = parse_architecture(config, f"{hf_path}/config.json, text_config")
     check_weights(part, architecture)
-    types = {name: _dtype(part, name) for name in architecture.tensor_names()}
+    types = {name: part.dtype(name) for name in architecture.tensor_names()}
     sources = [_source(reader, part.places[name], name, dtype) for name, dtype in types.items()]
     _check_memory(options, sources)
     left_out = Counter(_owner(name) for name in part.others())
@@ -120,13 +119,13 @@ def put_text(
     architecture = parse_architecture(_text_config(hf_path), f"{hf_path}/config.json, text_config")
     _require_equal(architecture, read_architecture(text_path), f"--text={text_path} is another model than {hf_path}")
     check_weights(tuned.weights, architecture)
-    sources = [_source(whole, name, name, _dtype(whole.weights, name)) for name in part.others()]
+    sources = [_source(whole, name, name, whole.weights.dtype(name)) for name in part.others()]
     for name in architecture.tensor_names():  # a tied head's copy, if there is one, is not written again
-        sources.append(_source(tuned, name, part.places[name], _dtype(part, name)))
+        sources.append(_source(tuned, name, part.places[name], part.dtype(name)))
     _check_memory(options, sources)
     with Workplace(output, _identity("put-text", options, [hf_path, text_path])) as place:
         write_safetensors(place, sources, options)
-        copy_companions(Path(hf_path), place.folder, dtype=_dtype(part, "model.embed_tokens.weight"))
+        copy_companions(Path(hf_path), place.folder, dtype=part.dtype("model.embed_tokens.weight"))
         tell(export_template(place.folder, own_template(Path(text_path))))
         return place.publish()
 
@@ -161,12 +160,8 @@ def _source(reader: ThreadWeights, name: str, written: str, dtype: torch.dtype) 
         reader.release()
 
     made = torch.empty(reader.weights.slice(name).get_shape(), dtype=dtype, device="meta")
-    read = made.numel() * _dtype(reader.weights, name).itemsize
+    read = made.numel() * reader.weights.dtype(name).itemsize
     return Source({written: made}, cost=2 * read + made.nbytes, make=make)
-
-
-def _dtype(weights: HuggingFaceWeights, name: str) -> torch.dtype:
-    return SAFETENSORS_DTYPES[weights.slice(name).get_dtype()]
 
 
 def _check_memory(options: ConversionOptions, sources: Sequence[Source]) -> None:

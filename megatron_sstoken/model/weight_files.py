@@ -92,6 +92,10 @@ class HuggingFaceWeights:
             raise ValueError(f"{self.path}: the tensor {name} is missing")
         return self._opened(self._file_of[name]).get_slice(name)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor, which `check_files` has found to be one that is read."""
+        return SAFETENSORS_DTYPES[self.slice(name).get_dtype()]
+
     @contextmanager
     def read_numbers(self) -> Iterator[Callable[[str, int, int], torch.Tensor]]:
         """Within, a function: a tensor's name, first, last → its numbers from `first` to before `last`, in the file's order.

@@ -4,9 +4,9 @@ from functools import partial
 from typing import Any
 
 from megatron_sstoken.model.families.architecture import Latents
-from megatron_sstoken.model.families.registry import Config, Experts, Family, register
+from megatron_sstoken.model.families.registry import Config, Experts, Family, register, whole
 from megatron_sstoken.model.families.rope import rope_parameters, yarn_growth
-from megatron_sstoken.model.families.sigmoid_router import FIELDS, mixture_sizes, router_options, whole
+from megatron_sstoken.model.families.sigmoid_router import FIELDS, mixture_sizes, router_options
 from megatron_sstoken.model.families.weight_map import LLAMA_NAMES, decoder_rules, mixture
 
 

@@ -3,8 +3,7 @@
 from typing import Any
 
 from megatron_sstoken.model.families.architecture import DeltaNet
-from megatron_sstoken.model.families.registry import Config
-from megatron_sstoken.model.families.sigmoid_router import whole
+from megatron_sstoken.model.families.registry import Config, whole
 
 _SIZES = {
     "key_heads": "linear_num_key_heads",

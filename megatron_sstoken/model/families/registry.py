@@ -11,6 +11,14 @@ Config = dict[str, Any]
 """The content of a config.json, with the family's own meaning of absent fields."""
 
 
+def whole(config: Config, name: str, least: int = 1) -> int:
+    """The whole number that a field holds. Raises ValueError for anything else."""
+    value = config.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} is not possible: only a whole number from {least} on is")
+    return value
+
+
 def listed_kinds(config: Config, num_layers: int) -> list[str]:
     """The attention of each layer as `layer_types` lists it; in all layers the window (if there is one) without a list."""
     kinds = config.get("layer_types")

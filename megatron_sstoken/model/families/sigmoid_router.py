@@ -2,21 +2,13 @@
 
 from typing import Any
 
-from megatron_sstoken.model.families.registry import Config
+from megatron_sstoken.model.families.registry import Config, whole
 
 FIELDS = frozenset(
     "n_group topk_group first_k_dense_replace n_shared_experts routed_scaling_factor num_nextn_predict_layers "
     "num_mtp_layers".split()
 )
 """Of `config.json`, beside those of any mixture."""
-
-
-def whole(config: Config, name: str, least: int = 1) -> int:
-    """The whole number that a field holds. Raises ValueError for anything else."""
-    value = config.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} is not possible: only a whole number from {least} on is")
-    return value
 
 
 def mixture_sizes(config: Config) -> dict[str, Any]:
