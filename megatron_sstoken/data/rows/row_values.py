@@ -8,8 +8,12 @@ from megatron_sstoken.data.conversation import BadRow
 
 def decode_json(text: str, what: str) -> Any:
     """A JSON text → its value. Raises `BadRow` that begins with `what`."""
+    text = text.strip(" \t\n\r")
     try:
-        return _DECODER.decode(text)
+        value, end = _DECODER.raw_decode(text)  # `decode` looks for the spaces with two regular expressions
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+        return value
     except json.JSONDecodeError as error:
         raise BadRow(f"{what}: {error}") from error
     except RecursionError as error:

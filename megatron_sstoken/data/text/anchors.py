@@ -68,8 +68,8 @@ class Anchors:
         """
         found = []
         for (first, last), (start, stop, _) in zip(self.borders, segments, strict=True):
-            left = self._token(first, places, ids, text, start, 0)
-            right = self._token(last, places, ids, text, stop, 1)
+            left = self._token(first, places, ids, text, start, 0) if first.header else places[first.number] + 1
+            right = self._token(last, places, ids, text, stop, 1) if last.header else places[last.number] + 1
             if left is None or right is None:
                 return None
             found.append((left, right))
@@ -80,7 +80,7 @@ class Anchors:
     ) -> int | None:
         begin = places[anchor.number] + 1
         end = begin + len(anchor.ids)
-        if not anchor.header or ids[begin:end] == anchor.ids:
+        if ids[begin:end] == anchor.ids:
             return end
         after = _NEXT.match(text, border)
         assert after is not None, "it matches nothing, too"

@@ -77,8 +77,9 @@ class Shape:
         """The text with these runs and its segments; None where the template has to be asked."""
         if self.trims is None:
             return None
-        ordered = zip([pieces[number] for number in self.order], self.trims, strict=True)
-        runs_of_text = [run.strip() if trims else run for run, trims in ordered]
+        runs_of_text = pieces if self._in_order else [pieces[number] for number in self.order]
+        if any(self.trims):
+            runs_of_text = [run.strip() if trims else run for run, trims in zip(runs_of_text, self.trims, strict=True)]
         return self._with(runs_of_text), self._segments(self._starts(runs_of_text))
 
     def seeing_trims(self, messages: Sequence[Message], render: Callable[[list[Message]], str]) -> "Shape":
@@ -121,6 +122,11 @@ class Shape:
         return [literals + characters for literals, characters in zip(self._literals_before, before, strict=False)]
 
     @cached_property
+    def _in_order(self) -> bool:
+        """Whether the template writes all runs once, one after another."""
+        return self.order == (*range(len(self.order)),)
+
+    @cached_property
     def _literals_before(self) -> tuple[int, ...]:
         """Characters of the literals before each."""
         return tuple(accumulate(map(len, self.literals), initial=0))
@@ -151,21 +157,18 @@ def shape_of(conversation: Conversation, recipe: Recipe, specials: Finder) -> tu
     weights = conversation.weights
     if weights and any(weight.spans or weight.thinking is not None for weight in weights):
         return None
-    shape: list[str] = []
-    pieces: list[str] = []
-    together = "".join([message["content"] for message in conversation.messages])
-    may_be_special, may_be_markup = specials.may_be_in(together), MARKUP.may_be_in(together)
-    for message in conversation.messages:
-        content = message["content"]
-        if len(message) != 2 or (may_be_special and specials.is_in(content)):
-            return None
-        shape.append(message["role"])
-        if content and not may_be_markup and not content.isspace():
-            pieces.append(content)
-            continue
-        around, within = pieces_of(content)
-        shape += around
-        pieces += within
+    messages = conversation.messages
+    contents = [message["content"] for message in messages]
+    together = "".join(contents)
+    if any([len(message) != 2 for message in messages]):
+        return None
+    if specials.is_in(together) and any(map(specials.is_in, contents)):
+        return None
+    shape, pieces = [message["role"] for message in messages], contents
+    if MARKUP.may_be_in(together) or not all(contents) or any(map(str.isspace, contents)):
+        split = [pieces_of(content) for content in contents]
+        shape = [text for role, (around, _) in zip(shape, split, strict=True) for text in (role, *around)]
+        pieces = [run for _, within in split for run in within]
     arguments = str(recipe.template_arguments)
     return (tuple(shape), weights, recipe.turns, arguments), pieces
 

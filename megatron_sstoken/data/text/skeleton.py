@@ -29,7 +29,7 @@ MARKUP = Finder(
         "|".join(re.escape(tag) for tags in THINK_TAGS[:-1] for tag in tags)
         + r"|</?tool_(?:call|response)>|/(?:no_)?think\b|/system_override\b"
     ),
-    beginnings="<[/",
+    hints={"<": ("think", "reasoning>", "tool_"), "[": ("THINK]",), "/": ("think", "/system_override")},
 )
 """What templates look for in a content: it stays, so that they decide as they do for the real one."""
 

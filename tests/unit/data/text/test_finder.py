@@ -23,10 +23,11 @@ def test_the_longest_is_found_first_and_the_empty_one_never():
 
 
 @given(st.from_regex(MARKUP.pattern, fullmatch=True))
-def test_markup_begins_as_it_says(markup):
-    assert markup[0] in MARKUP.beginnings
+def test_markup_begins_and_goes_on_as_it_says(markup):
+    assert any(held in markup for held in MARKUP.hints[markup[0]])
 
 
 def test_a_pattern_of_its_own_is_searched_where_its_beginnings_are():
-    finder = Finder(re.compile(r"/think\b"), beginnings="/")
+    finder = Finder(re.compile(r"/think\b"), hints={"/": ("think",)})
     assert finder.is_in("go /think") and not finder.is_in("a/thinker") and not finder.is_in("think")
+    assert finder.may_be_in("a/thinker") and not finder.may_be_in("a/b") and not finder.may_be_in("think")
