@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import save
 from megatron.core.dist_checkpointing.strategies import common
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, ReadItem
@@ -73,6 +74,15 @@ def gather_in_next_pass(chunk: torch.nn.Module) -> None:
     for group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:  # type: ignore[misc]
         assert group.param_gather_handle is None, "the pass before has waited for all that it gathered"
         group.param_gather_dispatched = False
+
+
+def mark_split(parameter: torch.nn.Parameter, dim: int) -> None:
+    """Mark a parameter as one that is cut along `dim` over the tensor ranks, unless megatron has marked it.
+
+    0.16 marks its own only while drawing random weights, 0.19 in any case; both refuse a second mark.
+    """
+    if not hasattr(parameter, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
 
 
 def dense_mlp(layer: TransformerLayerSubmodules) -> MLPSubmodules | None:

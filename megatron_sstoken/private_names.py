@@ -195,7 +195,7 @@ _MEGATRON_MARKS = (
     PrivateName(
         _LAYERS,
         "tensor_model_parallel",
-        (_BUILD,),
+        ("compat.py",),
         "Mark on a parameter that differs between tensor ranks; the gradient norm counts the others once.",
         in_text=True,
     ),

@@ -16,6 +16,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from megatron_sstoken.config import ModelSettings, ParallelSettings
 from megatron_sstoken.conversion.check import check_folders
+from megatron_sstoken.conversion.dequantize import dequantize
 from megatron_sstoken.conversion.gguf import from_gguf
 from megatron_sstoken.conversion.hf import from_hf, reshard, to_hf
 from megatron_sstoken.conversion.inspection import describe_checkpoint, format_description
@@ -58,6 +59,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for command in (taking, putting):
         command.add_argument("--hf", type=local_model, required=True, help="folder of the model that reads images, too")
         _add_writing_arguments(command, shard_size="5GB")
+
+    dequantising = commands.add_parser("dequantize", help="folder in FP8 or MXFP4 → folder in BF16")
+    dequantising.add_argument("--hf", type=local_model, required=True, help="Hugging Face folder of quantised weights")
+    dequantising.set_defaults(run=_dequantize)
+    _add_conversion_arguments(dequantising, dtypes="bf16 or fp32", shard_size="5GB", default="bf16")
 
     export = commands.add_parser("to-hf", help="megatron checkpoint → Hugging Face folder")
     _add_checkpoint_arguments(export)
@@ -163,8 +169,10 @@ def _add_vocabulary_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument("--vocabulary_multiple", type=int, default=default, help=help_text)
 
 
-def _add_conversion_arguments(command: argparse.ArgumentParser, *, dtypes: str, shard_size: str) -> None:
-    command.add_argument("--dtype", help=f"type of the weights written: {dtypes} (default: the source's)")
+def _add_conversion_arguments(
+    command: argparse.ArgumentParser, *, dtypes: str, shard_size: str, default: str = "the source's"
+) -> None:
+    command.add_argument("--dtype", help=f"type of the weights written: {dtypes} (default: {default})")
     command.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -220,6 +228,12 @@ def _take_text(arguments: argparse.Namespace) -> int:
 def _put_text(arguments: argparse.Namespace) -> int:
     options = _writing_options(arguments)
     written = put_text(arguments.hf, arguments.text, arguments.output, options=options, tell=print)
+    print(f"written: {written}")
+    return 0
+
+
+def _dequantize(arguments: argparse.Namespace) -> int:
+    written = dequantize(arguments.hf, arguments.output, options=_options(arguments), tell=print)
     print(f"written: {written}")
     return 0
 

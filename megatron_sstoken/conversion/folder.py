@@ -4,13 +4,18 @@ import functools
 import json
 import shutil
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from megatron_sstoken import __version__
 from megatron_sstoken.conversion.contents import Contents, Parameter
+from megatron_sstoken.conversion.work import ConversionOptions
 from megatron_sstoken.model.dtypes import is_router_bias
 from megatron_sstoken.model.families import read_architecture
+from megatron_sstoken.model.fingerprint import fingerprint_files
 from megatron_sstoken.model.weight_files import HuggingFaceWeights
 from megatron_sstoken.model.weights import check_weights, read_shard
 
@@ -67,6 +72,18 @@ class FolderReader(ThreadWeights):
     def read(self, parameter: Parameter) -> torch.Tensor:
         """A whole parameter, in the type of its tensors."""
         return read_shard(self.weights, parameter.rule, parameter.layer, self.architecture, parameter.shape, 0, 1)
+
+
+def folders_identity(operation: str, options: ConversionOptions, folders: Sequence[str]) -> dict[str, Any]:
+    """What the bytes of an output that is made of whole folders depend on, for a `Workplace`."""
+    files = [file for folder in folders for file in (f"{folder}/config.json", *HuggingFaceWeights(folder).files())]
+    return {
+        "operation": operation,
+        "version": __version__,
+        "dtype": options.dtype,
+        "shard_size": options.shard_size,
+        "source": fingerprint_files(files),
+    }
 
 
 def _types(weights: HuggingFaceWeights) -> set[torch.dtype]:

@@ -12,7 +12,7 @@ import torch
 from megatron_sstoken.checkpoint.manifest import RunState, write_run_state
 from megatron_sstoken.conversion.adapters import AdapterCheckpoint
 from megatron_sstoken.conversion.contents import Contents, Parameter
-from megatron_sstoken.conversion.folder import FolderReader
+from megatron_sstoken.conversion.folder import FolderReader, ThreadWeights
 from megatron_sstoken.conversion.safetensors_files import INDEX, ShardWriter, index_text, plan_shards
 from megatron_sstoken.conversion.torch_dist import (
     CheckpointReader,
@@ -84,6 +84,24 @@ def sources_of(
             for name, tensor in parameter.hugging_face(parameter.meta_tensor(), contents.architecture)
         }
         yield Source(tensors, costs[parameter.name], partial(make, parameter), part)
+
+
+def source_of(reader: ThreadWeights, name: str, written: str, dtype: torch.dtype) -> Source:
+    """The tensor `name` of a folder, to be written by the name `written` in the type `dtype`; in its own, bit for bit."""
+    stored = reader.weights.dtype(name)
+
+    def make() -> Iterator[tuple[str, torch.Tensor]]:
+        tensor = reader.weights.slice(name)[...]
+        yield written, tensor if dtype is stored else convert_dtype(written, tensor, dtype)
+        reader.release()
+
+    made = torch.empty(reader.weights.slice(name).get_shape(), dtype=dtype, device="meta")
+    return Source({written: made}, cost=2 * made.numel() * stored.itemsize + made.nbytes, make=make)
+
+
+def check_costs(options: ConversionOptions, sources: Sequence[Source]) -> None:
+    """Raise ValueError unless each of the sources fits the memory."""
+    check_memory(options.max_memory, {name: source.cost for source in sources for name in source.tensors})
 
 
 def write_safetensors(place: Workplace, sources: Sequence[Source], options: ConversionOptions) -> None:

@@ -1,23 +1,20 @@
 """The text model of a folder that reads images, too: taken out of it for training, and put back into it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from megatron_sstoken import __version__
 from megatron_sstoken.conversion.chat_template import export_template, own_template, take_from_processor
-from megatron_sstoken.conversion.folder import ThreadWeights, copy_companions
-from megatron_sstoken.conversion.output import Source, convert_dtype, write_safetensors
-from megatron_sstoken.conversion.work import ConversionOptions, Workplace, check_memory, refuse_existing
+from megatron_sstoken.conversion.folder import ThreadWeights, copy_companions, folders_identity
+from megatron_sstoken.conversion.output import check_costs, source_of, write_safetensors
+from megatron_sstoken.conversion.work import ConversionOptions, Workplace, refuse_existing
 from megatron_sstoken.files import write_json
 from megatron_sstoken.model.families import Architecture, parse_architecture, read_architecture
-from megatron_sstoken.model.fingerprint import fingerprint_files
 from megatron_sstoken.model.weight_files import HuggingFaceWeights
 from megatron_sstoken.model.weights import check_weights
 
@@ -82,11 +79,11 @@ def take_text(
     architecture = parse_architecture(config, f"{hf_path}/config.json, text_config")
     check_weights(part, architecture)
     types = {name: part.dtype(name) for name in architecture.tensor_names()}
-    sources = [_source(reader, part.places[name], name, dtype) for name, dtype in types.items()]
-    _check_memory(options, sources)
+    sources = [source_of(reader, part.places[name], name, dtype) for name, dtype in types.items()]
+    check_costs(options, sources)
     left_out = Counter(_owner(name) for name in part.others())
     dtype = types["model.embed_tokens.weight"]
-    with Workplace(output, _identity("take-text", options, [hf_path])) as place:
+    with Workplace(output, folders_identity("take-text", options, [hf_path])) as place:
         write_safetensors(place, sources, options)
         copy_companions(Path(hf_path), place.folder, dtype=dtype)
         write_json(place.folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
@@ -119,11 +116,11 @@ def put_text(
     architecture = parse_architecture(_text_config(hf_path), f"{hf_path}/config.json, text_config")
     _require_equal(architecture, read_architecture(text_path), f"--text={text_path} is another model than {hf_path}")
     check_weights(tuned.weights, architecture)
-    sources = [_source(whole, name, name, whole.weights.dtype(name)) for name in part.others()]
+    sources = [source_of(whole, name, name, whole.weights.dtype(name)) for name in part.others()]
     for name in architecture.tensor_names():  # a tied head's copy, if there is one, is not written again
-        sources.append(_source(tuned, name, part.places[name], part.dtype(name)))
-    _check_memory(options, sources)
-    with Workplace(output, _identity("put-text", options, [hf_path, text_path])) as place:
+        sources.append(source_of(tuned, name, part.places[name], part.dtype(name)))
+    check_costs(options, sources)
+    with Workplace(output, folders_identity("put-text", options, [hf_path, text_path])) as place:
         write_safetensors(place, sources, options)
         copy_companions(Path(hf_path), place.folder, dtype=part.dtype("model.embed_tokens.weight"))
         tell(export_template(place.folder, own_template(Path(text_path))))
@@ -152,32 +149,6 @@ def _require_equal(first: Architecture, second: Architecture, problem: str) -> N
         raise ValueError(f"{problem}: they differ in {', '.join(different)}")
 
 
-def _source(reader: ThreadWeights, name: str, written: str, dtype: torch.dtype) -> Source:
-    """The tensor `name` of a folder, to be written by the name `written` in the type `dtype`."""
-
-    def make() -> Iterator[tuple[str, torch.Tensor]]:
-        yield written, convert_dtype(written, reader.weights.slice(name)[:], dtype)
-        reader.release()
-
-    made = torch.empty(reader.weights.slice(name).get_shape(), dtype=dtype, device="meta")
-    read = made.numel() * reader.weights.dtype(name).itemsize
-    return Source({written: made}, cost=2 * read + made.nbytes, make=make)
-
-
-def _check_memory(options: ConversionOptions, sources: Sequence[Source]) -> None:
-    check_memory(options.max_memory, {name: source.cost for source in sources for name in source.tensors})
-
-
 def _owner(name: str) -> str:
     """The part of a model that a tensor belongs to."""
     return name.removeprefix("model.").partition(".")[0]
-
-
-def _identity(operation: str, options: ConversionOptions, folders: Sequence[str]) -> dict[str, Any]:
-    files = [file for folder in folders for file in (f"{folder}/config.json", *HuggingFaceWeights(folder).files())]
-    return {
-        "operation": operation,
-        "version": __version__,
-        "shard_size": options.shard_size,
-        "source": fingerprint_files(files),
-    }

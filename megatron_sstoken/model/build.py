@@ -9,14 +9,11 @@ import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import (
-    gather_from_sequence_parallel_region,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from megatron_sstoken.compat import finalize_gradients, gather_in_next_pass, silence_announcements
+from megatron_sstoken.compat import finalize_gradients, gather_in_next_pass, mark_split, silence_announcements
 from megatron_sstoken.config import Settings
 from megatron_sstoken.device import compute_device, have_cuda
 from megatron_sstoken.model.attention import AttentionCapture
@@ -288,7 +285,7 @@ def _multiplied(factor: float, module: torch.nn.Module, inputs: tuple, output: t
 
 
 def _mark_tensor_parallel(chunk: TokenLossModel, architecture: Architecture) -> None:
-    """Mark the parameters that differ between tensor ranks; megatron does so only while drawing random weights.
+    """Mark the parameters that differ between tensor ranks, as megatron does only while it draws random weights (0.16).
 
     Without the marks the gradient norm would count the first tensor rank's slices alone. Experts' gradients come from
     other tokens on every rank of a stage, tensor ranks included (their tokens are split by sequence parallel), so they
@@ -303,9 +300,8 @@ def _mark_tensor_parallel(chunk: TokenLossModel, architecture: Architecture) -> 
             parameter.allreduce = False  # a mark of megatron's
             # megatron marks biases of experts as replicas whose gradients are to be summed over the tensor ranks.
             parameter.sequence_parallel = False
-        if (split is not Split.WHOLE or of_expert) and not hasattr(parameter, "tensor_model_parallel"):
-            dim = 1 if split is Split.COLUMNS else 0
-            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+        if split is not Split.WHOLE or of_expert:
+            mark_split(parameter, 1 if split is Split.COLUMNS else 0)
 
 
 def _data_parallel(

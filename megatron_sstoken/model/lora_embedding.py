@@ -7,10 +7,11 @@ parameters are `embedding.adapters.lora_A.weight` and `embedding.adapters.lora_B
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import VocabParallelEmbedding, set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_sstoken.compat import mark_split
 from megatron_sstoken.config import LoraSettings
 
 
@@ -29,7 +30,7 @@ class EmbeddingAdapter(MegatronModule):
             tp_group=embedding.tp_group,
         )
         torch.nn.init.zeros_(self.lora_A.weight)
-        set_tensor_model_parallel_attributes(self.lora_A.weight, is_parallel=True, dim=0, stride=1)
+        mark_split(self.lora_A.weight, 0)
         self.lora_B = torch.nn.Parameter(
             torch.zeros(embedding.embedding_dim, lora.rank, dtype=config.params_dtype, device=self.lora_A.weight.device)
         )

@@ -63,13 +63,14 @@ class TwoRotariesSelfAttention(SelfAttention):
     The table of angles has both, made of the frequencies of one and then of the other (`table_frequencies`).
     """
 
-    def __init__(self, config: TransformerConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        self.windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)
-        if self.windowed:  # the factor belongs to the scaling
-            self.config = copy.copy(config)
+    def __init__(self, config: TransformerConfig, submodules, layer_number: int, *args, **kwargs):
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        if windowed:  # the factor belongs to the scaling; megatron 0.19 reads it here, 0.16 in every pass
+            config = copy.copy(config)
             for name in _FACTOR_FIELDS & vars(config).keys():
-                delattr(self.config, name)
+                delattr(config, name)
+        super().__init__(config, submodules, layer_number, *args, **kwargs)
+        self.windowed = windowed
 
     def forward(self, hidden_states, attention_mask, *args, rotary_pos_emb, **kwargs):
         """Angles [..., 2 · (half of the one, half of the other)], as megatron repeats frequencies for both halves of a head."""

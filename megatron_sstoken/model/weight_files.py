@@ -16,8 +16,10 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import safe_open
 
+from megatron_sstoken.files import read_json
 from megatron_sstoken.folders import hub_name
 from megatron_sstoken.model.dtypes import SAFETENSORS_DTYPES, SAFETENSORS_NAMES
+from megatron_sstoken.model.quantised import quantised_remedy
 
 # In the order in which transformers looks for them; beside a whole file it heeds no index.
 _LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -118,6 +120,17 @@ class HuggingFaceWeights:
 
         Reads headers only.
         """
+        self.check_index()
+        for name in self.names():
+            if (kind := self.slice(name).get_dtype()) not in SAFETENSORS_DTYPES:
+                config = Path(self.path, "config.json")
+                remedy = quantised_remedy(self.path, read_json(config) if config.is_file() else {})
+                raise ValueError(
+                    f"{self.path}: {name} is of type {kind}: only {', '.join(SAFETENSORS_DTYPES)} are read: {remedy}"
+                )
+
+    def check_index(self) -> None:
+        """Raise ValueError unless the files hold what the index says, each tensor once, of whatever type."""
         holders: dict[str, list[str]] = defaultdict(list)
         for file_name in sorted(set(self._file_of.values())):
             for name in list(self._opened(file_name).keys()):
@@ -138,12 +151,6 @@ class HuggingFaceWeights:
                 f"{self.path}: the index is stale: it does not name {_some(unlisted)}, which lies in "
                 f"{holders[unlisted[0]][0]}: {_AGAIN}"
             )
-        for name in self.names():
-            if (kind := self.slice(name).get_dtype()) not in SAFETENSORS_DTYPES:
-                raise ValueError(
-                    f"{self.path}: {name} is of type {kind}: only {', '.join(SAFETENSORS_DTYPES)} are read: name the folder of "
-                    "the BF16 weights, or write one with transformers, as docs/models.md shows"
-                )
 
     def note(self) -> str | None:
         """What a user should know of the files; None where there is nothing."""

@@ -110,7 +110,7 @@ def compare(other: str) -> None:
         for python in (sys.executable, other):
             command = [python, "-W", "ignore", "-m", "tests.helpers.lines", "dump", str(work)]
             subprocess.run(command, cwd=cli.ROOT, env=cli.environment(), check=True)
-        print(f"{'family':<12}{'lines':<18}{'loss':>10}{'of a token':>12}{'gradient':>10}{'selected':>10}")
+        print(f"{'family':<18}{'lines':<18}{'loss':>10}{'of a token':>12}{'gradient':>10}{'selected':>10}")
         for family in FAMILIES:
             files = sorted(work.glob(f"{family}-*.*.*.safetensors"))
             assert len(files) == 2, f"two lines are compared: {files}"
@@ -122,13 +122,13 @@ def compare(other: str) -> None:
             )
             mean, token = (_apart(one[name], two[name]) for name in ("mean", "loss"))
             same = "same" if torch.equal(one["selected"], two["selected"]) else "DIFFERENT"
-            print(f"{family:<12}{names:<18}{mean:>10.1e}{token:>12.1e}{gradient:>10.1e}{same:>10}")
+            print(f"{family:<18}{names:<18}{mean:>10.1e}{token:>12.1e}{gradient:>10.1e}{same:>10}")
 
 
 def _apart(one: torch.Tensor, two: torch.Tensor, *, relative: bool = False) -> float:
-    """Largest difference, where defined; `relative` to the largest value."""
+    """Largest difference, where defined; `relative` to the largest value, if there is one (not of an expert without tokens)."""
     difference = torch.nan_to_num((one.double() - two.double()).abs()).max().item()
-    return difference / one.abs().max().item() if relative else difference
+    return difference / (one.abs().max().item() or 1.0) if relative else difference
 
 
 def main() -> None:

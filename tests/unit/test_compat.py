@@ -11,7 +11,14 @@ from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.mlp import MLPSubmodules
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sstoken.compat import COMMON_STATE, _ReadObject, dense_mlp, load_options, silence_announcements
+from megatron_sstoken.compat import (
+    COMMON_STATE,
+    _ReadObject,
+    dense_mlp,
+    load_options,
+    mark_split,
+    silence_announcements,
+)
 
 
 def test_the_feed_forward_part_is_found_in_either_form():
@@ -29,6 +36,13 @@ def test_what_is_found_is_what_megatron_builds():
     dense = get_gpt_layer_local_spec(normalization="RMSNorm").submodules
     mixture = get_gpt_layer_local_spec(normalization="RMSNorm", num_experts=2).submodules
     assert isinstance(dense_mlp(dense), MLPSubmodules) and dense_mlp(mixture) is None
+
+
+def test_a_parameter_is_marked_once():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    for dim in (1, 0):  # the first counts: megatron refuses a second
+        mark_split(parameter, dim)
+        assert (parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride) == (True, 1, 1)
 
 
 def test_only_the_announcements_are_silenced(caplog):

@@ -10,6 +10,7 @@ from megatron_sstoken.folders import model_folder_problem
 from megatron_sstoken.model.families.architecture import Architecture
 from megatron_sstoken.model.families.registry import Config, Family, family_names, family_of
 from megatron_sstoken.model.families.rope import read_rope, rope_parameters
+from megatron_sstoken.model.quantised import FIELD, quantisation_of, quantised_remedy
 
 # Fields that transformers' models of these families do not read, or only for how they are run or made.
 _HARMLESS = frozenset(
@@ -250,8 +251,8 @@ def _refuse_unknown(path: str, config: Config, family: Family) -> None:
         elif name in _ONE_OF:
             if value is not None and value not in _ONE_OF[name]:
                 problems.append(f"{name}={_shown(value)} is not supported: only {_ONE_OF[name][0]} is")
-        elif name == "quantization_config" and value:
-            problems.append(_quantised(value))
+        elif name == FIELD and value:
+            problems.append(_quantised(path, config))
         elif name in _HARMLESS | _GENERATION | understood or name.startswith(_OF_TOOLS):
             continue
         elif value not in (None, False, 0, 0.0, [], {}, ""):
@@ -276,10 +277,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def _quantised(value: Any) -> str:
+def _quantised(path: str, config: Config) -> str:
     """Why quantised weights are refused, and what to do."""
-    method = value.get("quant_method", "unknown") if isinstance(value, dict) else value
-    return (
-        f"quantization_config: weights quantised by {method!r} are not read: name the folder of the BF16 weights, or write one "
-        "with transformers, as docs/models.md shows"
-    )
+    method = quantisation_of(config).get("quant_method", "unknown")
+    return f"{FIELD}: weights quantised by {method!r} are not read: {quantised_remedy(os.path.dirname(path), config)}"

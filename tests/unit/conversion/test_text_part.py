@@ -129,6 +129,28 @@ def test_the_folder_that_was_taken_out_is_verified(folders, tmp_path, capsys):
     assert "verified" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("place", ["config", "text_config"])
+def test_quantised_weights_are_dequantised_first(folders, tmp_path, capsys, place):
+    whole, stored, wanted = tmp_path / "fp8", {}, {}
+    shutil.copytree(folders / "mistral3", whole)
+    for name, tensor in tensors_of(whole).items():
+        quantised = "language_model" in name and name.endswith("_proj.weight")
+        stored[name] = tensor.to(torch.float8_e4m3fn) if quantised else tensor
+        if quantised:
+            stored[f"{name}_scale_inv"] = torch.tensor(0.5)
+            wanted[name.partition("layers.")[2]] = stored[name].float() / 2
+    save_file(stored, whole / "model.safetensors", {"format": "pt"})
+    config = json.loads((whole / "config.json").read_text())
+    {"config": config, **config}[place]["quantization_config"] = {"quant_method": "fp8", "weight_block_size": None}
+    (whole / "config.json").write_text(json.dumps(config))
+    assert main(["take-text", f"--hf={whole}", f"--output={tmp_path / 'text'}"]) == 2
+    assert f"`python tools/convert_checkpoint.py dequantize --hf {whole} --output FOLDER`" in capsys.readouterr().err
+    assert main(["dequantize", f"--hf={whole}", f"--output={tmp_path / 'bf16'}", "--dtype=fp32"]) == 0
+    found = tensors_of(take_text(tmp_path / "bf16", tmp_path / "text"))
+    kept = {name.partition("layers.")[2]: tensor for name, tensor in found.items() if name.endswith("_proj.weight")}
+    assert {name: torch.equal(tensor, wanted[name]) for name, tensor in kept.items()} == dict.fromkeys(wanted, True)
+
+
 def test_what_does_not_fit(folders, tmp_path, capsys):
     def said(*arguments):
         assert main([*map(str, arguments), f"--output={tmp_path / 'out'}"]) == 2

@@ -208,17 +208,20 @@ def test_quantised_weights_are_refused_in_conversion_and_training(made, tmp_path
     )
     problem = problem_of(folder)
     assert problem == (
-        f"{folder}: {name} is of type F8_E4M3: only F32, BF16, F16 are read: name the folder of the BF16 weights, or write one "
-        "with transformers, as docs/models.md shows"
+        f"{folder}: {name} is of type F8_E4M3: only F32, BF16, F16 are read: name the folder of the BF16 weights "
+        "(convert_checkpoint.py dequantize makes one of fp8 and mxfp4 alone)"
     )
     assert_programs_say(problem, folder, tmp_path, capsys)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        ValueError, match="quantization_config: weights quantised by 'fp8' are not read: name the folder"
-    ):
+    remedy = f"make a folder of BF16 weights with `python tools/convert_checkpoint.py dequantize --hf {folder} --output"
+    with pytest.raises(ValueError, match=re.escape(f"weights quantised by 'fp8' are not read: {remedy}")):
         read_architecture(str(folder))
+    with pytest.raises(
+        ValueError, match=re.escape(f"{name} is of type F8_E4M3: only F32, BF16, F16 are read: {remedy}")
+    ):
+        HuggingFaceWeights(str(folder)).check_files()
 
 
 def test_a_tied_head_is_compared_whole(made, tmp_path):
