@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 
 from megatron_sstoken import __version__
 from megatron_sstoken.conversion.contents import Contents, Parameter
+from megatron_sstoken.conversion.runs import NumberedRows, Run
 from megatron_sstoken.conversion.work import ConversionOptions
 from megatron_sstoken.model.dtypes import is_router_bias
 from megatron_sstoken.model.families import read_architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
 from megatron_sstoken.model.weight_files import HuggingFaceWeights
-from megatron_sstoken.model.weights import check_weights, read_shard
+from megatron_sstoken.model.weights import Tensors, check_weights, read_shard
 
 _WEIGHT_FILES = (
     ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", "safetensors.index.json", "bin.index.json",
@@ -71,7 +73,48 @@ class FolderReader(ThreadWeights):
 
     def read(self, parameter: Parameter) -> torch.Tensor:
         """A whole parameter, in the type of its tensors."""
-        return read_shard(self.weights, parameter.rule, parameter.layer, self.architecture, parameter.shape, 0, 1)
+        return self._read(self.weights, parameter)
+
+    def runs(self, parameter: Parameter, dtype: torch.dtype) -> list[Run] | None:
+        """The bytes of a whole parameter of type `dtype`; None where they have to be computed."""
+        if parameter.rule.stacked or self.weights.pickled:
+            return None
+        names = [pattern.format(layer=parameter.layer) for pattern in parameter.rule.hugging_face]
+        if any(self.weights.dtype(name) is not dtype for name in names):
+            return None
+        numbered = _Numbered(self.weights)
+        return numbered.rows.runs(self._read(numbered, parameter))
+
+    def _read(self, weights: Tensors, parameter: Parameter) -> torch.Tensor:
+        return read_shard(weights, parameter.rule, parameter.layer, self.architecture, parameter.shape, 0, 1)
+
+
+class _Numbered:
+    """A folder's tensors with numbers in place of rows, as `read_shard` reads tensors."""
+
+    def __init__(self, weights: HuggingFaceWeights):
+        self.path = weights.path
+        self.rows = NumberedRows()
+        self._weights = weights
+
+    def slice(self, name: str) -> "_NumberedTensor":
+        found, run = self._weights.slice(name), Run(*self._weights.place(name))
+        return _NumberedTensor(found, self.rows.of(found.get_shape(), [run]))
+
+
+@dataclass(frozen=True)
+class _NumberedTensor:
+    """One of them, as safetensors' slices are read."""
+
+    found: Any
+    numbers: torch.Tensor
+
+    def get_shape(self) -> list[int]:
+        shape: list[int] = self.found.get_shape()
+        return shape
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.numbers[index]
 
 
 def folders_identity(operation: str, options: ConversionOptions, folders: Sequence[str]) -> dict[str, Any]:

@@ -155,6 +155,7 @@ def from_hf(
         reader.read,
         _folders_read(options, reader),
         release=reader.release,
+        runs=reader.runs,
     )
 
 

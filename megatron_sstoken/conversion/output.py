@@ -13,9 +13,11 @@ from megatron_sstoken.checkpoint.manifest import RunState, write_run_state
 from megatron_sstoken.conversion.adapters import AdapterCheckpoint
 from megatron_sstoken.conversion.contents import Contents, Parameter
 from megatron_sstoken.conversion.folder import FolderReader, ThreadWeights
+from megatron_sstoken.conversion.runs import NumberedRows, Run, RunCopier
 from megatron_sstoken.conversion.safetensors_files import INDEX, ShardWriter, index_text, plan_shards
 from megatron_sstoken.conversion.torch_dist import (
     CheckpointReader,
+    copy_parameter,
     without_zip_checksums,
     write_metadata,
     write_objects,
@@ -58,6 +60,8 @@ class Source:
     make: Callable[[], Iterator[tuple[str, torch.Tensor]]]
     """The tensors, or this part of them along their first axis."""
     part: int | None = None
+    runs: Callable[[], dict[str, list[Run]] | None] = lambda: None
+    """Where the bytes of each tensor lie in files; None where they have to be made."""
 
 
 def sources_of(
@@ -74,6 +78,16 @@ def sources_of(
             merged = adapters.merged(name, tensor, parameter.rule.part) if adapters else tensor
             yield name, convert_dtype(name, merged, dtype)
 
+    def runs(parameter: Parameter) -> dict[str, list[Run]] | None:
+        stored = reader.dtype(parameter)
+        if adapters is not None or parameter.rule.stacked or stored_dtype(parameter.name, dtype) is not stored:
+            return None
+        if (whole := reader.runs(parameter, stored)) is None:
+            return None
+        rows = NumberedRows()
+        tensors = parameter.hugging_face(rows.of(parameter.shape, whole), contents.architecture)
+        return {name: rows.runs(numbers) for name, numbers in tensors}
+
     for parameter in contents.parameters:
         part = parameter.rule.part
         parts = 1 if part is None else contents.architecture.num_experts
@@ -83,7 +97,7 @@ def sources_of(
             )
             for name, tensor in parameter.hugging_face(parameter.meta_tensor(), contents.architecture)
         }
-        yield Source(tensors, costs[parameter.name], partial(make, parameter), part)
+        yield Source(tensors, costs[parameter.name], partial(make, parameter), part, partial(runs, parameter))
 
 
 def source_of(reader: ThreadWeights, name: str, written: str, dtype: torch.dtype) -> Source:
@@ -95,8 +109,12 @@ def source_of(reader: ThreadWeights, name: str, written: str, dtype: torch.dtype
         yield written, tensor if dtype is stored else convert_dtype(written, tensor, dtype)
         reader.release()
 
+    def runs() -> dict[str, list[Run]] | None:
+        as_it_is = dtype is stored and not reader.weights.pickled
+        return {written: [Run(*reader.weights.place(name))]} if as_it_is else None
+
     made = torch.empty(reader.weights.slice(name).get_shape(), dtype=dtype, device="meta")
-    return Source({written: made}, cost=2 * made.numel() * stored.itemsize + made.nbytes, make=make)
+    return Source({written: made}, cost=2 * made.numel() * stored.itemsize + made.nbytes, make=make, runs=runs)
 
 
 def check_costs(options: ConversionOptions, sources: Sequence[Source]) -> None:
@@ -120,18 +138,22 @@ def write_safetensors(place: Workplace, sources: Sequence[Source], options: Conv
 
     def write(source: Source, check: Callable[[], None]) -> None:
         check()
-        with budget.hold(source.cost), torch.no_grad():
-            for name, tensor in source.make():
+        runs = source.runs()
+        with budget.hold(source.cost if runs is None else copier.cost), torch.no_grad():
+            for name, content in source.make() if runs is None else runs.items():
                 writer = writers.get(name)
                 if writer is None:  # in a file that is complete, while its siblings are in another
                     continue
-                is_last = writer.write(name, tensor.contiguous(), part=source.part)
-                bar.update(tensor.nbytes)
+                if isinstance(content, torch.Tensor):
+                    size, is_last = content.nbytes, writer.write(name, content.contiguous(), part=source.part)
+                else:
+                    size, is_last = sum(run.length for run in content), writer.copy(name, content, copier)
+                bar.update(size)
                 if is_last:
                     place.add(writer.plan.file_name, writer.descriptor, {})
 
     try:
-        with progress_bar(total, done, "writing") as bar:
+        with progress_bar(total, done, "writing") as bar, RunCopier(options.max_memory // options.workers) as copier:
             run_tasks(write, [one for one in sources if one.tensors.keys() & writers.keys()], options.workers)
     finally:
         for writer in set(writers.values()):
@@ -151,10 +173,12 @@ def write_checkpoint(
     read: Callable[[Parameter], torch.Tensor],
     sources: Sequence[Path],
     release: Callable[[], None] = lambda: None,
+    runs: Callable[[Parameter, torch.dtype], list[Run] | None] = lambda parameter, dtype: None,
 ) -> Path:
     """Write a megatron checkpoint whose parameters `read` gives from the folders `sources`, several data files in parallel.
 
-    `release` is called after each parameter: what it was read from may leave memory.
+    `runs` tells where the bytes of a parameter of a type lie in files; None where it has to be read. `release` is called
+    after each parameter that was: what it was read from may leave memory.
     """
     check_memory(options.max_memory, costs)
     files = _data_files(contents, dtype, options.shard_size)
@@ -163,9 +187,14 @@ def write_checkpoint(
     limit_freed_memory(options.max_memory)
 
     def convert(parameter: Parameter, file: Any) -> list[dict[str, Any]]:
-        with budget.hold(costs[parameter.name]), torch.no_grad():
-            places = write_parameter(file, parameter, convert_dtype(parameter.name, read(parameter), dtype))
-            release()
+        places, stored = None, stored_dtype(parameter.name, dtype)
+        if (found := runs(parameter, stored)) is not None:
+            with budget.hold(copier.cost):
+                places = copy_parameter(file, parameter, stored, found, copier)
+        if places is None:
+            with budget.hold(costs[parameter.name]), torch.no_grad():
+                places = write_parameter(file, parameter, convert_dtype(parameter.name, read(parameter), dtype))
+                release()
         bar.update(_stored_bytes(parameter, dtype))
         return places
 
@@ -189,7 +218,7 @@ def write_checkpoint(
         done = sum(record["size"] for record in place.complete.values())
         with progress_bar(total, min(done, total), "writing") as bar:
             todo = [name for name in files if f"{folder.name}/{name}" not in place.complete]
-            with without_zip_checksums():
+            with without_zip_checksums(), RunCopier(options.max_memory // options.workers) as copier:
                 run_tasks(write_file, todo, options.workers)
         records = json.loads(json.dumps(place.complete))  # alike whether written now or before
         write_metadata(folder, contents, dtype, {Path(name).name: records[name]["places"] for name in sorted(records)})

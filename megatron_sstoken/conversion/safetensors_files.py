@@ -7,12 +7,13 @@ shape and place; then the bytes of the tensors without gaps. All of the header f
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from megatron_sstoken.conversion.runs import Run, RunCopier
 from megatron_sstoken.files import begin_sync
 from megatron_sstoken.model.dtypes import SAFETENSORS_NAMES
 
@@ -102,8 +103,18 @@ class ShardWriter:
         fits = length == content.nbytes if part is None else length % content.nbytes == 0
         assert fits, f"{name}: {content.nbytes} bytes, planned {length}"
         self._write(content.data, start + (part or 0) * content.nbytes)
+        return self._is_whole(name, content.nbytes)
+
+    def copy(self, name: str, runs: Sequence[Run], copier: RunCopier) -> bool:
+        """Write a tensor whose bytes are `runs`; True as `write`."""
+        start, length = self.plan.places[name]
+        copied = copier.copy(runs, self.descriptor, start)
+        assert copied == length, f"{name}: {copied} bytes, planned {length}"
+        return self._is_whole(name, length)
+
+    def _is_whole(self, name: str, written: int) -> bool:
         with self._guard:
-            self._missing[name] -= content.nbytes
+            self._missing[name] -= written
             if not self._missing[name]:
                 del self._missing[name]
             return not self._missing

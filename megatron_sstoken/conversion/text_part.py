@@ -55,6 +55,9 @@ class TextPart(HuggingFaceWeights):
     def slice(self, name: str) -> Any:
         return super().slice(self.places.get(name, name))
 
+    def place(self, name: str) -> tuple[str, int, int]:
+        return super().place(self.places.get(name, name))
+
     def others(self) -> list[str]:
         """Names of the folder's tensors that are not the text model's, sorted."""
         return sorted({*super().names()} - {*self.places.values()})

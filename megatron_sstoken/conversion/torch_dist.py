@@ -4,9 +4,11 @@ The format is torch.distributed.checkpoint's: `.metadata` tells for each chunk o
 tensor lies that `torch.save` wrote. megatron-core adds `metadata.json` and `common.pt`.
 """
 
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +34,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_sstoken.checkpoint.harmless import needed_lengths, read_metadata
 from megatron_sstoken.conversion.contents import Contents, Parameter, Piece
+from megatron_sstoken.conversion.runs import Run, RunCopier, cut
 from megatron_sstoken.files import write_failure
 from megatron_sstoken.model.dtypes import stored_dtype
 
@@ -81,6 +84,26 @@ class CheckpointReader:
         for piece in parameter.pieces(tensor):
             self._fill(piece)
         return tensor
+
+    def runs(self, parameter: Parameter, dtype: torch.dtype) -> list[Run] | None:
+        """The bytes of a whole parameter of type `dtype`; None where they have to be computed, or do not lie together."""
+        if self.dtype(parameter) is not dtype:
+            return None
+        whole = torch.empty(parameter.shape, dtype=dtype)  # memory that nothing touches
+        found: list[tuple[int, Run]] = []
+        for piece in parameter.pieces(whole):
+            first = _place_in(piece.data, whole)
+            for item in self._read_items(piece):
+                path, start, saved = self._chunk(item.storage_index)
+                to = _first_of_block(item.dest_offsets, item.lengths, piece.data.shape)
+                source = _first_of_block(item.storage_offsets, item.lengths, saved.shape)
+                if first is None or to is None or source is None:
+                    return None
+                length = item.lengths.numel() * dtype.itemsize
+                run = Run(str(path), start + source * dtype.itemsize, length)
+                found.append((first + to * dtype.itemsize, run))
+        found.sort(key=lambda one: one[0])
+        return [run for _, run in found]
 
     def read_layer(self, key: str, layer: int, expert: int | None = None) -> torch.Tensor:
         """What the checkpoint holds of `key` for `layer` (from 0), and of a tensor of all experts for `expert`, in its type.
@@ -143,6 +166,12 @@ class CheckpointReader:
 
     def _mapped_chunk(self, index: MetadataIndex) -> tuple[np.ndarray, torch.dtype]:
         """The bytes of a stored chunk, uint8 with its shape, the last axis in bytes, and its type."""
+        path, start, saved = self._chunk(index)
+        shape = (*saved.shape[:-1], saved.shape[-1] * saved.element_size())
+        return np.memmap(path, np.uint8, mode="c", offset=start, shape=shape), saved.dtype
+
+    def _chunk(self, index: MetadataIndex) -> tuple[Path, int, torch.Tensor]:
+        """The file that holds a stored chunk, its first byte in it, and a tensor of its shape and type, without bytes."""
         place = self.metadata.storage_data[index]
         path = self.folder / place.relative_path
         if getattr(place, "transform_descriptors", None):
@@ -151,9 +180,7 @@ class CheckpointReader:
             saved, start = _without_bytes(_create_file_view(file, place.offset, place.length))
         if not saved.is_contiguous():
             raise ValueError(f"{path}: {index.fqn} is not stored contiguously, which is not supported")
-        start += int(saved.storage_offset()) * saved.element_size()
-        shape = (*saved.shape[:-1], saved.shape[-1] * saved.element_size())
-        return np.memmap(path, np.uint8, mode="c", offset=place.offset + start, shape=shape), saved.dtype
+        return path, place.offset + start + int(saved.storage_offset()) * saved.element_size(), saved
 
 
 def _without_bytes(view: Any) -> tuple[torch.Tensor, int]:
@@ -171,14 +198,79 @@ def _slices(offsets: torch.Size, lengths: torch.Size) -> tuple[slice, ...]:
     return tuple(slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True))
 
 
+def _place_in(view: torch.Tensor, whole: torch.Tensor) -> int | None:
+    """The first byte of a part of a tensor, which is contiguous; None where it is no view of consecutive bytes."""
+    first = view.data_ptr() - whole.data_ptr()
+    is_inside = view.is_contiguous() and 0 <= first <= whole.nbytes - view.nbytes
+    return first if is_inside else None
+
+
+def _first_of_block(offsets: Sequence[int], lengths: Sequence[int], shape: Sequence[int]) -> int | None:
+    """Number of the first element of a block of a tensor; None where its elements do not lie one after another."""
+    cut = [axis for axis, (length, size) in enumerate(zip(lengths, shape, strict=True)) if length != size]
+    if any(length != 1 for length in lengths[: cut[-1] if cut else 0]):
+        return None
+    first = 0
+    for offset, size in zip(offsets, shape, strict=True):
+        first = first * size + offset
+    return first
+
+
 def write_parameter(file: BinaryIO, parameter: Parameter, tensor: torch.Tensor) -> list[dict[str, Any]]:
     """Append a whole parameter to a data file; returns where each piece went, for `write_metadata`."""
-    written = []
-    for piece in parameter.pieces(tensor.contiguous()):
-        start = file.tell()
-        _save(_own_storage(piece.data), file)
-        written.append({"key": piece.key, "offset": piece.offset, "start": start, "length": file.tell() - start})
-    return written
+    return [
+        _append(file, piece, partial(_save, _own_storage(piece.data)))
+        for piece in parameter.pieces(tensor.contiguous())
+    ]
+
+
+def copy_parameter(
+    file: BinaryIO, parameter: Parameter, dtype: torch.dtype, runs: Sequence[Run], copier: RunCopier
+) -> list[dict[str, Any]] | None:
+    """As `write_parameter`, of a parameter of type `dtype` whose bytes are `runs`; None where its pieces are none of them."""
+    whole = torch.empty(parameter.shape, dtype=dtype)  # memory that nothing touches
+    pieces = [(piece, _place_in(piece.data, whole)) for piece in parameter.pieces(whole)]
+
+    def copy(data: torch.Tensor, first: int, target: BinaryIO) -> None:
+        around = _WithoutBytes(target, data)
+        _save(data, around)
+        assert around.place is not None, "torch.save has written the tensor's bytes otherwise than all at once"
+        copier.copy(list(cut(runs, first, first + data.nbytes)), target.fileno(), around.place)
+
+    if any(first is None for _, first in pieces):
+        return None
+    return [
+        _append(file, piece, partial(copy, _own_storage(piece.data), first))
+        for piece, first in pieces
+        if first is not None
+    ]
+
+
+def _append(file: BinaryIO, piece: Piece, write: Callable[[BinaryIO], None]) -> dict[str, Any]:
+    start = file.tell()
+    write(file)
+    return {"key": piece.key, "offset": piece.offset, "start": start, "length": file.tell() - start}
+
+
+class _WithoutBytes:
+    """A file for torch.save, into which it writes a tensor without its bytes: their place stays empty.
+
+    torch's own `skip_data` does this, too, and may change, as it says.
+    """
+
+    def __init__(self, file: BinaryIO, tensor: torch.Tensor):
+        self.name, self.flush = file.name, file.flush
+        self._file, self._tensor = file, tensor
+        self.place: int | None = None
+        """Where in the file."""
+
+    def write(self, data: memoryview) -> int:
+        size = len(data)
+        if size != self._tensor.nbytes or np.frombuffer(data, np.uint8).ctypes.data != self._tensor.data_ptr():
+            return self._file.write(data)
+        self.place = self._file.tell()
+        self._file.seek(size, os.SEEK_CUR)
+        return size
 
 
 def write_objects(file: BinaryIO, contents: Contents) -> list[dict[str, Any]]:
@@ -202,7 +294,7 @@ def without_zip_checksums() -> Iterator[None]:
         set_crc32_options(before)
 
 
-def _save(value: Any, file: BinaryIO) -> None:
+def _save(value: Any, file: Any) -> None:
     """As torch.save, which hides the system's reason for a failed write behind a RuntimeError of its own."""
     try:
         torch.save(value, file)

@@ -40,6 +40,7 @@ class HuggingFaceWeights:
     def __init__(self, hf_path: str):
         self.path = hf_path
         self._open: dict[str, Any] = {}
+        self._headers: dict[str, tuple[dict[str, Any], int]] = {}
         layout = next((name for name in _LAYOUTS if os.path.isfile(os.path.join(hf_path, name))), None)
         if layout is None:
             raise _no_weights(hf_path)
@@ -97,6 +98,17 @@ class HuggingFaceWeights:
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor, which `check_files` has found to be one that is read."""
         return SAFETENSORS_DTYPES[self.slice(name).get_dtype()]
+
+    def place(self, name: str) -> tuple[str, int, int]:
+        """The safetensors file that holds a tensor, its first byte in it, and how many bytes it has."""
+        file_name = self._file_of[name]
+        path = os.path.join(self.path, file_name)
+        if file_name not in self._headers:
+            with open(path, "rb") as file:
+                self._headers[file_name] = _read_header(file)
+        header, begin = self._headers[file_name]
+        start, stop = header[name]["data_offsets"]
+        return path, begin + start, stop - start
 
     @contextmanager
     def read_numbers(self) -> Iterator[Callable[[str, int, int], torch.Tensor]]:
@@ -170,13 +182,18 @@ def open_safetensors(path: str) -> Any:
         raise ValueError(f"{path} is not a readable safetensors file: {error}: {_AGAIN}") from error
 
 
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where what follows it begins: 8 bytes tell its length, and it is JSON."""
+    length = int.from_bytes(file.read(8), "little")
+    return json.loads(file.read(length)), 8 + length
+
+
 class _PlainFile:
-    """An open safetensors file: 8 bytes that tell the length of a header in JSON, the header, the tensors' bytes."""
+    """An open safetensors file."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
-        length = int.from_bytes(file.read(8), "little")
-        self._header, self._begin = json.loads(file.read(length)), 8 + length
+        self._header, self._begin = _read_header(file)
 
     def numbers(self, name: str, first: int, last: int) -> torch.Tensor:
         """Those from `first` to before `last` of a tensor."""

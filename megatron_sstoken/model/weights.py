@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,7 +20,16 @@ _OF_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.(weigh
 _EMBEDDING_NAME, _HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def hugging_face_weight(tensors: HuggingFaceWeights, rule: WeightRule, layer: int, architecture: Architecture):
+class Tensors(Protocol):
+    """What holds tensors by their Hugging Face names, as `HuggingFaceWeights` does."""
+
+    path: str
+
+    def slice(self, name: str) -> Any:
+        """A tensor that is read where it is indexed, with `get_shape`."""
+
+
+def hugging_face_weight(tensors: Tensors, rule: WeightRule, layer: int, architecture: Architecture):
     """Check the shapes of the tensors of one rule and return their slice objects, in the rule's order."""
     slices = []
     for pattern in rule.hugging_face:
@@ -146,7 +155,7 @@ def _delta_net_shapes(a: Architecture, net: DeltaNet) -> dict[str, list[int]]:
 
 
 def read_shard(
-    tensors: HuggingFaceWeights,
+    tensors: Tensors,
     rule: WeightRule,
     layer: int,
     architecture: Architecture,

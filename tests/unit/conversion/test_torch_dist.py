@@ -2,6 +2,7 @@
 
 import errno
 import io
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,14 @@ import pytest
 import torch
 
 from megatron_sstoken.conversion import torch_dist
-from megatron_sstoken.conversion.torch_dist import _without_bytes, without_zip_checksums, write_objects
+from megatron_sstoken.conversion.torch_dist import (
+    _first_of_block,
+    _place_in,
+    _without_bytes,
+    _WithoutBytes,
+    without_zip_checksums,
+    write_objects,
+)
 from megatron_sstoken.conversion.work import run_tasks
 
 
@@ -74,6 +82,51 @@ def test_workers_save_without_zip_checksums():
     with without_zip_checksums():
         run_tasks(lambda tensor, check: files.append(saved(tensor)), [torch.arange(1000.0)] * 2, workers=2)
     assert [zipfile.ZipFile(file).testzip() is not None for file in files] == [True, True]
+
+
+def test_a_tensor_is_saved_around_its_bytes():
+    """What torch.save writes, but for the bytes, whose place is known; other records are as they are."""
+    tensor = torch.arange(300, dtype=torch.bfloat16).reshape(20, 15)
+    file = io.BytesIO()
+    file.name = "file"
+    with without_zip_checksums():
+        around = _WithoutBytes(file, tensor)
+        torch.save(tensor, around)
+        whole = saved(tensor).getvalue()
+    assert around.place is not None
+    start, stop = around.place, around.place + tensor.nbytes
+    assert file.getvalue() == whole[:start] + bytes(tensor.nbytes) + whole[stop:]
+    assert whole[start:stop] == bytes(tensor.view(torch.uint8).flatten().tolist())
+
+
+@pytest.mark.parametrize(
+    ("offsets", "lengths", "shape", "first"),
+    [
+        ((2, 0), (3, 4), (9, 4), 8),  # rows
+        ((0, 0), (9, 4), (9, 4), 0),
+        ((1, 2, 0), (1, 3, 4), (2, 9, 4), 44),  # rows of one layer
+        ((1, 2, 1), (1, 1, 2), (2, 9, 4), 45),  # a part of one row
+        ((5,), (2,), (9,), 5),
+        ((), (), (), 0),
+        ((0, 1), (9, 2), (9, 4), None),  # columns
+        ((0, 2, 0), (2, 3, 4), (2, 9, 4), None),  # rows of two layers
+    ],
+)
+def test_blocks_whose_elements_lie_one_after_another(offsets, lengths, shape, first):
+    assert _first_of_block(offsets, lengths, shape) == first
+    numbers = torch.arange(math.prod(shape)).reshape(shape)
+    block = numbers[tuple(slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True))]
+    found = block.flatten().tolist()
+    assert (found == list(range(found[0], found[0] + len(found)))) == (first is not None)
+    assert first is None or found[0] == first
+
+
+def test_parts_of_a_tensor_are_found_in_it():
+    whole = torch.empty(4, 6, dtype=torch.bfloat16)
+    assert _place_in(whole[1:3], whole) == 12
+    assert _place_in(whole.reshape(1, 4, 6)[:, 3:], whole) == 36
+    assert _place_in(whole[:, 1:3], whole) is None  # not contiguous
+    assert _place_in(torch.empty_like(whole), whole) is None  # not of it
 
 
 def test_conversion_imports_no_transformers():
