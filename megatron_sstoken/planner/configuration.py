@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 import yaml
 
 from megatron_sstoken.config import Settings
-from megatron_sstoken.config.model import LINEARS
 from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.model.lora_places import linears_of
 from megatron_sstoken.model.lora_targets import EMBEDDING
 from megatron_sstoken.model.presets import MODELS, find_architecture
 from megatron_sstoken.planner.workload import LAYOUT, Workload
@@ -41,7 +41,7 @@ def read_configuration(settings: Settings, world_size: int | None = None, respon
     if settings.model.hf_path is None:
         raise ValueError(f"model.hf_path is not set: name a Hugging Face folder, or one of {', '.join(MODELS)}")
     architecture, notes = _architecture_of(settings.model.hf_path)
-    if settings.lora.rank and not {*LINEARS} <= {*settings.lora.targets}:
+    if settings.lora.rank and not {*linears_of(architecture)} <= {*settings.lora.targets}:
         notes.append("adapters are counted as on all linears, not only on lora.targets")
     if settings.lora.rank and EMBEDDING in settings.lora.targets:
         notes.append("the adapter of the embedding is not counted")

@@ -35,11 +35,16 @@ CASES = {
         "deepseek_v3",
         {"targets": ["q_proj", "o_proj", "kv_a_proj_with_mqa", "kv_b_proj"], "dora": True},
     ),
+    "dora of delta nets": (
+        "qwen3_5_text",
+        {"targets": ["o_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"], "dora": True},
+    ),
 }
 """Name → family, and settings of its adapters."""
 CHANGES: dict[str, dict] = {
     "tied embedding": {"tie_word_embeddings": True, "num_hidden_layers": 2},
     "dora of latents": {"q_lora_rank": None, "num_hidden_layers": 2},
+    "dora of delta nets": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
 }
 """What their models differ in; they run on one layout."""
 PREFIX = "base_model.model.model.embed_tokens."
