@@ -89,11 +89,6 @@ def linears_of(a: Architecture) -> list[LoraTarget]:
     return [target for target in LINEARS if target in reached]
 
 
-def own_targets(a: Architecture, targets: list[LoraTarget]) -> list[LoraTarget]:
-    """`targets`, or the linears of `a` where they are what `all-linear` stands for."""
-    return linears_of(a) if set(targets) == set(LINEARS) else targets
-
-
 def can_merge(a: Architecture, targets: Collection[str]) -> bool:
     """Whether adapters on `targets` may be added to the weights: that of an embedding alone not where it is the head, too."""
     return not (a.tied_embeddings and EMBEDDING in targets)

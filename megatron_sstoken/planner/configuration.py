@@ -93,14 +93,10 @@ def _architecture_of(path: str) -> tuple[Architecture, list[str]]:
 
 
 def dense_architecture(model: str) -> Architecture:
-    """`find_architecture`; raises ValueError also for a mixture of experts, and for delta nets in place of attention."""
+    """`find_architecture`; raises ValueError also for a mixture of experts."""
     architecture = find_architecture(model)
     if architecture.num_experts:
         raise ValueError(
             f"the model {model!r} is a mixture of experts, for which there is no estimate: name a dense model"
-        )
-    if architecture.delta_net is not None:
-        raise ValueError(
-            f"the model {model!r} has gated delta nets, for which there is no estimate: name one with attention in all layers"
         )
     return architecture

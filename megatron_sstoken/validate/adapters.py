@@ -1,14 +1,22 @@
 """Whether adapters can sit where `lora.targets` wants them."""
 
+from dataclasses import replace
 from typing import get_args
 
 from megatron_sstoken.config import Settings
-from megatron_sstoken.config.model import DeltaLinear
+from megatron_sstoken.config.model import LINEARS, DeltaLinear
 from megatron_sstoken.model.backend import preferred_backend
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.lora_places import adapter_places, can_merge, linears_of, smaller_sides
 from megatron_sstoken.model.lora_targets import EMBEDDING, FUSED, OF_MLP
 from megatron_sstoken.validate.findings import Findings, divisors
+
+
+def with_own_targets(settings: Settings, a: Architecture) -> Settings:
+    """The settings with the linears of `a` as `lora.targets` where those are what `all-linear` stands for."""
+    if set(settings.lora.targets) != set(LINEARS):
+        return settings
+    return replace(settings, lora=replace(settings.lora, targets=linears_of(a)))
 
 
 def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None:

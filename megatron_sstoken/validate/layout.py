@@ -9,7 +9,7 @@ from megatron_sstoken.model.backend import Backend, preferred_backend, token_mul
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.lora_targets import OF_MLP
 from megatron_sstoken.parallel import processes_problem
-from megatron_sstoken.validate.adapters import check_adapters
+from megatron_sstoken.validate.adapters import check_adapters, with_own_targets
 from megatron_sstoken.validate.findings import Findings, divisors
 
 
@@ -34,7 +34,8 @@ def layout_problems(settings: Settings, architecture: Architecture, world_size: 
     found = Findings([])
     data_size = check_processes(settings, world_size, found)
     check_split("model", architecture, settings, found)
-    check_adapters(settings, architecture, found)
+    if settings.lora.rank:
+        check_adapters(with_own_targets(settings, architecture), architecture, found)
     check_fp8(settings, architecture, found)
     check_windows("model", architecture, settings, preferred_backend(settings), found)
     if data_size and not found.problems:
