@@ -61,6 +61,11 @@ class AdapterCheckpoint:
         files = [self.folder / STATE_FILE, *sorted(self.folder.glob("*.distcp"))]
         return fingerprint_files(map(str, files))
 
+    @property
+    def parts_head(self) -> bool:
+        """Whether the merged model has a head of its own: the base's is tied to the embedding, which alone has an adapter."""
+        return self.architecture.tied_embeddings and EMBEDDING in self.identity.targets
+
     def merged_delta(self, name: str, part: int | None = None) -> torch.Tensor | None:
         """What the adapters add to the Hugging Face tensor `name`, or to its `part` of a tensor of all experts: scale · B·A,
         fp32; None if nothing."""

@@ -89,11 +89,6 @@ def linears_of(a: Architecture) -> list[LoraTarget]:
     return [target for target in LINEARS if target in reached]
 
 
-def can_merge(a: Architecture, targets: Collection[str]) -> bool:
-    """Whether adapters on `targets` may be added to the weights: that of an embedding alone not where it is the head, too."""
-    return not (a.tied_embeddings and EMBEDDING in targets)
-
-
 def smaller_sides(a: Architecture, targets: Collection[str]) -> dict[str, list[int]]:
     """Target → the smaller side of each of its weights."""
     sides: dict[str, list[int]] = {EMBEDDING: [min(a.vocabulary_size, a.hidden_size)]} if EMBEDDING in targets else {}

@@ -7,7 +7,7 @@ from megatron_sstoken.config import Settings
 from megatron_sstoken.config.model import LINEARS, DeltaLinear
 from megatron_sstoken.model.backend import preferred_backend
 from megatron_sstoken.model.families import Architecture
-from megatron_sstoken.model.lora_places import adapter_places, can_merge, linears_of, smaller_sides
+from megatron_sstoken.model.lora_places import adapter_places, linears_of, smaller_sides
 from megatron_sstoken.model.lora_targets import EMBEDDING, FUSED, OF_MLP
 from megatron_sstoken.validate.findings import Findings, divisors
 
@@ -52,10 +52,10 @@ def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None
         f"lora.train_whole={lora.train_whole} parts embedding and head, which are one in this model (tie_word_embeddings): use "
         "[embed_tokens, lm_head], or neither",
     )
-    if not can_merge(a, lora.targets):
+    if a.tied_embeddings and EMBEDDING in lora.targets:
         found.notes.append(
             f"lora.targets={lora.targets} names the embedding, which in this model is the head, too (tie_word_embeddings): "
-            "the adapter is of the embedding alone, as in PEFT, and can be exported, not merged"
+            "the adapter is of the embedding alone, as in PEFT, and a merged model has a head of its own"
         )
     if lora.dora:
         _check_dora(settings, a, found)
