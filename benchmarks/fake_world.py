@@ -9,16 +9,19 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import TokenBatch
 from megatron_sstoken.device import adapt_megatron_to_cpu, compute_device
+from megatron_sstoken.model import delta_net
 from megatron_sstoken.model.build import Model, build_model
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.parallel import Layout, create_groups
@@ -99,12 +102,22 @@ class _Held:
 
 @contextmanager
 def measure_saved(model: Model) -> Iterator[SavedBytes]:
-    """Count the bytes kept for backward passes within; gradients and parameters do not count."""
+    """Count the bytes kept for backward passes within, what delta nets keep to be computed again included; gradients and
+    parameters do not count."""
     meter = SavedBytes()
     for chunk in model.chunks:
         for parameter in chunk.parameters():
             meter._ignored.add(parameter.untyped_storage().data_ptr())
-    with torch.autograd.graph.saved_tensors_hooks(meter.hold, lambda held: held.tensor):
+
+    def checkpoint_and_hold(function, *inputs, **options):  # which holds its inputs past those hooks
+        output = checkpoint(function, *inputs, **options)
+        output.grad_fn.metadata["held"] = [meter.hold(one) for one in inputs if isinstance(one, torch.Tensor)]
+        return output
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(meter.hold, lambda held: held.tensor),
+        patch.object(delta_net, "checkpoint", checkpoint_and_hold),
+    ):
         yield meter
 
 

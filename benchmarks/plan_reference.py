@@ -8,11 +8,12 @@ Each request is answered by a forked process, for a process can be one rank once
 import json
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.fake_world import CountCollectives, fake_model, make_batch, measure_saved
 from megatron_sstoken.gpus import GPUS
-from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.model.families import Architecture, DeltaNet
 from megatron_sstoken.model.optimizer import build_optimizer
 from megatron_sstoken.model.presets import MODELS, find_architecture
 from megatron_sstoken.passes.step import select_and_train
@@ -37,12 +38,21 @@ CASES: list[dict[str, Any]] = [
     {"global_batch_size": 4, "world_size": 2, "pipeline": 2, "first_stage_layers": 1, "rank": 0},
     {"global_batch_size": 4, "world_size": 2, "pipeline": 2, "first_stage_layers": 1, "rank": 1},
     {"global_batch_size": 4, "world_size": 4, "tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2},
+    {"family": "qwen3_5_text", "global_batch_size": 1},
+    {"family": "qwen3_5_text", "global_batch_size": 2, "micro_batch_size": 2, "precision": "fp32"},
+    {"family": "qwen3_5_text", "global_batch_size": 1, "recompute": "selective"},
+    {"family": "qwen3_5_text", "global_batch_size": 1, "recompute": "full", "world_size": 2, "tensor": 2},
+    {"family": "qwen3_5_text", "global_batch_size": 1, "world_size": 2, "tensor": 2, "sequence": True},
+    {"family": "qwen3_5_text", "global_batch_size": 1, "world_size": 2, "context": 2},
+    {"family": "qwen3_5_text", "global_batch_size": 1, "world_size": 2, "context": 2, "recompute": "selective"},
+    {"family": "qwen3_5_text", "global_batch_size": 4, "world_size": 2, "pipeline": 2, "rank": 1},
 ]
-"""Layouts of a Llama of 4 layers; `rank` is the one that is measured."""
+"""Layouts of a Llama of 4 layers, or of Qwen3.5 with attention in the last; `rank` is the one that is measured."""
 
 
 def tiny_workload(case: dict[str, Any]) -> tuple[Workload, int]:
-    """The workload of a case, and the rank; `family: qwen2` has biases, `tied: True` ties the embeddings, `layers` are 4."""
+    """The workload of a case, and the rank; `family: qwen2` has biases, `qwen3_5_text` delta nets but in every fourth layer;
+    `tied: True` ties the embeddings, `layers` are 4."""
     case = dict(case)
     rank, groups = case.pop("rank", 0), case.pop("groups", 4)
     family, tied, layers = case.pop("family", "llama"), case.pop("tied", False), case.pop("layers", 4)
@@ -62,6 +72,16 @@ def tiny_workload(case: dict[str, Any]) -> tuple[Workload, int]:
         tied_embeddings=tied,
         qkv_bias=family == "qwen2",
     )
+    if family == "qwen3_5_text":
+        architecture = replace(
+            architecture,
+            rotary_fraction=0.25,
+            qk_norm=True,
+            zero_centered_norms=True,
+            output_gate=True,
+            delta_net=DeltaNet(key_heads=4, value_heads=8, key_dim=12, value_dim=20, kernel=4),
+            delta_layers=tuple((layer + 1) % 4 > 0 for layer in range(layers)),
+        )
     return Workload(architecture, backend="torch", sequence_length=SEQUENCE, selects=False, **case), rank
 
 
@@ -83,9 +103,16 @@ def run_step(case: dict[str, Any]) -> dict[str, Any]:
     total = activation_bytes(w, stage)
     if stage == w.pipeline - 1:
         total += head_kept_bytes(w)
-    if w.recompute == "full":  # the peak is in the last layer's backward, when the loss has been freed
-        inputs = w.chunk_layers(stage) * w.split_tokens * w.architecture.hidden_size * w.width
-        total = inputs + sum(layer_activations(w).values())
+    if (
+        w.recompute == "full"
+    ):  # the peak is in a layer's backward, when the loss and the layers behind it have been freed
+        inputs = w.split_tokens * w.architecture.hidden_size * w.width
+        total = max(
+            (number + 1) * inputs
+            + sum(layer_activations(w, delta=layer not in w.architecture.attention_layers).values())
+            for chunk in w.settings().parallel.chunk_layers(w.architecture.num_layers)[stage]
+            for number, layer in enumerate(chunk)
+        )
     return {
         "stage": stage,
         "estimated_bytes": total,

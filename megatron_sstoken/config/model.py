@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal, get_args
 
 from megatron_sstoken.config.rules import Rules
@@ -85,6 +86,13 @@ class ParallelSettings:
             return None
         found = [own.get(stage, left // max(others, 1)) for stage in range(self.pipeline)]
         return None if any(layers % self.virtual_pipeline for layers in found) else found
+
+    def chunk_layers(self, num_layers: int) -> list[list[range]]:
+        """For each pipeline stage the layers (from 0) of each of its chunks; empty where they cannot be dealt out."""
+        stages = self.stage_layers(num_layers) or []
+        sizes = [layers // self.virtual_pipeline for _ in range(self.virtual_pipeline) for layers in stages]
+        chunks = [range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+        return [chunks[stage :: len(stages)] for stage in range(len(stages))]
 
     def uneven_ends(self, num_layers: int) -> tuple[int, int] | None:
         """Layers of the first and the last stage that leave the others equal; None where no uneven stages do.
@@ -184,9 +192,11 @@ WholeModule = Literal["embed_tokens", "lm_head"]
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LatentLinear = Literal["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"]
 """What makes queries, keys and values of latents (DeepSeek V3)."""
-LoraTarget = Literal[Linear, LatentLinear, "embed_tokens"]
-LINEARS: tuple[LoraTarget, ...] = get_args(Linear)
-"""The targets that `all-linear` stands for; of latent attention its own linears take the place of the first three."""
+DeltaLinear = Literal["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "in_proj_qkvz", "in_proj_ba", "out_proj"]
+"""The linears of gated delta nets: what goes in, of Qwen3.5 and of Qwen3-Next, and what comes out of both."""
+LoraTarget = Literal[Linear, LatentLinear, DeltaLinear, "embed_tokens"]
+LINEARS: tuple[LoraTarget, ...] = get_args(Literal[Linear, LatentLinear, DeltaLinear])
+"""The targets that `all-linear` stands for: those of them that a model has (no model has all)."""
 
 
 def adapter_scale(alpha: float, rank: int, *, rank_stabilized: bool) -> float:
@@ -211,9 +221,9 @@ class LoraSettings:
     """Share of the adapters' inputs that is set to zero while training."""
 
     targets: list[LoraTarget] = field(default_factory=lambda: list(LINEARS))
-    """The linears that get adapters, by their names in the Hugging Face model (PEFT's target_modules); default: all, which
-    `all-linear` says, too. In a mixture gate_proj, up_proj and down_proj are those of every expert, of shared experts and of
-    dense layers. embed_tokens, the embedding, is named apart."""
+    """The linears that get adapters, by their names in the Hugging Face model (PEFT's target_modules); default: all that the
+    model has, which `all-linear` says, too. In a mixture gate_proj, up_proj and down_proj are those of every expert, of shared
+    experts and of dense layers. embed_tokens, the embedding, is named apart."""
 
     dora: bool = False
     """DoRA (arXiv 2402.09353; PEFT's use_dora): each row of the adapted weight gets a trained length, its direction is that

@@ -27,6 +27,7 @@ from megatron_sstoken.model.lora_targets import (
     stack_prefixes,
     stacked_alpha,
 )
+from megatron_sstoken.model.weights import to_hugging_face
 
 _WEIGHT = re.compile(r"model\.layers\.(\d+)\.(.+?)(?:\.weight)?")
 
@@ -59,6 +60,11 @@ class AdapterCheckpoint:
         """Of the adapters, and of what the checkpoint says of their base."""
         files = [self.folder / STATE_FILE, *sorted(self.folder.glob("*.distcp"))]
         return fingerprint_files(map(str, files))
+
+    @property
+    def parts_head(self) -> bool:
+        """Whether the merged model has a head of its own: the base's is tied to the embedding, which alone has an adapter."""
+        return self.architecture.tied_embeddings and EMBEDDING in self.identity.targets
 
     def merged_delta(self, name: str, part: int | None = None) -> torch.Tensor | None:
         """What the adapters add to the Hugging Face tensor `name`, or to its `part` of a tensor of all experts: scale · B·A,
@@ -102,9 +108,13 @@ class AdapterCheckpoint:
         return torch.cat([a for a, _ in of_experts]), torch.stack([b for _, b in of_experts], dim=2).flatten(1)
 
     def _read(self, place: Place, target: str, matrix: str, layer: int) -> torch.Tensor:
-        """What was trained. In a checkpoint the layers, and then the experts, are the first axes."""
+        """What was trained, its rows as folders have them. In a checkpoint the layers, and then the experts, are the first
+        axes."""
         linear = re.sub(r"local_experts\.\d+", "experts", place.linear)
-        return self._reader.read_layer(f"decoder.layers.{linear}.adapters.{target}.{matrix}", layer, place.expert)
+        name = f"decoder.layers.{linear}.adapters.{target}.{matrix}"
+        held = self._reader.read_layer(name, layer, place.expert)
+        ((_, tensor),) = to_hugging_face(place.rule(name, layer, matrix), layer, held, self.architecture)
+        return tensor
 
     def embedding_matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A [rank, vocabulary] and B [hidden, rank] of the embedding, as they were trained."""

@@ -23,7 +23,6 @@ from megatron_sstoken.model.lora_targets import (
     WHOLE,
     is_adapter,
     peft_embedding_name,
-    peft_name,
     peft_whole_name,
 )
 from megatron_sstoken.model.weights import held_weights, rules_of_chunk, to_hugging_face
@@ -124,9 +123,7 @@ def adapter_contents(architecture: Architecture, lora: LoraSettings) -> Contents
                 parameters.append(Parameter(name, rule, 0, parameter.shape, stored[name]))
             elif is_adapter(name):
                 _, _, layer, *linear, _, target, matrix = name.split(".")
-                place = place_of[".".join(linear), target]
-                peft = peft_name(int(layer), place.path, matrix)
-                rule = WeightRule(name, (peft,), Split.WHOLE, stacked=place.in_stack)
+                rule = place_of[".".join(linear), target].rule(name, int(layer), matrix)
                 parameters.append(Parameter(name, rule, int(layer), parameter.shape, stored[name]))
             elif name in module_of:
                 rule = WeightRule(name, (peft_whole_name(module_of[name]),), Split.VOCABULARY)

@@ -135,8 +135,9 @@ def _types(weights: HuggingFaceWeights) -> set[torch.dtype]:
     return {weights.dtype(name) for name in names}
 
 
-def copy_companions(source: Path, target: Path, *, dtype: torch.dtype) -> None:
-    """Copy configuration, tokenizer and templates, everything but weights; config.json is told the weights' dtype."""
+def copy_companions(source: Path, target: Path, *, dtype: torch.dtype, changes: dict[str, Any] | None = None) -> None:
+    """Copy configuration, tokenizer and templates, everything but weights; config.json is told the weights' dtype, and
+    `changes`."""
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHT_FILES):
             shutil.copyfile(path, target / path.name)
@@ -144,5 +145,5 @@ def copy_companions(source: Path, target: Path, *, dtype: torch.dtype) -> None:
             shutil.copytree(path, target / path.name)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = str(dtype).removeprefix("torch.")
+    config |= {key: str(dtype).removeprefix("torch."), **(changes or {})}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -29,7 +29,6 @@ from megatron_sstoken.conversion.work import (
 from megatron_sstoken.model.dtypes import DTYPES
 from megatron_sstoken.model.families import read_architecture
 from megatron_sstoken.model.fingerprint import fingerprint_files
-from megatron_sstoken.model.lora_places import can_merge
 from megatron_sstoken.model.weights import check_weights
 
 
@@ -82,7 +81,8 @@ def to_hf(
     `checkpoint`: a checkpoint folder or a directory of them (the newest is taken), of any layout; its optimizer state is
     not read. `hf_path`: the folder that config and tokenizer are copied from; default: the one that the checkpoint
     names. Padded vocabulary rows are left out. Of a LoRA run the adapters are written as a PEFT folder, or, with `merge`,
-    the whole model with the adapters in its weights. `chat_template`: the one that the run's data was prepared with
+    the whole model with the adapters in its weights: where the head is tied to an embedding with an adapter, which it has no
+    part in, as a model whose head is not tied. `chat_template`: the one that the run's data was prepared with
     (`export_template`), or the tokenizer's own; `tell` hears which was written. The output appears complete or not
     at all. Raises ValueError for missing or unfitting input and for an output in the way.
     """
@@ -95,25 +95,27 @@ def to_hf(
     adapters = AdapterCheckpoint(opened, architecture) if merge or opened.state.adapters else None
     if adapters is not None and not merge:
         return _write_adapters(adapters, source, hf_path, output, options, template, tell)
-    if adapters is not None and not can_merge(architecture, adapters.identity.targets):
-        raise ValueError(
-            f"{folder} has an adapter of the embedding, which in {source} is the head, too (tie_word_embeddings): merged, "
-            "it would change both: export the adapters, without --merge"
-        )
     contents = checkpoint_contents(architecture)  # unpadded
     reader = _reader_of(WeightsSource(source, str(folder)) if adapters is None else adapters.base(source))
     reader.check(contents)
     stored = reader.dtype(contents.parameters[0])
     dtype = DTYPES[options.dtype] if options.dtype else stored
     costs = {parameter.name: _cost(parameter, reader.dtype(parameter), dtype) for parameter in contents.parameters}
-    if adapters is not None:  # the product of the matrices and the sum, in fp32
-        costs = {parameter.name: costs[parameter.name] + 8 * parameter.numel for parameter in contents.parameters}
+    apart = adapters is not None and adapters.parts_head
+    if adapters is not None:
+        each = 8 + (dtype.itemsize if apart else 0)  # product of the matrices and sum, in fp32; the embedding once more
+        costs = {parameter.name: costs[parameter.name] + each * parameter.numel for parameter in contents.parameters}
     check_memory(options.max_memory, costs)
     identity = _identity("to-hf", dtype, options, [folder / ".metadata", *reader.identifying_files()])
     identity["chat_template"] = template
     with Workplace(output, identity, _folders_read(options, folder, reader)) as place:
         write_safetensors(place, [*sources_of(reader, contents, dtype, costs, adapters)], options)
-        copy_companions(Path(source), place.folder, dtype=dtype)
+        changes = {"tie_word_embeddings": False} if apart else {}
+        copy_companions(Path(source), place.folder, dtype=dtype, changes=changes)
+        if apart:
+            tell(
+                "embedding and head are written apart (tie_word_embeddings: false): the adapter is of the embedding alone"
+            )
         tell(export_template(place.folder, template))
         if template is not None and (stop := export_stop(place.folder)):
             tell(stop)

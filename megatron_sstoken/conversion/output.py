@@ -34,6 +34,7 @@ from megatron_sstoken.conversion.work import (
 )
 from megatron_sstoken.files import naming, write_durably
 from megatron_sstoken.model.dtypes import stored_dtype
+from megatron_sstoken.model.lora_targets import EMBEDDING, WHOLE_TENSORS
 
 _OBJECTS_FILE = "__0_0.distcp"
 _FILES, _SMALLEST_FILE = 16, 64 << 20
@@ -71,12 +72,17 @@ def sources_of(
     costs: dict[str, int],
     adapters: AdapterCheckpoint | None,
 ) -> Iterator[Source]:
-    """The Hugging Face tensors of a checkpoint's weights, parameter by parameter, with the adapters merged in."""
+    """The Hugging Face tensors of a checkpoint's weights, parameter by parameter, with the adapters merged in; the head, where
+    they part it from the embedding, as the base has both."""
+    apart = adapters is not None and adapters.parts_head
+    heads = {WHOLE_TENSORS[EMBEDDING]: WHOLE_TENSORS["lm_head"]} if apart else {}
 
     def make(parameter: Parameter) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in parameter.hugging_face(reader.read(parameter), contents.architecture):
             merged = adapters.merged(name, tensor, parameter.rule.part) if adapters else tensor
             yield name, convert_dtype(name, merged, dtype)
+            if name in heads:
+                yield heads[name], convert_dtype(heads[name], tensor, dtype)
 
     def runs(parameter: Parameter) -> dict[str, list[Run]] | None:
         stored = reader.dtype(parameter)
@@ -95,7 +101,8 @@ def sources_of(
             name: torch.empty(
                 tensor.shape if part is None else (parts, *tensor.shape), dtype=stored_dtype(name, dtype), device="meta"
             )
-            for name, tensor in parameter.hugging_face(parameter.meta_tensor(), contents.architecture)
+            for own, tensor in parameter.hugging_face(parameter.meta_tensor(), contents.architecture)
+            for name in ((own, heads[own]) if own in heads else (own,))
         }
         yield Source(tensors, costs[parameter.name], partial(make, parameter), part, partial(runs, parameter))
 

@@ -14,6 +14,7 @@ from megatron_sstoken import __version__
 from megatron_sstoken.checkpoint.manifest import AdapterIdentity, RunState
 from megatron_sstoken.checkpoint.weights_source import WeightsSource
 from megatron_sstoken.config import LoraSettings, LoraTarget, WholeModule
+from megatron_sstoken.config.model import LINEARS
 from megatron_sstoken.conversion.contents import Parameter, adapter_contents
 from megatron_sstoken.conversion.output import write_checkpoint
 from megatron_sstoken.conversion.work import ConversionOptions, refuse_existing
@@ -28,7 +29,6 @@ from megatron_sstoken.model.lora_targets import (
     FUSED,
     OTHER_NAMES,
     STACKS,
-    TARGETS,
     WHOLE_TENSORS,
     expert_of,
     peft_embedding_name,
@@ -38,6 +38,7 @@ from megatron_sstoken.model.lora_targets import (
     stacked_alpha,
 )
 from megatron_sstoken.model.weight_files import HuggingFaceWeights, open_safetensors
+from megatron_sstoken.model.weights import interleaved
 
 _UNSUPPORTED = {
     "trainable_token_indices": "tokens trained beside the adapters",
@@ -108,7 +109,7 @@ class PeftFolder:
         matches = {name: _TENSOR.fullmatch(name) for name in others}
         self._linears = {match[1] for match in matches.values() if match} | self._stacks.keys()
         self._linears |= {EMBEDDING} if of_embedding else set()
-        known = {*TARGETS, *FUSED, *OTHER_NAMES, EMBEDDING}
+        known = {*LINEARS, *FUSED, *OTHER_NAMES, EMBEDDING}
         unknown = sorted(name for name, match in matches.items() if match is None) + sorted(self._linears - known)
         if unknown or not self._linears:
             what = f"holds {', '.join(unknown[:3])}" if unknown else "holds no adapters"
@@ -159,9 +160,9 @@ class PeftFolder:
             real = self._weights.get_tensor(place.name)
             real = real.t() if place.linear == EMBEDDING and parameter.name in EMBEDDING_MATRICES else real
             return torch.cat([real, real.new_zeros(parameter.shape[0] - real.shape[0], real.shape[1])])
-        if len(place.shape) == 1:
-            return self._weights.get_tensor(place.name)
-        return self._rows(place)[:, place.columns].contiguous()
+        one_axis = len(place.shape) == 1
+        found = self._weights.get_tensor(place.name) if one_axis else self._rows(place)[:, place.columns]
+        return interleaved(parameter.rule, [found], architecture).contiguous()
 
     def check(self, parameters: tuple[Parameter, ...], architecture: Architecture) -> None:
         """Raise ValueError unless the folder holds the matrices of all `parameters`, and no others."""

@@ -9,13 +9,14 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_sstoken.compat import dense_mlp
+from megatron_sstoken.model.delta_net import DeltaNetSubmodules
 from megatron_sstoken.model.families import Architecture
 
 
 def add_biases(layer: TransformerLayerSubmodules, architecture: Architecture) -> None:
     """Give the linears of a layer's spec the biases that the architecture names beside those of q, k and v."""
-    if architecture.output_bias:
-        attention = layer.self_attention.submodules
+    attention = layer.self_attention.submodules
+    if architecture.output_bias and not isinstance(attention, DeltaNetSubmodules):
         attention.linear_proj = _biased(attention.linear_proj)
     if architecture.mlp_bias and (mlp := dense_mlp(layer)) is not None:
         mlp.linear_fc1, mlp.linear_fc2 = _biased(mlp.linear_fc1), _biased(mlp.linear_fc2)

@@ -8,6 +8,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from megatron_sstoken.compat import dense_mlp, expert_mlp, shared_expert_mlp
 from megatron_sstoken.config import LoraSettings
+from megatron_sstoken.model.delta_net import DeltaNetSubmodules
+from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.latents import LatentSubmodules
 from megatron_sstoken.model.lora import (
     AdaptedColumnParallelLinear,
@@ -25,11 +27,16 @@ _TO_LATENTS = {"q_a_proj": "linear_q_down_proj", "kv_a_proj_with_mqa": "linear_k
 """Target → the linear of latent attention that it is; that of queries without latents among the former."""
 
 
-def adapt_layer(layer: TransformerLayerSubmodules, config: TransformerConfig, lora: LoraSettings) -> None:
-    """Put adapted linears into a layer's spec wherever `lora.targets` names them: in attention, and in all feed-forward parts,
-    which in a mixture are the experts that are computed one after another, and the shared ones."""
+def adapt_layer(
+    layer: TransformerLayerSubmodules, config: TransformerConfig, architecture: Architecture, lora: LoraSettings
+) -> None:
+    """Put adapted linears into a layer's spec wherever `lora.targets` names them: in attention or what stands in its place,
+    and in all feed-forward parts, which in a mixture are the experts that are computed one after another, and the shared
+    ones."""
     attention, targets = layer.self_attention.submodules, set(lora.targets)
-    if isinstance(attention, LatentSubmodules):
+    if isinstance(attention, DeltaNetSubmodules):
+        _adapt_delta_net(attention, config, architecture, lora)
+    elif isinstance(attention, LatentSubmodules):
         _adapt_latents(attention, config, lora)
     elif _QKV & targets:
         heads_per_group = config.num_attention_heads // config.num_query_groups
@@ -37,7 +44,7 @@ def adapt_layer(layer: TransformerLayerSubmodules, config: TransformerConfig, lo
         fused = Blocks({"q_proj": heads_per_group, "k_proj": 1, "v_proj": 1}, config.num_query_groups)
         attention.linear_qkv = partial(_columns(attention.linear_qkv, config), lora=lora, blocks=fused)
     row = _rows(config)
-    if "o_proj" in targets:
+    if "o_proj" in targets and not isinstance(attention, DeltaNetSubmodules):
         attention.linear_proj = ModuleSpec(row, params={"lora": lora, "target": "o_proj"})
     mlps = (dense_mlp(layer), expert_mlp(layer), shared_expert_mlp(layer)) if targets & {*OF_MLP} else ()
     for mlp in filter(None, mlps):
@@ -56,6 +63,20 @@ def _adapt_latents(attention: LatentSubmodules, config: TransformerConfig, lora:
     for target, name in _TO_LATENTS.items():
         if target in lora.targets:
             setattr(attention, name, partial(AdaptedReplicatedLinear, lora=lora, target=target))
+
+
+def _adapt_delta_net(
+    net: DeltaNetSubmodules, config: TransformerConfig, architecture: Architecture, lora: LoraSettings
+) -> None:
+    assert architecture.delta_net is not None
+    (rule,) = (rule for rule in architecture.weight_rules() if rule.megatron.endswith(".in_proj.weight"))
+    names = [name.split(".")[-2] for name in rule.hugging_face]
+    if {*names} & {*lora.targets}:
+        shares = {name: sum(rows) for name, rows in zip(names, rule.blocks, strict=True)}
+        fused = Blocks(shares, architecture.delta_net.key_heads)
+        net.in_proj = partial(_columns(net.in_proj, config), lora=lora, blocks=fused)
+    if "out_proj" in lora.targets:
+        net.out_proj = ModuleSpec(_rows(config), params={"lora": lora, "target": "out_proj"})
 
 
 def _columns(linear: Any, config: TransformerConfig) -> type[AdaptedColumns]:

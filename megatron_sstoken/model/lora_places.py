@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from megatron_sstoken.config import LoraSettings, LoraTarget
 from megatron_sstoken.config.model import LINEARS
 from megatron_sstoken.model.families import Architecture
-from megatron_sstoken.model.families.weight_map import HF, LAYER
-from megatron_sstoken.model.lora_targets import EMBEDDING, FUSED, OTHER_NAMES, TARGETS, expert_of
+from megatron_sstoken.model.families.weight_map import HF, LAYER, Split, WeightRule
+from megatron_sstoken.model.lora_targets import EMBEDDING, FUSED, OTHER_NAMES, expert_of, peft_name
 from megatron_sstoken.model.weights import expected_shape
 
 
@@ -28,6 +28,20 @@ class Place:
     """The layers that have it, from 0."""
     in_stack: bool = False
     """Whether folders hold it in a tensor of all experts, in which outputs of gate and up take turns."""
+    blocks: tuple[int, ...] = ()
+    """Of what goes into a delta net: the rows that a key head has of each part that lies in it in folders. Here they lie by key
+    head."""
+
+    def rule(self, name: str, layer: int, matrix: str) -> WeightRule:
+        """How the adapter's parameter `name`, lora_A, lora_B or DoRA's magnitude, is made from PEFT's in layer `layer`."""
+        by_head = bool(self.blocks) and matrix != "lora_A"
+        return WeightRule(
+            name,
+            (peft_name(layer, self.path, matrix),),
+            Split.KEY_HEADS if by_head else Split.WHOLE,
+            blocks=(self.blocks,) if by_head else (),
+            stacked=self.in_stack,
+        )
 
     @property
     def module(self) -> str:
@@ -46,7 +60,7 @@ def adapter_places(a: Architecture, targets: Collection[str]) -> list[Place]:
     for rule in a.weight_rules():
         if not rule.megatron.startswith(LAYER) or rule.megatron.endswith(".bias"):
             continue
-        for name in rule.hugging_face:
+        for name, blocks in zip(rule.hugging_face, rule.blocks or [()] * len(rule.hugging_face), strict=True):
             path = name.removeprefix(HF).removesuffix(".weight")
             parent, _, module = path.rpartition(".")
             parts = FUSED.get(module, (OTHER_NAMES.get(module, module),))
@@ -58,7 +72,7 @@ def adapter_places(a: Architecture, targets: Collection[str]) -> list[Place]:
                     outputs, inputs = expected_shape(name, a)
                 rows = rows_of_fused(a, module) if module in FUSED else {parts[0]: outputs}
                 linear = rule.megatron.removeprefix(LAYER).removesuffix(".weight")
-                found.append(Place(path, linear, reached, rows, inputs, rule.layers(a), rule.stacked))
+                found.append(Place(path, linear, reached, rows, inputs, rule.layers(a), rule.stacked, blocks))
     return found
 
 
@@ -69,17 +83,10 @@ def rows_of_fused(a: Architecture, module: str) -> dict[str, int]:
     return {part: of_attention.get(part, a.ffn_hidden_size) for part in FUSED[module]}
 
 
-def own_targets(a: Architecture, targets: list[LoraTarget]) -> list[LoraTarget]:
-    """`targets`, or the linears of `a` where they are what `all-linear` stands for in most models."""
-    if a.latents is None or set(targets) != set(LINEARS):
-        return targets
-    reached = {target for place in adapter_places(a, TARGETS) for target in place.targets}
-    return [target for target in TARGETS if target in reached]
-
-
-def can_merge(a: Architecture, targets: Collection[str]) -> bool:
-    """Whether adapters on `targets` may be added to the weights: that of an embedding alone not where it is the head, too."""
-    return not (a.tied_embeddings and EMBEDDING in targets)
+def linears_of(a: Architecture) -> list[LoraTarget]:
+    """The targets that are linears of `a`."""
+    reached = {target for place in adapter_places(a, LINEARS) for target in place.targets}
+    return [target for target in LINEARS if target in reached]
 
 
 def smaller_sides(a: Architecture, targets: Collection[str]) -> dict[str, list[int]]:

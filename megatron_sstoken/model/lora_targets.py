@@ -3,11 +3,8 @@
 import math
 import re
 from collections.abc import Iterable, Iterator
-from typing import get_args
 
 import torch
-
-from megatron_sstoken.config import LoraTarget
 
 _MARK = ".adapters."
 _EXPERT = re.compile(r"experts\.(\d+)\.")
@@ -20,8 +17,6 @@ EMBEDDING_MATRICES = {
 }
 """Parameter of its adapter → PEFT's matrix; the first lies transposed."""
 
-TARGETS = tuple(name for name in get_args(LoraTarget) if name != EMBEDDING)
-"""The targets that are linears, as PEFT calls them."""
 OF_MLP = ("gate_proj", "up_proj", "down_proj")
 """Those of the feed-forward part; of a mixture, of its experts, the shared ones among them, and of its dense layers."""
 

@@ -113,13 +113,13 @@ def _layer_spec(
     _arrange_norms(spec.submodules, config, architecture, norm, layout)
     parts = spec.submodules.self_attention.submodules
     parts.core_attention = make_core(core_attention)
-    if attention and architecture.latents is not None:
-        _make_of_latents(spec.submodules, config, architecture, norm)
-    if lora.rank:
-        adapt_layer(spec.submodules, config, lora)
-    add_biases(spec.submodules, architecture)
     if not attention:
         _make_delta_net(spec.submodules, config, architecture, norm)
+    elif architecture.latents is not None:
+        _make_of_latents(spec.submodules, config, architecture, norm)
+    if lora.rank:
+        adapt_layer(spec.submodules, config, architecture, lora)
+    add_biases(spec.submodules, architecture)
     return spec
 
 
@@ -145,7 +145,7 @@ def _make_of_latents(
 def _make_delta_net(
     layer: TransformerLayerSubmodules, config: TransformerConfig, architecture: Architecture, norm: Any
 ) -> None:
-    """Put a delta net in place of the attention of a layer's spec, without adapters."""
+    """Put a delta net in place of the attention of a layer's spec."""
     row_parallel: type = RowParallelLinear
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TERowParallelLinear

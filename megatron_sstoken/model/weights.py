@@ -191,6 +191,14 @@ def read_shard(
     return _read_interleaved(sources, *_interleaved(rule, architecture), first, last)
 
 
+def interleaved(rule: WeightRule, tensors: list[torch.Tensor], architecture: Architecture) -> torch.Tensor:
+    """The whole megatron parameter that a rule makes from these Hugging Face tensors, by groups where it asks for them."""
+    if rule.split not in (Split.QKV, Split.KEY_HEADS):
+        (only,) = tensors
+        return only
+    return _read_interleaved(tensors, *_interleaved(rule, architecture), 0, sum(map(len, tensors)))
+
+
 @dataclass(frozen=True)
 class _Rows:
     """Rows `first` to `last` of a tensor's slice object, read like one."""

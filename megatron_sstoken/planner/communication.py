@@ -8,6 +8,7 @@ them with the calls of real models.
 from dataclasses import dataclass
 
 from megatron_sstoken.gpus import GPU
+from megatron_sstoken.planner.delta_nets import delta_widths
 from megatron_sstoken.planner.memory import trainable_parameters
 from megatron_sstoken.planner.workload import Workload
 
@@ -51,11 +52,10 @@ def traffic_of(w: Workload, stage: int, gpu: GPU) -> list[Traffic]:
 
     for operation, (count, size) in tensor_traffic(w, stage).items():
         add("tensor", operation, count, size, w.tensor)
-    layers, micro = w.stage_layers[stage], w.num_micro_batches
-    keys = 2 * w.tokens * w.context * w.key_width * w.width  # keys and values of a whole sample
-    runs = _forward_runs(w)
-    add("context", "all_gather", 2 * layers * micro * runs, layers * micro * runs * keys, w.context)
-    add("context", "reduce_scatter", 2 * layers * micro, layers * micro * keys, w.context)
+    micro = w.num_micro_batches
+    for layers, size, runs in _gathered_samples(w, stage):
+        add("context", "all_gather", 2 * layers * micro * runs, layers * micro * runs * size, w.context)
+        add("context", "reduce_scatter", 2 * layers * micro, layers * micro * size, w.context)
     sends = _sends(w, stage)
     add("pipeline", "send", sends, sends * w.split_tokens * w.architecture.hidden_size * w.width, w.pipeline)
     trained, shards = trainable_parameters(w, stage), w.data * w.context
@@ -72,11 +72,26 @@ def traffic_of(w: Workload, stage: int, gpu: GPU) -> list[Traffic]:
     return found
 
 
+def _gathered_samples(w: Workload, stage: int) -> list[tuple[int, int, int]]:
+    """What layers gather of whole samples, forward, in two calls: their number, bytes of one, forward passes.
+
+    Of attention keys and values, and once more where it is computed again; of a delta net what goes into the convolution, and
+    what decides how it fades and writes.
+    """
+    (attention, delta), whole = w.stage_kinds[stage], w.tokens * w.context * w.width
+    found = [(attention, 2 * w.key_width * whole, 1 + w.scoring_passes + (w.recompute != "none"))]
+    if delta:
+        net = delta_widths(w)
+        again = w.recompute == "full"
+        found.append((delta, (net.convolved + 2 * net.heads) * whole, 1 + w.scoring_passes + again))
+    return found
+
+
 def tensor_traffic(w: Workload, stage: int) -> dict[str, tuple[int, int]]:
     """Operation → (count, bytes) of a step over the tensor parallel group, the loss's own included.
 
-    A layer has two column-parallel linears (qkv, fc1) and two row-parallel ones (proj, fc2). Without sequence parallel
-    each pair costs an all-reduce forward (row) and backward (column). With it, all-gathers before the column linears,
+    A layer has two column-parallel linears (qkv or a delta net's, fc1) and two row-parallel ones (proj, fc2). Without sequence
+    parallel each pair costs an all-reduce forward (row) and backward (column). With it, all-gathers before the column linears,
     again in backward for the weight's gradient, and before the row linears' backward; reduce-scatters at the other ends.
     Recomputing whole layers repeats the forward part. Of the selective head all tokens are counted, scored or not.
     """
@@ -104,16 +119,15 @@ def tensor_traffic(w: Workload, stage: int) -> dict[str, tuple[int, int]]:
         counts["all_reduce"] += layers * 2 * (2 + again + scoring)
         counts["all_reduce"] += (1 + scoring) * first + last
     result = {name: (count * micro, count * micro * hidden) for name, count in counts.items()}
+    delta = w.stage_kinds[stage][1]
+    if delta and trains_weights:  # the norm of a delta net, whose heads are dealt out
+        count, size = result["all_reduce"]
+        result["all_reduce"] = (count + delta * micro, size + delta * micro * delta_widths(w).norm * w.width)
     if last:  # the largest logit; sum of exponentials and target logit: fp32 a token
         count, size = result["all_reduce"]
         calls = micro * (1 + scoring)
         result["all_reduce"] = (count + 2 * calls, size + calls * 3 * 4 * w.tokens)
     return result
-
-
-def _forward_runs(w: Workload) -> int:
-    """Forward passes of a layer's attention in a step, recomputed ones included."""
-    return 1 + w.scoring_passes + (w.recompute != "none")
 
 
 def _sends(w: Workload, stage: int) -> int:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 import yaml
 
 from megatron_sstoken.config import Settings
-from megatron_sstoken.config.model import LINEARS
 from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.model.lora_places import linears_of
 from megatron_sstoken.model.lora_targets import EMBEDDING
 from megatron_sstoken.model.presets import MODELS, find_architecture
 from megatron_sstoken.planner.workload import LAYOUT, Workload
@@ -41,7 +41,7 @@ def read_configuration(settings: Settings, world_size: int | None = None, respon
     if settings.model.hf_path is None:
         raise ValueError(f"model.hf_path is not set: name a Hugging Face folder, or one of {', '.join(MODELS)}")
     architecture, notes = _architecture_of(settings.model.hf_path)
-    if settings.lora.rank and not {*LINEARS} <= {*settings.lora.targets}:
+    if settings.lora.rank and not {*linears_of(architecture)} <= {*settings.lora.targets}:
         notes.append("adapters are counted as on all linears, not only on lora.targets")
     if settings.lora.rank and EMBEDDING in settings.lora.targets:
         notes.append("the adapter of the embedding is not counted")
@@ -93,14 +93,10 @@ def _architecture_of(path: str) -> tuple[Architecture, list[str]]:
 
 
 def dense_architecture(model: str) -> Architecture:
-    """`find_architecture`; raises ValueError also for a mixture of experts, and for delta nets in place of attention."""
+    """`find_architecture`; raises ValueError also for a mixture of experts."""
     architecture = find_architecture(model)
     if architecture.num_experts:
         raise ValueError(
             f"the model {model!r} is a mixture of experts, for which there is no estimate: name a dense model"
-        )
-    if architecture.delta_net is not None:
-        raise ValueError(
-            f"the model {model!r} has gated delta nets, for which there is no estimate: name one with attention in all layers"
         )
     return architecture

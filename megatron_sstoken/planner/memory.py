@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 from megatron_sstoken.checkpoint.size import COPY_BYTES
 from megatron_sstoken.model.head import CHUNK_ROWS
+from megatron_sstoken.planner.delta_nets import delta_net_bytes, delta_widths, mixed_bytes
 from megatron_sstoken.planner.hardware import Assumptions
 from megatron_sstoken.planner.workload import Workload
 
@@ -55,61 +56,95 @@ def parameter_sizes(w: Workload, stage: int) -> dict[str, int]:
 
     With pipeline parallel and tied embeddings the last stage has a copy of the embedding as its head.
     """
-    a, layers = w.architecture, w.stage_layers[stage]
-    qkv = (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim // w.tensor
-    linear = a.hidden_size * (qkv + w.query_width + 3 * w.ffn_width)
-    vector = a.norm_parameters() + (qkv if a.qkv_bias else 0)
-    vector += (a.hidden_size if a.output_bias else 0) + (2 * w.ffn_width + a.hidden_size if a.mlp_bias else 0)
+    a, (attention, delta) = w.architecture, w.stage_kinds[stage]
+    qkv = (a.query_rows + 2 * a.num_query_groups * a.head_dim) // w.tensor
+    linear = (attention + delta) * 3 * a.hidden_size * w.ffn_width + attention * a.hidden_size * (qkv + w.query_width)
+    vector = attention * (a.norm_parameters() + (qkv if a.qkv_bias else 0) + (a.hidden_size if a.output_bias else 0))
+    vector += (attention + delta) * (2 * w.ffn_width + a.hidden_size if a.mlp_bias else 0)
+    if delta:
+        net = delta_widths(w)
+        linear += delta * a.hidden_size * (net.made + net.values)
+        vector += delta * (a.norms.number * a.hidden_size + net.vectors)
     first, last = stage == 0, stage == w.pipeline - 1
     words = w.vocabulary * a.hidden_size
     return {
-        "linear": layers * linear,
-        "vector": layers * vector + (a.hidden_size if last else 0),
+        "linear": linear,
+        "vector": vector + (a.hidden_size if last else 0),
         "embedding": words if first else 0,
         "head": words if last and not (first and a.tied_embeddings) else 0,
     }
 
 
 def adapter_parameters(w: Workload, stage: int) -> int:
-    """LoRA parameters of one rank of a stage: A [r, in] and B [out, r] of q, k, v, o, gate, up and down.
+    """LoRA parameters of one rank of a stage: A [r, in] and B [out, r] of all linears of its layers.
 
     The side that tensor parallel does not split is whole on every rank.
     """
-    a = w.architecture
-    qkv = (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim // w.tensor
-    columns = 5 * a.hidden_size + qkv + 2 * w.ffn_width  # q, k, v, gate, up: A whole, B split
-    rows = w.query_width + w.ffn_width + 2 * a.hidden_size  # o, down: A split, B whole
-    return w.stage_layers[stage] * w.lora_rank * (columns + rows)
+    a, (attention, delta) = w.architecture, w.stage_kinds[stage]
+    qkv = (a.query_rows + 2 * a.num_query_groups * a.head_dim) // w.tensor
+    sides = (
+        (attention + delta) * 3 * (a.hidden_size + w.ffn_width)
+    )  # gate, up: A whole, B split; down: A split, B whole
+    sides += attention * (4 * a.hidden_size + qkv + w.query_width)  # q, k, v; o
+    if delta:
+        net = delta_widths(w)
+        sides += delta * ((net.linears + 1) * a.hidden_size + net.made + net.values)
+    return sides * w.lora_rank
 
 
-def layer_activations(w: Workload) -> dict[str, int]:
-    """What one layer keeps of one micro-batch, in bytes, without recomputation of whole layers."""
-    return _torch_layer(w) if w.layers_of == "torch" else _fused_layer(w)
+def layer_activations(w: Workload, *, delta: bool = False) -> dict[str, int]:
+    """What one layer keeps of one micro-batch, in bytes, without recomputation of whole layers; `delta`: one with a delta
+    net in place of attention."""
+    kept = _torch_layer(w) if w.layers_of == "torch" else _fused_layer(w)
+    if delta:
+        kept = {name: kept[name] for name in ("norms", "mlp")} | {"delta net": delta_net_bytes(w)}
+    return kept
+
+
+def _kept(w: Workload, *, delta: bool) -> int:
+    """What one layer keeps with its adapters."""
+    return sum(layer_activations(w, delta=delta).values()) + adapter_activations(w, delta=delta)
+
+
+def largest_kept(w: Workload) -> int:
+    """The same of the layer that keeps most."""
+    kinds = {delta for chunks in w.chunk_kinds for numbers in chunks for delta, number in enumerate(numbers) if number}
+    return max(_kept(w, delta=bool(delta)) for delta in kinds)
 
 
 def _torch_layer(w: Workload) -> dict[str, int]:
     """Of the torch path: every operation is one of torch's own, and keeps what its derivative needs."""
     h, split, tokens, width = w.architecture.hidden_size, w.split_tokens, w.tokens, w.width
     q, k, ffn = w.query_width, w.key_width, w.ffn_width
-    grouped = q != k
+    grouped, gated = q != k, w.architecture.output_gate
     heads = q // w.architecture.head_dim
     kept = {
-        # fp32 input, normalised input, output (the linear's input), 1/rms
-        "norms": 2 * split * (h * (4 + 2 * width) + 4),
+        # the norm's own, and its output (the linear's input)
+        "norms": 2 * split * (h * width + _norm_bytes(w, h)),
         # cos and sin, for queries and for keys
-        "rope": 4 * tokens * w.architecture.head_dim * width,
+        "rope": 4 * tokens * w.architecture.rotary_dim * width,
         "mlp": tokens * 5 * ffn * width,  # gate and up together; silu(gate), up and their product apart
     }
+    if gated:  # its sigmoid in fp32, and what attention gives
+        kept["gate"] = tokens * q * (4 + width)
+    if w.architecture.qk_norm:
+        dim = w.architecture.head_dim
+        kept["qk_norms"] = tokens * (q + k) // dim * _norm_bytes(w, dim)
     if w.recompute == "selective":  # inputs and output of core attention; value is a view of q, k, v together
-        kept["attention"] = tokens * (q + k + (q + 2 * k) + q) * width
+        kept["attention"] = tokens * (q + k + (k if gated else q + 2 * k) + q) * width
         return kept
     whole = tokens * w.context  # keys and values of all context parallel ranks, once for every query head
-    values = q if grouped or w.context > 1 else 3 * q
+    values = q if grouped or gated or w.context > 1 else 3 * q
     kept["attention"] = tokens * (3 * q * width + 4 * heads) + whole * (q + values) * width
     if w.context > 1:
         # Two chunks of a sample, each with its mask; one sample a pack is the worst case. SDPA keeps it as numbers.
         kept["attention_mask"] = w.micro_batch_size * (whole // w.micro_batch_size) ** 2 // (2 * w.context) * width
     return kept
+
+
+def _norm_bytes(w: Workload, numbers: int) -> int:
+    """Kept by torch's norm of one row, its output apart: fp32 input, normalised input, 1/rms."""
+    return numbers * (4 + (4 if w.architecture.zero_centered_norms else w.width)) + 4
 
 
 def _fused_layer(w: Workload) -> dict[str, int]:
@@ -118,19 +153,26 @@ def _fused_layer(w: Workload) -> dict[str, int]:
     q, k, ffn = w.query_width, w.key_width, w.ffn_width
     stored = 1 if w.precision == "fp8" else width
     heads = q // w.architecture.head_dim
+    gate = (
+        q * (4 + (width if stored == width else 0)) if w.architecture.output_gate else 0
+    )  # its sigmoid; the linear's input
+    norms = (q + k) * width if w.architecture.qk_norm else 0
     return {
         "norms": 2 * split * (h * (width + stored) + 4),  # input, output, 1/rms
-        "attention": tokens * ((2 * q + 2 * k) * width + 4 * heads + (q if stored == 1 else 0)),
+        "attention": tokens * ((2 * q + 2 * k) * width + 4 * heads + (q if stored == 1 else 0) + gate + norms),
         "mlp": tokens * ffn * (2 * width + stored),
     }
 
 
-def adapter_activations(w: Workload) -> int:
-    """LoRA's own, per layer and micro-batch: dropped-out inputs and their masks, and the r columns between A and B."""
+def adapter_activations(w: Workload, *, delta: bool = False) -> int:
+    """LoRA's own, per layer (one with a delta net if `delta`) and micro-batch: dropped-out inputs and their masks, and the r
+    columns between A and B."""
     if w.lora_rank == 0:
         return 0
-    inputs = 2 * w.split_tokens * w.architecture.hidden_size + w.tokens * (w.query_width + w.ffn_width)
-    return inputs * (w.width + 1) + 7 * w.tokens * w.lora_rank * w.width
+    net = delta_widths(w) if delta else None
+    mixed, linears = (net.values, net.linears + 4) if net else (w.query_width, 7)
+    inputs = 2 * w.split_tokens * w.architecture.hidden_size + w.tokens * (mixed + w.ffn_width)
+    return inputs * (w.width + 1) + linears * w.tokens * w.lora_rank * w.width
 
 
 def chunks_in_flight(w: Workload, stage: int) -> int:
@@ -152,8 +194,13 @@ def activation_bytes(w: Workload, stage: int) -> int:
         layers = min(layers, layers - w.offload_layers + 2)
     if w.recompute == "full":
         chunk = layers * _between_layers(w)
-    else:
-        chunk = layers * (sum(layer_activations(w).values()) + adapter_activations(w))
+    elif w.offload_layers:
+        chunk = layers * largest_kept(w)
+    else:  # of chunks that differ, the fullest
+        chunk = max(
+            attention * _kept(w, delta=False) + (delta * _kept(w, delta=True) if delta else 0)
+            for attention, delta in w.chunk_kinds[stage]
+        )
     total = flight * chunk
     if stage == 0:
         total += _first_chunks(w) * w.tokens * 8  # the embedding's indices
@@ -181,8 +228,9 @@ def _first_chunks(w: Workload) -> int:
 
 def final_norm_bytes(w: Workload) -> int:
     """Kept by the norm before the head for one micro-batch."""
-    widths = 4 + 2 * w.width if w.layers_of == "torch" else 2 * w.width
-    return w.split_tokens * (w.architecture.hidden_size * widths + 4)
+    h = w.architecture.hidden_size
+    own = _norm_bytes(w, h) if w.layers_of == "torch" else h * w.width + 4
+    return w.split_tokens * (h * w.width + own)
 
 
 def head_kept_bytes(w: Workload) -> int:
@@ -224,7 +272,9 @@ def working_bytes(w: Workload) -> int:
     h, width = w.architecture.hidden_size, w.width
     total = w.tokens * (3 * w.ffn_width + 2 * h) * width
     if w.recompute == "full":
-        total += sum(layer_activations(w).values()) + adapter_activations(w)
+        total += largest_kept(w)
+    elif w.recompute == "selective" and w.architecture.delta_net is not None:
+        total += mixed_bytes(w)
     return total
 
 
@@ -253,7 +303,7 @@ def optimizer_bytes(w: Workload, shard: int) -> int:
 def host_bytes(w: Workload, stage: int) -> int:
     """What one rank of a stage keeps in the host's memory: state with gradients in fp32, activations."""
     shard = math.ceil(trainable_parameters(w, stage) / (w.data * w.context))
-    activations = w.offload_layers * sum(layer_activations(w).values()) if w.offload_layers else 0
+    activations = w.offload_layers * largest_kept(w) if w.offload_layers else 0
     return math.ceil(shard * w.offload_fraction) * (state_bytes(w) + 4) + activations
 
 

@@ -11,7 +11,7 @@ from megatron_sstoken.planner.communication import Traffic, traffic_of
 from megatron_sstoken.planner.hardware import Assumptions
 from megatron_sstoken.planner.memory import StageMemory, memory_of
 from megatron_sstoken.planner.step_time import Speed, speed_of
-from megatron_sstoken.planner.workload import Workload, problems_of_workload
+from megatron_sstoken.planner.workload import Recompute, Workload, problems_of_workload
 from megatron_sstoken.supported import fp8_problem
 from megatron_sstoken.validate.findings import divisors_of
 
@@ -102,13 +102,14 @@ def smallest_excess(w: Workload, gpu: GPU, assumptions: Assumptions) -> Estimate
 
 def _candidates(w: Workload, gpu: GPU) -> Iterator[Workload]:
     a = w.architecture
+    recomputed: tuple[Recompute, ...] = ("none", "full") if a.delta_net is None else ("none", "selective", "full")
     for tensor in divisors_of(math.gcd(a.num_attention_heads, w.world_size), gpu.gpus_per_node):
         for pipeline in divisors_of(w.world_size // tensor, a.num_layers):
             for context in divisors_of(w.world_size // (tensor * pipeline), 8):
                 for virtual in divisors_of(a.num_layers // pipeline, 10) if pipeline > 1 else [1]:
                     for first, last in _stages(a.num_layers, pipeline, virtual):
                         for micro in (1, 2, 4, 8):
-                            for recompute in ("none", "full"):
+                            for recompute in recomputed:
                                 yield replace(
                                     w, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context,
                                     first_stage_layers=first, last_stage_layers=last, sequence=tensor > 1,

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from megatron_sstoken.gpus import GPU
 from megatron_sstoken.model.flops import attention_flops, causal_pairs, model_flops
 from megatron_sstoken.planner.communication import Traffic, traffic_of
+from megatron_sstoken.planner.delta_nets import delta_widths
 from megatron_sstoken.planner.hardware import Assumptions
-from megatron_sstoken.planner.memory import layer_activations, parameter_sizes, state_bytes, trainable_parameters
+from megatron_sstoken.planner.memory import largest_kept, parameter_sizes, state_bytes, trainable_parameters
 from megatron_sstoken.planner.workload import Workload
 
 FLASH_BACKWARD = 2.5
@@ -63,7 +64,7 @@ class Speed:
 
 def stage_seconds(w: Workload, stage: int, gpu: GPU, assumptions: Assumptions) -> float:
     """Computation of one micro-batch on one rank of a stage, forward and backward."""
-    layers = w.stage_layers[stage]
+    layers, (with_attention, delta) = w.stage_layers[stage], w.stage_kinds[stage]
     scoring = w.scoring_passes
     forward = 1 + scoring + (w.recompute == "full")
     backward = 1 if w.lora_rank else 2  # frozen matrices have no gradient of their own
@@ -71,14 +72,24 @@ def stage_seconds(w: Workload, stage: int, gpu: GPU, assumptions: Assumptions) -
     rate = peak * (assumptions.matmul_fp8 if w.precision == "fp8" else assumptions.matmul)
     linear = 2 * w.tokens * parameter_sizes(w, stage)["linear"] * (forward + backward) / rate
     attention_rate = (gpu.fp32 if w.precision == "fp32" else gpu.bf16) * assumptions.attention
-    passes = layers * (1 + scoring + (w.recompute != "none") + FLASH_BACKWARD)
+    passes = with_attention * (1 + scoring + (w.recompute != "none") + FLASH_BACKWARD)
     last = stage == w.pipeline - 1
     if last and w.selects:
         passes += 1  # the attention capture, where it usually lies
     pairs = w.tokens * causal_pairs(w.sequence_length) / w.sequence_length
     attention = attention_flops(w.architecture, pairs) / w.tensor * passes / attention_rate
     elementwise = layers * layer_bytes(w) * (forward + 2) / (gpu.memory_bandwidth * assumptions.memory)
-    return linear + attention + elementwise + (_head_seconds(w, gpu, assumptions) if last else 0)
+    rules = delta * _rule_seconds(w, gpu, assumptions) if delta else 0
+    return linear + attention + rules + elementwise + (_head_seconds(w, gpu, assumptions) if last else 0)
+
+
+def _rule_seconds(w: Workload, gpu: GPU, assumptions: Assumptions) -> float:
+    """The rule of one delta net, in fp32, backward twice as much as forward; what it keeps is written and read again."""
+    net = delta_widths(w)
+    whole = w.tokens * w.context * net.heads  # every context parallel rank computes all tokens
+    work = 1 + w.scoring_passes + (w.recompute != "none") + 2
+    products = whole * net.rule_flops * work / (gpu.fp32 * assumptions.matmul)
+    return products + 2 * whole * 4 * net.rule * work / (gpu.memory_bandwidth * assumptions.memory)
 
 
 def layer_bytes(w: Workload) -> float:
@@ -130,7 +141,7 @@ def offload_seconds(w: Workload, seconds: float, gpu: GPU, assumptions: Assumpti
     """
     if not w.offload_layers:
         return 0.0
-    moved = w.offload_layers * sum(layer_activations(w).values()) / (gpu.host_link * assumptions.links)
+    moved = w.offload_layers * largest_kept(w) / (gpu.host_link * assumptions.links)
     hidden = seconds * w.offload_layers / w.architecture.num_layers
     return w.num_micro_batches * (max(moved - hidden / 3, 0.0) + max(moved - hidden * 2 / 3, 0.0))
 

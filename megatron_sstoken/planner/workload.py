@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from megatron_sstoken.config import ModelSettings, Settings, WholeModule
+from megatron_sstoken.config import ModelSettings, ParallelSettings, Settings, WholeModule
 from megatron_sstoken.config.run import MomentFormat
 from megatron_sstoken.data.batches import batch_shape
 from megatron_sstoken.history.source import history_sources
@@ -16,6 +16,7 @@ from megatron_sstoken.validate.layout import layout_problems
 from megatron_sstoken.validate.settings import problems_of
 
 Precision = Literal["bf16", "fp32", "fp8"]
+Recompute = Literal["none", "selective", "full"]
 LAYOUT = ("tensor", "pipeline", "virtual_pipeline", "first_stage_layers", "last_stage_layers", "context", "sequence")
 """Settings of the section `parallel` that a workload has."""
 MOMENT_WIDTH: dict[MomentFormat, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
@@ -44,7 +45,7 @@ class Workload:
     precision: Precision = "bf16"
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
     """With fp8; its tiles decide how packs are rounded."""
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recompute = "none"
     offload_layers: int = 0
     """First layers whose activations wait in the host's memory."""
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -67,7 +68,7 @@ class Workload:
     history: str = "frozen"
     """Value of `history.source`."""
     lora_rank: int = 0
-    """0 trains all parameters; otherwise adapters on all seven linears, the rest frozen."""
+    """0 trains all parameters; otherwise adapters on all linears, the rest frozen."""
     train_whole: tuple[WholeModule, ...] = ()
     """Modules that are trained whole beside the adapters."""
     vocabulary_multiple: int = ModelSettings.vocabulary_multiple
@@ -165,6 +166,20 @@ class Workload:
         """Layers of one model chunk of a stage."""
         return self.stage_layers[stage] // self.virtual_pipeline
 
+    @cached_property
+    def chunk_kinds(self) -> list[list[tuple[int, int]]]:
+        """For each pipeline stage, and each of its model chunks: layers with attention, and those with a delta net."""
+        parallel = ParallelSettings(**{name: getattr(self, name) for name in LAYOUT})
+        chunks = parallel.chunk_layers(self.architecture.num_layers)
+        found = [[sum(self.architecture.delta_layers[one.start : one.stop]) for one in stage] for stage in chunks]
+        layers = [self.chunk_layers(stage) for stage in range(self.pipeline)]
+        return [[(number - delta, delta) for delta in stage] for number, stage in zip(layers, found, strict=True)]
+
+    @cached_property
+    def stage_kinds(self) -> list[tuple[int, int]]:
+        """For each pipeline stage: layers with attention, and those with a delta net."""
+        return [(sum(one for one, _ in stage), sum(delta for _, delta in stage)) for stage in self.chunk_kinds]
+
     @property
     def width(self) -> int:
         """Bytes of an activation."""
@@ -182,7 +197,7 @@ class Workload:
 
     @property
     def query_width(self) -> int:
-        """Query columns of one tensor parallel rank."""
+        """Query columns of one tensor parallel rank, without gates."""
         return self.architecture.num_attention_heads * self.architecture.head_dim // self.tensor
 
     @property

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sstoken.model.lora_places import can_merge
-
 if TYPE_CHECKING:
     from megatron_sstoken.run_plan import RunPlan
 
@@ -23,7 +21,7 @@ def next_commands(plan: "RunPlan") -> list[Named]:
         return [_report(logs)] if logs is not None else []
     directory = directory.rstrip("/")
     exported = f"{directory}-hf"
-    merge = ["--merge"] if settings.lora.rank and can_merge(plan.architecture, settings.lora.targets) else []
+    merge = ["--merge"] if settings.lora.rank else []
     training = {source["path"] for source in plan.train.store.manifest.sources}
     others = [source["path"] for source in plan.validation.store.manifest.sources] if plan.validation else []
     files = [path for path in others if path not in training and os.path.isfile(path)]

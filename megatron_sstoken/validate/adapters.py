@@ -1,13 +1,22 @@
 """Whether adapters can sit where `lora.targets` wants them."""
 
-from itertools import accumulate
+from dataclasses import replace
+from typing import get_args
 
 from megatron_sstoken.config import Settings
+from megatron_sstoken.config.model import LINEARS, DeltaLinear
 from megatron_sstoken.model.backend import preferred_backend
 from megatron_sstoken.model.families import Architecture
-from megatron_sstoken.model.lora_places import adapter_places, can_merge, smaller_sides
-from megatron_sstoken.model.lora_targets import EMBEDDING, FUSED, OF_MLP, TARGETS
+from megatron_sstoken.model.lora_places import adapter_places, linears_of, smaller_sides
+from megatron_sstoken.model.lora_targets import EMBEDDING, FUSED, OF_MLP
 from megatron_sstoken.validate.findings import Findings, divisors
+
+
+def with_own_targets(settings: Settings, a: Architecture) -> Settings:
+    """The settings with the linears of `a` as `lora.targets` where those are what `all-linear` stands for."""
+    if set(settings.lora.targets) != set(LINEARS):
+        return settings
+    return replace(settings, lora=replace(settings.lora, targets=linears_of(a)))
 
 
 def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None:
@@ -17,12 +26,12 @@ def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None
         return
     keys = [name for name in lora.targets if name in ("k_proj", "v_proj")]
     width = a.num_query_groups * a.head_dim
-    has = {target for place in adapter_places(a, TARGETS) for target in place.targets}
+    has = linears_of(a)
     lacking = [name for name in lora.targets if name not in has and name != EMBEDDING]
     if lacking:
         found.problems.append(
             f"lora.targets={lora.targets} names {', '.join(lacking)}, which model.model_type={a.family} does not have: use "
-            f"some of {', '.join(name for name in TARGETS if name in has)}"
+            f"some of {', '.join(has)}"
         )
         return
     found.require(
@@ -30,18 +39,23 @@ def check_adapters(settings: Settings, a: Architecture, found: Findings) -> None
         f"parallel.tensor={tensor} does not divide model.num_key_value_heads × head_dim={width}, the rows of adapters on "
         f"{' and '.join(keys)}: use {divisors(width)}, or leave them out of lora.targets",
     )
-    if a.delta_net is not None:
-        _check_adapted_stages(settings, a, found)
+    if a.delta_net is not None and not {*lora.targets} & {*get_args(DeltaLinear)}:
+        found.notes.append(
+            f"lora.targets={lora.targets} leaves out the linears of gated delta nets, which model.model_type={a.family} has "
+            f"in {a.num_layers - len(a.attention_layers)} of {a.num_layers} layers in place of attention: all-linear names "
+            "them, too"
+        )
+    _check_adapted_stages(settings, a, found)
     _check_rank(settings, a, found)
     found.require(
         not a.tied_embeddings or len(lora.train_whole) != 1,
         f"lora.train_whole={lora.train_whole} parts embedding and head, which are one in this model (tie_word_embeddings): use "
         "[embed_tokens, lm_head], or neither",
     )
-    if not can_merge(a, lora.targets):
+    if a.tied_embeddings and EMBEDDING in lora.targets:
         found.notes.append(
             f"lora.targets={lora.targets} names the embedding, which in this model is the head, too (tie_word_embeddings): "
-            "the adapter is of the embedding alone, as in PEFT, and can be exported, not merged"
+            "the adapter is of the embedding alone, as in PEFT, and a merged model has a head of its own"
         )
     if lora.dora:
         _check_dora(settings, a, found)
@@ -92,26 +106,18 @@ def _check_experts_adapters(settings: Settings, a: Architecture, found: Findings
 
 
 def _check_adapted_stages(settings: Settings, a: Architecture, found: Findings) -> None:
-    """Delta nets take no adapters; where attention alone does, every part of the pipeline needs a layer with attention."""
-    lora, parallel = settings.lora, settings.parallel
-    found.notes.append(
-        f"the linears of gated delta nets (in_proj_…, out_proj), which model.model_type={a.family} has in "
-        f"{a.num_layers - len(a.attention_layers)} of {a.num_layers} layers in place of attention, take no adapters"
-    )
-    stages = parallel.stage_layers(a.num_layers)
-    if stages is None or {*OF_MLP, *lora.train_whole, EMBEDDING} & {*lora.targets, *lora.train_whole}:
-        return
-    chunks = [layers // parallel.virtual_pipeline for _ in range(parallel.virtual_pipeline) for layers in stages]
-    ends = list(accumulate(chunks))
-    without = [
-        f"{end - number} to {end - 1}"
-        for number, end in zip(chunks, ends, strict=True)
-        if not set(range(end - number, end)) & set(a.attention_layers)
-    ]
+    """Every part of the pipeline needs something to train: where layers are not alike, targets may be in some of them alone."""
+    lora = settings.lora
+    adapted = {layer for place in adapter_places(a, lora.targets) for layer in place.layers}
+    # With the first layer is the embedding, with the last the head.
+    adapted |= {0} if EMBEDDING in (*lora.targets, *lora.train_whole) else set()
+    adapted |= {a.num_layers - 1} if "lm_head" in lora.train_whole else set()
+    chunks = [layers for stage in settings.parallel.chunk_layers(a.num_layers) for layers in stage]
+    without = [f"{one[0]} to {one[-1]}" for one in sorted(chunks, key=min) if not adapted & {*one}]
     found.require(
         not without,
-        f"lora.targets={lora.targets} names linears of attention alone, which leaves nothing to train in the pipeline's layers "
-        f"{', '.join(without)}: add gate_proj, up_proj or down_proj, or use a smaller parallel.pipeline",
+        f"lora.targets={lora.targets} names linears of some layers alone, which leaves nothing to train in the pipeline's "
+        f"layers {', '.join(without)}: add gate_proj, up_proj or down_proj, or use a smaller parallel.pipeline",
     )
 
 

@@ -3,13 +3,15 @@
 Broken rules are collected as messages that name setting, value, rule and remedy.
 """
 
+from itertools import chain
+
 from megatron_sstoken.config import Settings
 from megatron_sstoken.data.batches import BatchShape, batch_shape
 from megatron_sstoken.model.backend import Backend, preferred_backend, token_multiple
 from megatron_sstoken.model.families import Architecture
 from megatron_sstoken.model.lora_targets import OF_MLP
 from megatron_sstoken.parallel import processes_problem
-from megatron_sstoken.validate.adapters import check_adapters
+from megatron_sstoken.validate.adapters import check_adapters, with_own_targets
 from megatron_sstoken.validate.findings import Findings, divisors
 
 
@@ -34,7 +36,8 @@ def layout_problems(settings: Settings, architecture: Architecture, world_size: 
     found = Findings([])
     data_size = check_processes(settings, world_size, found)
     check_split("model", architecture, settings, found)
-    check_adapters(settings, architecture, found)
+    if settings.lora.rank:
+        check_adapters(with_own_targets(settings, architecture), architecture, found)
     check_fp8(settings, architecture, found)
     check_windows("model", architecture, settings, preferred_backend(settings), found)
     if data_size and not found.problems:
@@ -147,17 +150,18 @@ def _check_experts(name: str, a: Architecture, settings: Settings, found: Findin
         f"parallel.sequence=false with parallel.tensor={parallel.tensor} would compute the experts of every token "
         f"{parallel.tensor} times: use parallel.sequence=true",
     )
-    stages = parallel.stage_layers(a.num_layers)
     trains_experts = name == "model" and (settings.lora.rank == 0 or {*OF_MLP} & {*settings.lora.targets})
     saves = settings.checkpoint.directory is not None and preferred_backend(settings) == "torch"
+    if not (trains_experts and saves):
+        return
+    stages = parallel.chunk_layers(a.num_layers)
+    dense = [str(stage) for stage, chunks in enumerate(stages) if not {*a.sparse_layers} & {*chain(*chunks)}]
     found.require(
-        not (stages and trains_experts and saves)
-        or parallel.virtual_pipeline > 1
-        or stages[0] > a.num_dense_layers
-        or parallel.pipeline == 1,
-        f"parallel.pipeline={parallel.pipeline} leaves its first stage no experts (model.first_k_dense_replace="
-        f"{a.num_dense_layers}), and the state of torch's optimizer can be saved only where every stage trains some: use "
-        f"parallel.first_stage_layers={a.num_dense_layers + 1} or more, or fewer stages",
+        not dense,
+        f"parallel.pipeline={parallel.pipeline} leaves stage {' and '.join(dense)} (from 0) no layer with experts, of which "
+        f"{name}.model_type={a.family} has none in {', '.join(map(str, a.dense_layers))}, and the state of torch's optimizer "
+        "can be saved only where every stage trains some: use other numbers of layers (parallel.first_stage_layers, "
+        "last_stage_layers), or fewer stages",
     )
 
 

@@ -7,7 +7,6 @@ import glob
 import json
 import os
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 
 import tokenizers
@@ -21,13 +20,12 @@ from megatron_sstoken.data.token_text import texts_of_data
 from megatron_sstoken.data.tokenizer_files import load_tokenizer
 from megatron_sstoken.model.backend import backend_of, machine_problems, passed_over, preferred_backend
 from megatron_sstoken.model.families import Architecture, read_architecture
-from megatron_sstoken.model.lora_places import own_targets
 from megatron_sstoken.model.weight_files import HuggingFaceWeights, NoWeights
 from megatron_sstoken.model.weights import check_weights
 from megatron_sstoken.run_plan import DataPlan, RunPlan
 from megatron_sstoken.selection.methods import find_method
 from megatron_sstoken.selection.weights import find_weight
-from megatron_sstoken.validate.adapters import check_adapters
+from megatron_sstoken.validate.adapters import check_adapters, with_own_targets
 from megatron_sstoken.validate.amounts import check_amounts
 from megatron_sstoken.validate.checkpoint_model import other_model
 from megatron_sstoken.validate.findings import Findings
@@ -51,8 +49,7 @@ def plan_run(settings: Settings, world_size: int, *, dry_run: bool = False) -> R
     if warning := passed_over(settings):
         found.notes.append(warning)
     if architecture:
-        lora = replace(settings.lora, targets=own_targets(architecture, settings.lora.targets))
-        settings = replace(settings, lora=lora)
+        settings = with_own_targets(settings, architecture)
         _check_model(settings, architecture, found)
     train = _open_data("data.train", settings.data.train, settings, architecture, found, shuffle=settings.data.shuffle)
     if train and settings.logging.record_text:

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.timeout(400)
 RANK, ALPHA = 3, 5.0
 SOME = ["q_proj", "v_proj", "up_proj", "down_proj"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DELTA = ["in_proj_qkv", "in_proj_z", "in_proj_a", "out_proj"]  # the part between the last two has none
 TWO_RANKS = {name: parallel for name, (num_ranks, parallel) in LAYOUTS.items() if num_ranks == 2}
 TWO_RANKS["cp2"] = {"parallel.context": 2}
 TWO_KEY_HEADS = "delta nets, gates"
@@ -45,7 +46,7 @@ CASES = {
     "llama": ("llama", ALL, "none", True),
     "llama, some": ("llama", SOME, "selective", False),
     "qwen2, full recompute": ("qwen2", ALL, "full", True),
-    TWO_KEY_HEADS: ("qwen3_5_text", ["q_proj", "k_proj", "up_proj"], "selective", True),
+    TWO_KEY_HEADS: ("qwen3_5_text", ["q_proj", "k_proj", "up_proj", *DELTA], "selective", True),
     "one key head": ("one key head", ALL, "none", True),
     "one key head, no queries": ("one key head", ["k_proj", "o_proj"], "none", True),
 }
@@ -56,7 +57,8 @@ EXPORTED = {
     "fused, some": ("phi3", ["v_proj", "q_proj", "up_proj"]),
     "layers not alike": ("glm4_moe", ["q_proj", "o_proj"]),
     "latents": ("deepseek_v3", ["o_proj"]),
-    "delta nets, gates": ("qwen3_5_text", ALL),
+    "delta nets, gates": ("qwen3_5_text", [*ALL, *DELTA]),
+    "delta nets by head": ("qwen3_next", ["in_proj_qkvz", "in_proj_ba", "out_proj", "k_proj"]),
     "biases, tensors of all experts": ("gpt_oss", ["q_proj", "v_proj", "o_proj"]),
 }
 """Adapters that are exported otherwise than Llama's: name → family, targets."""
@@ -288,7 +290,9 @@ def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     samples = make_samples(8, seed=3, longest=30)
     make_store(folder / "data", samples)
-    for number, family in enumerate(("llama", "qwen2", "phi3", "glm4_moe", "gpt_oss", "deepseek_v3", "qwen3_5_text")):
+    for number, family in enumerate(
+        ("llama", "qwen2", "phi3", "glm4_moe", "gpt_oss", "deepseek_v3", "qwen3_5_text", "qwen3_next")
+    ):
         make_model(folder / family, family, seed=number + 1)
     make_model(folder / "one key head", "llama", seed=1, num_key_value_heads=1)
     adapters, expected = {}, {}

@@ -35,11 +35,16 @@ CASES = {
         "deepseek_v3",
         {"targets": ["q_proj", "o_proj", "kv_a_proj_with_mqa", "kv_b_proj"], "dora": True},
     ),
+    "dora of delta nets": (
+        "qwen3_5_text",
+        {"targets": ["o_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"], "dora": True},
+    ),
 }
 """Name → family, and settings of its adapters."""
 CHANGES: dict[str, dict] = {
     "tied embedding": {"tie_word_embeddings": True, "num_hidden_layers": 2},
     "dora of latents": {"q_lora_rank": None, "num_hidden_layers": 2},
+    "dora of delta nets": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
 }
 """What their models differ in; they run on one layout."""
 PREFIX = "base_model.model.model.embed_tokens."
@@ -152,19 +157,13 @@ def train_one(folder, lora, name, layout):
     return found
 
 
-def export(rank, folder, tied):
+def export(rank, folder):
     from megatron_sstoken.conversion.hf import to_hf
 
     to_hf(f"{folder}/tp2", f"{folder}/peft")
-    if not tied:
-        to_hf(f"{folder}/tp2", f"{folder}/merged", merge=True)
-        return
-    with pytest.raises(ValueError, match="is the head, too .* change both: export the adapters, without --merge"):
-        to_hf(f"{folder}/tp2", f"{folder}/merged", merge=True)
-
-
-def is_tied(folder):
-    return read_architecture(str(folder / "base")).tied_embeddings
+    told = []
+    to_hf(f"{folder}/tp2", f"{folder}/merged", merge=True, tell=told.append)
+    return [line for line in told if "apart" in line]
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +172,11 @@ def results(folder):
     lora = CASES[expected["case"]][1]
     run_distributed(convert, 1, str(folder), lora)
     found = run_distributed(train, 2, str(folder), expected["case"], lora)
-    run_distributed(export, 1, str(folder), is_tied(folder))
+    (told,) = run_distributed(export, 1, str(folder))
+    tied = read_architecture(str(folder / "base")).tied_embeddings
+    assert [line.startswith("embedding and head are written apart (tie_word_embeddings: false)") for line in told] == [
+        True
+    ] * tied
     return expected, found
 
 
@@ -206,9 +209,14 @@ def test_exports_of_a_run_compute_what_pefts_three_steps_give(folder, results):
     base = load_model(folder / "base")
     with torch.no_grad():
         assert (base(TOKENS).logits[0] - off).abs().max() < 1e-4
-        merged = None if is_tied(folder) else load_model(folder / "merged")(TOKENS).logits[0]
+        merged = load_model(folder / "merged")(TOKENS).logits[0]
         adapted = PeftModel.from_pretrained(base, str(folder / "peft"))(TOKENS).logits[0]
     for found in (merged, adapted):
-        assert found is None or (found - logits).abs().max() < 1e-4
+        assert (found - logits).abs().max() < 1e-4
     assert (logits - expected["logits after"]).abs().max() < 2e-3
     assert (expected["logits"] - logits).abs().max() > 1e-2, "training should have changed the model"
+    if expected["case"] == "tied embedding":
+        before, after = (load_file(folder / name / "model.safetensors") for name in ("base", "merged"))
+        assert torch.equal(after["lm_head.weight"], before["model.embed_tokens.weight"])
+        assert not torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+        assert not read_architecture(str(folder / "merged")).tied_embeddings

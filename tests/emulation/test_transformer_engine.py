@@ -68,6 +68,7 @@ TOGETHER = {
         ADAPTERS | SEQUENCE | {"lora__targets": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"]},
     ),
     "cp2, latents": ("deepseek_v3", {"parallel__context": 2}),
+    "adapters of delta nets, tp2-sequence": ("qwen3_5_text", ADAPTERS | SEQUENCE),
     "tp2-sequence, delta nets": ("qwen3_next", SEQUENCE | {"parallel__expert": 2}),
     "cp2, delta nets": ("qwen3_5_text", {"parallel__context": 2}),
     "adapters, tp2-sequence, no norms before linears": ("olmo2", ADAPTERS | SEQUENCE),

@@ -2,6 +2,7 @@
 
 import torch
 
+from megatron_sstoken.config.model import LINEARS
 from tests.reference.hf_reference import Objective, loss_and_gradients
 
 
@@ -9,9 +10,9 @@ def named_adapters(model):
     """PEFT's names → (parameter on this rank, axis that tensor parallel splits or None)."""
     from megatron_sstoken.model.lora import linears_of_layer
     from megatron_sstoken.model.lora_places import adapter_places
-    from megatron_sstoken.model.lora_targets import TARGETS, expert_of, peft_name
+    from megatron_sstoken.model.lora_targets import expert_of, peft_name
 
-    places = adapter_places(model.architecture, TARGETS)
+    places = adapter_places(model.architecture, LINEARS)
     paths = {
         (place.linear, target): f"{place.path.rpartition('.')[0]}.{target}" if place.in_stack else place.path
         for place in places
@@ -29,10 +30,29 @@ def named_adapters(model):
     return found
 
 
+def rules_of_rows(architecture):
+    """PEFT's names of matrices whose rows lie in another order here → how they are made of PEFT's."""
+    from megatron_sstoken.model.lora_places import adapter_places
+
+    rules = [
+        place.rule("", layer, matrix)
+        for place in adapter_places(architecture, LINEARS)
+        if place.blocks
+        for layer in place.layers
+        for matrix in ("lora_B", "magnitude")
+    ]
+    return {rule.hugging_face[0]: rule for rule in rules}
+
+
 def set_adapters(model, tensors):
     """Fill this rank's slices."""
+    from megatron_sstoken.model.weights import interleaved
+
+    rules = rules_of_rows(model.architecture)
     for name, (parameter, axis) in named_adapters(model).items():
         whole = tensors[name]
+        if name in rules:
+            whole = interleaved(rules[name], [whole], model.architecture)
         if axis is not None:
             whole = whole.chunk(model.layout.tensor_size, dim=axis)[model.layout.tensor_rank]
         with torch.no_grad():
@@ -55,12 +75,18 @@ def gather_gradients(model, others=None):
 
     `others`: more of this rank's slices, each with the axis that tensor parallel splits or None.
     """
+    from megatron_sstoken.model.weights import to_hugging_face
+
     mine = {name: (one.main_grad.clone(), axis) for name, (one, axis) in named_adapters(model).items()}
     layout, mine = model.layout, mine | (others or {})
     parts = [None] * layout.world_size
     told = {name: (layout.tensor_rank, axis, slice_) for name, (slice_, axis) in mine.items()}
     torch.distributed.all_gather_object(parts, told)
-    return whole(parts)
+    found = whole(parts)
+    for name, rule in rules_of_rows(model.architecture).items():
+        if name in found:
+            ((_, found[name]),) = to_hugging_face(rule, 0, found[name], model.architecture)
+    return found
 
 
 def whole(parts):

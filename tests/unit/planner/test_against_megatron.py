@@ -25,6 +25,8 @@ TINY = [
     )
     for rank in (0, 7)
 ]
+DELTA = {"family": "qwen3_5_text", "global_batch_size": 4, "world_size": 4, "tensor": 2, "pipeline": 2}
+TINY += [DELTA | {"rank": 0}, DELTA | {"rank": 3}]
 
 pytestmark = pytest.mark.timeout(300)  # a process that imports megatron-core, on a machine that may be busy
 

@@ -185,11 +185,9 @@ def test_mistakes_are_told_in_the_words_of_a_run(capsys, options, message):
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_models_without_an_estimate_are_refused(tmp_path, capsys):
-    assert main(["--model", make_model(tmp_path / "delta nets", "qwen3_5_text")]) == 2
-    assert (
-        "has gated delta nets, for which there is no estimate: name one with attention in all"
-        in capsys.readouterr().err
-    )
+def test_delta_nets_are_estimated_and_mixtures_refused(tmp_path, capsys):
+    command = ["--model", make_model(tmp_path / "delta nets", "qwen3_5_text"), "--world_size", "2"]
+    assert main([*command, "--sequence_length", "512", "--lora_rank", "8"]) == 0
+    assert "fits: stage 0 needs" in capsys.readouterr().out
     assert main(["--model", make_model(tmp_path / "mixture", "mixtral")]) == 2
     assert "is a mixture of experts, for which there is no estimate: name a dense model" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_sstoken.config import LoraSettings
 from megatron_sstoken.data.batches import BatchLoader, PackOrder, SampleFilter
 from megatron_sstoken.data.store import SampleStore
-from megatron_sstoken.model.families import Architecture
+from megatron_sstoken.model.families import Architecture, DeltaNet
 from megatron_sstoken.model.lora_places import num_adapter_parameters
 from megatron_sstoken.model.presets import MODELS, find_architecture
 from megatron_sstoken.planner.memory import adapter_parameters, parameter_sizes
@@ -70,9 +70,23 @@ LAYOUTS = [
 
 
 def architectures() -> list[Architecture]:
-    """Presets, with and without tied embeddings and biases, one with norms of queries and keys, one with all biases."""
+    """Presets, with and without tied embeddings and biases, one with norms of queries and keys, one with all biases, one with
+    delta nets."""
     biased = replace(EIGHT, qkv_bias=True, output_bias=True, mlp_bias=True)
-    return [*map(find_architecture, MODELS), replace(EIGHT, family="qwen3", qk_norm=True, tied_embeddings=True), biased]
+    normed = replace(EIGHT, family="qwen3", qk_norm=True, tied_embeddings=True)
+    mixed = replace(
+        EIGHT,
+        family="qwen3_5_text",
+        qk_norm=True,
+        output_gate=True,
+        delta_net=DeltaNet(key_heads=16, value_heads=32, key_dim=128, value_dim=128, kernel=4),
+        delta_layers=(True, True, True, False) * (EIGHT.num_layers // 4),
+    )
+    return [*map(find_architecture, MODELS), normed, biased, mixed]
+
+
+def num_delta_layers(a: Architecture) -> int:
+    return a.num_layers - len(a.attention_layers)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -89,6 +103,10 @@ def test_parameters_of_all_ranks_are_the_models(layout):
             biases = a.num_layers * (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim
             biases += a.num_layers * 2 * a.ffn_hidden_size if a.mlp_bias else 0
             split, whole = split + biases, whole - biases // w.tensor
+        if a.delta_net is not None:
+            by_head = a.delta_net.convolved * a.delta_net.kernel + 2 * a.delta_net.value_heads
+            split += num_delta_layers(a) * by_head
+            whole -= num_delta_layers(a) * by_head // w.tensor
         copies = 2 if not a.tied_embeddings or w.pipeline > 1 else 1
         padding = copies * (w.vocabulary * w.tensor - a.vocabulary_size) * a.hidden_size
         second = a.vocabulary_size * a.hidden_size if a.tied_embeddings and w.pipeline > 1 else 0
@@ -101,7 +119,8 @@ def test_adapter_parameters_of_all_ranks_are_the_models(layout):
         w = Workload(a, lora_rank=8, **layout)
         if a.num_layers % (w.pipeline * w.virtual_pipeline):
             continue
-        whole = a.num_layers * w.lora_rank * 7 * a.hidden_size  # a side of each linear, which every tensor rank holds
+        # a side of each linear, which every tensor rank holds; a delta net has one more
+        whole = (a.num_layers * 7 + num_delta_layers(a)) * w.lora_rank * a.hidden_size
         held = w.tensor * sum(adapter_parameters(w, stage) for stage in range(w.pipeline))
         assert held - (w.tensor - 1) * whole == num_adapter_parameters(a, LoraSettings(rank=w.lora_rank))
 

@@ -59,10 +59,6 @@ def test_rows_that_were_trained_on_are_no_questions(tmp_path):
 def test_adapters_are_merged_and_a_run_that_saves_nothing_has_its_logs_alone(tmp_path):
     found = commands(settings_of(tmp_path, checkpoint__directory="/r", lora__rank=4), tmp_path / "rows.jsonl", None)
     assert found["export"].endswith("--checkpoint /r --output /r-hf --merge")
-    embedding = settings_of(
-        tmp_path, checkpoint__directory="/r", lora__rank=4, lora__targets=["q_proj", "embed_tokens"]
-    )
-    assert commands(embedding, tmp_path / "rows.jsonl", None)["export"].endswith("--output /r-hf")
     found = commands(settings_of(tmp_path, logging__directory="/logs"), tmp_path / "rows.jsonl", None)
     assert list(found) == ["report"] and "--run /logs " in found["report"]
     found = commands(settings_of(tmp_path), tmp_path / "rows.jsonl", None)

@@ -93,13 +93,17 @@ def test_dora(folder, tmp_path, family, changes, message):
 
 
 def test_all_linear_means_the_linears_that_a_model_has(folder, tmp_path):
-    for family, first in (("deepseek_v3", "o_proj"), ("glm4_moe", "q_proj")):
+    for family, first in (("deepseek_v3", "o_proj"), ("glm4_moe", "q_proj"), ("qwen3_next", "q_proj")):
         make_model(tmp_path / family, family)
         settings = make_settings(str(tmp_path / family), str(folder / "data"), lora__rank=2)
         lora = plan_run(settings, 1).settings.lora
         assert lora.targets[0] == first and {*OF_MLP} < {*lora.targets}
         linears = set(lora.targets) & {"q_proj", "q_a_proj", "k_proj", "kv_b_proj"}
         assert linears == ({"q_a_proj", "kv_b_proj"} if family == "deepseek_v3" else {"q_proj", "k_proj"})
+        assert ({"in_proj_qkvz", "in_proj_ba", "out_proj"} <= {*lora.targets}) == (family == "qwen3_next")
+    named = [*lora.targets[:7]]  # of which all are Llama's: they mean what they say
+    settings = make_settings(str(tmp_path / family), str(folder / "data"), lora__rank=2, lora__targets=named)
+    assert plan_run(settings, 1).settings.lora.targets == named
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +112,7 @@ def delta_nets(tmp_path_factory):
     return read_architecture(make_model(tmp_path_factory.mktemp("delta nets"), "qwen3_5_text"))
 
 
-def test_delta_nets_take_no_adapters(delta_nets):
+def test_adapters_of_attention_or_of_delta_nets_alone(delta_nets):
     def findings(targets, **parallel):
         found = Findings([])
         check_adapters(make_settings("", "", lora__rank=2, lora__targets=targets, **parallel), delta_nets, found)
@@ -117,8 +121,15 @@ def test_delta_nets_take_no_adapters(delta_nets):
     assert findings(["q_proj", "o_proj"], parallel__pipeline=2).problems == []
     (note,) = findings(["q_proj"]).notes
     assert note.endswith(
-        "which model.model_type=qwen3_5_text has in 2 of 4 layers in place of attention, take no adapters"
+        "which model.model_type=qwen3_5_text has in 2 of 4 layers in place of attention: all-linear names them, too"
     )
+    assert findings(["q_proj", "out_proj"], parallel__pipeline=4).notes == []
+    (problem,) = findings(["in_proj_z", "out_proj"], parallel__pipeline=4).problems
+    assert "leaves nothing to train in the pipeline's layers 0 to 0, 3 to 3: add gate_proj" in problem
+    (problem,) = findings(["in_proj_z", "embed_tokens"], parallel__pipeline=4).problems
+    assert "nothing to train in the pipeline's layers 3 to 3" in problem
+    (problem,) = findings(["in_proj_ba"]).problems
+    assert "names in_proj_ba, which model.model_type=qwen3_5_text does not have: use some of q_proj" in problem
     assert findings(["q_proj", "up_proj"], parallel__pipeline=4).problems == []
     (problem,) = findings(["q_proj"], parallel__pipeline=4).problems
     assert "leaves nothing to train in the pipeline's layers 1 to 1, 2 to 2: add gate_proj" in problem

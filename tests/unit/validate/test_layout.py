@@ -243,11 +243,36 @@ def test_a_stage_of_dense_layers_alone(settings, tmp_path):
     path = make_model(tmp_path / "model", "glm4_moe", first_k_dense_replace=2)
     values = {"model__hf_path": path, "parallel__pipeline": 2, "checkpoint__directory": str(tmp_path / "run")}
     problem = only_problem(settings(**values), 2)
-    assert "pipeline=2 leaves its first stage no experts (model.first_k_dense_replace=2)" in problem
-    assert "use parallel.first_stage_layers=3 or more, or fewer stages" in problem
+    assert (
+        "pipeline=2 leaves stage 0 (from 0) no layer with experts, of which model.model_type=glm4_moe has none in 0, 1"
+        in problem
+    )
+    assert "use other numbers of layers (parallel.first_stage_layers, last_stage_layers), or fewer stages" in problem
     lora = {"lora__rank": 2, "lora__targets": ["o_proj"]}
     for changes in ({"parallel__first_stage_layers": 3}, {"checkpoint__directory": None}, lora):
         assert plan_run(settings(**(values | changes)), 2).world_size == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "parallel", "stages"),
+    [
+        ({"mlp_only_layers": [2, 3]}, {"pipeline": 2}, "1"),
+        ({"mlp_only_layers": [2, 3]}, {"pipeline": 2, "first_stage_layers": 3}, "1"),
+        ({"mlp_only_layers": [2, 3]}, {"pipeline": 2, "first_stage_layers": 1}, None),
+        ({"mlp_only_layers": [1, 2]}, {"pipeline": 3, "first_stage_layers": 1, "last_stage_layers": 1}, "1"),
+        ({"mlp_only_layers": [], "decoder_sparse_step": 2}, {"pipeline": 4}, "0 and 2"),
+        ({"mlp_only_layers": [2, 3]}, {"pipeline": 2, "virtual_pipeline": 2}, None),
+        ({"mlp_only_layers": [1, 3]}, {"pipeline": 2, "virtual_pipeline": 2}, "1"),
+    ],
+)
+def test_dense_layers_alone_in_any_stage(tmp_path, shape, parallel, stages):
+    architecture = read_architecture(make_model(tmp_path / "model", "qwen3_next", **shape))
+    split = {f"parallel__{name}": value for name, value in parallel.items()}
+    found = Findings([])
+    check_split("model", architecture, make_settings("", "", checkpoint__directory="run", **split), found)
+    assert [problem.partition(" (from 0)")[0] for problem in found.problems] == (
+        [] if stages is None else [f"parallel.pipeline={parallel['pipeline']} leaves stage {stages}"]
+    )
 
 
 def test_experts_over_all_the_processes_of_a_stage(settings, mixture):

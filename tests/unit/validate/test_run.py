@@ -372,7 +372,9 @@ def test_modules_trained_whole_that_cannot_be(settings, tmp_path):
         "[embed_tokens, lm_head], or neither"
     )
     one = settings(lora__rank=4, lora__targets=["q_proj", "embed_tokens"], model__hf_path=tied)
-    assert any(note.endswith("alone, as in PEFT, and can be exported, not merged") for note in plan_run(one, 1).notes)
+    assert any(
+        note.endswith("alone, as in PEFT, and a merged model has a head of its own") for note in plan_run(one, 1).notes
+    )
     both = settings(lora__rank=4, model__hf_path=tied, lora__train_whole=["embed_tokens", "lm_head"])
     assert describe_trained(plan_run(both, 1).architecture, both.lora).endswith(
         ", and 3,168 of embed_tokens and lm_head"
