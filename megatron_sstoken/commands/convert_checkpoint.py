@@ -173,12 +173,6 @@ def _add_conversion_arguments(
     command: argparse.ArgumentParser, *, dtypes: str, shard_size: str, default: str = "the source's"
 ) -> None:
     command.add_argument("--dtype", help=f"type of the weights written: {dtypes} (default: {default})")
-    command.add_argument(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compare what is read with its checksums meanwhile, where it has them (default: yes)",
-    )
     _add_writing_arguments(command, shard_size=shard_size)
 
 
@@ -189,6 +183,12 @@ def _add_writing_arguments(command: argparse.ArgumentParser, *, shard_size: str)
     command.add_argument("--max_memory", default="4GB", help=memory_help)
     command.add_argument("--shard_size", default=shard_size, help=f"largest file of weights (default: {shard_size})")
     command.add_argument("--workers", type=int, default=2, help="threads (default: 2)")
+    command.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare what is read with its checksums meanwhile, where it has them (default: yes)",
+    )
 
 
 def _writing_options(arguments: argparse.Namespace) -> ConversionOptions:
@@ -197,11 +197,12 @@ def _writing_options(arguments: argparse.Namespace) -> ConversionOptions:
         shard_size=parse_bytes(arguments.shard_size),
         workers=arguments.workers,
         overwrite=arguments.overwrite,
+        verify=arguments.verify,
     )
 
 
 def _options(arguments: argparse.Namespace) -> ConversionOptions:
-    return replace(_writing_options(arguments), dtype=arguments.dtype, verify=arguments.verify)
+    return replace(_writing_options(arguments), dtype=arguments.dtype)
 
 
 def _from_hf(arguments: argparse.Namespace) -> int:

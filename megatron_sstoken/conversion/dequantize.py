@@ -76,8 +76,7 @@ def dequantize(
     sources = [source for name in sorted(by_name) for source in by_name[name]]
     check_costs(options, sources)
     _check_scales(reader, found, options.workers)
-    checked = [Path(hf_path)] if options.verify else []
-    with Workplace(output, folders_identity("dequantize", options, [hf_path]), checked) as place:
+    with Workplace(output, folders_identity("dequantize", options, [hf_path]), options.checked(hf_path)) as place:
         write_safetensors(place, sources, options)
         copy_companions(Path(hf_path), place.folder, dtype=dtype)
         write_json(place.folder / "config.json", _not_quantised(read_json(place.folder / "config.json")))

@@ -60,7 +60,7 @@ def _write_adapters(
         "source": adapters.fingerprint,
         "chat_template": template,
     }
-    with Workplace(output, identity, [adapters.folder] if options.verify else []) as place:
+    with Workplace(output, identity, options.checked(adapters.folder)) as place:
         adapters.write_peft(place.folder, os.path.abspath(source))
         tell(export_template(place.folder, template))
         return place.publish()
@@ -108,7 +108,7 @@ def to_hf(
     check_memory(options.max_memory, costs)
     identity = _identity("to-hf", dtype, options, [folder / ".metadata", *reader.identifying_files()])
     identity["chat_template"] = template
-    with Workplace(output, identity, _folders_read(options, folder, reader)) as place:
+    with Workplace(output, identity, options.checked(folder, reader.folder)) as place:
         write_safetensors(place, [*sources_of(reader, contents, dtype, costs, adapters)], options)
         changes = {"tie_word_embeddings": False} if apart else {}
         copy_companions(Path(source), place.folder, dtype=dtype, changes=changes)
@@ -155,7 +155,7 @@ def from_hf(
         options,
         state,
         reader.read,
-        _folders_read(options, reader),
+        options.checked(reader.folder),
         release=reader.release,
         runs=reader.runs,
     )
@@ -201,14 +201,8 @@ def reshard(
 
     template = opened.state.chat_template
     state = RunState(step=0, identity=None, hf_path=os.path.abspath(source), chat_template=template)
-    sources = _folders_read(options, reader)
+    sources = options.checked(reader.folder)
     return write_checkpoint(output, identity, contents, dtype, costs, options, state, read, sources)
-
-
-def _folders_read(options: ConversionOptions, *readers: Path | FolderReader | CheckpointReader) -> list[Path]:
-    """Folders to compare with their checksums."""
-    folders = [one if isinstance(one, Path) else one.folder for one in readers]
-    return list(dict.fromkeys(folders)) if options.verify else []
 
 
 def _architecture_folder(checkpoint: Checkpoint, hf_path: str | None) -> str:

@@ -86,7 +86,7 @@ def take_text(
     check_costs(options, sources)
     left_out = Counter(_owner(name) for name in part.others())
     dtype = types["model.embed_tokens.weight"]
-    with Workplace(output, folders_identity("take-text", options, [hf_path])) as place:
+    with Workplace(output, folders_identity("take-text", options, [hf_path]), options.checked(hf_path)) as place:
         write_safetensors(place, sources, options)
         copy_companions(Path(hf_path), place.folder, dtype=dtype)
         write_json(place.folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
@@ -123,7 +123,8 @@ def put_text(
     for name in architecture.tensor_names():  # a tied head's copy, if there is one, is not written again
         sources.append(source_of(tuned, name, part.places[name], part.dtype(name)))
     check_costs(options, sources)
-    with Workplace(output, folders_identity("put-text", options, [hf_path, text_path])) as place:
+    read = [hf_path, text_path]
+    with Workplace(output, folders_identity("put-text", options, read), options.checked(*read)) as place:
         write_safetensors(place, sources, options)
         copy_companions(Path(hf_path), place.folder, dtype=part.dtype("model.embed_tokens.weight"))
         tell(export_template(place.folder, own_template(Path(text_path))))

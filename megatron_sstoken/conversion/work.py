@@ -64,6 +64,10 @@ class ConversionOptions:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)} is too small: use 1 or more")
 
+    def checked(self, *folders: str | Path) -> list[Path]:
+        """Those of the folders that are read which a `Workplace` compares with their checksums."""
+        return list(dict.fromkeys(map(Path, folders))) if self.verify else []
+
 
 def parse_bytes(text: str) -> int:
     """A size such as 2GB, 500MB or 1.5GiB in bytes. Raises ValueError for anything else."""

@@ -122,6 +122,23 @@ def test_numbers_are_those_of_the_folder_in_its_type(folders, tmp_path):
     assert torch.equal(back["language_model.model.embed_tokens.weight"], before.bfloat16().float())
 
 
+def test_damaged_folders_are_told(folders, tmp_path):
+    """Both that are read have checksums where a conversion made them."""
+    text = take_text(folders / "llava", tmp_path / "text")
+    whole = put_text(folders / "llava", text, tmp_path / "whole")
+    for folder in (text, whole):
+        with open(folder / "model.safetensors", "r+b") as file:
+            file.seek(-4, 2)
+            file.write(b"gone")
+    for make in (
+        lambda options: take_text(whole, tmp_path / "taken", options=options),
+        lambda options: put_text(folders / "llava", text, tmp_path / "put", options=options),
+    ):
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+            make(ConversionOptions())
+        make(ConversionOptions(verify=False))
+
+
 def test_the_folder_that_was_taken_out_is_verified(folders, tmp_path, capsys):
     options = [f"--hf={folders / 'gemma3'}", f"--output={tmp_path / 'text'}"]
     assert main(["take-text", *options]) == 0
