@@ -3,6 +3,8 @@
 Run the same command again to resume a conversion that was stopped. Needs no GPU.
 """
 
+# ruff: noqa: E402 – what is imported later has to find torch and megatron as they are set up first.
+
 import argparse
 import json
 import os
@@ -13,6 +15,10 @@ from pathlib import Path
 
 # Large tensors in large pages, which the system gives in a third of the time; torch asks once, before its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+from megatron_sstoken.device import import_megatron
+
+import_megatron()
 
 from megatron_sstoken.config import ModelSettings, ParallelSettings
 from megatron_sstoken.conversion.check import check_folders

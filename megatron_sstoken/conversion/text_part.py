@@ -6,9 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
 from megatron_sstoken.conversion.chat_template import export_template, own_template, take_from_processor
 from megatron_sstoken.conversion.folder import ThreadWeights, copy_companions, folders_identity
 from megatron_sstoken.conversion.output import check_costs, source_of, write_safetensors
@@ -133,6 +130,9 @@ def put_text(
 
 def _text_config(hf_path: str) -> dict[str, Any]:
     """config.json of the text model alone, with what transformers adds where text_config says nothing."""
+    from transformers import AutoConfig  # takes a second, which no other conversion need wait
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     path = Path(hf_path, "config.json")
     try:
         whole = AutoConfig.from_pretrained(hf_path, trust_remote_code=False)
