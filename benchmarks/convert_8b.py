@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Conversion of a synthetic 8B-shaped Llama both ways: bits, peak memory, and rate beside a plain copy.
 
-    python benchmarks/convert_8b.py --work FOLDER [--layers 32] [--hf FOLDER] [--rounds 1] [--max_memory 3GB] [--workers 2]
+    python benchmarks/convert_8b.py --work FOLDER [--layers 32] [--hf FOLDER] [--rounds 1] [--max_memory 3GB]
 
 Writes Llama-3.1-8B's shapes with random bf16 weights (16 GB, shard by shard), or takes the folder --hf, converts them with
-tools/convert_checkpoint.py from-hf and to-hf, each right before and after a plain `cp` of the same files (all with an empty
-page cache for what they read, all timed until the bytes are on disk), and compares every tensor bit by bit. Needs 64 GB of
-disk (16 of them for the copies, each deleted at once); fewer --layers need less. Appends a CSV row a measurement to
-benchmarks/results/convert_8b.csv.
+tools/convert_checkpoint.py from-hf and to-hf, each right before and after a plain `cp` of the same files, and compares every
+tensor bit by bit. All begin alike: none of the files in the page cache, and --pause seconds later, for the host of a virtual
+machine takes back what has become free, and to get that again takes longer than to copy; all are timed until the bytes are
+on disk. Needs 64 GB of disk (16 of them for the copies, each deleted at once); fewer --layers need less. Appends a CSV row a
+measurement to benchmarks/results/convert_8b.csv.
 
 `seconds` are those of the whole program, of which `work_seconds` without the imports. `cp_ratio` compares the whole program's
 rate with the mean of the two copies', `work_ratio` that of the work. `cpu` are seconds of all cores. Memory is sampled every
@@ -101,13 +102,14 @@ def make_model(folder: Path, config: dict[str, Any]) -> None:
         (folder / INDEX).write_text(index_text(shards))
 
 
-def forget(folder: Path) -> None:
-    """Ask the system to drop the files of a folder from its page cache."""
-    for path in (path for path in folder.rglob("*") if path.is_file()):
+def forget(folders: list[Path], pause: float) -> None:
+    """Ask the system to drop the files of some folders from its page cache, and wait."""
+    for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
+    time.sleep(pause)
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,6 @@ def _cpu_of_children() -> float:
 
 def copy(source: Path, target: Path) -> Measured:
     """`cp`, until the bytes are on disk. The copy is deleted."""
-    forget(source)
     begun, cpu = time.perf_counter(), _cpu_of_children()
     subprocess.run(["cp", "-r", source, target], check=True)
     subprocess.run(["sync", *(path for path in target.rglob("*") if path.is_file())], check=True)
@@ -140,10 +141,8 @@ def copy(source: Path, target: Path) -> Measured:
     return taken
 
 
-def convert(source: Path, output: Path, arguments: list[str]) -> Measured:
-    """`convert_checkpoint`, with an empty page cache for `source`."""
-    shutil.rmtree(output, ignore_errors=True)
-    forget(source)
+def convert(output: Path, arguments: list[str]) -> Measured:
+    """`convert_checkpoint`."""
     command = [sys.executable, "-c", PROGRAM, *arguments, "--output", str(output)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     begun = time.perf_counter()
@@ -189,6 +188,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--max_memory", default="3GB")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--pause", type=float, default=8.0, help="seconds before each (default: 8)")
     options = parser.parse_args()
     model, megatron, back = (options.work / name for name in ("model", "megatron", "back"))
     if options.hf:
@@ -203,13 +203,17 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     rows: list[dict[str, Any]] = []
     for _ in range(options.rounds):
-        shutil.rmtree(back, ignore_errors=True)
+        for output in (megatron, back):
+            shutil.rmtree(output, ignore_errors=True)
         for what, option, source, output in (
             ("from-hf", "--hf", model, megatron),
             ("to-hf", "--checkpoint", megatron, back),
         ):
+            forget([model, options.work], options.pause)
             first = copy(source, options.work / "copy")
-            taken = convert(source, output, [what, option, str(source), *settings])
+            forget([model, options.work], options.pause)
+            taken = convert(output, [what, option, str(source), *settings])
+            forget([model, options.work], options.pause)
             second = copy(source, options.work / "copy")
             copying, copy_cpu = (first.seconds + second.seconds) / 2, (first.cpu + second.cpu) / 2
             row = {
