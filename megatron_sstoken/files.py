@@ -33,6 +33,18 @@ def begin_sync(descriptor: int, start: int = 0, length: int = 0) -> None:
         _LIBRARY.sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 
+SYNCED_AT_ONCE = 1 << 20
+"""Bytes written at once for which `begin_sync` is worth its call."""
+
+
+def write_at(descriptor: int, content: bytes | memoryview, place: int) -> int:
+    """Write all of `content` into an open file, from byte `place` on; returns where it ends."""
+    done = 0
+    while done < len(content):
+        done += os.pwrite(descriptor, content[done:], place + done)
+    return place + done
+
+
 _REMEDIES = {
     (errno.ENOSPC, errno.EDQUOT): "make room, then start the same command again",
     (errno.EFBIG,): "raise the limit on the size of files (ulimit -f), or use another file system",

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_sstoken.files import begin_sync
+from megatron_sstoken.files import SYNCED_AT_ONCE, begin_sync, write_at
 
 _BUFFER = 4 << 20
-_WORTH_SYNC = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class RunCopier:
         begin = place
         for run in runs:
             if run.path is None:
-                place = _write(target, memoryview(bytes(run.length)), place)
+                place = write_at(target, bytes(run.length), place)
                 continue
             source = self._opened(run.path)
             if hasattr(os, "posix_fadvise"):  # the system reads on while this thread writes
@@ -117,9 +116,9 @@ class RunCopier:
                 length = os.preadv(source, [part], run.start + done)
                 if length == 0:
                     raise ValueError(f"{run.path} has become shorter while it was read: start again")
-                place = _write(target, part[:length], place)
+                place = write_at(target, part[:length], place)
                 done += length
-        if place - begin >= _WORTH_SYNC:
+        if place - begin >= SYNCED_AT_ONCE:
             begin_sync(target, begin, place - begin)
         return place - begin
 
@@ -135,11 +134,3 @@ class RunCopier:
             if path not in self._descriptors:
                 self._descriptors[path] = os.open(path, os.O_RDONLY)
             return self._descriptors[path]
-
-
-def _write(descriptor: int, content: memoryview, place: int) -> int:
-    """Write all of it; returns where it ends."""
-    done = 0
-    while done < len(content):
-        done += os.pwrite(descriptor, content[done:], place + done)
-    return place + done

@@ -14,12 +14,10 @@ from pathlib import Path
 import torch
 
 from megatron_sstoken.conversion.runs import Run, RunCopier
-from megatron_sstoken.files import begin_sync
+from megatron_sstoken.files import SYNCED_AT_ONCE, begin_sync, write_at
 from megatron_sstoken.model.dtypes import SAFETENSORS_NAMES
 
 INDEX = "model.safetensors.index.json"
-_LARGEST_WRITE = 1 << 30  # the system writes at most 2 GiB at once
-_SYNCED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -120,11 +118,9 @@ class ShardWriter:
             return not self._missing
 
     def _write(self, content: bytes | memoryview, start: int) -> None:
-        done = 0
-        while done < len(content):
-            done += os.pwrite(self.descriptor, content[done : done + _LARGEST_WRITE], start + done)
-        if done >= _SYNCED_AT_ONCE:
-            begin_sync(self.descriptor, start, done)
+        end = write_at(self.descriptor, content, start)
+        if end - start >= SYNCED_AT_ONCE:
+            begin_sync(self.descriptor, start, end - start)
 
     def close(self) -> None:
         os.close(self.descriptor)
