@@ -82,10 +82,9 @@ def adapter_parameters(w: Workload, stage: int) -> int:
     """
     a, (attention, delta) = w.architecture, w.stage_kinds[stage]
     qkv = (a.query_rows + 2 * a.num_query_groups * a.head_dim) // w.tensor
-    sides = (
-        (attention + delta) * 3 * (a.hidden_size + w.ffn_width)
-    )  # gate, up: A whole, B split; down: A split, B whole
-    sides += attention * (4 * a.hidden_size + qkv + w.query_width)  # q, k, v; o
+    # Of q, k, v, gate and up A is whole and B split, of o and down A split and B whole.
+    sides = (attention + delta) * 3 * (a.hidden_size + w.ffn_width)
+    sides += attention * (4 * a.hidden_size + qkv + w.query_width)
     if delta:
         net = delta_widths(w)
         sides += delta * ((net.linears + 1) * a.hidden_size + net.made + net.values)
@@ -153,9 +152,8 @@ def _fused_layer(w: Workload) -> dict[str, int]:
     q, k, ffn = w.query_width, w.key_width, w.ffn_width
     stored = 1 if w.precision == "fp8" else width
     heads = q // w.architecture.head_dim
-    gate = (
-        q * (4 + (width if stored == width else 0)) if w.architecture.output_gate else 0
-    )  # its sigmoid; the linear's input
+    # Of the gate its sigmoid; the linear's input.
+    gate = q * (4 + (width if stored == width else 0)) if w.architecture.output_gate else 0
     norms = (q + k) * width if w.architecture.qk_norm else 0
     return {
         "norms": 2 * split * (h * (width + stored) + 4),  # input, output, 1/rms

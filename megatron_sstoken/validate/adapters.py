@@ -13,8 +13,8 @@ from megatron_sstoken.validate.findings import Findings, divisors
 
 
 def with_own_targets(settings: Settings, a: Architecture) -> Settings:
-    """The settings with the linears of `a` as `lora.targets` where those are what `all-linear` stands for."""
-    if set(settings.lora.targets) != set(LINEARS):
+    """The settings with the linears of `a` as `lora.targets` where adapters are trained on what `all-linear` stands for."""
+    if not settings.lora.rank or set(settings.lora.targets) != set(LINEARS):
         return settings
     return replace(settings, lora=replace(settings.lora, targets=linears_of(a)))
 

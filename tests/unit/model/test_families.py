@@ -799,7 +799,7 @@ def test_padded_vocabulary(folder, words, multiple, tensor, padded):
         (
             LLAMA2,
             {"quantization_config": {"bits": 4}},
-            "quantization_config: weights quantised by 'unknown' are not read: name the folder of the BF16 weights .only fp8",
+            "quantization_config: weights quantised by 'unknown' are not read: name the folder of .*fp8 and mxfp4",
         ),
         (LLAMA2, {"qk_layernorm": True}, "the field qk_layernorm=True is not known"),
         (LLAMA2, {"logit_scale": 0.0625}, "the field logit_scale=0.0625 is not known"),
