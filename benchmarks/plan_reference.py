@@ -103,9 +103,8 @@ def run_step(case: dict[str, Any]) -> dict[str, Any]:
     total = activation_bytes(w, stage)
     if stage == w.pipeline - 1:
         total += head_kept_bytes(w)
-    if (
-        w.recompute == "full"
-    ):  # the peak is in a layer's backward, when the loss and the layers behind it have been freed
+    if w.recompute == "full":
+        # The peak is in a layer's backward, when the loss and the layers behind it have been freed.
         inputs = w.split_tokens * w.architecture.hidden_size * w.width
         total = max(
             (number + 1) * inputs

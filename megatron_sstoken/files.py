@@ -25,6 +25,7 @@ def sync(path: Path) -> None:
 
 _LIBRARY = ctypes.CDLL(None)
 _SYNC_FILE_RANGE_WRITE = 2  # Linux's fcntl.h
+_WORTH_SYNC = 1 << 20  # bytes
 
 
 def begin_sync(descriptor: int, start: int = 0, length: int = 0) -> None:
@@ -33,8 +34,10 @@ def begin_sync(descriptor: int, start: int = 0, length: int = 0) -> None:
         _LIBRARY.sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 
-SYNCED_AT_ONCE = 1 << 20
-"""Bytes written at once for which `begin_sync` is worth its call."""
+def begin_sync_of_much(descriptor: int, start: int, stop: int) -> None:
+    """`begin_sync` of bytes [start, stop), where they are so many that it is worth the call."""
+    if stop - start >= _WORTH_SYNC:
+        begin_sync(descriptor, start, stop - start)
 
 
 def write_at(descriptor: int, content: bytes | memoryview, place: int) -> int:

@@ -85,10 +85,9 @@ def sources_of(
                 yield heads[name], convert_dtype(heads[name], tensor, dtype)
 
     def runs(parameter: Parameter) -> dict[str, list[Run]] | None:
-        stored = reader.dtype(parameter)
-        if adapters is not None or parameter.rule.stacked or stored_dtype(parameter.name, dtype) is not stored:
+        if adapters is not None or parameter.rule.stacked:
             return None
-        if (whole := reader.runs(parameter, stored)) is None:
+        if (whole := reader.runs(parameter, stored_dtype(parameter.name, dtype))) is None:
             return None
         rows = NumberedRows()
         tensors = parameter.hugging_face(rows.of(parameter.shape, whole), contents.architecture)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_sstoken.files import SYNCED_AT_ONCE, begin_sync, write_at
+from megatron_sstoken.files import begin_sync_of_much, write_at
 
 _BUFFER = 4 << 20
 
@@ -118,8 +118,7 @@ class RunCopier:
                     raise ValueError(f"{run.path} has become shorter while it was read: start again")
                 place = write_at(target, part[:length], place)
                 done += length
-        if place - begin >= SYNCED_AT_ONCE:
-            begin_sync(target, begin, place - begin)
+        begin_sync_of_much(target, begin, place)
         return place - begin
 
     @property

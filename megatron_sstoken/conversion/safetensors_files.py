@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_sstoken.conversion.runs import Run, RunCopier
-from megatron_sstoken.files import SYNCED_AT_ONCE, begin_sync, write_at
+from megatron_sstoken.files import begin_sync_of_much, write_at
 from megatron_sstoken.model.dtypes import SAFETENSORS_NAMES
 
 INDEX = "model.safetensors.index.json"
@@ -118,9 +118,7 @@ class ShardWriter:
             return not self._missing
 
     def _write(self, content: bytes | memoryview, start: int) -> None:
-        end = write_at(self.descriptor, content, start)
-        if end - start >= SYNCED_AT_ONCE:
-            begin_sync(self.descriptor, start, end - start)
+        begin_sync_of_much(self.descriptor, start, write_at(self.descriptor, content, start))
 
     def close(self) -> None:
         os.close(self.descriptor)

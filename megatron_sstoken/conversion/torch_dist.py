@@ -92,12 +92,13 @@ class CheckpointReader:
         whole = torch.empty(parameter.shape, dtype=dtype)  # memory that nothing touches
         found: list[tuple[int, Run]] = []
         for piece in parameter.pieces(whole):
-            first = _place_in(piece.data, whole)
+            if (first := _place_in(piece.data, whole)) is None:
+                return None
             for item in self._read_items(piece):
                 path, start, saved = self._chunk(item.storage_index)
                 to = _first_of_block(item.dest_offsets, item.lengths, piece.data.shape)
                 source = _first_of_block(item.storage_offsets, item.lengths, saved.shape)
-                if first is None or to is None or source is None:
+                if to is None or source is None:
                     return None
                 length = item.lengths.numel() * dtype.itemsize
                 run = Run(str(path), start + source * dtype.itemsize, length)
@@ -219,7 +220,7 @@ def _first_of_block(offsets: Sequence[int], lengths: Sequence[int], shape: Seque
 def write_parameter(file: BinaryIO, parameter: Parameter, tensor: torch.Tensor) -> list[dict[str, Any]]:
     """Append a whole parameter to a data file; returns where each piece went, for `write_metadata`."""
     return [
-        _append(file, piece, partial(_save, _own_storage(piece.data)))
+        _append(file, piece.key, piece.offset, partial(_save, _own_storage(piece.data)))
         for piece in parameter.pieces(tensor.contiguous())
     ]
 
@@ -229,7 +230,10 @@ def copy_parameter(
 ) -> list[dict[str, Any]] | None:
     """As `write_parameter`, of a parameter of type `dtype` whose bytes are `runs`; None where its pieces are none of them."""
     whole = torch.empty(parameter.shape, dtype=dtype)  # memory that nothing touches
-    pieces = [(piece, _place_in(piece.data, whole)) for piece in parameter.pieces(whole)]
+    pieces = list(parameter.pieces(whole))
+    places = [place for piece in pieces if (place := _place_in(piece.data, whole)) is not None]
+    if len(places) < len(pieces):
+        return None
 
     def copy(data: torch.Tensor, first: int, target: BinaryIO) -> None:
         around = _WithoutBytes(target, data)
@@ -237,19 +241,18 @@ def copy_parameter(
         assert around.place is not None, "torch.save has written the tensor's bytes otherwise than all at once"
         copier.copy(list(cut(runs, first, first + data.nbytes)), target.fileno(), around.place)
 
-    if any(first is None for _, first in pieces):
-        return None
     return [
-        _append(file, piece, partial(copy, _own_storage(piece.data), first))
-        for piece, first in pieces
-        if first is not None
+        _append(file, piece.key, piece.offset, partial(copy, _own_storage(piece.data), place))
+        for piece, place in zip(pieces, places, strict=True)
     ]
 
 
-def _append(file: BinaryIO, piece: Piece, write: Callable[[BinaryIO], None]) -> dict[str, Any]:
+def _append(
+    file: BinaryIO, key: str, offset: tuple[int, ...] | None, write: Callable[[BinaryIO], None]
+) -> dict[str, Any]:
     start = file.tell()
     write(file)
-    return {"key": piece.key, "offset": piece.offset, "start": start, "length": file.tell() - start}
+    return {"key": key, "offset": offset, "start": start, "length": file.tell() - start}
 
 
 class _WithoutBytes:
@@ -275,12 +278,8 @@ class _WithoutBytes:
 
 def write_objects(file: BinaryIO, contents: Contents) -> list[dict[str, Any]]:
     """Write the checkpoint's objects into a data file, as `write_parameter` does with tensors."""
-    written = []
-    for item in contents.objects:
-        start = file.tell()
-        _save([item.data], file)  # a list, as megatron packs them
-        written.append({"key": item.unique_key, "offset": None, "start": start, "length": file.tell() - start})
-    return written
+    # A list of each, as megatron packs them.
+    return [_append(file, item.unique_key, None, partial(_save, [item.data])) for item in contents.objects]
 
 
 @contextmanager
