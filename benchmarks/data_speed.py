@@ -32,6 +32,8 @@ from pydoc_data.topics import topics
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil  # noqa: E402
+import tokenizers  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 
 from benchmarks.measure import alternate  # noqa: E402
 from megatron_sstoken.conversion.work import parse_bytes  # noqa: E402
@@ -50,7 +52,7 @@ MARKED = (
 )
 """ChatML with generation marks."""
 BATCH = 128  # lines of a task of the plain loop
-_tokenizer: TextTokenizer
+_tokenizer: tokenizers.Tokenizer
 """Of a worker process of the plain loop; `_load` sets it."""
 
 
@@ -119,11 +121,11 @@ def plain_loop(texts: Path, tokenizer: Path, workers: int) -> int:
 def _load(tokenizer: str) -> None:
     global _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _tokenizer = load_tokenizer(tokenizer)
+    _tokenizer = AutoTokenizer.from_pretrained(tokenizer).backend_tokenizer
 
 
 def _count(lines: list[bytes]) -> int:
-    encodings = _tokenizer.encode_batch([json.loads(line) for line in lines], positions=False)
+    encodings = _tokenizer.encode_batch_fast([json.loads(line) for line in lines], add_special_tokens=False)
     return sum(len(encoding.ids) for encoding in encodings)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -31,21 +32,16 @@ RESERVED = frozenset(
 """Names that a template gets from us or from transformers: no template argument can have them."""
 
 
-def _unlocated(start: int, stop: int) -> Span:
-    raise AssertionError("encoded without positions")
-
-
 @dataclass(frozen=True)
 class Encoding:
     """Token ids of one text.
 
     `tokens_of(start, stop)` is the range of tokens that hold any of the characters [start, stop) of the text. It raises
-    `BadRow` where the tokenizer cannot tell. Ask in ascending order: then all borders together cost one reading. Not to
-    be called if the text was encoded without positions.
+    `BadRow` where the tokenizer cannot tell. Ask in ascending order: then all borders together cost one reading.
     """
 
     ids: list[int]
-    tokens_of: Callable[[int, int], Span] = _unlocated
+    tokens_of: Callable[[int, int], Span]
 
 
 @dataclass(frozen=True)
@@ -86,8 +82,12 @@ class TextTokenizer(ABC):
         return mask
 
     @abstractmethod
-    def encode_batch(self, texts: Sequence[str], positions: bool = True) -> list[Encoding]:
-        """Token ids of each text, without added special tokens; faster without `positions`."""
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        """Token ids of each text, without added special tokens."""
+
+    def encode_packed(self, texts: Sequence[str]) -> list[bytes]:
+        """As `encode_batch`, int32 one after another and without positions, which may be faster."""
+        return [pack_ids(encoding.ids) for encoding in self.encode_batch(texts)]
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -206,6 +206,11 @@ class TextTokenizer(ABC):
                 )
                 self._prompts[key] = prompted.removeprefix(without) if prompted.startswith(without) else ""
         return self._prompts[key]
+
+
+def pack_ids(ids: Sequence[int]) -> bytes:
+    """Token ids as int32; `struct` reads a list in half the time that numpy takes."""
+    return struct.pack(f"{len(ids)}i", *ids)
 
 
 def _is_plain(message: Message) -> bool:

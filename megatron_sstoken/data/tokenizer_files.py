@@ -1,10 +1,12 @@
 """Tokenizers from their files: Hugging Face folders, fast or slow, and sentencepiece models."""
 
+import gc
 import hashlib
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +19,7 @@ from transformers import AutoTokenizer
 from megatron_sstoken.data.conversation import BadRow, Span
 from megatron_sstoken.data.text import pieces
 from megatron_sstoken.data.text.finder import Finder
-from megatron_sstoken.data.tokenizer import Encoding, TextTokenizer
+from megatron_sstoken.data.tokenizer import Encoding, TextTokenizer, pack_ids
 from megatron_sstoken.folders import missing
 
 END_OF_TURN = (
@@ -44,7 +46,8 @@ class HuggingFaceTokenizer(TextTokenizer):
             self._backend.no_truncation()
             self._backend.no_padding()
         self.special_tokens = dict(tokenizer.special_tokens_map)
-        self.fingerprint = self._fingerprint()
+        described = self._backend and self._backend.to_str()
+        self.fingerprint = self._fingerprint(described)
         if self._backend is not None:
             # It adds special tokens, which nobody asks for, and may move the offsets of tokens off their spaces.
             self._backend.post_processor = tokenizers.processors.Sequence([])
@@ -57,18 +60,20 @@ class HuggingFaceTokenizer(TextTokenizer):
         self.specials = Finder.of(tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
         self.end_pattern = Finder.of(tokenizer.convert_ids_to_tokens(sorted(self.end_of_turn_ids))).pattern
         self._piece_bytes: Callable[[str], bytes] | None = None  # unknown: then tokens are decoded one by one
-        if self._backend is not None:
-            self._describe_backend(json.loads(self._backend.to_str()), added.values())
+        if described is not None:
+            self._read_description(json.loads(described), added.values())
         self.set_template(template or (tokenizer.get_chat_template() if tokenizer.chat_template else None))
 
-    def encode_batch(self, texts: Sequence[str], positions: bool = True) -> list[Encoding]:
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         if self._backend is None:
             return [_split_encoding(text, self._encode_slowly) for text in texts]
-        if not positions:
-            fast = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [Encoding(encoding.ids) for encoding in fast]
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [Encoding(encoding.ids, partial(_tokens_of, _Offsets(encoding))) for encoding in encodings]
+
+    def encode_packed(self, texts: Sequence[str]) -> list[bytes]:
+        if self._backend is None:
+            return super().encode_packed(texts)
+        return [pack_ids(one.ids) for one in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -81,7 +86,7 @@ class HuggingFaceTokenizer(TextTokenizer):
             return piece.encode()
         return self._piece_bytes(piece) if self._piece_bytes else self.decode([token]).encode()
 
-    def _describe_backend(self, parts: dict[str, Any], added: Collection[tokenizers.AddedToken]) -> None:
+    def _read_description(self, parts: dict[str, Any], added: Collection[tokenizers.AddedToken]) -> None:
         special = [token.content for token in added if token.special]
         begins = {text[:length] for text in special for length in range(1, len(text) + 1)}
         self.splits_at_specials = (
@@ -105,9 +110,9 @@ class HuggingFaceTokenizer(TextTokenizer):
     def _encode_slowly(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def _fingerprint(self) -> str:
-        if self._backend is not None:
-            identity: dict[str, Any] = {"backend": self._backend.to_str()}
+    def _fingerprint(self, described: str | None) -> str:
+        if described is not None:
+            identity: dict[str, Any] = {"backend": described}
         else:
             files = (Path(self.path) / name for name in self._tokenizer.vocab_files_names.values())
             identity = {
@@ -150,7 +155,7 @@ class SentencePieceTokenizer(TextTokenizer):
         self.fingerprint = sha256(Path(path).read_bytes())
         self.set_template(template)
 
-    def encode_batch(self, texts: Sequence[str], positions: bool = True) -> list[Encoding]:
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         return [self._encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -191,12 +196,25 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> TextTo
     Raises `ValueError` for a path that is neither.
     """
     if Path(path).is_dir():
-        return HuggingFaceTokenizer(path, chat_template)
+        with _without_collections():
+            return HuggingFaceTokenizer(path, chat_template)
     if Path(path).is_file() and Path(path).suffix == ".model":
         return SentencePieceTokenizer(path, chat_template)
     if not Path(path).exists():
         raise ValueError(f"tokenizer: {missing(str(path), 'name a Hugging Face folder, or a .model file', 'model')}")
     raise ValueError(f"tokenizer: {path} is neither a Hugging Face folder nor a sentencepiece .model file: give either")
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """A vocabulary makes so many objects that Python would look through all that is loaded, which takes longer."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def sha256(data: bytes) -> str:

@@ -111,9 +111,9 @@ def tokenize_chunk(tokenizer: TextTokenizer, recipe: Recipe, chunk: Chunk) -> To
         samples.append(result)
         rows.append(row)
         labels.append(conversation.source)
-        told = (*result.notes, *conversation.notes, *_unused_notes(conversation.unused, tokenizer.template))
-        if told:
-            notes.update({*told})
+        if result.notes or conversation.notes or conversation.unused:
+            unused = _unused_notes(conversation.unused, tokenizer.template)
+            notes.update({*result.notes, *conversation.notes, *unused})
     return TokenizedChunk(
         samples=Samples(
             tokens=np.concatenate([np.empty(0, np.int32), *(sample.tokens for sample in samples)]),

@@ -6,13 +6,18 @@ Where any of this does not hold, positions say where borders are.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
 
 from megatron_sstoken.data.conversation import Span
 from megatron_sstoken.data.text.shapes import Border, Shape
-from megatron_sstoken.data.tokenizer import TextTokenizer
+from megatron_sstoken.data.tokenizer import TextTokenizer, pack_ids
 
 Segment = tuple[int, int, float]
+WIDTH = np.dtype(np.int32).itemsize
+"""Bytes of a packed token."""
 _NEXT = re.compile(r"\s*\S?")
 """What may be in one token with the end of a header, and what keeps its last space from it."""
 _MOST_HEADS = 4096
@@ -24,7 +29,9 @@ class _Anchor:
 
     number: int
     header: str
-    ids: list[int]
+    packed: bytes
+    heads: dict[str, tuple[bytes, int]]
+    """By what follows the header: packed tokens up to the border's, and their number without it or with it."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,6 @@ class Anchors:
     """Of the segments."""
     equal_weights: bool
     """Whether all that is trained has weight 1."""
-    heads: dict[tuple[str, int], tuple[list[int], Span]] = field(default_factory=dict)
-    """Headers with what follows them."""
 
     @classmethod
     def of(cls, shape: Shape, tokenizer: TextTokenizer) -> "Anchors | None":
@@ -47,61 +52,62 @@ class Anchors:
         if not tokenizer.splits_at_specials:
             return None
         found = [list(tokenizer.specials.pattern.finditer(literal)) for literal in shape.literals]
+        heads: dict[tuple[str, int], dict] = {}
         borders = []
         for start, stop, _ in shape.segments:
-            pair = [_anchor(tokenizer, shape, border, found) for border in (start, stop)]
+            pair = [_anchor(tokenizer, shape, border, found, heads, side) for side, border in enumerate((start, stop))]
             if pair[0] is None or pair[1] is None:
                 return None
             borders.append((pair[0], pair[1]))
-        texts = [one[0] for matches in found for one in matches]
-        ids = [encoding.ids for encoding in tokenizer.encode_batch(texts, positions=False)]
-        if any(len(one) != 1 for one in ids):
+        specials = tokenizer.encode_packed([one[0] for one in chain.from_iterable(found)])
+        if any(len(one) != WIDTH for one in specials):
             return None
-        return cls(tokenizer, [one for (one,) in ids], borders, all(weight == 1.0 for *_, weight in shape.segments))
+        ids = np.frombuffer(b"".join(specials), dtype=np.int32).tolist()
+        return cls(tokenizer, ids, borders, all(weight == 1.0 for *_, weight in shape.segments))
 
-    def find(
-        self, text: str, segments: list[Segment], ids: list[int], places: list[int]
-    ) -> list[tuple[int, int]] | None:
+    def find(self, text: str, segments: list[Segment], packed: bytes, places: list[int]) -> list[Span] | None:
         """The segments as tokens [start, stop); None where this text is not like the others.
 
-        `places`: those of the special tokens among `ids`, which are `specials`.
+        `packed`: its tokens int32; `places`: those of the special ones among them, which are `specials`.
         """
         found = []
         for (first, last), (start, stop, _) in zip(self.borders, segments, strict=True):
-            left = self._token(first, places, ids, text, start, 0) if first.header else places[first.number] + 1
-            right = self._token(last, places, ids, text, stop, 1) if last.header else places[last.number] + 1
-            if left is None or right is None:
+            left, right = places[first.number] + 1, places[last.number] + 1
+            if first.header and (left := self._after_header(first, left, packed, text, start, 0)) < 0:
+                return None
+            if last.header and (right := self._after_header(last, right, packed, text, stop, 1)) < 0:
                 return None
             found.append((left, right))
         return found
 
-    def _token(
-        self, anchor: _Anchor, places: list[int], ids: list[int], text: str, border: int, side: int
-    ) -> int | None:
-        begin = places[anchor.number] + 1
-        end = begin + len(anchor.ids)
-        if ids[begin:end] == anchor.ids:
-            return end
+    def _after_header(self, anchor: _Anchor, begin: int, packed: bytes, text: str, border: int, side: int) -> int:
+        """The token of a border, whose header begins with token `begin`; -1 where the tokens do not say."""
+        at = begin * WIDTH
+        if packed.startswith(anchor.packed, at):
+            return begin + len(anchor.packed) // WIDTH
         after = _NEXT.match(text, border)
         assert after is not None, "it matches nothing, too"
-        head, span = self._head(anchor.header + after[0], len(anchor.header))
-        token = span[side]
-        return begin + token if ids[begin : begin + token + 1] == head[: token + 1] else None
+        head = anchor.heads.get(after[0]) or self._head(anchor, after[0], side)
+        return begin + head[1] if packed.startswith(head[0], at) else -1
 
-    def _head(self, text: str, border: int) -> tuple[list[int], Span]:
-        """Tokens of a text: all of them, the first that holds anything after the border, and the first after it."""
-        if (known := self.heads.get((text, border))) is not None:
-            return known
+    def _head(self, anchor: _Anchor, after: str, side: int) -> tuple[bytes, int]:
+        """Of a header with what follows it: for side 0 the first token that holds anything of it, for 1 the first after it."""
+        text, border = anchor.header + after, len(anchor.header)
         (encoding,) = self.tokenizer.encode_batch([text])
-        _, after = encoding.tokens_of(0, border)
-        first, _ = encoding.tokens_of(border, len(text))
-        if len(self.heads) < _MOST_HEADS:
-            self.heads[text, border] = encoding.ids, (first, after)
-        return encoding.ids, (first, after)
+        number = encoding.tokens_of(0, border)[1] if side else encoding.tokens_of(border, len(text))[0]
+        head = pack_ids(encoding.ids[: number + 1]), number
+        if len(anchor.heads) < _MOST_HEADS:
+            anchor.heads[after] = head
+        return head
 
 
 def _anchor(
-    tokenizer: TextTokenizer, shape: Shape, border: Border, specials: list[list[re.Match[str]]]
+    tokenizer: TextTokenizer,
+    shape: Shape,
+    border: Border,
+    specials: list[list[re.Match[str]]],
+    heads: dict[tuple[str, int], dict],
+    side: int,
 ) -> _Anchor | None:
     literal, offset = border
     before = [one.end() for one in specials[literal] if one.end() <= offset]
@@ -110,7 +116,8 @@ def _anchor(
     header = shape.literals[literal][before[-1] : offset]
     if header and not tokenizer.tokens_are_texts:
         return None
-    ids = tokenizer.encode_batch([header], positions=False)[0].ids if header else []
-    if tokenizer.decode(ids) != header:  # the vocabulary lacks a character: the tokens do not say where the header ends
-        return None
-    return _Anchor(sum(map(len, specials[:literal])) + len(before) - 1, header, ids)
+    (packed,) = tokenizer.encode_packed([header])
+    if tokenizer.decode(np.frombuffer(packed, dtype=np.int32).tolist()) != header:
+        return None  # the vocabulary lacks a character: the tokens do not say where the header ends
+    number = sum(map(len, specials[:literal])) + len(before) - 1
+    return _Anchor(number, header, packed, heads.setdefault((header, side), {}))

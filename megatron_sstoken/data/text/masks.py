@@ -2,19 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 
-from megatron_sstoken.data.conversation import BadRow, Conversation, check_characters, check_contents
+from megatron_sstoken.data.conversation import BadRow, Conversation, Span, check_characters, check_contents
 from megatron_sstoken.data.recipe import DEFAULT_RECIPE, Recipe
-from megatron_sstoken.data.text.anchors import Anchors
+from megatron_sstoken.data.text.anchors import WIDTH
 from megatron_sstoken.data.text.dropped import dropped_without_template
 from megatron_sstoken.data.text.limits import listening
 from megatron_sstoken.data.text.rendering import (
     Rendering,
-    Segment,
     message_weights,
     render_conversation,
     special_note,
@@ -59,44 +57,36 @@ def tokenize_conversations(
     except BadRow as error:
         raise ValueError(str(error)) from error
     results: list[TokenizedSample | BadRow] = []
-    batch: list[_Plan | BadRow] = []
+    batch: list[Rendering | BadRow] = []
     characters = 0
     with listening():
         for conversation in conversations:
-            plan = _plan(tokenizer, conversation, recipe)
-            batch.append(plan)
-            characters += sum(map(len, plan.texts)) if isinstance(plan, _Plan) else 0
+            try:
+                if tokenizer.template is None:
+                    rendering: Rendering = _exchange(tokenizer, conversation, recipe)
+                else:
+                    rendering = render_conversation(tokenizer, conversation, recipe)
+                    check_characters(rendering.text)
+                batch.append(rendering)
+                characters += len(rendering.text)
+            except BadRow as bad_row:
+                batch.append(bad_row)
             if characters >= ENCODE_CHARACTERS:
-                results += _carry_out(tokenizer, batch)
+                results += _encode(tokenizer, batch)
                 batch, characters = [], 0
-    return results + _carry_out(tokenizer, batch)
+    return results + _encode(tokenizer, batch)
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Texts to encode one by one; the segments are of the last one."""
+class _Exchange(Rendering):
+    """A prompt and its response, the text, without a template; each is encoded alone."""
 
-    texts: list[str]
-    segments: list[Segment]
-    end_weight: float | None = None
-    """Weight of the eos to add; None: nothing is to be added, and no bos either."""
-    notes: tuple[str, ...] = ()
-    anchors: Anchors | None = None
-    """Of the segments: the text, which is the only one, is encoded without positions."""
+    prompt: str = ""
+    end_weight: float = 1.0
+    """Of the eos that follows the response."""
 
 
-def _plan(tokenizer: TextTokenizer, conversation: Conversation, recipe: Recipe) -> _Plan | BadRow:
-    try:
-        if tokenizer.template is None:
-            return _plan_plain(tokenizer, conversation, recipe)
-        rendering: Rendering = render_conversation(tokenizer, conversation, recipe)
-        check_characters(rendering.text)
-        return _Plan([rendering.text], rendering.segments, notes=rendering.notes, anchors=rendering.anchors)
-    except BadRow as bad_row:
-        return bad_row
-
-
-def _plan_plain(tokenizer: TextTokenizer, conversation: Conversation, recipe: Recipe) -> _Plan:
+def _exchange(tokenizer: TextTokenizer, conversation: Conversation, recipe: Recipe) -> _Exchange:
     messages = conversation.messages
     check_contents(messages)
     if [message["role"] for message in messages] != ["user", "assistant"]:
@@ -116,53 +106,54 @@ def _plan_plain(tokenizer: TextTokenizer, conversation: Conversation, recipe: Re
     weight = message_weights(conversation, recipe)[1]
     whole = weight.whole or 0.0
     segments = list(weighted((0, len(response)), whole, weight.spans))
-    return _Plan([prompt, response], segments, whole, (*notes, *special_note(tokenizer, conversation)))
+    told = (*notes, *special_note(tokenizer, conversation))
+    return _Exchange(response, segments, told, prompt=prompt, end_weight=whole)
 
 
-def _carry_out(tokenizer: TextTokenizer, batch: Sequence[_Plan | BadRow]) -> list[TokenizedSample | BadRow]:
-    results: list[TokenizedSample | BadRow | None] = [plan if isinstance(plan, BadRow) else None for plan in batch]
-    anchored = [(index, plan) for index, plan in enumerate(batch) if isinstance(plan, _Plan) and plan.anchors]
+def _encode(tokenizer: TextTokenizer, batch: Sequence[Rendering | BadRow]) -> list[TokenizedSample | BadRow]:
+    results: list[TokenizedSample | BadRow | None] = [one if isinstance(one, BadRow) else None for one in batch]
+    anchored = [(index, one) for index, one in enumerate(batch) if isinstance(one, Rendering) and one.anchors]
     if anchored:
-        plans = [plan for _, plan in anchored]
-        encodings = tokenizer.encode_batch([plan.texts[0] for plan in plans], positions=False)
-        for (index, _), sample in zip(anchored, _anchored_samples(tokenizer, plans, encodings), strict=True):
+        for (index, _), sample in zip(anchored, _by_anchors(tokenizer, [one for _, one in anchored]), strict=True):
             results[index] = sample
-    others = [(index, plan) for index, plan in enumerate(batch) if isinstance(plan, _Plan) and results[index] is None]
-    located = iter(tokenizer.encode_batch([text for _, plan in others for text in plan.texts]) if others else [])
-    for index, plan in others:
+    others = [(index, one) for index, one in enumerate(batch) if isinstance(one, Rendering) and results[index] is None]
+    texts = [
+        text for _, one in others for text in ((one.prompt, one.text) if isinstance(one, _Exchange) else (one.text,))
+    ]
+    encodings = iter(tokenizer.encode_batch(texts) if texts else [])
+    for index, one in others:
         try:
-            results[index] = _sample(tokenizer, plan, located)
+            results[index] = _by_positions(tokenizer, one, encodings)
         except BadRow as bad_row:
             results[index] = bad_row
     return [result for result in results if result is not None]
 
 
-def _anchored_samples(
-    tokenizer: TextTokenizer, plans: Sequence[_Plan], encodings: Sequence[Encoding]
-) -> Iterator[TokenizedSample | None]:
-    """The samples by the plans' anchors; None where they do not hold. Arrays are made once for all of them."""
-    ids = [encoding.ids for encoding in encodings]
-    stops = np.cumsum([len(one) for one in ids])
-    tokens = np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=int(stops[-1]))
+def _by_anchors(tokenizer: TextTokenizer, renderings: Sequence[Rendering]) -> Iterator[TokenizedSample | None]:
+    """The samples by the anchors of all these; None where they do not hold. Arrays are made once for all of them."""
+    packed = tokenizer.encode_packed([rendering.text for rendering in renderings])
+    tokens = np.frombuffer(b"".join(packed), dtype=np.int32)
     roles = np.zeros(tokens.size, dtype=np.uint8)
     special = np.flatnonzero(tokenizer.special_mask[tokens])
-    places, found_ids = special.tolist(), tokens[special].tolist()
-    borders = [0, *np.searchsorted(special, stops).tolist()]
-    start = 0
-    for plan, one, stop, first, after in zip(plans, ids, stops.tolist(), borders, borders[1:], strict=False):
-        assert plan.anchors is not None
-        own = slice(start, stop)
-        if plan.anchors.specials == found_ids[first:after]:
+    places, ids = special.tolist(), tokens[special].tolist()
+    stops = np.cumsum([len(one) // WIDTH for one in packed])
+    start = first = 0
+    for rendering, one, stop, after in zip(
+        renderings, packed, stops.tolist(), np.searchsorted(special, stops).tolist(), strict=True
+    ):
+        anchors = rendering.anchors
+        assert anchors is not None
+        sample = None
+        if anchors.specials == ids[first:after]:
             here = [place - start for place in places[first:after]]
-            found = plan.anchors.find(plan.texts[0], plan.segments, one, here)
-        else:
-            found = None
-        yield None if found is None else _anchored_sample(plan, found, tokens[own], roles[own])
-        start = stop
+            if found := anchors.find(rendering.text, rendering.segments, one, here):
+                sample = _sample_of(rendering, found, tokens[start:stop], roles[start:stop])
+        yield sample
+        start, first = stop, after
 
 
-def _anchored_sample(
-    plan: _Plan, found: Sequence[tuple[int, int]], tokens: np.ndarray, roles: np.ndarray
+def _sample_of(
+    rendering: Rendering, found: Sequence[Span], tokens: np.ndarray, roles: np.ndarray
 ) -> TokenizedSample | None:
     """The sample whose segments are the tokens `found`; `roles` are filled in. None if there is nothing to learn."""
     learns = False
@@ -171,32 +162,32 @@ def _anchored_sample(
         learns |= start < stop > 1
     if not learns:
         return None
-    assert plan.anchors is not None
-    if plan.anchors.equal_weights:
-        return TokenizedSample(tokens, roles, None, plan.notes)
+    assert rendering.anchors is not None
+    if rendering.anchors.equal_weights:
+        return TokenizedSample(tokens, roles, None, rendering.notes)
     weights = np.zeros(tokens.size, dtype=np.float32)
-    for (start, stop), (*_, weight) in zip(found, plan.segments, strict=True):
+    for (start, stop), (*_, weight) in zip(found, rendering.segments, strict=True):
         np.maximum(weights[start:stop], weight, out=weights[start:stop])
-    return TokenizedSample(tokens, roles, weights, plan.notes)
+    return TokenizedSample(tokens, roles, weights, rendering.notes)
 
 
-def _sample(tokenizer: TextTokenizer, plan: _Plan, encodings: Iterator[Encoding]) -> TokenizedSample:
-    *heads, last = islice(encodings, len(plan.texts))
-    head = [token for encoding in heads for token in encoding.ids]
-    tail = []
-    if plan.end_weight is not None:
+def _by_positions(tokenizer: TextTokenizer, rendering: Rendering, encodings: Iterator[Encoding]) -> TokenizedSample:
+    head: list[int] = []
+    tail: list[int] = []
+    if isinstance(rendering, _Exchange):
         assert tokenizer.eos_id is not None, "tokenize_conversations has looked"
-        head = head if tokenizer.bos_id is None else [tokenizer.bos_id, *head]
+        head = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *next(encodings).ids]
         tail = [tokenizer.eos_id]
-    tokens = np.array([*head, *last.ids, *tail], dtype=np.int32)
+    encoding = next(encodings)
+    tokens = np.array([*head, *encoding.ids, *tail], dtype=np.int32)
     weights = np.zeros(tokens.size, dtype=np.float32)
-    for start, stop, weight in plan.segments:
-        first, after = last.tokens_of(start, stop)
+    for start, stop, weight in rendering.segments:
+        first, after = encoding.tokens_of(start, stop)
         part: Any = weights[len(head) + first : len(head) + after]
         np.maximum(part, weight, out=part)
-    if tail:
-        weights[-1] = plan.end_weight
+    if isinstance(rendering, _Exchange):
+        weights[-1] = rendering.end_weight
     roles = np.where(weights > 0, RESPONSE, CONTEXT).astype(np.uint8)
     if not roles[1:].any():
         raise BadRow("no response token after the first token, so there is nothing to learn")
-    return TokenizedSample(tokens, roles, None if np.array_equal(weights, roles) else weights, plan.notes)
+    return TokenizedSample(tokens, roles, None if np.array_equal(weights, roles) else weights, rendering.notes)

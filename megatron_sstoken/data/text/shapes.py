@@ -5,7 +5,7 @@ last character and with marks at the same places. What is remembered then is wha
 goes that way. Only where the template's syntax says that it cannot be otherwise (`verbatim`) the text is written without it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -80,7 +80,8 @@ class Shape:
         runs_of_text = pieces if self._in_order else [pieces[number] for number in self.order]
         if any(self.trims):
             runs_of_text = [run.strip() if trims else run for run, trims in zip(runs_of_text, self.trims, strict=True)]
-        return self._with(runs_of_text), self._segments(self._starts(runs_of_text))
+        parts = self._parts(runs_of_text)
+        return "".join(parts), self._segments(_starts(parts))
 
     def seeing_trims(self, messages: Sequence[Message], render: Callable[[list[Message]], str]) -> "Shape":
         """The shape with `trims`, seen with whitespace around every content of `messages`, which are of it.
@@ -100,39 +101,41 @@ class Shape:
 
     def trained(self, text: str, pieces: Sequence[str], marks: Sequence[Span]) -> list[tuple[int, int, float]] | None:
         """The segments of a text with these runs, as characters; None if it is not of this shape."""
-        runs_of_text = [pieces[number] for number in self.order]
-        if self._with(runs_of_text) != text:
-            runs_of_text = [run.strip() for run in runs_of_text]  # as templates write them that trim
-            if self._with(runs_of_text) != text:
+        parts = self._parts(pieces[number] for number in self.order)
+        if "".join(parts) != text:
+            parts = self._parts(pieces[number].strip() for number in self.order)  # as templates write them that trim
+            if "".join(parts) != text:
                 return None
-        at = self._starts(runs_of_text)
-        if [(at[left] + start, at[right] + stop) for (left, start), (right, stop) in self.marks] != marks:
+        at = _starts(parts)
+        if [(at[2 * left] + start, at[2 * right] + stop) for (left, start), (right, stop) in self.marks] != marks:
             return None
         return self._segments(at)
 
-    def _with(self, runs_of_text: Sequence[str]) -> str:
-        parts = [""] * (2 * len(runs_of_text) + 1)
-        parts[::2] = self.literals
+    def _parts(self, runs_of_text: Iterable[str]) -> list[str]:
+        """Literals, and the runs between them."""
+        parts = self._spaced_literals.copy()
         parts[1::2] = runs_of_text
-        return "".join(parts)
+        return parts
 
-    def _starts(self, runs_of_text: Sequence[str]) -> list[int]:
-        """Where each literal starts in the text."""
-        before = accumulate(map(len, runs_of_text), initial=0)
-        return [literals + characters for literals, characters in zip(self._literals_before, before, strict=False)]
+    @cached_property
+    def _spaced_literals(self) -> list[str]:
+        return [part for literal in self.literals for part in (literal, "")][:-1]
 
     @cached_property
     def _in_order(self) -> bool:
         """Whether the template writes all runs once, one after another."""
         return self.order == (*range(len(self.order)),)
 
-    @cached_property
-    def _literals_before(self) -> tuple[int, ...]:
-        """Characters of the literals before each."""
-        return tuple(accumulate(map(len, self.literals), initial=0))
-
     def _segments(self, at: Sequence[int]) -> list[tuple[int, int, float]]:
-        return [(at[left] + start, at[right] + stop, weight) for (left, start), (right, stop), weight in self.segments]
+        return [
+            (at[2 * left] + start, at[2 * right] + stop, weight)
+            for (left, start), (right, stop), weight in self.segments
+        ]
+
+
+def _starts(parts: Iterable[str]) -> list[int]:
+    """Where each part of a text starts: every second one is a literal."""
+    return [*accumulate(map(len, parts), initial=0)]
 
 
 def _with_spaces(layout: Layout, pieces: Sequence[str]) -> list[Span]:

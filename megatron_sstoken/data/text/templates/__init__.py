@@ -116,5 +116,5 @@ def _missing_tokens(template: str, tokenizer: TextTokenizer) -> list[str]:
 def _has_token(tokenizer: TextTokenizer, token: str) -> bool:
     if token == "eos_token":
         return tokenizer.eos_id is not None
-    (encoding,) = tokenizer.encode_batch([token], positions=False)
+    (encoding,) = tokenizer.encode_batch([token])
     return len(encoding.ids) == 1

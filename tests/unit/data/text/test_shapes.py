@@ -142,7 +142,7 @@ def test_what_is_known_is_used(tokenizers, monkeypatch, name, template):
         raise AssertionError("not known")
 
     monkeypatch.setattr(rendering, "read_rendering", refuse)
-    monkeypatch.setattr(masks, "_sample", refuse)
+    monkeypatch.setattr(masks, "_by_positions", refuse)
     texts = ["7", "the lazy dog", "  the fox\n", "é 😀"]
     samples = tokenize_conversations(tokenizer, [Conversation(exchange(one, two)) for one in texts for two in texts])
     assert all(sample.roles.any() for sample in samples)
