@@ -31,7 +31,7 @@ class _Anchor:
     header: str
     packed: bytes
     heads: dict[str, tuple[bytes, int]]
-    """By what follows the header: packed tokens up to the border's, and their number without it or with it."""
+    """By what follows the header: tokens up to the border's, packed, and the number of this one."""
 
 
 @dataclass(frozen=True)

@@ -63,12 +63,14 @@ def tokenize_conversations(
         for conversation in conversations:
             try:
                 if tokenizer.template is None:
-                    rendering: Rendering = _exchange(tokenizer, conversation, recipe)
+                    exchange = _exchange(tokenizer, conversation, recipe)
+                    batch.append(exchange)
+                    characters += len(exchange.prompt) + len(exchange.text)
                 else:
                     rendering = render_conversation(tokenizer, conversation, recipe)
                     check_characters(rendering.text)
-                batch.append(rendering)
-                characters += len(rendering.text)
+                    batch.append(rendering)
+                    characters += len(rendering.text)
             except BadRow as bad_row:
                 batch.append(bad_row)
             if characters >= ENCODE_CHARACTERS:
