@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 ORDER = (
-    "supported words gpus files folders integrity lock tool selection config given command_line device compat watchdog "
+    "supported words gpus garbage files folders integrity lock tool selection config given command_line device compat watchdog "
     "parallel ending data model checkpoint run_plan passes history validate training conversion planner doctor preflight "
     "report talk chat evaluate commands score train launch __main__".split()
 )

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from megatron_sstoken.checkpoint.lifetime import forks_end_with_this_process, outlive_signals, serve_a_rank
+from megatron_sstoken.garbage import without_collections
 from megatron_sstoken.integrity import Checksums, checksum_of
 
 
@@ -59,7 +60,7 @@ class Writing:
         self._told, teller = multiprocessing.Pipe(duplex=False)
         context = multiprocessing.get_context("fork")
         self._process = context.Process(target=_write, args=(write, folder, rank, teller), name="checkpoint writer")
-        with _no_garbage_collection():
+        with without_collections():  # of what is CUDA's, which a forked process must not do
             self._process.start()
         teller.close()  # the writer has its own: when that is closed, it has ended
 
@@ -121,18 +122,6 @@ def _notice_killed(number: int, frame: Any) -> None:
             continue
         if ended is not None and ended.si_code != os.CLD_EXITED:
             raise ChildProcessError(f"its own process ended with signal {ended.si_status}")
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Within, no object of CUDA is collected, which a forked process must not do."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @contextmanager

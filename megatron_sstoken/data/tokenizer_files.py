@@ -1,12 +1,10 @@
 """Tokenizers from their files: Hugging Face folders, fast or slow, and sentencepiece models."""
 
-import gc
 import hashlib
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +19,7 @@ from megatron_sstoken.data.text import pieces
 from megatron_sstoken.data.text.finder import Finder
 from megatron_sstoken.data.tokenizer import Encoding, TextTokenizer, pack_ids
 from megatron_sstoken.folders import missing
+from megatron_sstoken.garbage import without_collections
 
 END_OF_TURN = (
     "<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>", "</s>", "<|endoftext|>",
@@ -196,25 +195,14 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> TextTo
     Raises `ValueError` for a path that is neither.
     """
     if Path(path).is_dir():
-        with _without_collections():
+        # A vocabulary is so many objects that Python would look through all that is loaded, which takes longer than this.
+        with without_collections():
             return HuggingFaceTokenizer(path, chat_template)
     if Path(path).is_file() and Path(path).suffix == ".model":
         return SentencePieceTokenizer(path, chat_template)
     if not Path(path).exists():
         raise ValueError(f"tokenizer: {missing(str(path), 'name a Hugging Face folder, or a .model file', 'model')}")
     raise ValueError(f"tokenizer: {path} is neither a Hugging Face folder nor a sentencepiece .model file: give either")
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """A vocabulary makes so many objects that Python would look through all that is loaded, which takes longer."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def sha256(data: bytes) -> str:
