@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 from megatron_sstoken.commands.convert_checkpoint import main
+from megatron_sstoken.conversion import dequantize as module
 from megatron_sstoken.conversion.dequantize import dequantize
 from megatron_sstoken.conversion.number_formats import fp8_matrix, mxfp4_matrix
 from megatron_sstoken.conversion.work import ConversionOptions
@@ -217,6 +218,34 @@ def test_a_folder_is_refused_dequantised_and_verified(folders, tmp_path, capsys)
     assert "quantization_config" not in config and config["dtype"] == "bfloat16"
     assert main(["dequantize", f"--hf={made}", f"--output={tmp_path}/again"]) == 2
     assert "has no quantization_config" in capsys.readouterr().err
+
+
+def test_goes_on_where_it_was_interrupted(folders, tmp_path, monkeypatch):
+    """Not all is made again, and the bytes are those of a run that nobody interrupts."""
+    calls = []
+
+    def run(output, limit=None):
+        def counting(*given, **settings):
+            if len(calls) == limit:
+                raise KeyboardInterrupt
+            calls.append(given)
+            return fp8_matrix(*given, **settings)
+
+        calls.clear()
+        monkeypatch.setattr(module, "fp8_matrix", counting)
+        options = ConversionOptions(shard_size=20_000, workers=1)
+        return dequantize(str(folders / "deepseek_v3"), str(tmp_path / output), options=options)
+
+    whole = run("whole")
+    total = len(calls)
+    with pytest.raises(KeyboardInterrupt):
+        run("made", limit=total // 2)
+    assert not (tmp_path / "made").exists()
+    made = run("made")
+    assert 0 < len(calls) < total  # what was made and not yet noted is made again
+    files = sorted(path.name for path in whole.iterdir())
+    assert files == sorted(path.name for path in made.iterdir())
+    assert all((made / name).read_bytes() == (whole / name).read_bytes() for name in files)
 
 
 def test_memory_is_that_of_one_expert(folders, tmp_path):
