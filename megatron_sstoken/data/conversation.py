@@ -6,6 +6,8 @@ from typing import Any
 
 Message = dict[str, Any]
 Span = tuple[int, int]
+Segment = tuple[int, int, float]
+"""Characters [start, stop) and their weight, above 0."""
 
 ROLES = ("system", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")

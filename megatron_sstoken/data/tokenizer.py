@@ -32,6 +32,10 @@ RESERVED = frozenset(
 """Names that a template gets from us or from transformers: no template argument can have them."""
 
 
+ID_BYTES = 4
+"""Of a packed token id."""
+
+
 @dataclass(frozen=True)
 class Encoding:
     """Token ids of one text.
@@ -211,6 +215,11 @@ class TextTokenizer(ABC):
 def pack_ids(ids: Sequence[int]) -> bytes:
     """Token ids as int32; `struct` reads a list in half the time that numpy takes."""
     return struct.pack(f"{len(ids)}i", *ids)
+
+
+def unpack_ids(packed: bytes) -> np.ndarray:
+    """Packed token ids as int32 [n], read-only."""
+    return np.frombuffer(packed, dtype=np.int32)
 
 
 def _is_plain(message: Message) -> bool:

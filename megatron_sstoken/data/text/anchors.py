@@ -9,15 +9,10 @@ import re
 from dataclasses import dataclass
 from itertools import chain
 
-import numpy as np
-
-from megatron_sstoken.data.conversation import Span
+from megatron_sstoken.data.conversation import Segment, Span
 from megatron_sstoken.data.text.shapes import Border, Shape
-from megatron_sstoken.data.tokenizer import TextTokenizer, pack_ids
+from megatron_sstoken.data.tokenizer import ID_BYTES, TextTokenizer, pack_ids, unpack_ids
 
-Segment = tuple[int, int, float]
-WIDTH = np.dtype(np.int32).itemsize
-"""Bytes of a packed token."""
 _NEXT = re.compile(r"\s*\S?")
 """What may be in one token with the end of a header, and what keeps its last space from it."""
 _MOST_HEADS = 4096
@@ -30,6 +25,8 @@ class _Anchor:
     number: int
     header: str
     packed: bytes
+    ends: bool
+    """Whether it is where a segment ends."""
     heads: dict[str, tuple[bytes, int]]
     """By what follows the header: tokens up to the border's, packed, and the number of this one."""
 
@@ -52,17 +49,19 @@ class Anchors:
         if not tokenizer.splits_at_specials:
             return None
         found = [list(tokenizer.specials.pattern.finditer(literal)) for literal in shape.literals]
-        heads: dict[tuple[str, int], dict] = {}
+        heads: dict[tuple[str, bool], dict] = {}
         borders = []
         for start, stop, _ in shape.segments:
-            pair = [_anchor(tokenizer, shape, border, found, heads, side) for side, border in enumerate((start, stop))]
+            pair = [
+                _anchor(tokenizer, shape, border, found, heads, ends) for border, ends in ((start, False), (stop, True))
+            ]
             if pair[0] is None or pair[1] is None:
                 return None
             borders.append((pair[0], pair[1]))
         specials = tokenizer.encode_packed([one[0] for one in chain.from_iterable(found)])
-        if any(len(one) != WIDTH for one in specials):
+        if any(len(one) != ID_BYTES for one in specials):
             return None
-        ids = np.frombuffer(b"".join(specials), dtype=np.int32).tolist()
+        ids = unpack_ids(b"".join(specials)).tolist()
         return cls(tokenizer, ids, borders, all(weight == 1.0 for *_, weight in shape.segments))
 
     def find(self, text: str, segments: list[Segment], packed: bytes, places: list[int]) -> list[Span] | None:
@@ -73,28 +72,28 @@ class Anchors:
         found = []
         for (first, last), (start, stop, _) in zip(self.borders, segments, strict=True):
             left, right = places[first.number] + 1, places[last.number] + 1
-            if first.header and (left := self._after_header(first, left, packed, text, start, 0)) < 0:
+            if first.header and (left := self._after_header(first, left, packed, text, start)) < 0:
                 return None
-            if last.header and (right := self._after_header(last, right, packed, text, stop, 1)) < 0:
+            if last.header and (right := self._after_header(last, right, packed, text, stop)) < 0:
                 return None
             found.append((left, right))
         return found
 
-    def _after_header(self, anchor: _Anchor, begin: int, packed: bytes, text: str, border: int, side: int) -> int:
+    def _after_header(self, anchor: _Anchor, begin: int, packed: bytes, text: str, border: int) -> int:
         """The token of a border, whose header begins with token `begin`; -1 where the tokens do not say."""
-        at = begin * WIDTH
+        at = begin * ID_BYTES
         if packed.startswith(anchor.packed, at):
-            return begin + len(anchor.packed) // WIDTH
+            return begin + len(anchor.packed) // ID_BYTES
         after = _NEXT.match(text, border)
         assert after is not None, "it matches nothing, too"
-        head = anchor.heads.get(after[0]) or self._head(anchor, after[0], side)
+        head = anchor.heads.get(after[0]) or self._head(anchor, after[0])
         return begin + head[1] if packed.startswith(head[0], at) else -1
 
-    def _head(self, anchor: _Anchor, after: str, side: int) -> tuple[bytes, int]:
-        """Of a header with what follows it: for side 0 the first token that holds anything of it, for 1 the first after it."""
+    def _head(self, anchor: _Anchor, after: str) -> tuple[bytes, int]:
+        """Of a header with what follows it. The border's token is the first that holds any of that, or the first after the header."""
         text, border = anchor.header + after, len(anchor.header)
         (encoding,) = self.tokenizer.encode_batch([text])
-        number = encoding.tokens_of(0, border)[1] if side else encoding.tokens_of(border, len(text))[0]
+        number = encoding.tokens_of(0, border)[1] if anchor.ends else encoding.tokens_of(border, len(text))[0]
         head = pack_ids(encoding.ids[: number + 1]), number
         if len(anchor.heads) < _MOST_HEADS:
             anchor.heads[after] = head
@@ -106,8 +105,8 @@ def _anchor(
     shape: Shape,
     border: Border,
     specials: list[list[re.Match[str]]],
-    heads: dict[tuple[str, int], dict],
-    side: int,
+    heads: dict[tuple[str, bool], dict],
+    ends: bool,
 ) -> _Anchor | None:
     literal, offset = border
     before = [one.end() for one in specials[literal] if one.end() <= offset]
@@ -117,7 +116,7 @@ def _anchor(
     if header and not tokenizer.tokens_are_texts:
         return None
     (packed,) = tokenizer.encode_packed([header])
-    if tokenizer.decode(np.frombuffer(packed, dtype=np.int32).tolist()) != header:
+    if tokenizer.decode(unpack_ids(packed).tolist()) != header:
         return None  # the vocabulary lacks a character: the tokens do not say where the header ends
     number = sum(map(len, specials[:literal])) + len(before) - 1
-    return _Anchor(number, header, packed, heads.setdefault((header, side), {}))
+    return _Anchor(number, header, packed, ends, heads.setdefault((header, ends), {}))

@@ -8,7 +8,6 @@ import numpy as np
 
 from megatron_sstoken.data.conversation import BadRow, Conversation, Span, check_characters, check_contents
 from megatron_sstoken.data.recipe import DEFAULT_RECIPE, Recipe
-from megatron_sstoken.data.text.anchors import WIDTH
 from megatron_sstoken.data.text.dropped import dropped_without_template
 from megatron_sstoken.data.text.limits import listening
 from megatron_sstoken.data.text.rendering import (
@@ -19,7 +18,7 @@ from megatron_sstoken.data.text.rendering import (
     weighted,
 )
 from megatron_sstoken.data.text.templates import template_names
-from megatron_sstoken.data.tokenizer import Encoding, TextTokenizer, check_arguments
+from megatron_sstoken.data.tokenizer import ID_BYTES, Encoding, TextTokenizer, check_arguments, unpack_ids
 
 CONTEXT, RESPONSE = 0, 1
 ENCODE_CHARACTERS = 1 << 18
@@ -63,14 +62,12 @@ def tokenize_conversations(
         for conversation in conversations:
             try:
                 if tokenizer.template is None:
-                    exchange = _exchange(tokenizer, conversation, recipe)
-                    batch.append(exchange)
-                    characters += len(exchange.prompt) + len(exchange.text)
+                    rendering: Rendering = _exchange(tokenizer, conversation, recipe)
                 else:
                     rendering = render_conversation(tokenizer, conversation, recipe)
                     check_characters(rendering.text)
-                    batch.append(rendering)
-                    characters += len(rendering.text)
+                batch.append(rendering)
+                characters += sum(map(len, rendering.texts))
             except BadRow as bad_row:
                 batch.append(bad_row)
             if characters >= ENCODE_CHARACTERS:
@@ -81,11 +78,15 @@ def tokenize_conversations(
 
 @dataclass(frozen=True)
 class _Exchange(Rendering):
-    """A prompt and its response, the text, without a template; each is encoded alone."""
+    """A prompt and its response, the text, without a template."""
 
     prompt: str = ""
     end_weight: float = 1.0
     """Of the eos that follows the response."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.prompt, self.text
 
 
 def _exchange(tokenizer: TextTokenizer, conversation: Conversation, recipe: Recipe) -> _Exchange:
@@ -119,9 +120,7 @@ def _encode(tokenizer: TextTokenizer, batch: Sequence[Rendering | BadRow]) -> li
         for (index, _), sample in zip(anchored, _by_anchors(tokenizer, [one for _, one in anchored]), strict=True):
             results[index] = sample
     others = [(index, one) for index, one in enumerate(batch) if isinstance(one, Rendering) and results[index] is None]
-    texts = [
-        text for _, one in others for text in ((one.prompt, one.text) if isinstance(one, _Exchange) else (one.text,))
-    ]
+    texts = [text for _, one in others for text in one.texts]
     encodings = iter(tokenizer.encode_batch(texts) if texts else [])
     for index, one in others:
         try:
@@ -134,11 +133,11 @@ def _encode(tokenizer: TextTokenizer, batch: Sequence[Rendering | BadRow]) -> li
 def _by_anchors(tokenizer: TextTokenizer, renderings: Sequence[Rendering]) -> Iterator[TokenizedSample | None]:
     """The samples by the anchors of all these; None where they do not hold. Arrays are made once for all of them."""
     packed = tokenizer.encode_packed([rendering.text for rendering in renderings])
-    tokens = np.frombuffer(b"".join(packed), dtype=np.int32)
+    tokens = unpack_ids(b"".join(packed))
     roles = np.zeros(tokens.size, dtype=np.uint8)
     special = np.flatnonzero(tokenizer.special_mask[tokens])
     places, ids = special.tolist(), tokens[special].tolist()
-    stops = np.cumsum([len(one) // WIDTH for one in packed])
+    stops = np.cumsum([len(one) // ID_BYTES for one in packed])
     start = first = 0
     for rendering, one, stop, after in zip(
         renderings, packed, stops.tolist(), np.searchsorted(special, stops).tolist(), strict=True
@@ -178,8 +177,8 @@ def _by_positions(tokenizer: TextTokenizer, rendering: Rendering, encodings: Ite
     tail: list[int] = []
     if isinstance(rendering, _Exchange):
         assert tokenizer.eos_id is not None, "tokenize_conversations has looked"
-        head = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *next(encodings).ids]
-        tail = [tokenizer.eos_id]
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        head, tail = [*bos, *next(encodings).ids], [tokenizer.eos_id]
     encoding = next(encodings)
     tokens = np.array([*head, *encoding.ids, *tail], dtype=np.int32)
     weights = np.zeros(tokens.size, dtype=np.float32)

@@ -5,7 +5,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_sstoken.data.conversation import BadRow, Conversation, MessageWeight, Span, check_contents
+from megatron_sstoken.data.conversation import BadRow, Conversation, MessageWeight, Segment, Span, check_contents
 from megatron_sstoken.data.recipe import Recipe
 from megatron_sstoken.data.rows.message_weights import says_more_than_zero
 from megatron_sstoken.data.text.anchors import Anchors
@@ -24,9 +24,6 @@ from megatron_sstoken.data.tokenizer import RenderedChat, TextTokenizer
 NO_END = "the chat template writes no token that ends a turn after the answer: the model will not learn to stop"
 SPECIAL_IN_CONTENT = "a message holds the text of a special token, which is encoded as that token"
 
-Segment = tuple[int, int, float]
-"""Characters [start, stop) and their weight, above 0."""
-
 
 @dataclass(frozen=True)
 class Rendering:
@@ -38,6 +35,11 @@ class Rendering:
     notes: tuple[str, ...] = ()
     anchors: Anchors | None = None
     """Of the segments, where they are known; the text has no special tokens but the template's then."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What is encoded, each alone."""
+        return (self.text,)
 
 
 def render_conversation(tokenizer: TextTokenizer, conversation: Conversation, recipe: Recipe) -> Rendering:

@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from megatron_sstoken.data.conversation import Conversation, Message, Span
+from megatron_sstoken.data.conversation import Conversation, Message, Segment, Span
 from megatron_sstoken.data.recipe import Recipe
 from megatron_sstoken.data.text.finder import Finder
 from megatron_sstoken.data.text.skeleton import MARKUP, Layout, runs
@@ -44,7 +44,7 @@ class Shape:
         layout: Layout,
         pieces: Sequence[str],
         marks: Sequence[Span],
-        segments: Sequence[tuple[int, int, float]],
+        segments: Sequence[Segment],
         notes: Sequence[str],
     ) -> "Shape | None":
         """The shape of a rendered conversation; None where it does not hold everything, as it is, between literals."""
@@ -73,7 +73,7 @@ class Shape:
         except LookupError:
             return None
 
-    def write(self, pieces: Sequence[str]) -> tuple[str, list[tuple[int, int, float]]] | None:
+    def write(self, pieces: Sequence[str]) -> tuple[str, list[Segment]] | None:
         """The text with these runs and its segments; None where the template has to be asked."""
         if self.trims is None:
             return None
@@ -99,7 +99,7 @@ class Shape:
         written = seen.write(pieces)
         return seen if written is not None and written[0] == text else self
 
-    def trained(self, text: str, pieces: Sequence[str], marks: Sequence[Span]) -> list[tuple[int, int, float]] | None:
+    def trained(self, text: str, pieces: Sequence[str], marks: Sequence[Span]) -> list[Segment] | None:
         """The segments of a text with these runs, as characters; None if it is not of this shape."""
         parts = self._parts(pieces[number] for number in self.order)
         if "".join(parts) != text:
@@ -107,7 +107,7 @@ class Shape:
             if "".join(parts) != text:
                 return None
         at = _starts(parts)
-        if [(at[2 * left] + start, at[2 * right] + stop) for (left, start), (right, stop) in self.marks] != marks:
+        if [(at[left] + start, at[right] + stop) for (left, start), (right, stop) in self.marks] != marks:
             return None
         return self._segments(at)
 
@@ -126,16 +126,13 @@ class Shape:
         """Whether the template writes all runs once, one after another."""
         return self.order == (*range(len(self.order)),)
 
-    def _segments(self, at: Sequence[int]) -> list[tuple[int, int, float]]:
-        return [
-            (at[2 * left] + start, at[2 * right] + stop, weight)
-            for (left, start), (right, stop), weight in self.segments
-        ]
+    def _segments(self, at: Sequence[int]) -> list[Segment]:
+        return [(at[left] + start, at[right] + stop, weight) for (left, start), (right, stop), weight in self.segments]
 
 
 def _starts(parts: Iterable[str]) -> list[int]:
-    """Where each part of a text starts: every second one is a literal."""
-    return [*accumulate(map(len, parts), initial=0)]
+    """Where each literal starts in the text: every second part."""
+    return [*accumulate(map(len, parts), initial=0)][::2]
 
 
 def _with_spaces(layout: Layout, pieces: Sequence[str]) -> list[Span]:
