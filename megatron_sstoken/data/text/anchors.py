@@ -90,7 +90,7 @@ class Anchors:
         return begin + head[1] if packed.startswith(head[0], at) else -1
 
     def _head(self, anchor: _Anchor, after: str) -> tuple[bytes, int]:
-        """Of a header with what follows it. The border's token is the first that holds any of that, or the first after the header."""
+        """Of a header with what follows it. The border's token is the first with any of that, or the first after the header."""
         text, border = anchor.header + after, len(anchor.header)
         (encoding,) = self.tokenizer.encode_batch([text])
         number = encoding.tokens_of(0, border)[1] if anchor.ends else encoding.tokens_of(border, len(text))[0]
